@@ -1,0 +1,194 @@
+"""Attach DoRA adapters: plan and check everything, then change the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+
+from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter
+from dora_fx.matching import Matches, find_targets, nearest_names
+from dora_fx.placement import Layout, layout_of
+
+if TYPE_CHECKING:
+    from dora_fx.config import DoRA
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One layer that is about to be wrapped."""
+
+    parent: nn.Module
+    name: str
+    path: str
+    linear: Any
+    weight: nn.Parameter
+    layout: Layout
+    tp_group: str
+    in_features: int
+    out_features: int
+    row_blocks: int
+
+
+@dataclass(frozen=True)
+class AttachPlan:
+    """What a call of `DoRA` will do: layers to wrap, sites that exist, linears that no target named."""
+
+    new: list[PlannedSite]
+    existing: list[DoRALinear]
+    unmatched_linears: list[str]
+
+
+def plan_attachment(dora: DoRA, chunks: Sequence[nn.Module]) -> AttachPlan:
+    """Find and check every target. Changes nothing.
+
+    Raises:
+        ValueError, TypeError: as `DoRA.__call__` documents.
+    """
+    found = find_targets(chunks, dora.target_modules, dora.exclude_modules)
+    _check_targets_matched(dora, chunks, found)
+    new, existing = [], []
+    for chunk, path, module in found.targets:
+        if isinstance(module, DoRALinear):
+            _check_same_settings(dora, path, module)
+            existing.append(module)
+        else:
+            new.append(_plan_site(dora, chunk, path, module))
+    return AttachPlan(new, existing, found.unmatched_linears)
+
+
+def attach(dora: DoRA, plan: AttachPlan) -> None:
+    """Wrap the planned layers in place."""
+    for site in plan.new:
+        adapter = ParallelLinearDoRAAdapter(
+            site.in_features,
+            site.out_features,
+            dora.dim,
+            alpha=dora.alpha,
+            dropout=dora.dropout,
+            layout=site.layout.name,
+            tp_group=site.tp_group,
+            row_blocks=site.row_blocks,
+            column_init_method=dora.lora_A_init_method,
+            row_init_method=dora.lora_B_init_method,
+            seed=dora.seed_for(site.path),
+            dtype=site.weight.dtype,
+            device=site.weight.device,
+        )
+        borrowed = site.weight if site.linear.weight is None else None
+        wrapper = DoRALinear(site.linear, adapter, path=site.path, base_weight=borrowed)
+        setattr(site.parent, site.name, wrapper)
+
+
+def rebuild_gradient_buffers(model: nn.Module) -> None:
+    """Give Megatron's data-parallel wrapper buffers and hooks for the parameters that are trainable now.
+
+    It allocates them once, at construction; adapters attached later would never be synchronised.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.__init__(config=model.config, ddp_config=model.ddp_config, module=model.module)
+
+
+def _check_targets_matched(dora: DoRA, chunks: Sequence[nn.Module], found: Matches) -> None:
+    if not found.targets:
+        names = nearest_names(chunks, dora.target_modules[0] if dora.target_modules else "")
+        raise ValueError(
+            f"DoRA.target_modules: no module matched {list(dora.target_modules)}; the nearest linear layers are {names}"
+        )
+    for pattern in found.unmatched_targets:
+        message = (
+            f"DoRA.target_modules: {pattern!r} matched nothing; "
+            f"the nearest linear layers are {nearest_names(chunks, pattern)}"
+        )
+        if not dora.allow_unmatched:
+            raise ValueError(f"{message}. Pass allow_unmatched=True to make this a warning")
+        logger.warning("%s", message)
+
+
+def _check_same_settings(dora: DoRA, path: str, site: DoRALinear) -> None:
+    adapter = site.adapter
+    for name, found in (("dim", adapter.dim), ("alpha", adapter.alpha), ("dropout", adapter.dropout)):
+        if found != getattr(dora, name):
+            raise ValueError(
+                f"{path}: already adapted with {name}={found}, this configuration has {name}={getattr(dora, name)}"
+            )
+
+
+def _plan_site(dora: DoRA, chunk: nn.Module, path: str, linear: Any) -> PlannedSite:
+    layout = _supported_layout(path, linear)
+    weight = linear.weight if linear.weight is not None else _tied_weight(chunk, path)
+    _check_weight(path, weight)
+    if isinstance(linear, nn.Linear):
+        in_features, out_features, tp_group = linear.in_features, linear.out_features, ""
+    else:
+        in_features, out_features = linear.input_size, linear.output_size
+        tp_group = linear.tp_group.group_name if linear.tp_group.size() > 1 else ""
+        _check_divisible(dora, path, linear.tp_group.size(), layout)
+    parent_path, _, name = path.rpartition(".")
+    return PlannedSite(
+        parent=chunk.get_submodule(parent_path),
+        name=name,
+        path=path,
+        linear=linear,
+        weight=weight,
+        layout=layout,
+        tp_group=tp_group,
+        in_features=in_features,
+        out_features=out_features,
+        row_blocks=_row_blocks(linear, name),
+    )
+
+
+def _supported_layout(path: str, linear: nn.Module) -> Layout:
+    if getattr(linear, "is_expert", False):
+        raise TypeError(f"{path}: {type(linear).__name__} of an expert is not supported")
+    try:
+        return layout_of(linear)
+    except TypeError as error:
+        supported = ", ".join(kind.__name__ for kind in (ColumnParallelLinear, RowParallelLinear, nn.Linear))
+        raise TypeError(f"{path}: {error}; supported are {supported}") from None
+
+
+def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:
+    """The embedding that a Megatron output layer without a weight of its own multiplies by."""
+    tied = getattr(chunk, "shared_embedding_or_output_weight", None)
+    weight = tied() if path == "output_layer" and tied is not None else None
+    if weight is None:
+        raise ValueError(f"{path}: the layer has no weight and is not an output layer tied to an embedding")
+    return weight
+
+
+def _check_weight(path: str, weight: torch.Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(f"{path}: the base weight is on the meta device; load it before attaching DoRA")
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dim() != 2:
+        raise ValueError(
+            f"{path}: found a {weight.dtype} base weight of shape {tuple(weight.shape)}, expected a floating-point "
+            "matrix of 16, 32 or 64 bits; quantised base weights are not supported"
+        )
+    if not torch.isfinite(weight).all():
+        rows = (~torch.isfinite(weight)).any(1).nonzero().flatten()
+        raise ValueError(
+            f"{path}: the base weight has NaN or inf in {rows.numel()} of {weight.shape[0]} rows, "
+            f"the first is row {int(rows[0])}; expected finite values"
+        )
+
+
+def _check_divisible(dora: DoRA, path: str, tp_size: int, layout: Layout) -> None:
+    if layout.lora_a_dim == 0 and dora.dim % tp_size:
+        raise ValueError(
+            f"{path}: dim {dora.dim} is sharded over {tp_size} tensor-parallel ranks, expected a multiple of {tp_size}"
+        )
+
+
+def _row_blocks(linear: nn.Module, name: str) -> int:
+    gated = getattr(getattr(linear, "config", None), "gated_linear_unit", False)
+    return 2 if gated and name == "linear_fc1" else 1

@@ -1,0 +1,128 @@
+"""`DoRA`: which layers are adapted and how; calling it on a model attaches the adapters."""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+from dora_fx.attach import AttachPlan, attach, plan_attachment, rebuild_gradient_buffers
+from dora_fx.dynamo import capture_megatron_whole
+from dora_fx.layers import INIT_METHODS
+from dora_fx.matching import unwrap
+from dora_fx.report import DoRAReport, report_on
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
+
+
+@dataclass
+class DoRA:
+    """Weight-decomposed low-rank adaptation (arXiv 2402.09353) of a Megatron model.
+
+    Call it on a model to freeze the base and wrap every target in place:
+
+        dora = DoRA(target_modules=["linear_qkv", "linear_proj"], dim=16, alpha=32)
+        model = dora(model)
+
+    Args:
+        target_modules: module names (`linear_qkv`), full paths, or patterns over full paths in which `*`
+            stands for any text (`*.layers.0.*.linear_qkv`). A name or path must be a linear layer; a
+            pattern adapts the linear layers among what it matches.
+        exclude_modules: names, paths or patterns that are never adapted.
+        dim: rank of the low-rank product.
+        alpha: the product is scaled by alpha / dim.
+        dropout: probability of dropping an element of a layer's input, in [0, 1), in training.
+        dropout_position: "pre"; the reference accepts no other for DoRA either.
+        lora_A_init_method, lora_B_init_method: "xavier", "normal" (std 0.2), "kaiming" or "zero".
+        allow_unmatched: log a warning for a target that matches nothing, in place of an error.
+
+    Raises:
+        ValueError: for a field out of its range, naming the value found and the values expected.
+
+    Attributes:
+        report: after a call, what was adapted; `print(dora.report)` shows it as a table.
+    """
+
+    target_modules: Sequence[str] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+    )
+    exclude_modules: Sequence[str] = field(default_factory=list)
+    dim: int = 32
+    alpha: float = 64
+    dropout: float = 0.0
+    dropout_position: Literal["pre"] = "pre"
+    lora_A_init_method: str = "xavier"
+    lora_B_init_method: str = "zero"
+    allow_unmatched: bool = False
+    report: DoRAReport | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise TypeError(f"DoRA.{name}: found {value!r}, expected a list of names")
+        if not isinstance(self.dim, int) or isinstance(self.dim, bool) or self.dim <= 0:
+            raise ValueError(f"DoRA.dim: found {self.dim!r}, expected a positive integer")
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            raise ValueError(f"DoRA.alpha: found {self.alpha!r}, expected a positive finite number")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"DoRA.dropout: found {self.dropout!r}, expected a probability in [0, 1)")
+        if self.dropout_position != "pre":
+            raise ValueError(f"DoRA.dropout_position: found {self.dropout_position!r}, expected 'pre'")
+        for name in ("lora_A_init_method", "lora_B_init_method"):
+            if getattr(self, name) not in INIT_METHODS:
+                raise ValueError(f"DoRA.{name}: found {getattr(self, name)!r}, expected one of {sorted(INIT_METHODS)}")
+
+    def __call__(self, model: ModelT, training: bool = True) -> ModelT:
+        """Freeze the base, wrap the targets in place and return the model that was given.
+
+        Everything is checked before anything is changed. A second call with the same settings changes
+        nothing.
+
+        Args:
+            model: a model or a list of model chunks, bare or wrapped in Megatron's Float16Module and
+                DistributedDataParallel; the latter gets new gradient buffers, so build optimizers afterwards.
+            training: put the model in training mode with trainable adapters. False freezes them too and
+                puts the model in evaluation mode.
+
+        Raises:
+            ValueError: no module matched a target, a base weight is not finite or not floating point, or
+                the model was adapted with other settings.
+            TypeError: a target is not a linear layer or is of a class that is not supported.
+        """
+        # Fields may have been set since construction.
+        self._check()
+        chunks = model if isinstance(model, list) else [model]
+        plan = plan_attachment(self, [unwrap(chunk) for chunk in chunks])
+        capture_megatron_whole()
+        self._freeze(chunks, plan)
+        attach(self, plan)
+        for chunk in chunks:
+            chunk.train(training)
+            if not training:
+                chunk.requires_grad_(False)
+            rebuild_gradient_buffers(chunk)
+        self.report = report_on([unwrap(chunk) for chunk in chunks], plan.unmatched_linears)
+        logger.info("%s", self.report)
+        return model
+
+    def _freeze(self, chunks: Iterable[nn.Module], plan: AttachPlan) -> None:
+        adapted = {id(parameter) for site in plan.existing for parameter in site.adapter.parameters()}
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.requires_grad_(id(parameter) in adapted)
+
+    def seed_for(self, path: str) -> int:
+        """Seed of the initial A and B at a path: torch's seed and the path, so attaching draws nothing."""
+        return (torch.initial_seed() + (zlib.crc32(path.encode()) << 31)) % 2**63

@@ -1,0 +1,26 @@
+"""The Dynamo settings that Megatron-Core needs to be captured as a whole."""
+
+from __future__ import annotations
+
+import _warnings
+import warnings
+
+from torch._dynamo import config
+
+
+def capture_megatron_whole() -> None:
+    """Let Dynamo trace Megatron's layers without a graph break, and alike on every rank.
+
+    Calls of `warnings.warn` are skipped: Megatron warns about a missing process-group argument inside
+    RowParallelLinear's forward, on global rank 0 alone. Each such warning breaks the graph, so rank 0 would compile
+    other graphs than its peers.
+
+    A module may set attributes of itself inside `torch.utils.checkpoint`, and does so once, in the forward pass:
+    TransformerLayer keeps its activation-offloading managers that way (megatron-core 0.19).
+    """
+    ignored = config.ignore_logging_functions if hasattr(config, "ignore_logging_functions") else None
+    if ignored is None:
+        ignored = config.ignore_logger_methods
+    ignored.update({warnings.warn, _warnings.warn})
+    if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
+        config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

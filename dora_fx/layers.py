@@ -1,0 +1,381 @@
+"""The modules that hold DoRA's parameters: `DoRALinear` wraps one linear layer, an adapter holds A, B and m."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
+from torch import nn
+
+from dora_fx.collectives import group_rank, group_size
+from dora_fx.ops import dora_linear
+from dora_fx.placement import LAYOUTS, Layout, shard
+from dora_fx.sharded_state_dict import adapter_sharded_state_dict
+from dora_fx.site_parameters import StoredParameters, complete_parameters
+from dora_fx.weight_norm import base_norm_squared, norm_dtype
+
+INIT_METHODS: dict[str, Callable[..., Any]] = {
+    "xavier": nn.init.xavier_normal_,
+    "normal": lambda tensor, generator: nn.init.normal_(tensor, mean=0.0, std=0.2, generator=generator),
+    "kaiming": lambda tensor, generator: nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator),
+    "zero": lambda tensor, generator: nn.init.zeros_(tensor),
+}
+
+
+class LowRankFactor(nn.Module):
+    """One factor of the low-rank product, or this rank's shard of it. It holds a weight and computes nothing."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.weight.shape)}, dtype={self.weight.dtype}"
+
+
+class ParallelLinearDoRAAdapter(nn.Module):
+    """DoRA's parameters for one linear layer.
+
+    State-dict keys are `linear_in.weight` (A), `linear_out.weight` (B) and `weight_magnitude` (m). A and B
+    have the base weight's dtype. m is float32, or float64 in a float64 model, and stays so under
+    `.bfloat16()` and `.half()`: a bfloat16 step of m is larger than what training moves it by.
+
+    Shapes of the stored shards, with tp the tensor-parallel size:
+
+        column layouts   A [dim/tp, in]    B [out/tp, dim]    m [out/tp]
+        row layouts      A [dim, in/tp]    B [out/tp, dim]    m [out], equal on every rank
+        nn.Linear        A [dim, in]       B [out, dim]       m [out]
+
+    Args:
+        in_features, out_features: sizes of the whole layer.
+        dim: rank of the low-rank product, over all tensor-parallel ranks.
+        alpha: the product is scaled by alpha / dim.
+        dropout: probability of dropping an element of the input in training, for the low-rank product and
+            the magnitude's part of the base product.
+        layout: name in `placement.LAYOUTS`.
+        tp_group: name of the tensor-parallel process group; "" for a layer that is not parallel.
+        row_blocks: blocks of output rows that are sharded each on its own (2 for a gated linear_fc1).
+        column_init_method, row_init_method: initialisation of A and of B, keys of `INIT_METHODS`. The whole
+            matrix is drawn in float32 and sharded, so it is the same at every tensor-parallel size.
+        seed: seed of that draw.
+        dtype, device: of A and B.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        dim: int,
+        *,
+        alpha: float = 64,
+        dropout: float = 0.0,
+        layout: str = "replicated",
+        tp_group: str = "",
+        row_blocks: int = 1,
+        column_init_method: str = "xavier",
+        row_init_method: str = "zero",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.dim, self.alpha, self.dropout = dim, alpha, dropout
+        self.layout, self.tp_group, self.row_blocks = layout, tp_group, row_blocks
+        self.tp_size, self.tp_rank = group_size(tp_group), group_rank(tp_group)
+        generator = torch.Generator().manual_seed(seed)
+        table = LAYOUTS[layout]
+
+        def draw(shape: tuple[int, int], method: str, dim: int | None, blocks: int) -> LowRankFactor:
+            whole = torch.empty(shape, dtype=torch.float32)
+            INIT_METHODS[method](whole, generator=generator)
+            part = shard(whole, dim, self.tp_rank, self.tp_size, blocks)
+            return LowRankFactor(part.to(dtype=dtype, device=device))
+
+        self.linear_in = draw((dim, in_features), column_init_method, table.lora_a_dim, 1)
+        self.linear_out = draw((out_features, dim), row_init_method, table.lora_b_dim, row_blocks)
+        self.weight_magnitude: nn.Parameter
+
+    @property
+    def scaling(self) -> float:
+        """alpha / dim, the factor of the low-rank product."""
+        return self.alpha / self.dim
+
+    def init_weight_magnitude(self, value: torch.Tensor) -> None:
+        """Set m, `[out]` or this rank's `[out/tp]`, and mark all parameters for Megatron's optimizer."""
+        self.weight_magnitude = nn.Parameter(value.detach().clone())
+        self._mark_sharded_parameters()
+
+    def get_weight_magnitude(self) -> nn.Parameter:
+        """Return m, `[out]` or this rank's `[out/tp]`."""
+        return self.weight_magnitude
+
+    def _mark_sharded_parameters(self) -> None:
+        """Tell Megatron which parameters are shards, or its gradient norm would count them on rank 0 alone."""
+        table = LAYOUTS[self.layout]
+        for parameter, dim, stride in (
+            (self.linear_in.weight, table.lora_a_dim, 1),
+            (self.linear_out.weight, table.lora_b_dim, self.row_blocks),
+            (self.weight_magnitude, table.magnitude_dim, self.row_blocks),
+        ):
+            if dim is not None:
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+                parameter.partition_dim = dim  # type: ignore[attr-defined]
+                parameter.partition_stride = stride  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # Detached aliases keep the values: the cast below replaces the data of the same parameter and gradient.
+        grad = self.weight_magnitude.grad
+        precise, precise_grad = self.weight_magnitude.detach(), None if grad is None else grad.detach()
+        super()._apply(fn, recurse)
+        magnitude = self.weight_magnitude
+        wide = norm_dtype(magnitude.dtype)
+        if magnitude.dtype != wide:
+            magnitude.grad = None
+            magnitude.data = precise.to(device=magnitude.device, dtype=wide)
+            if precise_grad is not None:
+                magnitude.grad = precise_grad.to(device=magnitude.device, dtype=wide)
+        return self
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A, B and m as shards of global tensors; see `sharded_state_dict.py`."""
+        return adapter_sharded_state_dict(self, prefix, sharded_offsets, metadata)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise TypeError("a DoRA adapter holds parameters; DoRALinear.forward computes with them")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, dim={self.dim}, "
+            f"alpha={self.alpha}, dropout={self.dropout}, layout={self.layout}"
+        )
+
+
+class DoRALinear(nn.Module):
+    """A linear layer with a DoRA adapter; a drop-in for the layer it wraps.
+
+    The base layer's state-dict keys do not change; the adapter's are under `adapter.`.
+
+    Args:
+        to_wrap: ColumnParallelLinear, RowParallelLinear or nn.Linear, frozen.
+        adapter: its DoRA parameters. A missing magnitude starts as the norm, so attaching changes nothing.
+        path: the module's path in its model, for error messages.
+        base_weight: the weight of a layer that has none of its own (an output layer tied to the embedding).
+    """
+
+    to_wrap: Any
+    base_norm_sq: torch.Tensor
+
+    def __init__(
+        self,
+        to_wrap: nn.Module,
+        adapter: ParallelLinearDoRAAdapter,
+        *,
+        path: str = "",
+        base_weight: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.to_wrap = to_wrap
+        self.adapter = adapter
+        self.path = path or type(to_wrap).__name__
+        # In a tuple, so that a borrowed parameter is not registered twice.
+        self._borrowed_weight = (base_weight,)
+        self._adapter_enabled = True
+        self.register_buffer("base_norm_sq", self._measure_base(), persistent=False)
+        if not hasattr(adapter, "weight_magnitude"):
+            adapter.init_weight_magnitude(self._get_weight_norm())
+        self._register_load_state_dict_pre_hook(self._rename_base_keys)
+        self.register_load_state_dict_post_hook(_after_load_state_dict)
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The base layer's own weight, None where the layer borrows one."""
+        return self.to_wrap.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base layer's bias, None without one."""
+        return self.to_wrap.bias
+
+    @property
+    def scaling(self) -> float:
+        """alpha / dim."""
+        return self.adapter.scaling
+
+    @property
+    def layout(self) -> Layout:
+        """The site's row in the layout table."""
+        return LAYOUTS[self.adapter.layout]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the base layer returns, with its output adapted.
+
+        Args:
+            x: the base layer's input, `[s, b, h]` or `[tokens, h]`.
+            args, kwargs: passed on to the base layer.
+
+        Returns:
+            `(output, bias)` for Megatron's layers, a tensor for `nn.Linear`.
+
+        Raises:
+            ValueError: naming the path, if x does not fit the layer or the layer is in a state that would
+                train another function: a base weight that requires grad, an adapter of another dtype or
+                on another device.
+        """
+        if not self._adapter_enabled:
+            return self.to_wrap(x, *args, **kwargs)
+        weight = args[0] if args else kwargs.get("weight")
+        if weight is None:
+            weight = self.base_weight
+        self._check_call(x, weight)
+        returned = self.to_wrap(x, *args, **kwargs)
+        adapter = self.adapter
+        output = dora_linear(
+            returned[0] if isinstance(returned, tuple) else returned,
+            x,
+            weight,
+            None if getattr(self.to_wrap, "skip_bias_add", False) else self.to_wrap.bias,
+            self.base_norm_sq,
+            adapter.linear_in.weight,
+            adapter.linear_out.weight,
+            adapter.weight_magnitude,
+            scaling=adapter.scaling,
+            dropout_p=adapter.dropout if self.training else 0.0,
+            layout=self._call_layout(*args, **kwargs),
+            tp_group=adapter.tp_group,
+        )
+        return (output, *returned[1:]) if isinstance(returned, tuple) else output
+
+    def _call_layout(
+        self, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None, **_: Any
+    ) -> str:
+        if runtime_gather_output is None or runtime_gather_output == self.to_wrap.gather_output:
+            return self.adapter.layout
+        suffix = "_gather_output"
+        name = self.adapter.layout.removesuffix(suffix)
+        return name + suffix if runtime_gather_output else name
+
+    def _check_call(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        if weight.requires_grad:
+            raise ValueError(
+                f"{self.path}: the base weight requires grad; DoRA trains a frozen base. "
+                "Call requires_grad_(False) on it, or merge the adapter before training the base."
+            )
+        features = weight.shape[1] * (self.adapter.tp_size if self.layout.enter == "split_features" else 1)
+        if x.shape[-1] != features:
+            raise ValueError(f"{self.path}: the input has {x.shape[-1]} features, the layer takes {features}")
+        for name, factor in (("linear_in", self.adapter.linear_in), ("linear_out", self.adapter.linear_out)):
+            found = factor.weight
+            if found.dtype != weight.dtype or found.device != weight.device:
+                raise ValueError(
+                    f"{self.path}.adapter.{name}: found {found.dtype} on {found.device}, "
+                    f"expected the base weight's {weight.dtype} on {weight.device}"
+                )
+        if self.adapter.weight_magnitude.device != weight.device:
+            raise ValueError(
+                f"{self.path}.adapter.weight_magnitude: found on {self.adapter.weight_magnitude.device}, "
+                f"expected the base weight's {weight.device}"
+            )
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """W0, or this rank's shard of it; the borrowed one where the layer has none of its own."""
+        weight = self.to_wrap.weight if self.to_wrap.weight is not None else self._borrowed_weight[0]
+        if weight is None:
+            raise ValueError(f"{self.path}: the layer has no weight of its own and none was passed")
+        return weight
+
+    @torch.no_grad()
+    def _measure_base(self) -> torch.Tensor:
+        return base_norm_squared(self.base_weight, self.adapter.layout, self.adapter.tp_group)
+
+    @torch.no_grad()
+    def _get_weight_norm(self) -> torch.Tensor:
+        """Row norms of W0 + scaling * B A, `[out]` or this rank's `[out/tp]`, float32 at least, detached."""
+        adapter = self.adapter
+        weight = self.base_weight
+        stored = StoredParameters(
+            weight=weight,
+            base_norm_sq=self.base_norm_sq,
+            lora_a=adapter.linear_in.weight,
+            lora_b=adapter.linear_out.weight,
+            # The norm does not depend on the magnitude, which does not exist yet when it is initialised.
+            magnitude=self.base_norm_sq,
+            scaling=adapter.scaling,
+            dropout_p=0.0,
+            layout=adapter.layout,
+            tp_group=adapter.tp_group,
+            dtype=weight.dtype,
+        )
+        return complete_parameters([stored])[0].norm
+
+    def refresh_base_norm(self) -> None:
+        """Measure the base weight again. Needed after writing into it by hand; loading and casting do it."""
+        self.base_norm_sq = self._measure_base()
+
+    def enable_adapter_layers(self) -> None:
+        """Let the adapter take part in the forward pass."""
+        self._adapter_enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Make the forward pass that of the base layer alone."""
+        self._adapter_enabled = False
+
+    def backward_dw(self) -> None:
+        """Delayed weight gradients of the base layer: a frozen layer has none, Megatron calls it all the same."""
+        self.to_wrap.backward_dw()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        if not self.base_weight.is_meta:
+            self.refresh_base_norm()
+        return self
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The base layer's entries under the keys it has without an adapter, and the adapter's."""
+        destination = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        wrapped = f"{prefix}to_wrap."
+        for key in [key for key in destination if key.startswith(wrapped)]:
+            destination[prefix + key.removeprefix(wrapped)] = destination.pop(key)
+        return destination
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The base layer's sharded tensors under its own keys, and the adapter's under `adapter.`."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return {
+            **sharded_state_dict_default(self.to_wrap, prefix, sharded_offsets, metadata),
+            **self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata),
+        }
+
+    def _rename_base_keys(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        children = (f"{prefix}adapter.", f"{prefix}to_wrap.")
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(children)]:
+            state_dict[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:
+    for keys in incompatible_keys:
+        keys[:] = [key.replace(".to_wrap.", ".").removeprefix("to_wrap.") for key in keys]
+    module.refresh_base_norm()
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Within the context every adapter of the model is off; each returns to the state it had before."""
+    sites = [module for module in model.modules() if isinstance(module, DoRALinear)]
+    before = [site._adapter_enabled for site in sites]
+    try:
+        for site in sites:
+            site.disable_adapter_layers()
+        yield
+    finally:
+        for site, enabled in zip(sites, before, strict=True):
+            site._adapter_enabled = enabled

@@ -1,0 +1,94 @@
+"""Which modules a DoRA configuration names. Looks only; `attach.py` changes the model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+from dora_fx.layers import DoRALinear
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside Megatron's data-parallel and mixed-precision wrappers."""
+    while isinstance(model, (DistributedDataParallel, Float16Module)):
+        model = model.module
+    return model
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a module's path is named by a pattern: its last name, its whole path, or `*` wildcards."""
+    if "*" in pattern:
+        return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), path) is not None
+    return pattern in (path, path.rpartition(".")[2])
+
+
+def looks_like_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight matrix, of whatever class, so that a pattern may mean it."""
+    return not isinstance(module, nn.Embedding) and "linear" in type(module).__name__.lower()
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) for every module; an adapted layer comes as its `DoRALinear`, not as its parts."""
+
+    def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        yield path, module
+        if not isinstance(module, DoRALinear):
+            for name, child in module.named_children():
+                yield from visit(f"{path}.{name}" if path else name, child)
+
+    return visit("", model)
+
+
+@dataclass
+class Matches:
+    """What the targets found in one or more model chunks.
+
+    Attributes:
+        targets: (chunk, path, module) to adapt or already adapted, in model order.
+        unmatched_targets: targets that named no module in any chunk.
+        unmatched_linears: paths of the linear layers that no target named.
+    """
+
+    targets: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    unmatched_targets: list[str] = field(default_factory=list)
+    unmatched_linears: list[str] = field(default_factory=list)
+
+
+def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: Sequence[str]) -> Matches:
+    """Find the modules that `targets` name and `excluded` does not.
+
+    Raises:
+        TypeError: a target names, without a wildcard, a module that is no linear layer.
+    """
+    found = Matches()
+    used: set[str] = set()
+    for chunk in chunks:
+        for path, module in walk(chunk):
+            is_linear = looks_like_linear(module)
+            by = [pattern for pattern in targets if matches(pattern, path)]
+            if any(matches(pattern, path) for pattern in excluded):
+                used.update(by)
+                by = []
+            exact = [pattern for pattern in by if "*" not in pattern]
+            if exact and not is_linear:
+                raise TypeError(f"{path}: target {exact[0]!r} names a {type(module).__name__}, expected a linear layer")
+            if by and is_linear:
+                used.update(by)
+                found.targets.append((chunk, path, module))
+            elif is_linear:
+                found.unmatched_linears.append(path)
+    found.unmatched_targets = [pattern for pattern in targets if pattern not in used]
+    return found
+
+
+def nearest_names(chunks: Sequence[nn.Module], pattern: str, count: int = 3) -> list[str]:
+    """Names of the model's linear layers that are spelled most like `pattern`."""
+    names = {path.rpartition(".")[2] for chunk in chunks for path, module in walk(chunk) if looks_like_linear(module)}
+    close = difflib.get_close_matches(pattern.rpartition(".")[2], sorted(names), n=count, cutoff=0.0)
+    return close or sorted(names)[:count]

@@ -1,0 +1,40 @@
+"""The marker: one node per DoRA site in a Dynamo graph, and its eager meaning.
+
+`DoRALinear` calls the base layer as it is and then `dora_linear`. Dynamo keeps the call as a single node,
+which the `dora_fx` backend rewrites. Any other backend traces into it, and eager code runs it, so the
+function is the same whoever compiles; nothing is dropped where the rewrite does not run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dora_fx.functional import adapted_linear
+from dora_fx.site_parameters import StoredParameters, complete_parameters
+
+
+@torch.compiler.allow_in_graph
+def dora_linear(
+    base_output: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    base_norm_sq: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    magnitude: torch.Tensor,
+    *,
+    scaling: float,
+    dropout_p: float,
+    layout: str,
+    tp_group: str,
+) -> torch.Tensor:
+    """Turn the base layer's output into the DoRA layer's; see `functional.adapted_linear`.
+
+    `base_output` is what the base layer returned for `x`, with `bias` where the layer adds it itself.
+    """
+    stored = StoredParameters(
+        weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, dropout_p, layout, tp_group, weight.dtype
+    )
+    [complete] = complete_parameters([stored])
+    return adapted_linear(x, stored, complete, bias, dtype=base_output.dtype, base_output=base_output)

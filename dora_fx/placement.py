@@ -1,0 +1,121 @@
+"""Which rank holds what: the one table of tensor-parallel layouts.
+
+Everything that has to know how a DoRA site is sharded reads `LAYOUTS`: the eager function, the graph
+rewrite, parameter attributes, initialisation, norms and state dicts. Dimensions are those of the stored
+tensors: weight `[out, in]`, lora_a `[dim, in]`, lora_b `[out, dim]`, weight_magnitude `[out]`. `None`
+means that every tensor-parallel rank holds the whole tensor.
+
+The low-rank product joins the base product before the base layer's own output collective, so the only
+activation-sized collectives of a site are `enter` and `leave`, and both belong to the frozen base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+
+Enter = Literal["none", "copy", "gather_sequence", "split_features"]
+Leave = Literal["none", "all_reduce", "reduce_scatter_sequence", "gather_features"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of linear layer is spread over its tensor-parallel group.
+
+    Attributes:
+        name: key in `LAYOUTS`; the graph marker carries it as a constant.
+        enter: what happens to the layer's input before the products. "copy" is the identity whose
+            gradient is all-reduced.
+        leave: what happens to the sum of the products.
+        weight_dim, lora_a_dim, lora_b_dim, magnitude_dim: the sharded dimension of each stored tensor.
+    """
+
+    name: str
+    enter: Enter
+    leave: Leave
+    weight_dim: int | None
+    lora_a_dim: int | None
+    lora_b_dim: int | None
+    magnitude_dim: int | None
+
+    @property
+    def shards_input_features(self) -> bool:
+        """Each rank multiplies its own slice of the input features, so products are partial sums."""
+        return self.weight_dim == 1
+
+    @property
+    def gathers_lora_a(self) -> bool:
+        """lora_a is stored in row blocks and needed whole: gathered, its gradient reduce-scattered."""
+        return self.lora_a_dim == 0
+
+    @property
+    def gathers_lora_b(self) -> bool:
+        """lora_b is stored in row blocks and needed whole, because the layer's output rows are."""
+        return self.lora_b_dim == 0 and self.magnitude_dim is None
+
+    def magnitude_grad_is_partial(self, dropout: bool) -> bool:
+        """Whether each rank sees only a part of the magnitude's gradient.
+
+        A replicated magnitude is scaled after the reduction and sees all of it, unless the output is
+        sequence-sharded, or dropout moves the scale in front of the reduction.
+        """
+        return self.magnitude_dim is None and (
+            self.leave == "reduce_scatter_sequence" or (dropout and self.leave == "all_reduce")
+        )
+
+
+def _column(name: str, enter: Enter, leave: Leave = "none") -> Layout:
+    return Layout(name, enter, leave, weight_dim=0, lora_a_dim=0, lora_b_dim=0, magnitude_dim=0)
+
+
+def _row(name: str, leave: Leave, enter: Enter = "none") -> Layout:
+    return Layout(name, enter, leave, weight_dim=1, lora_a_dim=1, lora_b_dim=0, magnitude_dim=None)
+
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout("replicated", "none", "none", None, None, None, None),
+        _column("column", enter="copy"),
+        _column("column_sequence_parallel", enter="gather_sequence"),
+        _column("column_gather_output", enter="copy", leave="gather_features"),
+        _column("column_sequence_parallel_gather_output", enter="gather_sequence", leave="gather_features"),
+        _row("row", leave="all_reduce"),
+        _row("row_sequence_parallel", leave="reduce_scatter_sequence"),
+        _row("row_split_input", leave="all_reduce", enter="split_features"),
+    )
+}
+
+
+def layout_of(linear: nn.Module) -> Layout:
+    """Return the layout of a supported linear layer.
+
+    Raises:
+        TypeError: for a class that has no row in the table.
+    """
+    if type(linear) is nn.Linear:
+        return LAYOUTS["replicated"]
+    sequence_parallel = "_sequence_parallel" if getattr(linear, "sequence_parallel", False) else ""
+    if type(linear) is ColumnParallelLinear:
+        return LAYOUTS[f"column{sequence_parallel}{'_gather_output' if linear.gather_output else ''}"]
+    if type(linear) is RowParallelLinear:
+        return LAYOUTS[f"row{sequence_parallel}" if linear.input_is_parallel else "row_split_input"]
+    raise TypeError(f"{type(linear).__module__}.{type(linear).__qualname__} has no DoRA layout")
+
+
+def shard(tensor: torch.Tensor, dim: int | None, tp_rank: int, tp_size: int, blocks: int = 1) -> torch.Tensor:
+    """Return one rank's part of a whole tensor, as a copy.
+
+    Args:
+        tensor: the whole tensor, equal on every rank.
+        dim: the sharded dimension, or None for a replicated tensor.
+        blocks: how many equal blocks `dim` is made of, each sharded on its own; 2 for a gated
+            linear_fc1, whose ranks hold `[gate_i; up_i]`.
+    """
+    if dim is None or tp_size == 1:
+        return tensor.clone()
+    return torch.cat([block.chunk(tp_size, dim)[tp_rank] for block in tensor.chunk(blocks, dim)], dim)

@@ -1,0 +1,63 @@
+"""Sharded state dicts of adapters for `megatron.core.dist_checkpointing`, from the layout table alone.
+
+Keys and global shapes are those of the reference (Megatron-Bridge). Two things differ, because the reference
+loses data there: a row layer's magnitude is the one true value on every rank, and a gated linear_fc1's magnitude
+is split into gate and up as its weight and B are, so that loading at another tensor-parallel size keeps the rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import parallel_state
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+
+from dora_fx.collectives import resolve_group
+from dora_fx.placement import LAYOUTS
+
+if TYPE_CHECKING:
+    from dora_fx.layers import ParallelLinearDoRAAdapter
+
+
+def adapter_sharded_state_dict(
+    adapter: ParallelLinearDoRAAdapter,
+    prefix: str,
+    sharded_offsets: tuple[tuple[int, int, int], ...],
+    metadata: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Describe A, B and m as shards of global tensors.
+
+    Args:
+        prefix: of the keys, ending in `adapter.`.
+        sharded_offsets: offsets that Megatron prepends, such as the layer's place among all layers.
+        metadata: Megatron's; its `dp_cp_group` is filled in where it is missing.
+    """
+    metadata = ensure_metadata_has_dp_cp_group(metadata)
+    dp_cp_group = metadata["dp_cp_group"]
+    tp_group = resolve_group(adapter.tp_group) if adapter.tp_group else parallel_state.get_tensor_model_parallel_group()
+    table = LAYOUTS[adapter.layout]
+    dims = {
+        "linear_in.weight": table.lora_a_dim,
+        "linear_out.weight": table.lora_b_dim,
+        "weight_magnitude": table.magnitude_dim,
+    }
+    sharded = make_sharded_tensors_for_checkpoint(
+        adapter.state_dict(prefix="", keep_vars=True),
+        prefix,
+        {name: dim for name, dim in dims.items() if dim is not None},
+        sharded_offsets,
+        tp_group=tp_group,
+        dp_cp_group=dp_cp_group,
+    )
+    if adapter.row_blocks == 2:
+        groups = {"tp_group": tp_group, "dp_group": dp_cp_group}
+        # megatron-core 0.16 takes the groups from the sharded tensor.
+        known = inspect.signature(apply_swiglu_sharded_factory).parameters
+        groups = {name: group for name, group in groups.items() if name in known}
+        for key in (f"{prefix}linear_out.weight", f"{prefix}weight_magnitude"):
+            sharded[key] = apply_swiglu_sharded_factory(
+                sharded[key], sharded_offsets, metadata.get("singleton_local_shards", False), **groups
+            )
+    return sharded

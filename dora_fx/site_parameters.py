@@ -1,0 +1,125 @@
+"""From the shards that DoRA sites store to the tensors that their products take, with few collectives.
+
+Which tensor is gathered or reduced is the layout table's business (`placement.py`). All sites that are handed
+over together share one collective of each kind per process group and dtype: a graph of many layers sends its
+low-rank factors in one message, not in two per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from dora_fx.collectives import copy_to_group_together, gather_rows_together, reduce_from_group_together
+from dora_fx.placement import LAYOUTS, Layout
+from dora_fx.weight_norm import norm_dtype, norm_of_terms, norm_terms
+
+
+class StoredParameters(NamedTuple):
+    """What one site stores on this rank, and how it is spread.
+
+    Attributes:
+        weight, lora_a, lora_b, magnitude: shards, see `placement.LAYOUTS`.
+        base_norm_sq: `[out]` or this rank's `[out/tp]`, from `weight_norm.base_norm_squared`.
+        scaling: alpha / dim.
+        dropout_p: of this call, 0 outside training.
+        layout, tp_group: names of the layout and of the process group; "" for a layer that is not parallel.
+        dtype: of the weight and the low-rank factors.
+    """
+
+    weight: torch.Tensor
+    base_norm_sq: torch.Tensor
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    magnitude: torch.Tensor
+    scaling: float
+    dropout_p: float
+    layout: str
+    tp_group: str
+    dtype: torch.dtype
+
+    @property
+    def table(self) -> Layout:
+        """The site's row in the layout table."""
+        return LAYOUTS[self.layout]
+
+
+class CompleteParameters(NamedTuple):
+    """What the products of one site take.
+
+    Attributes:
+        lora_a: `[dim, in]`, or this rank's `[dim, in/tp]` in a row layout.
+        lora_b: `[out, dim]`, or this rank's `[out/tp, dim]` in a column layout.
+        magnitude: m as stored; its gradient is completed on the way back.
+        norm: row norms of W0 + s B A, detached, one for each magnitude and of its dtype.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    magnitude: torch.Tensor
+    norm: torch.Tensor
+
+
+class _Request(NamedTuple):
+    """A tensor of a site, and whether its collective is needed for it."""
+
+    tensor: torch.Tensor
+    wanted: bool
+    tp_group: str
+    dtype: torch.dtype
+
+
+def complete_parameters(sites: Sequence[StoredParameters]) -> list[CompleteParameters]:
+    """Complete the parameters of several sites: gather factors, work out norms, reduce what is partial."""
+    lora_a, lora_b = _whole_factors(sites)
+    norms = _row_norms(sites, lora_a, lora_b)
+    magnitudes = _magnitudes(sites)
+    return [CompleteParameters(*parts) for parts in zip(lora_a, lora_b, magnitudes, norms, strict=True)]
+
+
+def _whole_factors(sites: Sequence[StoredParameters]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    lora_a = [_Request(site.lora_a, site.table.gathers_lora_a, site.tp_group, site.dtype) for site in sites]
+    lora_b = [_Request(site.lora_b, site.table.gathers_lora_b, site.tp_group, site.dtype) for site in sites]
+    whole = _together(gather_rows_together, lora_a + lora_b)
+    return whole[: len(sites)], whole[len(sites) :]
+
+
+def _row_norms(
+    sites: Sequence[StoredParameters], lora_a: Sequence[torch.Tensor], lora_b: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    requests = []
+    for site, a, b in zip(sites, lora_a, lora_b, strict=True):
+        dtype = norm_dtype(site.dtype)
+        for term in norm_terms(site.weight, a, b, dtype):
+            requests.append(_Request(term, site.table.shards_input_features, site.tp_group, dtype))
+    terms = _together(reduce_from_group_together, requests)
+    return [
+        norm_of_terms(site.base_norm_sq, cross, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
+        for site, cross, gram, b in zip(sites, terms[::2], terms[1::2], lora_b, strict=True)
+    ]
+
+
+def _magnitudes(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
+    requests = []
+    for site in sites:
+        is_partial = site.table.magnitude_grad_is_partial(dropout=site.dropout_p > 0)
+        requests.append(_Request(site.magnitude, is_partial, site.tp_group, norm_dtype(site.dtype)))
+    return _together(copy_to_group_together, requests)
+
+
+def _together(
+    collective: Callable[[list[torch.Tensor], str], Sequence[torch.Tensor]], requests: Sequence[_Request]
+) -> list[torch.Tensor]:
+    """Send every wanted tensor through one collective per group and dtype; the others come back as they are."""
+    results = [request.tensor for request in requests]
+    messages: dict[tuple[str, torch.dtype], list[int]] = {}
+    for index, request in enumerate(requests):
+        if request.wanted and request.tp_group:
+            messages.setdefault((request.tp_group, request.dtype), []).append(index)
+    for (tp_group, _), indices in messages.items():
+        completed = collective([results[index] for index in indices], tp_group)
+        for position, index in enumerate(indices):
+            results[index] = completed[position]
+    return results
