@@ -1,0 +1,63 @@
+"""The backend: found by name, its options, its counters, its traces."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+
+from tests.graph.sites import IN, adapted, column
+
+
+@pytest.fixture
+def model(tensor_parallel):
+    tensor_parallel(1)
+    return adapted(column())
+
+
+def run(model, **settings):
+    return torch.compile(model, backend="dora_fx", fullgraph=True, **settings)(torch.randn(3, 2, IN))[0]
+
+
+def test_found_by_name():
+    assert "dora_fx" in torch.compiler.list_backends()
+
+
+@pytest.mark.parametrize("inner_compiler", ["eager", "aot_eager", "inductor"])
+def test_inner_compilers_agree_with_eager(model, inner_compiler):
+    x = torch.randn(3, 2, IN)
+    compiled = torch.compile(model, backend="dora_fx", options={"inner_compiler": inner_compiler}, fullgraph=True)
+    torch.testing.assert_close(compiled(x)[0], model(x)[0])
+
+
+def test_inductor_option_and_mode_reach_inductor(model):
+    with torch._inductor.config.patch(cpp_wrapper=False):
+        run(model, options={"fallback_random": True, "epilogue-fusion": False})
+    torch._dynamo.reset()
+    run(model, mode="max-autotune-no-cudagraphs")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": {"inner_compiler": "tvm"}}, r"found 'tvm', expected one of"),
+        ({"options": {"fallback_randm": True}}, r"unknown option 'fallback_randm'; the nearest are .*fallback_random"),
+        ({"options": {"fallback_random": "yes"}}, r"found 'yes', expected a bool"),
+        ({"mode": "fastest"}, r"mode: found 'fastest', expected one of"),
+        ({"options": {"inner_compiler": "eager", "fallback_random": True}}, r"takes no Inductor settings"),
+    ],
+)
+def test_unknown_settings_are_errors(model, settings, message):
+    with pytest.raises(BackendCompilerFailed, match=message):
+        run(model, **settings)
+
+
+def test_counters_and_logs(model, caplog):
+    counters.clear()
+    with caplog.at_level(logging.INFO, logger="dora_fx"):
+        run(model, options={"inner_compiler": "eager"})
+    assert dict(counters["dora_fx"]) == {"sites_rewritten": 1, "graphs_compiled": 1}
+    assert "rewrote 1 DoRA sites: linear" in caplog.text

@@ -1,0 +1,90 @@
+"""DoRA adds no activation-sized collective to the frozen base, in any layout, forward or backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import nn
+
+import dora_fx
+from tests.graph.collective_counts import count_collectives
+from tests.graph.sites import DIM, IN, OUT, OneLinear, adapted, column, config, row
+
+TP, SEQUENCE, BATCH = 4, 8, 3
+TOKENS = SEQUENCE * BATCH
+ROWS_B, COLUMNS_A = OUT * DIM, DIM * IN
+
+# What each layout may add, as placement.py says: (kind, elements) -> count; all of it is weight-sized.
+LORA_A = {("all_gather", COLUMNS_A): 1}
+LORA_B = {("all_gather", ROWS_B): 1}
+NORM = {("all_reduce", OUT + DIM * DIM): 1}
+MAGNITUDE_GRAD = {("all_reduce", OUT): 1}
+LORA_A_GRAD = {("reduce_scatter", COLUMNS_A): 1}
+LORA_B_GRAD = {("reduce_scatter", ROWS_B): 1}
+
+CASES = {
+    "column": (column, {}, (SEQUENCE, IN), LORA_A, LORA_A_GRAD),
+    "column_sequence_parallel": (column, {"sequence_parallel": True}, (SEQUENCE // TP, IN), LORA_A, LORA_A_GRAD),
+    "column_gather_output": (column, {"gather_output": True}, (SEQUENCE, IN), LORA_A, LORA_A_GRAD),
+    "row": (row, {}, (SEQUENCE, IN // TP), LORA_B | NORM, LORA_B_GRAD),
+    "row_sequence_parallel": (
+        row,
+        {"sequence_parallel": True},
+        (SEQUENCE, IN // TP),
+        LORA_B | NORM,
+        LORA_B_GRAD | MAGNITUDE_GRAD,
+    ),
+    "row_split_input": (row, {"input_is_parallel": False}, (SEQUENCE, IN), LORA_B | NORM, LORA_B_GRAD),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", CASES)
+def test_collectives_added_to_the_base(tensor_parallel, name, dropout):
+    layer, settings, (sequence, features), forward, backward = CASES[name]
+    tensor_parallel(TP)
+    settings = settings | {"tensor_model_parallel_size": TP}
+
+    def counts(wrap):
+        x = torch.randn(sequence, BATCH, features, requires_grad=True)
+        return count_collectives(wrap(layer(**settings)), x)
+
+    base = counts(lambda linear: OneLinear(linear).requires_grad_(False))
+    added = counts(lambda linear: adapted(linear, dropout=dropout)) - base
+    removed = base - counts(lambda linear: adapted(linear, dropout=dropout))
+    if dropout and name in ("row", "row_split_input"):
+        backward = backward | MAGNITUDE_GRAD
+    assert dict(added.forward) == forward
+    assert dict(added.backward) == backward
+    assert not removed.forward and not removed.backward
+    assert all(size != TOKENS * width for _, size in added.forward for width in (IN, OUT))
+
+
+class Chain(nn.ModuleList):
+    """MLPs one after another."""
+
+    def forward(self, x):
+        for mlp in self:
+            x, _ = mlp(x)
+        return x
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_layers_of_one_graph_share_their_weight_sized_collectives(tensor_parallel, sequence_parallel):
+    tensor_parallel(TP)
+    cfg = config(tensor_model_parallel_size=TP, sequence_parallel=sequence_parallel, add_bias_linear=False)
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    tokens = SEQUENCE // TP if sequence_parallel else SEQUENCE
+
+    def counts(wrap):
+        model = wrap(Chain(MLP(cfg, submodules) for _ in range(2)))
+        return count_collectives(model, torch.randn(tokens, BATCH, IN, requires_grad=True))
+
+    base = counts(lambda mlps: mlps.requires_grad_(False))
+    added = counts(dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM)) - base
+    factors = 2 * (DIM * IN + IN * DIM)
+    magnitude_grad = {("all_reduce", 2 * IN): 1} if sequence_parallel else {}
+    assert dict(added.forward) == {("all_gather", factors): 1, ("all_reduce", 2 * (IN + DIM * DIM)): 1}
+    assert dict(added.backward) == {("reduce_scatter", factors): 1} | magnitude_grad

@@ -1,0 +1,244 @@
+"""Bad input is refused with the module's path, what was found and what was expected, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dora_fx
+from tests.models import DIM, GPT_TARGETS, IN, OUT, LinearZoo, adapt_zoo, sites, tiny_gpt, trainable
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model that a refused call must not change."""
+    return {
+        "modules": [(path, id(module), module.training) for path, module in model.named_modules()],
+        "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+        "values": {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)},
+    }
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes, so that NaN equals NaN."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    before = snapshot(model)
+    yield
+    after = snapshot(model)
+    assert after["modules"] == before["modules"]
+    assert after["parameters"] == before["parameters"]
+    assert list(after["values"]) == list(before["values"])
+    for name, value in before["values"].items():
+        assert after["values"][name].dtype == value.dtype
+        assert value.is_meta or torch.equal(bits(after["values"][name]), bits(value))
+
+
+@contextlib.contextmanager
+def refuses(error: type[Exception], *fragments: str) -> Iterator[None]:
+    with pytest.raises(error) as raised:
+        yield
+    assert [fragment for fragment in fragments if fragment not in str(raised.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "fragments"),
+    [
+        (dict(dim=0), ValueError, ["dim", "0", "positive integer"]),
+        (dict(dim=-4), ValueError, ["dim", "-4", "positive integer"]),
+        (dict(dim=2.0), ValueError, ["dim", "2.0", "positive integer"]),
+        (dict(dim=True), ValueError, ["dim", "True", "positive integer"]),
+        (dict(alpha=float("nan")), ValueError, ["alpha", "nan", "positive finite number"]),
+        (dict(alpha=float("inf")), ValueError, ["alpha", "inf", "positive finite number"]),
+        (dict(alpha=0), ValueError, ["alpha", "0", "positive finite number"]),
+        (dict(alpha=-1.0), ValueError, ["alpha", "-1.0", "positive finite number"]),
+        (dict(dropout=1.0), ValueError, ["dropout", "1.0", "[0, 1)"]),
+        (dict(dropout=-0.1), ValueError, ["dropout", "-0.1", "[0, 1)"]),
+        (dict(dropout=float("nan")), ValueError, ["dropout", "nan", "[0, 1)"]),
+        (dict(dropout_position="post"), ValueError, ["dropout_position", "'post'", "'pre'"]),
+        (dict(lora_A_init_method="gauss"), ValueError, ["lora_A_init_method", "'gauss'", "xavier"]),
+        (dict(lora_B_init_method="ones"), ValueError, ["lora_B_init_method", "'ones'", "zero"]),
+        (dict(target_modules="linear_qkv"), TypeError, ["target_modules", "'linear_qkv'", "list"]),
+        (dict(exclude_modules="linear_qkv"), TypeError, ["exclude_modules", "'linear_qkv'", "list"]),
+    ],
+    ids=str,
+)
+def test_field_out_of_range(settings: dict[str, Any], error: type[Exception], fragments: list[str]) -> None:
+    with refuses(error, *fragments):
+        dora_fx.DoRA(**settings)
+
+
+def test_field_set_out_of_range_after_construction() -> None:
+    model, dora = tiny_gpt(), dora_fx.DoRA()
+    dora.dim = 0
+    with unchanged(model), refuses(ValueError, "dim", "0", "positive integer"):
+        dora(model)
+
+
+@pytest.mark.parametrize("targets", [["linear_qvk"], ["decoder.*.linear_qvk"], []])
+def test_no_target_matched(targets: list[str]) -> None:
+    model = tiny_gpt()
+    with unchanged(model), refuses(ValueError, "target_modules", str(targets), "linear_qkv"):
+        dora_fx.DoRA(targets, allow_unmatched=True)(model)
+
+
+def test_one_of_the_targets_not_matched() -> None:
+    model = tiny_gpt()
+    with unchanged(model), refuses(ValueError, "'linear_fc3'", "linear_fc1", "allow_unmatched"):
+        dora_fx.DoRA(["linear_qkv", "linear_fc3"])(model)
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [("mlp", "MLP"), ("embedding.word_embeddings", "VocabParallelEmbedding"), ("decoder.final_layernorm", "RMSNorm")],
+)
+def test_target_that_is_no_linear_layer(target: str, found: str) -> None:
+    model = tiny_gpt()
+    with unchanged(model), refuses(TypeError, target, found, "expected a linear layer"):
+        dora_fx.DoRA(["linear_qkv", target])(model)
+
+
+class ScaledLinear(nn.Linear):
+    """A linear layer that computes something of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [ScaledLinear(4, 4), nn.Bilinear(4, 4, 4), nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_class_that_is_not_supported(layer: nn.Module) -> None:
+    model = nn.ModuleDict({"odd": layer, "plain": nn.Linear(4, 4)})
+    with unchanged(model), refuses(TypeError, "odd", type(layer).__name__, "ColumnParallelLinear"):
+        dora_fx.DoRA(["plain", "odd"])(model)
+
+
+def test_expert_layer() -> None:
+    zoo = LinearZoo(["column", "row"])
+    zoo.row.is_expert = True
+    with unchanged(zoo), refuses(TypeError, "row", "RowParallelLinear", "expert"):
+        dora_fx.DoRA(["column", "row"])(zoo)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fragments"),
+    [
+        (lambda w: w.index_fill(0, torch.tensor([2, 5]), float("nan")), ["NaN", "2 of 40 rows", "row 2", "finite"]),
+        (lambda w: w.index_fill(1, torch.tensor([0]), float("inf")), ["inf", "40 of 40 rows", "row 0", "finite"]),
+        (lambda w: w.to("meta"), ["meta device"]),
+        (lambda w: w.to(torch.int8), ["torch.int8", "quantised", "floating-point"]),
+        (lambda w: w.to(torch.float8_e4m3fn), ["torch.float8_e4m3fn", "16, 32 or 64 bits"]),
+        (lambda w: w.to(torch.complex64), ["torch.complex64", "floating-point"]),
+    ],
+    ids=["nan", "inf", "meta", "int8", "float8", "complex"],
+)
+@pytest.mark.parametrize("kind", ["row", "linear_bias"])
+def test_base_weight_that_cannot_be_adapted(kind: str, spoil: Callable[..., Any], fragments: list[str]) -> None:
+    zoo = LinearZoo(["column", kind])
+    weight = nn.Parameter(spoil(getattr(zoo, kind).weight.detach()), requires_grad=False)
+    getattr(zoo, kind).weight = weight
+    with unchanged(zoo), refuses(ValueError, f"{kind}: ", *fragments):
+        dora_fx.DoRA(["column", kind], dim=DIM)(zoo)
+
+
+def test_output_layer_without_a_weight_anywhere() -> None:
+    zoo = LinearZoo(["column", "output_layer"])
+    zoo.shared_embedding_or_output_weight = lambda: None
+    with unchanged(zoo), refuses(ValueError, "output_layer", "no weight"):
+        dora_fx.DoRA(["column", "output_layer"])(zoo)
+
+
+def test_adapted_again_with_other_settings() -> None:
+    model = dora_fx.DoRA(dim=4, alpha=8, dropout=0.1)(tiny_gpt())
+    for changed, fragments in (
+        (dict(dim=8), ["dim=4", "dim=8"]),
+        (dict(alpha=4), ["alpha=8", "alpha=4"]),
+        (dict(dropout=0.0), ["dropout=0.1", "dropout=0.0"]),
+    ):
+        dora = dora_fx.DoRA(**(dict(dim=4, alpha=8, dropout=0.1) | changed))
+        with unchanged(model), refuses(ValueError, "decoder.layers.0.self_attention.linear_", *fragments):
+            dora(model)
+
+
+@pytest.mark.parametrize("settings", [None, "eager"])
+def test_base_weight_that_requires_grad_again(settings: str | None) -> None:
+    zoo = adapt_zoo(LinearZoo(["row"]))
+    zoo.row.weight.requires_grad_(True)
+    call = zoo if settings is None else torch.compile(zoo, backend="dora_fx", options={"inner_compiler": settings})
+    with unchanged(zoo), refuses(ValueError, "row", "requires grad", "frozen"):
+        call({"row": torch.randn(5, IN)})
+
+
+def test_base_weight_that_requires_grad_after_compilation() -> None:
+    zoo = adapt_zoo(LinearZoo(["row"]))
+    call = torch.compile(zoo, backend="dora_fx", options={"inner_compiler": "eager"}, fullgraph=True)
+    call({"row": torch.randn(5, IN)})
+    zoo.row.weight.requires_grad_(True)
+    with unchanged(zoo), refuses(Exception, "row", "requires grad", "frozen"):
+        call({"row": torch.randn(5, IN)})
+
+
+@pytest.mark.parametrize("shape", [(5, IN - 1), (5, 3, 2 * IN), (5, 1)])
+@pytest.mark.parametrize("kind", ["column", "row", "row_split_input", "linear_bias", "output_layer"])
+def test_wrong_input_width(kind: str, shape: tuple[int, ...]) -> None:
+    zoo = adapt_zoo(LinearZoo([kind]))
+    with unchanged(zoo), refuses(ValueError, f"{kind}: ", str(shape[-1]), str(IN)):
+        zoo({kind: torch.randn(shape)})
+
+
+@pytest.mark.parametrize("factor", ["linear_in", "linear_out"])
+@pytest.mark.parametrize(
+    ("change", "found"), [(torch.Tensor.bfloat16, "torch.bfloat16"), (lambda w: w.to("meta"), "meta")]
+)
+def test_adapter_of_another_dtype_or_device(factor: str, change: Callable[..., Any], found: str) -> None:
+    zoo = adapt_zoo(LinearZoo(["row"]))
+    holder = getattr(zoo.row.adapter, factor)
+    holder.weight = nn.Parameter(change(holder.weight.detach()))
+    with unchanged(zoo), refuses(ValueError, f"row.adapter.{factor}", found, "torch.float32", "cpu"):
+        zoo({"row": torch.randn(5, IN)})
+
+
+def test_magnitude_on_another_device() -> None:
+    zoo = adapt_zoo(LinearZoo(["row"]))
+    zoo.row.adapter.weight_magnitude = nn.Parameter(torch.empty(OUT, device="meta"))
+    with unchanged(zoo), refuses(ValueError, "row.adapter.weight_magnitude", "meta", "cpu"):
+        zoo({"row": torch.randn(5, IN)})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("shape", [(0, IN), (0, 3, IN), (5, 0, IN)])
+@pytest.mark.parametrize("inner_compiler", [None, "aot_eager"])
+def test_empty_batch_gives_empty_output_and_zero_gradients(
+    inner_compiler: str | None, shape: tuple[int, ...], dropout: float
+) -> None:
+    zoo = adapt_zoo(LinearZoo(), dropout=dropout)
+    call: Any = zoo
+    if inner_compiler is not None:
+        call = torch.compile(zoo, backend="dora_fx", options={"inner_compiler": inner_compiler}, fullgraph=True)
+    inputs = {kind: torch.randn(shape, requires_grad=True) for kind in zoo.kinds}
+    outputs = call(inputs)
+    assert {output.shape for output in outputs.values()} == {(*shape[:-1], OUT)}
+    torch.stack([output.sum() for output in outputs.values()]).sum().backward()
+    assert all(x.grad.shape == shape for x in inputs.values())
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in trainable(zoo).values())
+
+
+def test_refused_twice_then_accepted() -> None:
+    """The model that a refused call left behind is one that a right call adapts."""
+    model = tiny_gpt()
+    with refuses(ValueError, "linear_fc3"):
+        dora_fx.DoRA([*GPT_TARGETS, "linear_fc3"])(model)
+    dora_fx.DoRA(GPT_TARGETS)(model)
+    assert len(sites(model)) == 8

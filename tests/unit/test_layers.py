@@ -1,0 +1,239 @@
+"""`DoRALinear` is a drop-in for the layer that it wraps: returns, switches, casts, norms."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import dora_fx
+from dora_fx import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter
+from tests.models import (
+    DIM,
+    IN,
+    LINEAR_KINDS,
+    OUT,
+    LinearZoo,
+    adapt_zoo,
+    logits_of,
+    randomize_adapters,
+    sites,
+    tiny_gpt,
+    token_ids,
+    trainable,
+)
+from tests.reference import row_norms
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+@pytest.mark.parametrize("shape", [(7, IN), (5, 3, IN)])
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_returns_what_the_base_layer_returns(kind: str, shape: tuple[int, ...]) -> None:
+    zoo = LinearZoo([kind])
+    kwargs = {"weight": zoo.embedding.weight} if kind == "output_layer" else {}
+    x = torch.randn(shape)
+    base = getattr(zoo, kind)(x, **kwargs)
+    adapted = getattr(adapt_zoo(zoo), kind)(x, **kwargs)
+    assert type(adapted) is type(base)
+    if isinstance(base, tuple):
+        (base, base_bias), (adapted, adapted_bias) = base, adapted
+        assert adapted_bias is base_bias
+    assert (adapted.shape, adapted.dtype) == (base.shape, base.dtype)
+    assert not torch.allclose(adapted, base)
+
+
+def test_output_layer_tied_to_the_embedding_needs_no_weight_argument() -> None:
+    """Megatron passes the shared weight; without it the site uses the one it was attached to."""
+    model = dora_fx.DoRA(["output_layer"], dim=DIM)(tiny_gpt(tied=True))
+    site = model.output_layer
+    assert site.weight is None
+    assert site.base_weight is model.shared_embedding_or_output_weight()
+    assert "output_layer.weight" not in dict(model.named_parameters())
+    before = logits_of(model, token_ids())
+    randomize_adapters(model)
+    assert not torch.allclose(logits_of(model, token_ids()), before)
+
+
+def test_weight_given_at_call_time_is_a_frozen_one() -> None:
+    zoo = adapt_zoo(LinearZoo(["output_layer"]))
+    with pytest.raises(ValueError, match="output_layer: the base weight requires grad"):
+        zoo.output_layer(torch.randn(5, IN), weight=nn.Parameter(torch.randn(OUT, IN)))
+
+
+@pytest.mark.parametrize("runtime_gather_output", [True, False])
+def test_runtime_gather_output_reaches_the_base_layer(runtime_gather_output: bool) -> None:
+    zoo = adapt_zoo(LinearZoo(["column", "column_gather_output"]))
+    x = torch.randn(5, IN)
+    for kind in zoo.kinds:
+        site = getattr(zoo, kind)
+        expected, _ = site(x)
+        found, _ = site(x, runtime_gather_output=runtime_gather_output)
+        torch.testing.assert_close(found, expected)
+
+
+def test_adapters_off_and_on() -> None:
+    model = tiny_gpt()
+    base = logits_of(model, token_ids())
+    randomize_adapters(dora_fx.DoRA(dim=DIM)(model))
+    adapted = logits_of(model, token_ids())
+    off = next(iter(sites(model).values()))
+    off.disable_adapter_layers()
+    partly = logits_of(model, token_ids())
+    with disable_adapter(model):
+        assert torch.equal(logits_of(model, token_ids()), base)
+        with disable_adapter(model):
+            assert torch.equal(logits_of(model, token_ids()), base)
+        assert torch.equal(logits_of(model, token_ids()), base)
+    assert torch.equal(logits_of(model, token_ids()), partly)
+    off.enable_adapter_layers()
+    assert torch.equal(logits_of(model, token_ids()), adapted)
+    assert not torch.allclose(adapted, base)
+    assert not torch.allclose(adapted, partly)
+
+
+def test_context_restores_after_an_error() -> None:
+    zoo = adapt_zoo(LinearZoo(["row"]))
+    adapted = zoo.row(torch.ones(2, IN))[0]
+    with pytest.raises(KeyError), disable_adapter(zoo):
+        raise KeyError
+    assert torch.equal(zoo.row(torch.ones(2, IN))[0], adapted)
+
+
+def test_switching_adapters_reaches_compiled_code() -> None:
+    zoo = adapt_zoo(LinearZoo(["column_bias_added", "linear_bias"]))
+    inputs = {kind: torch.randn(5, IN) for kind in zoo.kinds}
+    call = torch.compile(zoo, backend="dora_fx", options={"inner_compiler": "aot_eager"}, fullgraph=True)
+    adapted = call(inputs)
+    with disable_adapter(zoo):
+        base = call(inputs)
+        for kind in zoo.kinds:
+            torch.testing.assert_close(base[kind], zoo(inputs)[kind])
+    again = call(inputs)
+    for kind in zoo.kinds:
+        assert torch.equal(again[kind], adapted[kind])
+        assert not torch.allclose(base[kind], adapted[kind])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_attached_to_a_model_of_any_dtype(dtype: torch.dtype) -> None:
+    zoo = dora_fx.DoRA(["row", "linear"], dim=DIM)(LinearZoo(["row", "linear"]).to(dtype))
+    for site in sites(zoo).values():
+        assert site.adapter.linear_in.weight.dtype == site.adapter.linear_out.weight.dtype == dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        assert site.adapter.weight_magnitude.dtype == site.base_norm_sq.dtype == site._get_weight_norm().dtype == wide
+
+
+CASTS: dict[str, Any] = {
+    "bfloat16": lambda model: model.bfloat16(),
+    "half": lambda model: model.half(),
+    "to": lambda model: model.to(torch.bfloat16),
+    "to_device_and_dtype": lambda model: model.to("cpu", torch.float16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_casting_a_model_does_not_round_the_magnitude(cast: Any) -> None:
+    zoo = adapt_zoo(LinearZoo())
+    zoo(inputs := {kind: torch.randn(5, IN) for kind in zoo.kinds})["row"].sum().backward()
+    before = {kind: getattr(zoo, kind).adapter.weight_magnitude.detach().clone() for kind in zoo.kinds}
+    gradient = zoo.row.adapter.weight_magnitude.grad.clone()
+    parameters = [id(parameter) for parameter in zoo.parameters()]
+    cast(zoo)
+    assert [id(parameter) for parameter in zoo.parameters()] == parameters
+    assert torch.equal(zoo.row.adapter.weight_magnitude.grad, gradient)
+    for kind in zoo.kinds:
+        site = getattr(zoo, kind)
+        assert site.adapter.linear_in.weight.dtype == site.base_weight.dtype != torch.float32
+        assert site.adapter.weight_magnitude.dtype == site.base_norm_sq.dtype == torch.float32
+        assert torch.equal(site.adapter.weight_magnitude, before[kind])
+        measured = site.base_weight.float().square().sum(1)
+        torch.testing.assert_close(site.base_norm_sq, measured)
+    outputs = zoo({kind: x.to(zoo.row.weight.dtype) for kind, x in inputs.items()})
+    torch.stack([output.float().sum() for output in outputs.values()]).sum().backward()
+    assert all(parameter.grad.dtype == parameter.dtype for parameter in trainable(zoo).values())
+
+
+def test_double_widens_the_magnitude_and_float_returns_it() -> None:
+    zoo = adapt_zoo(LinearZoo(["row"]))
+    before = zoo.row.adapter.weight_magnitude.detach().clone()
+    assert zoo.double().row.adapter.weight_magnitude.dtype == torch.float64
+    assert zoo.row.base_norm_sq.dtype == torch.float64
+    assert zoo.float().row.adapter.weight_magnitude.dtype == torch.float32
+    assert torch.equal(zoo.row.adapter.weight_magnitude, before)
+
+
+def test_casting_the_adapter_alone_does_not_round_the_magnitude() -> None:
+    zoo = adapt_zoo(LinearZoo(["row"]))
+    before = zoo.row.adapter.weight_magnitude.detach().clone()
+    zoo.row.adapter.bfloat16()
+    assert zoo.row.adapter.linear_in.weight.dtype == torch.bfloat16
+    assert torch.equal(zoo.row.adapter.weight_magnitude, before)
+
+
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_norm_is_that_of_the_dense_weight_and_has_no_gradient(kind: str) -> None:
+    site = getattr(adapt_zoo(LinearZoo([kind]).double()), kind)
+    lora_a, lora_b = site.adapter.linear_in.weight, site.adapter.linear_out.weight
+    expected = row_norms(site.base_weight, lora_a, lora_b, site.scaling)
+    norm = site._get_weight_norm()
+    assert not norm.requires_grad
+    torch.testing.assert_close(norm, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_norm_of_rows_that_cancel(dtype: torch.dtype) -> None:
+    """sBA = -W0 but for a rest of one part in ten thousand: rounding must not make the square negative."""
+    zoo = LinearZoo(["linear"]).to(dtype)
+    dora_fx.DoRA(["linear"], dim=IN, alpha=IN)(zoo)
+    site, rest = zoo.linear, 1e-4
+    with torch.no_grad():
+        site.adapter.linear_in.weight.copy_(torch.eye(IN))
+        site.adapter.linear_out.weight.copy_(-(1 - rest) * site.base_weight)
+    norm, scale = site._get_weight_norm(), site.base_norm_sq.sqrt()
+    assert torch.isfinite(norm).all()
+    # The square is worked out from terms of the size of the weight's, so its error is some of their last bits.
+    assert ((norm.square() - (rest * scale).square()).abs() <= 20 * torch.finfo(dtype).eps * scale.square()).all()
+    with torch.no_grad():
+        site.adapter.linear_out.weight.copy_(-site.base_weight)
+    assert torch.isfinite(zoo({"linear": torch.randn(5, IN, dtype=dtype)})["linear"]).all()
+
+
+def test_norm_in_bfloat16_keeps_float32_accuracy() -> None:
+    zoo = adapt_zoo(LinearZoo().bfloat16())
+    for site in sites(zoo).values():
+        factors = (site.adapter.linear_in.weight, site.adapter.linear_out.weight)
+        expected = row_norms(site.base_weight.double(), *(factor.double() for factor in factors), site.scaling)
+        torch.testing.assert_close(site._get_weight_norm().double(), expected, rtol=2e-3, atol=0)
+
+
+def test_built_by_hand() -> None:
+    linear = nn.Linear(8, 6).requires_grad_(False)
+    adapter = ParallelLinearDoRAAdapter(8, 6, 2, alpha=4)
+    x = torch.randn(3, 8)
+    layer = DoRALinear(linear, adapter)
+    assert torch.equal(layer(x), linear(x))
+    torch.testing.assert_close(adapter.get_weight_magnitude().detach(), linear.weight.norm(dim=1))
+    given = ParallelLinearDoRAAdapter(8, 6, 2, alpha=4)
+    given.init_weight_magnitude(2 * linear.weight.norm(dim=1))
+    doubled = DoRALinear(linear, given)(x)
+    torch.testing.assert_close(doubled - linear.bias, 2 * (linear(x) - linear.bias))
+
+
+def test_copies_are_independent() -> None:
+    zoo = adapt_zoo(LinearZoo(["linear_bias"]))
+    twin = copy.deepcopy(zoo)
+    x = {"linear_bias": torch.randn(3, IN)}
+    before = zoo(x)["linear_bias"]
+    with torch.no_grad():
+        twin.linear_bias.adapter.weight_magnitude.mul_(2)
+    assert torch.equal(zoo(x)["linear_bias"], before)
+    assert not torch.allclose(twin(x)["linear_bias"], before)
+
+
+def test_adapter_computes_nothing_itself() -> None:
+    with pytest.raises(TypeError, match="DoRALinear"):
+        ParallelLinearDoRAAdapter(8, 6, 2)(torch.randn(3, 8))
