@@ -1,0 +1,36 @@
+"""Start one process per rank, wait for all of them, and bring back what rank 0 returns."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dora_fx.megatron_world import megatron_world
+
+
+def _enter(
+    rank: int, function: Callable[..., Any], world_size: int, tp: int, folder: str, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), world_size)
+    with megatron_world(store=store, global_rank=rank, world_size=world_size, tensor_model_parallel_size=tp):
+        result = function(*args)
+    if rank == 0:
+        torch.save(result, Path(folder) / "result")
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, tp: int, *args: Any) -> Any:
+    """Run a module-level function on every rank of a Megatron world and return rank 0's result.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, (function, world_size, tp, folder, args), nprocs=world_size)
+        return torch.load(Path(folder) / "result", weights_only=False)

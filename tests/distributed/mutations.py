@@ -1,0 +1,122 @@
+"""Named faults planted in the library's own code, one at a time, to see whether the harness notices."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from dora_fx import attach, collectives, dropout, functional, layers, weight_norm
+from dora_fx.config import DoRA
+
+Adapter = layers.ParallelLinearDoRAAdapter
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace `old` by `new` in the source of a function or property getter."""
+
+    name: str
+    function: Callable[..., Any]
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    Mutation("bias scaled", functional.adapted_linear, "output if bias is None else output - bias", "output"),
+    Mutation(
+        "magnitude's gradient left partial",
+        functional.adapted_linear,
+        "magnitude = copy_to_group(magnitude, tp_group)",
+        "pass",
+    ),
+    Mutation("no dropout correction", functional.adapted_linear, "dropped_product * delta +", ""),
+    Mutation(
+        "two dropout masks",
+        functional.adapted_linear,
+        "change = dropped_product",
+        "change = F.linear(dropout(x, draw_dropout_key(x, tp_group), dropout_p, table.shards_input_features), weight)",
+    ),
+    Mutation("input gradient not reduced", functional.adapted_linear, "table.enter in ENTER", 'table.enter == "x"'),
+    Mutation("low-rank product not scaled", functional.adapted_linear, "(delta + 1.0)", "1.0"),
+    Mutation("gain without minus norm", functional.magnitude_delta, "(magnitude - norm)", "magnitude"),
+    Mutation("low-rank product not reduced", functional._join_base, "else reduce(addend, tp_group)", "else addend"),
+    Mutation(
+        "low-rank product joined after the reduce",
+        functional._join_base,
+        "reduce(product + addend, tp_group)",
+        "reduce(product, tp_group) + addend",
+    ),
+    Mutation(
+        "base collective run twice",
+        functional._join_base,
+        "output = reduce(product + addend, tp_group)",
+        "output = reduce(reduce(product + addend, tp_group), tp_group)",
+    ),
+    Mutation("alpha and dim swapped", Adapter.scaling.fget, "self.alpha / self.dim", "self.dim / self.alpha"),
+    Mutation("gradient flows through the norm", weight_norm.weight_norm, ".detach()", ""),
+    Mutation("norm over both axes", weight_norm.weight_norm, "gram) * wide_b).sum(1)", "gram) * wide_b).sum()"),
+    Mutation("norm in bfloat16", weight_norm.weight_norm, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),
+    Mutation("norm's cross term not reduced", weight_norm.weight_norm, "reduce_from_group(cross, tp_group)", "cross"),
+    Mutation("norm's Gram matrix not reduced", weight_norm.weight_norm, "reduce_from_group(gram, tp_group)", "gram"),
+    Mutation("norm's scaling not squared", weight_norm.weight_norm, "scaling**2", "scaling"),
+    Mutation(
+        "stale norm",
+        weight_norm.weight_norm,
+        "return squared.clamp(min=0.0).sqrt()",
+        "return _stale.setdefault(base_norm_sq.data_ptr(), squared.clamp(min=0.0).sqrt())",
+    ),
+    Mutation(
+        "norms reduced instead of squares",
+        weight_norm.base_norm_squared,
+        "reduce_from_group(squares, tp_group)",
+        "reduce_from_group(squares.sqrt(), tp_group).square()",
+    ),
+    Mutation("base norm not reduced", weight_norm.base_norm_squared, "reduce_from_group(squares, tp_group)", "squares"),
+    Mutation(
+        "weight gradients not reduced",
+        collectives._reduce_scatter,
+        '_ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group_size(group_name), group_name))',
+        "x.chunk(group_size(group_name))[group_rank(group_name)].contiguous()",
+    ),
+    Mutation("weight gradients reduced twice", collectives._reduce_scatter, "x.contiguous()", "2 * x.contiguous()"),
+    Mutation("group of one rank", attach._plan_site, "linear.tp_group.size() > 1", "linear.tp_group.size() > 2"),
+    Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),
+    Mutation("mask differs between replicas", dropout.keep_mask, "tokens ^ key[0]", "tokens ^ key[0] ^ key[2]"),
+    Mutation("dropout without rescaling", dropout.dropout, "x * (1.0 / (1.0 - p))", "x"),
+    Mutation("shards not marked", Adapter._mark_sharded_parameters, "if dim is not None", "if dim is dim and False"),
+    Mutation("magnitude marked as a shard", Adapter._mark_sharded_parameters, "if dim is not None", "if True"),
+    Mutation("A drawn per rank", DoRA.seed_for, "torch.initial_seed()", "torch.initial_seed() + _rank()"),
+    Mutation("gated rows sharded as one block", attach._row_blocks, "2 if gated", "1 if gated"),
+]
+
+
+def _rank() -> int:
+    return dist.get_rank()
+
+
+@contextmanager
+def planted(mutation: Mutation) -> Iterator[None]:
+    """Within the context the mutated source is what runs, through every reference to the function."""
+    target = inspect.unwrap(mutation.function)
+    assert isinstance(target, types.FunctionType)
+    source = textwrap.dedent(inspect.getsource(target))
+    source = source[source.index("def ") :]
+    assert mutation.old in source, f"{mutation.name}: its text is not in {target.__qualname__}"
+    namespace = dict(target.__globals__)
+    exec(compile(source.replace(mutation.old, mutation.new), target.__code__.co_filename, "exec"), namespace)
+    original = target.__code__
+    target.__globals__.update(_rank=_rank, _stale={})
+    target.__code__ = namespace[target.__name__].__code__
+    try:
+        yield
+    finally:
+        target.__code__ = original
+        for name in ("_rank", "_stale"):
+            del target.__globals__[name]

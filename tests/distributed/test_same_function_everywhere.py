@@ -1,0 +1,68 @@
+"""Every topology is the function that one rank is: outputs, gradients, their norm, and weights after training.
+
+One launch per topology runs all layers in all modes; the oracle runs on one rank, without the library's
+arithmetic, compiler and optimizer.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.launch import run_ranks
+from tests.distributed.oracle import run_oracle
+from tests.distributed.training import Mode, run_rank
+from tests.distributed.zoo import Topology, layer_names
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+# Megatron measures the gradient norm in float32 whatever the gradients are.
+GRAD_NORM_TOLERANCE = 2e-6
+
+EAGER = Mode()
+COMPILED = Mode(compiler="dora_fx_aot_eager", num_steps=2)
+DROPOUT = Mode(dropout=0.3, recompute=True, num_steps=2)
+COMPILED_DROPOUT = Mode(compiler="dora_fx_aot_eager", dropout=0.3, recompute=True, num_steps=2)
+CLIPPED = Mode(dtype=torch.float32, clip_grad=1.0, num_steps=2)
+INDUCTOR = Mode(compiler="dora_fx_inductor", dtype=torch.float32, num_steps=2)
+PLAIN_INDUCTOR = Mode(compiler="inductor", num_steps=2)
+
+slow = pytest.mark.slow
+TOPOLOGIES = [
+    pytest.param(Topology(tp=1), [EAGER, COMPILED], marks=slow),
+    pytest.param(Topology(tp=2), [EAGER, COMPILED_DROPOUT]),
+    pytest.param(Topology(tp=2, sequence_parallel=True), [COMPILED, DROPOUT, CLIPPED]),
+    pytest.param(Topology(tp=2), [INDUCTOR, PLAIN_INDUCTOR, CLIPPED], marks=slow),
+    pytest.param(Topology(tp=2, sequence_parallel=True), [INDUCTOR, PLAIN_INDUCTOR, EAGER], marks=slow),
+    pytest.param(Topology(dp=2), [EAGER, COMPILED, CLIPPED], marks=slow),
+    pytest.param(Topology(tp=2, dp=2), [EAGER, COMPILED, CLIPPED], marks=slow),
+    pytest.param(Topology(tp=2, sequence_parallel=True, dp=2), [EAGER, COMPILED, CLIPPED], marks=slow),
+    pytest.param(Topology(tp=4), [EAGER, COMPILED_DROPOUT, CLIPPED], marks=slow),
+    pytest.param(Topology(tp=4, sequence_parallel=True), [EAGER, COMPILED_DROPOUT, CLIPPED], marks=slow),
+]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("topology", "modes"), TOPOLOGIES, ids=str)
+def test_equals_one_rank(topology, modes, record_error):
+    names = tuple(layer_names(topology))
+    oracle = run_ranks(run_oracle, 1, 1, [(mode, names) for mode in modes])
+    found = run_ranks(run_rank, topology.world_size, topology.tp, topology, modes)
+    wrong = []
+    for mode, expected in zip(modes, oracle, strict=True):
+        results = found[str(mode)]
+        assert results.keys() == expected.keys()
+        assert float(results["replicas differ by"]) == 0.0
+        for quantity, value in expected.items():
+            if quantity == "replicas differ by":
+                continue
+            error = relative_error(results[quantity], value)
+            bound = GRAD_NORM_TOLERANCE if quantity == "grad_norm" else TOLERANCE[mode.dtype]
+            if quantity != "grad_norm":
+                layer = quantity.removeprefix("layers.").partition(" ")[0].partition(".")[0]
+                record_error(f"{topology} {layer}", mode.compiler, mode.dtype, error)
+            if not error <= bound:
+                wrong.append(f"{mode}: {quantity} off by {error:.1e}, bound {bound:.0e}")
+    assert not wrong, "\n".join(wrong)
