@@ -1,0 +1,55 @@
+"""From `--base` to a Megatron model and its tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_fx.cli.errors import UserError
+from dora_fx.cli.smollm2 import fetch_smollm2
+from dora_fx.models import HFCheckpoint, build_gpt_model, load_hf_checkpoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_base(base: str) -> Path:
+    """The directory or GGUF file that `--base` names; `smollm2` is fetched if need be.
+
+    Raises:
+        UserError: no such file, neither a directory with a config.json nor a GGUF file, or the fetch failed.
+    """
+    if base == "smollm2":
+        return fetch_smollm2()
+    path = Path(base)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--base {base}: the directory has no config.json, expected a Hugging Face checkpoint")
+    elif not path.is_file():
+        raise UserError(f"--base {base}: no such file or directory; expected one, or the name smollm2")
+    elif path.suffix != ".gguf":
+        raise UserError(f"--base {base}: found a {path.suffix or 'suffixless'} file, expected .gguf or a directory")
+    return path
+
+
+def load_checkpoint(path: Path, dtype: str) -> HFCheckpoint:
+    """Read config, weights and tokenizer; raises UserError for files that are unreadable or unsupported."""
+    import transformers  # noqa: F401  its log handler must take the real stderr, so it comes before the redirection
+
+    try:
+        # transformers and gguf draw bars of their own, which would run through the command's.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return load_hf_checkpoint(path, DTYPES[dtype])
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"--base {path}: {error}") from error
+
+
+def build_base_model(checkpoint: HFCheckpoint, dtype: str, device: str) -> Any:
+    """The Megatron GPTModel with the checkpoint's weights; raises UserError for what it does not support."""
+    try:
+        return build_gpt_model(checkpoint.config, checkpoint.state_dict, dtype=DTYPES[dtype], device=device)
+    except ValueError as error:
+        raise UserError(f"--base: {error}") from error

@@ -1,0 +1,78 @@
+"""Entry point of the `dora-fx` command: parse, run the sub-command, turn errors into one line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+
+from dora_fx.cli.errors import Interrupted, UserError
+
+USER_ERROR_EXIT_CODE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dora-fx` with the given arguments (the process's own by default) and return its exit code."""
+    _quieten_libraries()
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "dora_fx":
+            raise
+        return _fail(f'{error.name} is not installed; the command needs: pip install "dora-fx[demo]"')
+    except ArgumentError as error:
+        return _fail(_in_terms_of_options(str(error)))
+    except UserError as error:
+        return _fail(str(error))
+    except Interrupted as error:
+        print(f"dora-fx: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return Interrupted(signal.SIGINT).exit_code
+
+
+def _run(argv: list[str]) -> int:
+    import jsonargparse
+
+    import dora_fx
+    from dora_fx.cli import finetune
+
+    parser = jsonargparse.ArgumentParser(
+        prog="dora-fx",
+        description="DoRA fine-tuning of Megatron-Core models.",
+        exit_on_error=False,
+        version=dora_fx.__version__,
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    commands.add_subcommand("finetune", finetune.parser(), help=finetune.HELP)
+    if argv[:1] == ["finetune"]:
+        argv = ["finetune", *finetune.options_in_order(argv[1:])]
+    parsed = parser.parse_args(argv)
+    return finetune.run(parsed[parsed.command].as_dict())
+
+
+def _quieten_libraries() -> None:
+    """Hide warnings about what a single process does without, and Dynamo's about Megatron's cached rotary table."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _in_terms_of_options(message: str) -> str:
+    """jsonargparse's message without its line breaks and Python's names of keys and types."""
+    message = re.sub(r'Parser key "(\w+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
+    return re.sub(r"a (?:<class '(\w+)'>|typing\.(?=Literal))", r"\1", message)
+
+
+def _fail(message: str) -> int:
+    print(f"dora-fx: error: {' '.join(message.split())}", file=sys.stderr)
+    return USER_ERROR_EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

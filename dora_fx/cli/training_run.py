@@ -1,0 +1,172 @@
+"""The course of one run: measure, train, save, measure again; and what happens when it is stopped or resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_fx import __version__
+from dora_fx.cli.errors import Interrupted, UserError
+from dora_fx.cli.options import FinetuneOptions, saved_options
+from dora_fx.cli.progress import Display, TrainingDisplay
+from dora_fx.cli.run_folder import RunFolder
+from dora_fx.cli.sample import generate_greedily
+from dora_fx.cli.stop_signals import StopSignals
+from dora_fx.cli.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+_PROMPT_TOKENS = 16
+
+
+@dataclass
+class TrainingRun:
+    """Everything one run works with; `run` does it."""
+
+    options: FinetuneOptions
+    folder: RunFolder
+    display: Display
+    stop: StopSignals
+    trainer: Trainer
+    tokenizer: Any
+    device: str
+
+    def run(self, held_out: Tensor) -> int:
+        """Train to the last step, or until a signal; return the exit code."""
+        if self.options.resume is not None:
+            self._restore()
+        prompt = self._prompt(held_out)
+        try:
+            with self.stop.deferred():
+                self.trainer.allocate_buffers()
+                self._measure(prompt)
+                self._train()
+                self._measure(prompt)
+        except Interrupted as interrupted:
+            self._save()
+            self.display.say(f"{interrupted} at step {self.trainer.step} of {self.options.steps}; saved")
+            self.display.say(f"go on with: dora-fx finetune --resume {self.folder.path}")
+            return interrupted.exit_code
+        self._save()
+        self._say_results()
+        return 0
+
+    def _restore(self) -> None:
+        try:
+            self.trainer.load_state_dict(self.folder.load_state())
+        except (ValueError, KeyError) as error:
+            raise UserError(f"--resume {self.folder.path}: {error}") from error
+        step, steps = self.trainer.step, self.options.steps
+        if step > steps or (step == steps and step in self._held_out_losses()):
+            raise UserError(f"--resume {self.folder.path}: all of its {step} steps are done; more with --steps")
+        self.folder.drop_metrics_after(step)
+        self.folder.write_config(saved_options(self.options))
+        self.display.say(f"resumed at step {step} of {steps}")
+
+    def _train(self) -> None:
+        options, trainer = self.options, self.trainer
+        with self.display.training(trainer.step, options.steps) as shown:
+            if options.compile != "none" and trainer.step < options.steps:
+                shown.say("the first step compiles the model for training, once")
+            while trainer.step < options.steps:
+                self._train_step(shown)
+                self.stop.raise_if_requested()
+                if trainer.step == options.steps:
+                    break
+                if options.eval_every and trainer.step % options.eval_every == 0:
+                    self._measure_held_out(shown.say)
+                if options.save_every and trainer.step % options.save_every == 0:
+                    self._save()
+        self._save()
+
+    def _train_step(self, shown: TrainingDisplay) -> None:
+        try:
+            metrics = self.trainer.train_step()
+        except FloatingPointError as error:
+            raise UserError(f"{error}; a smaller --lr may help") from error
+        except Exception:
+            # Ctrl-C on a terminal also reaches a C++ compiler that Inductor runs, and its failure ends the step.
+            if not self.stop.requested:
+                raise
+            logger.debug("the step under way failed after a signal", exc_info=True)
+            return
+        row = {name: getattr(metrics, name) for name in ("step", "loss", "lr", "grad_norm", "tokens", "seconds")}
+        self.folder.append_metrics(row)
+        shown.show(metrics)
+
+    def _measure(self, prompt: Tensor) -> None:
+        """Held-out loss and sample, before the first step and after the last; whatever is there is not redone."""
+        step = self.trainer.step
+        if step not in (0, self.options.steps):
+            return
+        if step not in self._held_out_losses():
+            once = " (and compiling for it, once)" if step == 0 and self.options.compile != "none" else ""
+            with self.display.phase(f"measuring the held-out loss{once}"):
+                self._measure_held_out(self.display.say)
+        if self.options.sample_tokens and step not in self.folder.read_samples():
+            with self.display.phase("generating a sample"):
+                self._generate(prompt)
+
+    def _measure_held_out(self, say: Callable[[str], None]) -> None:
+        loss = self.trainer.held_out_loss(between=self.stop.raise_if_requested)
+        self.folder.append_metrics({"step": self.trainer.step, "held_out_loss": loss})
+        say(f"held-out loss at step {self.trainer.step}: {loss:.4f}")
+
+    def _generate(self, prompt: Tensor) -> None:
+        tokens = generate_greedily(
+            self.trainer.model,
+            prompt,
+            self.options.sample_tokens,
+            self.tokenizer.eos_token_id,
+            self.device,
+            between=self.stop.raise_if_requested,
+        )
+        self.folder.append_sample(self.trainer.step, self._text(prompt), self._text(tokens))
+
+    def _held_out_losses(self) -> dict[int, float]:
+        rows = self.folder.read_metrics()
+        return {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+
+    def _prompt(self, held_out: Tensor) -> Tensor:
+        if self.options.prompt is None:
+            return held_out[0, : min(_PROMPT_TOKENS, held_out.shape[1] // 2)]
+        ids = self.tokenizer(self.options.prompt, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise UserError("--prompt: found no token in it, expected some text")
+        return torch.tensor(ids)
+
+    def _text(self, tokens: Tensor) -> str:
+        return self.tokenizer.decode(tokens.tolist())
+
+    def _save(self) -> None:
+        options, step = self.options, self.trainer.step
+        self.folder.save_state(self.trainer.state_dict())
+        description = {
+            "format": "dora_fx adapter",
+            "dora_fx_version": __version__,
+            "base": options.base,
+            "target_modules": options.target_modules,
+            "exclude_modules": options.exclude_modules,
+            "dim": options.dim,
+            "alpha": options.alpha,
+            "dropout": options.dropout,
+            "step": step,
+        }
+        self.folder.save_adapter(self.trainer.adapter, description)
+        self.folder.draw_loss_curve()
+
+    def _say_results(self) -> None:
+        say, folder = self.display.say, self.folder
+        losses, samples = self._held_out_losses(), folder.read_samples()
+        before, after = losses[0], losses[self.options.steps]
+        say(f"\nheld-out loss: {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
+        if self.options.sample_tokens:
+            first, last = samples[0], samples[self.options.steps]
+            say(f"prompt:  {first['prompt']!r}\nbefore:  {first['text']!r}\nafter:   {last['text']!r}")
+        say(f"\nrun folder: {folder.path}\n  loss curve: {folder.loss_curve.name}   adapter: {folder.adapter.name}")
+        say(f"train on with: dora-fx finetune --resume {folder.path} --steps {2 * self.options.steps}")

@@ -1,0 +1,135 @@
+"""What a Hugging Face config says about a decoder, in Megatron's terms; everything it cannot say is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Megatron has these three numbers of Llama 3's rotary scaling as constants; only the factor is an option.
+_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+class UnsupportedModelError(ValueError):
+    """A checkpoint uses something that the Megatron model built here would compute differently."""
+
+
+@dataclass(frozen=True)
+class GPTArchitecture:
+    """A decoder with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
+
+    `kv_channels` is the size of one head; `llama3_rope_factor` and `linear_rope_factor` are None where positions
+    are not rescaled that way.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_sequence_length: int
+    layernorm_epsilon: float
+    attention_dropout: float
+    qkv_bias: bool
+    qk_layernorm: bool
+    tied_embeddings: bool
+    rotary_base: float
+    llama3_rope_factor: float | None = None
+    linear_rope_factor: float | None = None
+
+    @property
+    def queries_per_group(self) -> int:
+        return self.num_attention_heads // self.num_query_groups
+
+
+def architecture_of(config: Any) -> GPTArchitecture:
+    """Read a transformers config (`LlamaConfig`, `MistralConfig`, `Qwen2Config`, `Qwen3Config`).
+
+    Raises:
+        UnsupportedModelError: the model type, or a feature the config turns on, is not supported; the message
+            names the config's field, the value found and the values supported.
+    """
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        _refuse("model_type", config.model_type, f"one of {', '.join(SUPPORTED_MODEL_TYPES)}")
+    _check_features(config)
+    factors = _rope_factors(config.rope_parameters)
+    return GPTArchitecture(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        kv_channels=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        layernorm_epsilon=config.rms_norm_eps,
+        attention_dropout=float(config.attention_dropout or 0.0),
+        qkv_bias=config.model_type == "qwen2",
+        qk_layernorm=config.model_type == "qwen3",
+        tied_embeddings=bool(config.tie_word_embeddings),
+        rotary_base=config.rope_parameters["rope_theta"],
+        **factors,
+    )
+
+
+def with_query_groups(architecture: GPTArchitecture, num_query_groups: int) -> GPTArchitecture:
+    """The same function with more query groups, which tensor parallelism can divide; the added ones are zero.
+
+    Heads grow in step, because Megatron gives every group the same number of queries.
+
+    Raises:
+        ValueError: fewer groups are asked for than the model has.
+    """
+    if num_query_groups < architecture.num_query_groups:
+        raise ValueError(
+            f"num_query_groups is {num_query_groups}, expected at least the model's {architecture.num_query_groups}"
+        )
+    return dataclasses.replace(
+        architecture,
+        num_query_groups=num_query_groups,
+        num_attention_heads=num_query_groups * architecture.queries_per_group,
+    )
+
+
+def _check_features(config: Any) -> None:
+    if config.hidden_act != "silu":
+        _refuse("hidden_act", config.hidden_act, "silu")
+    for name in ("attention_bias", "mlp_bias", "quantization_config"):
+        if getattr(config, name, None):
+            _refuse(name, getattr(config, name), "none")
+    # Qwen configs carry a window that `use_sliding_window` turns off, and Mistral's has no such switch.
+    layer_types = getattr(config, "layer_types", None) or []
+    if any(kind != "full_attention" for kind in layer_types):
+        _refuse("layer_types", sorted(set(layer_types)), "full_attention only")
+    if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None:
+        _refuse("sliding_window", config.sliding_window, "none")
+    if config.num_attention_heads % config.num_key_value_heads:
+        _refuse("num_key_value_heads", config.num_key_value_heads, f"a divisor of {config.num_attention_heads}")
+
+
+def _rope_factors(parameters: Mapping[str, Any]) -> dict[str, float]:
+    """Keyword arguments of `GPTArchitecture` for the way positions are rescaled."""
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        _refuse("rope_parameters.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0")
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        return {}
+    if kind == "linear":
+        return {"linear_rope_factor": parameters["factor"]}
+    if kind == "llama3":
+        for name, expected in _LLAMA3_CONSTANTS.items():
+            if parameters[name] != expected:
+                _refuse(f"rope_parameters.{name}", parameters[name], str(expected))
+        return {"llama3_rope_factor": parameters["factor"]}
+    return _refuse("rope_parameters.rope_type", kind, "one of default, linear, llama3")
+
+
+def _refuse(field: str, found: object, expected: str) -> Any:
+    raise UnsupportedModelError(
+        f"the model's config has {field} = {found!r}, which is not supported; expected {expected}"
+    )

@@ -1,0 +1,64 @@
+"""Read a base model with transformers: a directory of its own format, or one GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_fx.models.architecture import architecture_of
+
+
+@dataclass(frozen=True)
+class HFCheckpoint:
+    """A transformers config, the tensors as the transformers model names them, and the tokenizer."""
+
+    config: Any
+    state_dict: dict[str, Tensor]
+    tokenizer: Any
+
+
+def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFCheckpoint:
+    """Load a checkpoint from local files; nothing is downloaded.
+
+    Args:
+        path: a directory with config.json, weights and a tokenizer, or a .gguf file.
+        dtype: the tensors are converted to it; quantised GGUF tensors are dequantised.
+
+    Raises:
+        FileNotFoundError: there is no such file or directory.
+        UnsupportedModelError: the config has something that `build_gpt_model` refuses; in a directory, found
+            before the weights are read.
+        ValueError, OSError: transformers cannot read the files, or tensors of the config's model are missing.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    source: dict[str, Any] = {"local_files_only": True}
+    if path.is_dir():
+        architecture_of(AutoConfig.from_pretrained(path, **source))
+        tokenizer = AutoTokenizer.from_pretrained(path, **source)
+        model = _load_model(path, dtype, source)
+    else:
+        # A GGUF file's config costs as much time to read as its tokenizer, so it is read once, with the model.
+        source["gguf_file"] = path.name
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        model = _load_model(path.parent, dtype, source)
+        # transformers notes the file's quantisation here although it dequantised every tensor.
+        model.config.__dict__.pop("quantization_config", None)
+    return HFCheckpoint(model.config, dict(model.state_dict()), tokenizer)
+
+
+def _load_model(folder: Path, dtype: torch.dtype, source: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **source)
+    # transformers draws a missing tensor at random and says so in a warning only.
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info[problem]:
+            raise ValueError(f"{folder}: the checkpoint has {problem.replace('_', ' ')}: {sorted(info[problem])}")
+    return model

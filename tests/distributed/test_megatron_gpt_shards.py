@@ -1,0 +1,50 @@
+"""Tensor-parallel ranks load their shards of a checkpoint, and together compute what transformers computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from dora_fx.models import build_gpt_model, causal_mask
+from tests.distributed.launch import run_ranks
+from tests.hf_models import tiny_hf_model
+
+# Three query groups do not divide by two ranks, so a zero group is added.
+CASES: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    "llama": ("llama", {}, None),
+    "qwen2": ("qwen2", {}, None),
+    "zero_group": ("llama_tied", dict(num_key_value_heads=3), 4),
+}
+TOKENS = torch.randint(0, 64, (2, 11), generator=torch.Generator().manual_seed(8))
+
+
+def logits_of_all_ranks() -> dict[str, torch.Tensor]:
+    group = parallel_state.get_tensor_model_parallel_group()
+    logits = {}
+    for case, (kind, overrides, num_query_groups) in CASES.items():
+        hf = tiny_hf_model(kind, **overrides)
+        model = build_gpt_model(hf.config, hf.state_dict(), num_query_groups=num_query_groups).eval()
+        with torch.no_grad():
+            positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
+            local = model(TOKENS, positions, causal_mask(TOKENS.shape[1], "cpu"))
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group=group)
+        logits[case] = torch.cat(parts, dim=-1)
+    return logits
+
+
+@pytest.fixture(scope="module")
+def logits() -> dict[str, torch.Tensor]:
+    return run_ranks(logits_of_all_ranks, 2, 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_compute_the_logits_of_transformers(case: str, logits: dict[str, torch.Tensor]) -> None:
+    kind, overrides, _ = CASES[case]
+    with torch.no_grad():
+        expected = tiny_hf_model(kind, **overrides)(TOKENS).logits
+    torch.testing.assert_close(logits[case], expected, atol=2e-5, rtol=0)

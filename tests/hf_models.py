@@ -1,0 +1,81 @@
+"""Tiny Hugging Face models with random weights: every supported architecture, and a directory with a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+_SHAPE: dict[str, Any] = dict(
+    vocab_size=64,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+)
+_LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500.0,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+
+# Every one differs from the others in something that the conversion must carry over.
+CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {}),
+    "llama_tied": (transformers.LlamaConfig, dict(tie_word_embeddings=True)),
+    "llama_wide_heads": (transformers.LlamaConfig, dict(head_dim=16)),
+    "llama_one_group": (transformers.LlamaConfig, dict(num_key_value_heads=1)),
+    "llama_rope_base": (
+        transformers.LlamaConfig,
+        dict(rope_parameters=dict(rope_type="default", rope_theta=123.0)),
+    ),
+    "llama_rope_llama3": (transformers.LlamaConfig, dict(rope_parameters=_LLAMA3_ROPE)),
+    "llama_rope_linear": (
+        transformers.LlamaConfig,
+        dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
+    ),
+    "mistral": (transformers.MistralConfig, dict(sliding_window=None)),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, dict(head_dim=16)),
+}
+
+
+def tiny_hf_config(kind: str = "llama", **overrides: Any) -> Any:
+    """A transformers config from `CONFIGS`."""
+    config_class, settings = CONFIGS[kind]
+    return config_class(**(_SHAPE | settings | overrides))
+
+
+def tiny_hf_model(kind: str = "llama", seed: int = 3, **overrides: Any) -> Any:
+    """A transformers model with random weights, norms and biases among them, in evaluation mode."""
+    model = transformers.AutoModelForCausalLM.from_config(
+        tiny_hf_config(kind, **overrides), attn_implementation="eager"
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0 + 0.3 * noise)
+    return model.eval()
+
+
+def save_tiny_checkpoint(folder: Path, kind: str = "llama", **overrides: Any) -> Path:
+    """Write a tiny model and a tokenizer whose tokens are the 64 commonest ASCII characters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    characters = "<e>", *" \n.,-'()abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[:62], "?"
+    vocabulary = {character: index for index, character in enumerate(characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", unk_token="?")
+    fast.save_pretrained(folder)
+    tiny_hf_model(kind, **overrides).save_pretrained(folder)
+    return folder

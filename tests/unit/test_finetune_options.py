@@ -1,0 +1,161 @@
+"""Options of `dora-fx finetune`: precedence, checks, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dora_fx.cli.main import main
+from dora_fx.cli.optimizer import learning_rate
+from dora_fx.cli.options import FinetuneOptions, check_resumable, options_in_order, saved_options
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command that must fail with exit code 2, one line and no traceback."""
+    assert main(["finetune", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().split("\n")
+    assert line.startswith("dora-fx: error: ")
+    return line.removeprefix("dora-fx: error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--demo", "--steps", "0"], "--steps: found 0, expected a positive integer"),
+        (["--demo", "--lr", ".nan"], "--lr: found nan, expected a positive number"),
+        (["--demo", "--held-out-fraction", "1"], "--held-out-fraction: found 1.0, expected a number between 0 and 1"),
+        (["--demo", "--dim", "0"], "DoRA.dim: found 0, expected a positive integer"),
+        (["--demo", "--alpha", ".nan"], "DoRA.alpha: found nan, expected a positive finite number"),
+        (["--demo", "--dropout", "1"], "DoRA.dropout: found 1.0, expected a probability in [0, 1)"),
+        (["--demo", "--data", "x.txt"], "--demo brings its own text; leave out --data, or --demo"),
+        ([], "no text to train on; give --data FILE, or --demo for a text that every Python has"),
+        (["--demo", "--base", "nowhere"], "nowhere: no such file or directory; expected one, or the name smollm2"),
+        (["--demo", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["--demo", "--schedule", "square"], "--schedule: Expected Literal['constant', 'linear', 'cosine']"),
+        (["--demo", "--batch-size", "two"], "--batch-size: Expected int. Got value: two"),
+        (["--resume", "nowhere"], "--resume nowhere: there is no config.yaml, expected the folder of a saved run"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", None, "a.txt: No such file or directory"),
+        ("a.txt", b"", "a.txt: the file has no text"),
+        ("a.txt", b" \n\t", "a.txt: the file has no text"),
+        ("a.txt", b"abc \xff def", "a.txt: not UTF-8 at byte 4"),
+        ("a.csv", b"abc", "a.csv: found a .csv file, expected .txt or .jsonl"),
+        ("a.jsonl", b"", "a.jsonl: the file has no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'\n{"txt": "x"}', "a.jsonl, line 2: expected an object with a field text that is a string"),
+        ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: expected an object with a field text that is a string"),
+        ("a.jsonl", b"[]", "a.jsonl, line 1: expected an object with a field text that is a string"),
+    ],
+)
+def test_unusable_text_is_named_before_anything_is_loaded(
+    name: str, content: bytes | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    # The base does not exist either, and would be named if it were looked at first.
+    assert message in error_of(capsys, "--data", str(tmp_path / name), "--base", "nowhere")
+
+
+def test_a_folder_that_exists_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(capsys, "--demo", "--run", str(tmp_path))
+    assert message == f"--run {tmp_path}: it exists; choose another name, or go on with --resume {tmp_path}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_is_no_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "has no config.json" in error_of(capsys, "--demo", "--base", str(tmp_path))
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"x")
+    assert "found a .bin file, expected .gguf or a directory" in error_of(capsys, "--demo", "--base", str(file))
+
+
+def test_a_broken_gguf_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"not a model, and long enough to be read as a header")
+    assert main(["finetune", "--demo", "--base", str(file), "--run", str(tmp_path / "run")]) == 2
+    assert f"error: --base {file}: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_of_the_config_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("stepz: 3\n")
+    assert "stepz" in error_of(capsys, "--demo", "--config", str(config))
+
+
+def test_a_config_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    assert str(config) in error_of(capsys, "--demo", "--config", str(config))
+    config.write_text("steps: [\n")
+    assert "config" in error_of(capsys, "--demo", "--config", str(config))
+
+
+@pytest.mark.parametrize("order", [["--steps", "-1", "--config"], ["--config"]])
+def test_the_command_line_wins_wherever_the_config_stands(
+    order: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("demo: true\nsteps: -2\n")
+    found = "-1" if "--steps" in order else "-2"
+    assert f"--steps: found {found}" in error_of(capsys, *order, str(config))
+
+
+def test_configs_come_before_options_and_a_resumed_run_before_both(tmp_path: Path) -> None:
+    for name in ("config.yaml", "state.pt"):
+        (tmp_path / name).touch()
+    arguments = ["--steps", "3", "--config=mine.yaml", "--resume", str(tmp_path)]
+    assert options_in_order(arguments) == [
+        f"--config={tmp_path / 'config.yaml'}",
+        "--config=mine.yaml",
+        "--steps",
+        "3",
+        f"--resume={tmp_path}",
+    ]
+
+
+def test_saved_options_are_plain_yaml_and_give_the_same_options() -> None:
+    options = FinetuneOptions(data=Path("/text.txt"), run=Path("folder"), dim=4)
+    loaded = yaml.safe_load(yaml.safe_dump(saved_options(options)))
+    assert loaded["data"] == "/text.txt" and "run" not in loaded and "resume" not in loaded
+    check_resumable(FinetuneOptions(data=Path("/text.txt"), dim=4, resume=Path("folder"), steps=90), loaded)
+
+
+def test_a_resumed_run_cannot_become_another_one() -> None:
+    from dora_fx.cli.errors import UserError
+
+    saved = saved_options(FinetuneOptions(demo=True))
+    with pytest.raises(UserError, match="--dim: found 4, but the run to resume was started with 16"):
+        check_resumable(FinetuneOptions(demo=True, dim=4), saved)
+    with pytest.raises(UserError, match="--run: leave it out"):
+        check_resumable(FinetuneOptions(demo=True, run=Path("other")), saved)
+
+
+def test_learning_rate_warms_up_and_follows_its_schedule() -> None:
+    def rates(schedule: str) -> list[float]:
+        options = FinetuneOptions(demo=True, steps=6, warmup_steps=2, lr=1.0, schedule=schedule)  # type: ignore[arg-type]
+        return [round(learning_rate(step, options), 4) for step in range(6)]
+
+    assert rates("constant") == [0.5, 1, 1, 1, 1, 1]
+    assert rates("linear") == [0.5, 1, 1, 0.75, 0.5, 0.25]
+    assert rates("cosine") == [0.5, 1, 1, 0.8536, 0.5, 0.1464]
+
+
+def test_every_option_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["finetune", "--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for name in FinetuneOptions.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in shown

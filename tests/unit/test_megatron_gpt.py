@@ -1,0 +1,175 @@
+"""Megatron GPT models built from Hugging Face checkpoints compute what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_fx.models import UnsupportedModelError, architecture_of, build_gpt_model, causal_mask, load_hf_checkpoint
+from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
+from tests.hf_models import CONFIGS, save_tiny_checkpoint, tiny_hf_config, tiny_hf_model
+
+
+def megatron_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        return model.eval()(tokens, positions, causal_mask(tokens.shape[1], "cpu"))
+
+
+def hf_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+TOKENS = torch.randint(0, 64, (2, 19), generator=torch.Generator().manual_seed(8))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_logits_equal_transformers(kind: str, world: None) -> None:
+    hf = tiny_hf_model(kind)
+    model = build_gpt_model(hf.config, hf.state_dict())
+    expected = hf_logits(hf, TOKENS)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(megatron_logits(model, TOKENS), expected, atol=2e-5, rtol=0)
+
+
+def test_logits_equal_transformers_in_bfloat16(world: None) -> None:
+    hf = tiny_hf_model("qwen2").bfloat16()
+    model = build_gpt_model(hf.config, hf.state_dict(), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    error = (megatron_logits(model, TOKENS).float() - hf_logits(hf, TOKENS).float()).abs().max()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_zero_query_groups_keep_the_function(kind: str, world: None) -> None:
+    hf = tiny_hf_model(kind)
+    model = build_gpt_model(hf.config, hf.state_dict(), num_query_groups=4)
+    attention = model.decoder.layers[0].self_attention
+    assert attention.linear_qkv.weight.shape == (4 * (3 + 2) * 8, 48)
+    assert attention.linear_proj.weight.shape == (48, 4 * 3 * 8)
+    torch.testing.assert_close(megatron_logits(model, TOKENS), hf_logits(hf, TOKENS), atol=2e-5, rtol=0)
+
+
+def test_fewer_query_groups_than_the_model_has_are_refused(world: None) -> None:
+    hf = tiny_hf_model()
+    with pytest.raises(ValueError, match="num_query_groups is 1, expected at least the model's 2"):
+        build_gpt_model(hf.config, hf.state_dict(), num_query_groups=1)
+
+
+def test_qkv_rows_are_interleaved_by_query_group() -> None:
+    architecture = architecture_of(tiny_hf_config("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=2))
+    hf = {name: torch.zeros(1, 1) for name in hf_layer_names(architecture)}
+    for name, first, heads in (("q", 0, 4), ("k", 100, 2), ("v", 200, 2)):
+        hf[f"self_attn.{name}_proj.weight"] = torch.arange(first, first + 2 * heads).float()[:, None]
+    fused = megatron_layer_tensors(architecture, hf)["self_attention.linear_qkv.weight"]
+    assert fused[:, 0].tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
+
+
+def test_shards_of_the_gated_mlp_hold_a_part_of_gate_and_of_up() -> None:
+    full = torch.arange(8.0)[:, None]
+    shards = [shard_of("decoder.layers.0.mlp.linear_fc1.weight", full, 0, rank, 2) for rank in range(2)]
+    assert [shard[:, 0].tolist() for shard in shards] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_a_row_shard_is_a_block_of_columns() -> None:
+    shard = shard_of("decoder.layers.0.mlp.linear_fc2.weight", torch.arange(6.0)[None], 1, 1, 3)
+    assert shard.tolist() == [[2, 3]]
+
+
+def test_a_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"linear_proj.weight: size 5 of dimension 1 does not divide by 2 ranks"):
+        shard_of("linear_proj.weight", torch.zeros(3, 5), 1, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "message"),
+    [
+        ("llama", dict(hidden_act="gelu"), "hidden_act = 'gelu'"),
+        ("llama", dict(attention_bias=True), "attention_bias = True"),
+        ("llama", dict(mlp_bias=True), "mlp_bias = True"),
+        ("mistral", dict(sliding_window=16), "sliding_window = 16"),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "layer_types = "),
+        (
+            "llama",
+            dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
+            "rope_parameters.rope_type = 'dynamic'",
+        ),
+        (
+            "llama",
+            dict(
+                rope_parameters=dict(
+                    rope_type="llama3",
+                    rope_theta=1e4,
+                    factor=8.0,
+                    low_freq_factor=2.0,
+                    high_freq_factor=4.0,
+                    original_max_position_embeddings=8192,
+                )
+            ),
+            "rope_parameters.low_freq_factor = 2.0",
+        ),
+    ],
+)
+def test_unsupported_features_are_named(kind: str, overrides: dict, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        architecture_of(tiny_hf_config(kind, **overrides))
+
+
+def test_an_unsupported_architecture_is_named() -> None:
+    import transformers
+
+    with pytest.raises(UnsupportedModelError, match=r"model_type = 'gpt2', .* expected one of llama"):
+        architecture_of(transformers.GPT2Config())
+
+
+def test_tensors_without_a_place_and_missing_ones_are_named(world: None) -> None:
+    hf = tiny_hf_model()
+    tensors = dict(hf.state_dict())
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ValueError, match=r"missing model.layers.1.mlp.up_proj.weight; .* model.layers.0.*q_proj.bias"):
+        build_gpt_model(hf.config, tensors)
+
+
+def test_a_directory_loads_with_its_tokenizer(tmp_path: Path, world: None) -> None:
+    checkpoint = load_hf_checkpoint(save_tiny_checkpoint(tmp_path / "base", "qwen2"))
+    model = build_gpt_model(checkpoint.config, checkpoint.state_dict)
+    expected = hf_logits(tiny_hf_model("qwen2"), TOKENS)
+    torch.testing.assert_close(megatron_logits(model, TOKENS), expected, atol=2e-5, rtol=0)
+    assert checkpoint.tokenizer.decode(checkpoint.tokenizer("hello").input_ids).replace(" ", "") == "hello"
+
+
+def test_a_directory_with_a_missing_tensor_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny_checkpoint(tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys: .*lm_head.weight"):
+        load_hf_checkpoint(folder)
+
+
+def test_a_missing_base_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or directory"):
+        load_hf_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_smollm2_computes_what_transformers_computes(world: None) -> None:
+    import transformers
+
+    from dora_fx.cli.smollm2 import fetch_smollm2
+
+    path = fetch_smollm2()
+    checkpoint = load_hf_checkpoint(path)
+    model = build_gpt_model(checkpoint.config, checkpoint.state_dict)
+    hf = transformers.AutoModelForCausalLM.from_config(checkpoint.config)
+    hf.load_state_dict(checkpoint.state_dict)
+    tokens = torch.tensor([checkpoint.tokenizer("The capital of France is").input_ids])
+    logits = megatron_logits(model, tokens)
+    torch.testing.assert_close(logits, hf_logits(hf.eval(), tokens), atol=1e-3, rtol=0)
+    assert checkpoint.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
