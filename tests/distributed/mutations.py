@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dora_fx import attach, collectives, dropout, functional, layers, weight_norm
+from dora_fx import attach, collectives, dropout, functional, layers, site_parameters, weight_norm
 from dora_fx.config import DoRA
 
 Adapter = layers.ParallelLinearDoRAAdapter
@@ -32,16 +32,23 @@ MUTATIONS = [
     Mutation("bias scaled", functional.adapted_linear, "output if bias is None else output - bias", "output"),
     Mutation(
         "magnitude's gradient left partial",
-        functional.adapted_linear,
-        "magnitude = copy_to_group(magnitude, tp_group)",
-        "pass",
+        site_parameters._magnitudes,
+        "site.table.magnitude_grad_is_partial(dropout=site.dropout_p > 0)",
+        "False",
+    ),
+    Mutation(
+        "magnitude's gradient left partial under dropout",
+        site_parameters._magnitudes,
+        "dropout=site.dropout_p > 0",
+        "dropout=False",
     ),
     Mutation("no dropout correction", functional.adapted_linear, "dropped_product * delta +", ""),
     Mutation(
         "two dropout masks",
         functional.adapted_linear,
         "change = dropped_product",
-        "change = F.linear(dropout(x, draw_dropout_key(x, tp_group), dropout_p, table.shards_input_features), weight)",
+        "other = draw_dropout_key(x, tp_group)\n        "
+        "change = F.linear(dropout(x, other, stored.dropout_p, table.shards_input_features), weight)",
     ),
     Mutation("input gradient not reduced", functional.adapted_linear, "table.enter in ENTER", 'table.enter == "x"'),
     Mutation("low-rank product not scaled", functional.adapted_linear, "(delta + 1.0)", "1.0"),
@@ -60,15 +67,20 @@ MUTATIONS = [
         "output = reduce(reduce(product + addend, tp_group), tp_group)",
     ),
     Mutation("alpha and dim swapped", Adapter.scaling.fget, "self.alpha / self.dim", "self.dim / self.alpha"),
-    Mutation("gradient flows through the norm", weight_norm.weight_norm, ".detach()", ""),
-    Mutation("norm over both axes", weight_norm.weight_norm, "gram) * wide_b).sum(1)", "gram) * wide_b).sum()"),
-    Mutation("norm in bfloat16", weight_norm.weight_norm, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),
-    Mutation("norm's cross term not reduced", weight_norm.weight_norm, "reduce_from_group(cross, tp_group)", "cross"),
-    Mutation("norm's Gram matrix not reduced", weight_norm.weight_norm, "reduce_from_group(gram, tp_group)", "gram"),
-    Mutation("norm's scaling not squared", weight_norm.weight_norm, "scaling**2", "scaling"),
+    Mutation(
+        "gradient flows through the norm",
+        weight_norm.norm_terms,
+        "weight.detach(), lora_a.detach(), lora_b.detach()",
+        "weight, lora_a, lora_b",
+    ),
+    Mutation("norm over both axes", weight_norm.norm_of_terms, "gram) * wide_b).sum(1)", "gram) * wide_b).sum()"),
+    Mutation("norm in bfloat16", weight_norm.norm_of_terms, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),
+    Mutation("norm's terms not reduced", site_parameters._row_norms, "site.table.shards_input_features", "False"),
+    Mutation("norm's terms swapped", site_parameters._row_norms, "terms[::2], terms[1::2]", "terms[1::2], terms[::2]"),
+    Mutation("norm's scaling not squared", weight_norm.norm_of_terms, "scaling**2", "scaling"),
     Mutation(
         "stale norm",
-        weight_norm.weight_norm,
+        weight_norm.norm_of_terms,
         "return squared.clamp(min=0.0).sqrt()",
         "return _stale.setdefault(base_norm_sq.data_ptr(), squared.clamp(min=0.0).sqrt())",
     ),
@@ -81,11 +93,12 @@ MUTATIONS = [
     Mutation("base norm not reduced", weight_norm.base_norm_squared, "reduce_from_group(squares, tp_group)", "squares"),
     Mutation(
         "weight gradients not reduced",
-        collectives._reduce_scatter,
-        '_ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group_size(group_name), group_name))',
-        "x.chunk(group_size(group_name))[group_rank(group_name)].contiguous()",
+        collectives._reduce_scatter_rows,
+        "_reduce_scatter(torch.cat([tensor.reshape(ranks, -1) for tensor in tensors], dim=1).view(-1), group_name)",
+        "torch.cat([tensor.reshape(ranks, -1) for tensor in tensors], dim=1)[group_rank(group_name)]",
     ),
-    Mutation("weight gradients reduced twice", collectives._reduce_scatter, "x.contiguous()", "2 * x.contiguous()"),
+    Mutation("weight gradients reduced twice", collectives._reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
+    Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),
     Mutation("group of one rank", attach._plan_site, "linear.tp_group.size() > 1", "linear.tp_group.size() > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),
     Mutation("mask differs between replicas", dropout.keep_mask, "tokens ^ key[0]", "tokens ^ key[0] ^ key[2]"),
