@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ class PlannedSite:
     in_features: int
     out_features: int
     row_blocks: int
+    padded_in_features: int
+    padded_out_features: int
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ def plan_attachment(dora: DoRA, chunks: Sequence[nn.Module]) -> AttachPlan:
     return AttachPlan(new, existing, found.unmatched_linears)
 
 
-def attach(dora: DoRA, plan: AttachPlan) -> None:
-    """Wrap the planned layers in place."""
+def attach(dora: DoRA, plan: AttachPlan, seed: int) -> None:
+    """Wrap the planned layers in place; `seed` is that of all initial factors, the same on every rank."""
     for site in plan.new:
         adapter = ParallelLinearDoRAAdapter(
             site.in_features,
@@ -77,15 +80,22 @@ def attach(dora: DoRA, plan: AttachPlan) -> None:
             layout=site.layout.name,
             tp_group=site.tp_group,
             row_blocks=site.row_blocks,
+            padded_in_features=site.padded_in_features,
+            padded_out_features=site.padded_out_features,
             column_init_method=dora.lora_A_init_method,
             row_init_method=dora.lora_B_init_method,
-            seed=dora.seed_for(site.path),
+            seed=seed_for(site.path, seed),
             dtype=site.weight.dtype,
             device=site.weight.device,
         )
         borrowed = site.weight if site.linear.weight is None else None
         wrapper = DoRALinear(site.linear, adapter, path=site.path, base_weight=borrowed)
         setattr(site.parent, site.name, wrapper)
+
+
+def seed_for(path: str, seed: int) -> int:
+    """Seed of the initial A and B at a path, so that attaching draws nothing from torch's generator."""
+    return (seed + (zlib.crc32(path.encode()) << 31)) % 2**63
 
 
 def rebuild_gradient_buffers(model: nn.Module) -> None:
@@ -144,6 +154,9 @@ def _plan_site(dora: DoRA, chunk: nn.Module, path: str, linear: Any) -> PlannedS
         in_features=in_features,
         out_features=out_features,
         row_blocks=_row_blocks(linear, name),
+        # Set by `models.build_gpt_model` on layers that it pads.
+        padded_in_features=getattr(linear, "padded_in_features", 0),
+        padded_out_features=getattr(linear, "padded_out_features", 0),
     )
 
 

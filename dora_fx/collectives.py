@@ -22,8 +22,18 @@ _ops = torch.ops._c10d_functional
 
 
 def resolve_group(group_name: str) -> dist.ProcessGroup:
-    """Return the process group of that name in this process."""
-    return torch._C._distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+    """Return the process group of that name in this process.
+
+    Raises:
+        RuntimeError: there is none, because torch.distributed was shut down or started anew since.
+    """
+    try:
+        return torch._C._distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"found no tensor-parallel process group {group_name!r}, expected the one that DoRA was attached under; "
+            "was it destroyed?"
+        ) from error
 
 
 def group_size(group_name: str) -> int:

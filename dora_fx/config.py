@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
+from dora_fx.agreement import check_same_settings, value_of_first_rank
 from dora_fx.attach import AttachPlan, attach, plan_attachment, rebuild_gradient_buffers
+from dora_fx.collectives import resolve_group
 from dora_fx.dynamo import capture_megatron_whole
 from dora_fx.layers import INIT_METHODS
 from dora_fx.matching import unwrap
@@ -97,17 +98,19 @@ class DoRA:
                 puts the model in evaluation mode.
 
         Raises:
-            ValueError: no module matched a target, a base weight is not finite or not floating point, or
-                the model was adapted with other settings.
+            ValueError: no module matched a target, a base weight is not finite or not floating point, `dim` is
+                not a multiple of the tensor-parallel size, the model was adapted with other settings, or the
+                tensor-parallel ranks differ in settings or sites.
             TypeError: a target is not a linear layer or is of a class that is not supported.
         """
         # Fields may have been set since construction.
         self._check()
         chunks = model if isinstance(model, list) else [model]
         plan = plan_attachment(self, [unwrap(chunk) for chunk in chunks])
+        seed = self._agree(plan)
         capture_megatron_whole()
         self._freeze(chunks, plan)
-        attach(self, plan)
+        attach(self, plan, seed)
         for chunk in chunks:
             chunk.train(training)
             if not training:
@@ -123,6 +126,13 @@ class DoRA:
             for parameter in chunk.parameters():
                 parameter.requires_grad_(id(parameter) in adapted)
 
-    def seed_for(self, path: str) -> int:
-        """Seed of the initial A and B at a path: torch's seed and the path, so attaching draws nothing."""
-        return (torch.initial_seed() + (zlib.crc32(path.encode()) << 31)) % 2**63
+    def _agree(self, plan: AttachPlan) -> int:
+        """Compare configuration and sites with the other tensor-parallel ranks; return the seed of rank 0."""
+        seed = torch.initial_seed()
+        for tp_group in dict.fromkeys(site.tp_group for site in plan.new if site.tp_group):
+            group = resolve_group(tp_group)
+            settings = {f"DoRA.{field.name}": getattr(self, field.name) for field in fields(self) if field.init}
+            sites = {site.path: (site.layout.name, site.in_features, site.out_features) for site in plan.new}
+            check_same_settings({**settings, **sites}, group)
+            seed = value_of_first_rank(seed, group)
+        return seed

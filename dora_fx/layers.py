@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import nn
 
@@ -32,6 +33,7 @@ class LowRankFactor(nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self.shape = tuple(weight.shape)
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.weight.shape)}, dtype={self.weight.dtype}"
@@ -59,6 +61,9 @@ class ParallelLinearDoRAAdapter(nn.Module):
         layout: name in `placement.LAYOUTS`.
         tp_group: name of the tensor-parallel process group; "" for a layer that is not parallel.
         row_blocks: blocks of output rows that are sharded each on its own (2 for a gated linear_fc1).
+        padded_in_features, padded_out_features: how many of the layer's last features are padding, zero in the
+            base weight. Their columns of A and rows of B start as zero; as neither side of a padded feature
+            carries anything, they get no gradient and stay so.
         column_init_method, row_init_method: initialisation of A and of B, keys of `INIT_METHODS`. The whole
             matrix is drawn in float32 and sharded, so it is the same at every tensor-parallel size.
         seed: seed of that draw.
@@ -76,6 +81,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
         layout: str = "replicated",
         tp_group: str = "",
         row_blocks: int = 1,
+        padded_in_features: int = 0,
+        padded_out_features: int = 0,
         column_init_method: str = "xavier",
         row_init_method: str = "zero",
         seed: int = 0,
@@ -86,18 +93,22 @@ class ParallelLinearDoRAAdapter(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.dim, self.alpha, self.dropout = dim, alpha, dropout
         self.layout, self.tp_group, self.row_blocks = layout, tp_group, row_blocks
+        self.padded_in_features, self.padded_out_features = padded_in_features, padded_out_features
         self.tp_size, self.tp_rank = group_size(tp_group), group_rank(tp_group)
         generator = torch.Generator().manual_seed(seed)
         table = LAYOUTS[layout]
 
-        def draw(shape: tuple[int, int], method: str, dim: int | None, blocks: int) -> LowRankFactor:
-            whole = torch.empty(shape, dtype=torch.float32)
+        def draw(
+            rows: int, columns: int, method: str, padding: tuple[int, ...], dim: int | None, blocks: int
+        ) -> LowRankFactor:
+            whole = torch.empty(rows, columns, dtype=torch.float32)
             INIT_METHODS[method](whole, generator=generator)
-            part = shard(whole, dim, self.tp_rank, self.tp_size, blocks)
+            part = shard(F.pad(whole, padding), dim, self.tp_rank, self.tp_size, blocks)
             return LowRankFactor(part.to(dtype=dtype, device=device))
 
-        self.linear_in = draw((dim, in_features), column_init_method, table.lora_a_dim, 1)
-        self.linear_out = draw((out_features, dim), row_init_method, table.lora_b_dim, row_blocks)
+        columns, rows = in_features - padded_in_features, out_features - padded_out_features
+        self.linear_in = draw(dim, columns, column_init_method, (0, padded_in_features), table.lora_a_dim, 1)
+        self.linear_out = draw(rows, dim, row_init_method, (0, 0, 0, padded_out_features), table.lora_b_dim, row_blocks)
         self.weight_magnitude: nn.Parameter
 
     @property
@@ -234,6 +245,8 @@ class DoRALinear(nn.Module):
         if weight is None:
             weight = self.base_weight
         self._check_call(x, weight)
+        if not torch.compiler.is_compiling():
+            group_size(self.adapter.tp_group)
         returned = self.to_wrap(x, *args, **kwargs)
         adapter = self.adapter
         output = dora_linear(
@@ -276,6 +289,10 @@ class DoRALinear(nn.Module):
                 raise ValueError(
                     f"{self.path}.adapter.{name}: found {found.dtype} on {found.device}, "
                     f"expected the base weight's {weight.dtype} on {weight.device}"
+                )
+            if tuple(found.shape) != factor.shape:
+                raise ValueError(
+                    f"{self.path}.adapter.{name}: found a shard of shape {tuple(found.shape)}, expected {factor.shape}"
                 )
         if self.adapter.weight_magnitude.device != weight.device:
             raise ValueError(

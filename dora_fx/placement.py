@@ -11,6 +11,7 @@ activation-sized collectives of a site are `enter` and `leave`, and both belong 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,3 +120,9 @@ def shard(tensor: torch.Tensor, dim: int | None, tp_rank: int, tp_size: int, blo
     if dim is None or tp_size == 1:
         return tensor.clone()
     return torch.cat([block.chunk(tp_size, dim)[tp_rank] for block in tensor.chunk(blocks, dim)], dim)
+
+
+def unshard(parts: Sequence[torch.Tensor], dim: int, blocks: int = 1) -> torch.Tensor:
+    """Return the whole tensor of which `shard` made the parts of ranks 0, 1, ..."""
+    pieces = [part.chunk(blocks, dim) for part in parts]
+    return torch.cat([piece[block] for block in range(blocks) for piece in pieces], dim)

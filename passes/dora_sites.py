@@ -81,6 +81,16 @@ def find_dora_sites(gm: fx.GraphModule) -> list[DoRASite]:
     ]
 
 
+def tensor_parallel_groups(gm: fx.GraphModule) -> list[str]:
+    """Names of the process groups that the DoRA sites of a graph communicate over, sorted."""
+    markers = (
+        marker
+        for module in subgraph_modules(gm)
+        for marker in module.graph.find_nodes(op="call_function", target=dora_linear)
+    )
+    return sorted({str(marker.kwargs["tp_group"]) for marker in markers} - {""})
+
+
 def _describe_site(marker: fx.Node) -> DoRASite:
     base_output, x, weight, bias = marker.args[:4]
     assert isinstance(base_output, fx.Node)

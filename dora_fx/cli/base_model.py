@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dora_fx.cli.errors import UserError
+from dora_fx.cli.options import ModelOptions
 from dora_fx.cli.smollm2 import fetch_smollm2
 from dora_fx.models import HFCheckpoint, build_gpt_model, load_hf_checkpoint
 
@@ -47,9 +48,15 @@ def load_checkpoint(path: Path, dtype: str) -> HFCheckpoint:
         raise UserError(f"--base {path}: {error}") from error
 
 
-def build_base_model(checkpoint: HFCheckpoint, dtype: str, device: str) -> Any:
+def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: str) -> Any:
     """The Megatron GPTModel with the checkpoint's weights; raises UserError for what it does not support."""
     try:
-        return build_gpt_model(checkpoint.config, checkpoint.state_dict, dtype=DTYPES[dtype], device=device)
+        return build_gpt_model(
+            checkpoint.config,
+            checkpoint.state_dict,
+            dtype=DTYPES[options.dtype],
+            device=device,
+            sequence_parallel=options.sequence_parallel,
+        )
     except ValueError as error:
         raise UserError(f"--base: {error}") from error

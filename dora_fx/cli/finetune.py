@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+import dora_fx
 from dora_fx import DoRA
 from dora_fx.cli.base_model import build_base_model, load_checkpoint, resolve_base
 from dora_fx.cli.compilation import compile_in_place
@@ -24,11 +25,11 @@ from dora_fx.cli.options import (
     saved_options,
 )
 from dora_fx.cli.progress import Display
+from dora_fx.cli.ranks import Ranks
 from dora_fx.cli.run_folder import RunFolder
 from dora_fx.cli.stop_signals import StopSignals
 from dora_fx.cli.trainer import Trainer
 from dora_fx.cli.training_run import TrainingRun
-from dora_fx.megatron_world import megatron_world
 from dora_fx.report import DoRAReport
 
 __all__ = ["HELP", "options_in_order", "parser", "run"]
@@ -53,32 +54,56 @@ def run(parsed: dict[str, Any]) -> int:
         Interrupted: by a signal while there is nothing to save.
     """
     options = options_from(parsed)
+    ranks = Ranks.from_environment()
+    _check_world_size(options, ranks)
     folder = _run_folder(options)
     dora = _dora(options)
     documents = demo_documents() if options.data is None else read_documents(options.data)
     device = _device(options)
-    display = Display()
-    with StopSignals().installed() as stop:
-        path = _resolve_base(options, display)
+    display = Display(quiet=not ranks.is_main)
+    stop = StopSignals(agree=ranks.largest)
+    with stop.installed(), ranks.world(device, options.seed, options.tp):
+        path = _resolve_base(options, display, ranks)
         with display.phase(f"loading {path.name}"):
             checkpoint = load_checkpoint(path, options.dtype)
         _check_sequence_length(options, checkpoint.config)
         blocks = _blocks(options, documents, checkpoint.tokenizer)
-        with megatron_world(device, seed=options.seed):
-            with display.phase("building the Megatron model"):
-                model = build_base_model(checkpoint, options.dtype, device)
-            report = _adapt(dora, model)
-            compile_in_place(model, options)
-            display.say(
-                f"text: {blocks.num_tokens:,} tokens; {len(blocks.train)} training sequences and "
-                f"{len(blocks.held_out)} held-out ones of {options.sequence_length}; {options.dtype} on {device}"
-            )
-            display.say(_summary(report))
-            trainer = Trainer(model, blocks, options, device)
-            if options.resume is None:
-                folder.create(saved_options(options), str(report))
-            training = TrainingRun(options, folder, display, stop, trainer, checkpoint.tokenizer, device)
-            return training.run(blocks.held_out)
+        ranks.check_agreement(saved_options(options) | {"text": blocks.fingerprint, **_versions()})
+        with display.phase("building the Megatron model"):
+            model = build_base_model(checkpoint, options, device)
+        report = _adapt(dora, model)
+        compile_in_place(model, options)
+        display.say(
+            f"text: {blocks.num_tokens:,} tokens; {len(blocks.train)} training sequences and "
+            f"{len(blocks.held_out)} held-out ones of {options.sequence_length}; "
+            f"{options.dtype} on {_place(options, device)}"
+        )
+        display.say(_summary(report))
+        trainer = Trainer(model, blocks, options, device)
+        if options.resume is None:
+            ranks.from_main(folder.create, saved_options(options), str(report))
+        training = TrainingRun(options, ranks, folder, display, stop, trainer, checkpoint.tokenizer, device)
+        return training.run(blocks.held_out)
+
+
+def _check_world_size(options: FinetuneOptions, ranks: Ranks) -> None:
+    if ranks.world_size != options.tp:
+        raise UserError(
+            f"--tp {options.tp}: found {ranks.world_size} processes, expected as many as the tensor-parallel size; "
+            f"start it with: torchrun --standalone --nproc-per-node {options.tp} --no-python -- dora-fx finetune ..."
+        )
+
+
+def _versions() -> dict[str, str]:
+    import megatron.core
+
+    return {"dora_fx": dora_fx.__version__, "torch": torch.__version__, "megatron-core": megatron.core.__version__}
+
+
+def _place(options: FinetuneOptions, device: str) -> str:
+    if options.tp == 1:
+        return device
+    return f"{device}, {options.tp} tensor-parallel ranks{' with sequence parallelism' * options.sequence_parallel}"
 
 
 def _run_folder(options: FinetuneOptions) -> RunFolder:
@@ -115,11 +140,11 @@ def _device(options: FinetuneOptions) -> str:
     return options.device
 
 
-def _resolve_base(options: FinetuneOptions, display: Display) -> Path:
+def _resolve_base(options: FinetuneOptions, display: Display, ranks: Ranks) -> Path:
     if options.base != "smollm2":
         return resolve_base(options.base)
     with display.phase("finding SmolLM2-135M, a download of about 90 MB the first time"):
-        return resolve_base(options.base)
+        return ranks.main_first(resolve_base, options.base)
 
 
 def _check_sequence_length(options: FinetuneOptions, config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -70,7 +71,9 @@ def _in_terms_of_options(message: str) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"dora-fx: error: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    speaker = "dora-fx" if rank == "0" else f"dora-fx, rank {rank}"
+    print(f"{speaker}: error: {' '.join(message.split())}", file=sys.stderr)
     return USER_ERROR_EXIT_CODE
 
 

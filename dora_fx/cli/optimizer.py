@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from dora_fx.cli.options import TrainingOptions
+from dora_fx.whole_tensors import AdapterShards
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:
@@ -24,17 +27,25 @@ def learning_rate(step: int, options: TrainingOptions) -> float:
     return options.lr
 
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 class AdapterOptimizer:
-    """AdamW on the parameters that require gradients.
+    """AdamW on a model's adapters.
 
     A bfloat16 parameter has a float32 master that collects gradients and takes the updates: bfloat16 holds three
     digits, and an update smaller than the last of them would be lost.
+
+    Args:
+        shards: the adapters of this rank; all ranks of a tensor-parallel group step together.
+        weight_decay: on the low-rank factors; magnitudes are not decayed.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float) -> None:
+    def __init__(self, shards: AdapterShards, weight_decay: float) -> None:
+        self._shards = shards
         self._masters: dict[str, Tensor] = {}
         self._rounded: list[tuple[nn.Parameter, Tensor]] = []
-        for name, parameter in parameters.items():
+        for name, parameter in shards.parameters.items():
             if parameter.dtype is torch.float32:
                 self._masters[name] = parameter
             else:
@@ -56,8 +67,8 @@ class AdapterOptimizer:
 
     def step(self, lr: float, max_grad_norm: float) -> float:
         """Clip (unless `max_grad_norm` is 0), update, clear the gradients; return their norm before clipping."""
-        masters = list(self._masters.values())
-        grad_norm = nn.utils.clip_grad_norm_(masters, max_grad_norm or math.inf)
+        grad_norm = self._grad_norm()
+        nn.utils.clip_grads_with_norm_(self._masters.values(), max_grad_norm or math.inf, grad_norm)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
@@ -66,21 +77,41 @@ class AdapterOptimizer:
         return float(grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs, the parameters' full-precision values among it."""
+        """Whole tensors by parameter name, for `load_state_dict` at any tensor-parallel size."""
+        whole, state = self._shards.gather, self._adamw.state
+        stepped = {name: state[master] for name, master in self._masters.items() if master in state}
         return {
-            "masters": {name: master.detach().clone() for name, master in self._masters.items()},
-            "adamw": self._adamw.state_dict(),
+            "masters": {name: whole(name, master) for name, master in self._masters.items()},
+            "updates": {name: float(moments["step"]) for name, moments in stepped.items()},
+            **{key: {name: whole(name, moments[key]) for name, moments in stepped.items()} for key in _MOMENTS},
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore values and moments; raises ValueError unless the parameters are the same."""
+        """Restore values and moments; raises ValueError, having changed nothing, unless they are these parameters'."""
         if state["masters"].keys() != self._masters.keys():
             raise ValueError("the saved adapter has other parameters than the model's")
+        own = {
+            key: {name: self._shards.scatter(name, whole) for name, whole in state[key].items()}
+            for key in ("masters", *_MOMENTS)
+        }
         for name, master in self._masters.items():
-            master.copy_(state["masters"][name])
-        self._adamw.load_state_dict(state["adamw"])
+            master.copy_(own["masters"][name])
+            if name in state["updates"]:
+                moments = {key: own[key][name].to(master.device) for key in _MOMENTS}
+                self._adamw.state[master] = {"step": torch.tensor(state["updates"][name]), **moments}
         self._round_to_model()
+
+    def _grad_norm(self) -> Tensor:
+        """Norm over all ranks' gradients, each element counted once."""
+        grads = {name: master.grad for name, master in self._masters.items() if master.grad is not None}
+        sharded = [grad for name, grad in grads.items() if self._shards.is_sharded(name)]
+        whole = [grad for name, grad in grads.items() if not self._shards.is_sharded(name)]
+        if not sharded:
+            return nn.utils.get_total_norm(whole)
+        square = nn.utils.get_total_norm(sharded).square()
+        dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
+        return (square + nn.utils.get_total_norm(whole).square()).sqrt()
 
     @torch.no_grad()
     def _round_to_model(self) -> None:

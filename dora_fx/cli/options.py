@@ -34,6 +34,12 @@ class ModelOptions:
     inner_compiler: Literal["inductor", "aot_eager", "eager"] = field(
         default="inductor", metadata={"help": "what compiles a graph once its DoRA layers are rewritten"}
     )
+    tp: int = field(
+        default=1, metadata={"help": "tensor-parallel size; start that many processes with torchrun --nproc-per-node"}
+    )
+    sequence_parallel: bool = field(
+        default=False, metadata={"help": "shard the sequence between tensor-parallel layers too"}
+    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,13 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
             raise UserError("--demo brings its own text; leave out --data, or --demo")
         if not self.demo and self.data is None:
             raise UserError("no text to train on; give --data FILE, or --demo for a text that every Python has")
+        if self.sequence_parallel and self.tp == 1:
+            raise UserError("--sequence-parallel: found --tp 1, expected a tensor-parallel size above 1 to shard over")
+        if self.sequence_parallel and self.sequence_length % self.tp:
+            raise UserError(
+                f"--sequence-length: found {self.sequence_length}, expected a multiple of --tp {self.tp} "
+                "with --sequence-parallel"
+            )
 
 
 _GROUPS = (ModelOptions, DataOptions, AdapterOptions, TrainingOptions, RunOptions)
@@ -129,6 +142,7 @@ _POSITIVE = (lambda value: value > 0, "a positive integer")
 _NOT_NEGATIVE = (lambda value: value >= 0, "zero or a positive integer")
 _AMOUNT = (lambda value: math.isfinite(value) and value >= 0, "zero or a positive number")
 _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
+    "tp": _POSITIVE,
     "sequence_length": _POSITIVE,
     "held_out_fraction": (lambda value: 0 < value < 1, "a number between 0 and 1"),
     "max_held_out": _POSITIVE,
@@ -146,7 +160,9 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 }
 
 # What a resumed run may change: everything else decides which losses it goes through.
-CHANGEABLE_ON_RESUME = frozenset({"steps", "save_every", "eval_every", "sample_tokens", "device", "compile"})
+CHANGEABLE_ON_RESUME = frozenset(
+    {"steps", "save_every", "eval_every", "sample_tokens", "device", "compile", "tp", "sequence_parallel"}
+)
 
 
 def add_options(parser: Any) -> None:

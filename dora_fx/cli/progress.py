@@ -17,8 +17,9 @@ _PLAIN_LINES = 20
 class Display:
     """Messages, phases of unknown length, and the bar of training steps."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        """`quiet` shows nothing at all: of several processes one talks."""
+        self._console = console or Console(quiet=quiet)
 
     def say(self, text: str = "") -> None:
         """Print a line as it is, whatever brackets it has, and however long."""

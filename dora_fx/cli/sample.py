@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from dora_fx.models import causal_mask
@@ -27,12 +29,17 @@ def generate_greedily(
     """
     model.eval()
     tokens = prompt.to(device)[None]
+    multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     with torch.compiler.set_stance("force_eager"):
         for _ in range(num_tokens):
+            # Sequence parallelism needs a length that divides; what comes after the last token does not reach it.
             length = tokens.shape[1]
-            positions = torch.arange(length, device=device)[None]
-            logits = model(tokens, positions, causal_mask(length, device))
-            following = logits[:, -1].argmax(dim=-1, keepdim=True)
+            filled = F.pad(tokens, (0, -length % multiple))
+            positions = torch.arange(filled.shape[1], device=device)[None]
+            logits = model(filled, positions, causal_mask(filled.shape[1], device))
+            # Each tensor-parallel rank has the logits of its part of the vocabulary.
+            last = gather_from_tensor_model_parallel_region(logits[:, length - 1])
+            following = last.argmax(dim=-1, keepdim=True)
             if stop_token is not None and following.item() == stop_token:
                 break
             tokens = torch.cat([tokens, following], dim=1)

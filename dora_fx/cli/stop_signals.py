@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -21,7 +21,9 @@ class StopSignals:
     A second signal raises in any case: whoever asks twice does not want to wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] = lambda received: received) -> None:
+        """`agree` turns what this process received (0 for nothing) into what any process of the run received."""
+        self._agree = agree
         self._received: int | None = None
         self._deferring = False
 
@@ -30,9 +32,10 @@ class StopSignals:
         return self._received is not None
 
     def raise_if_requested(self) -> None:
-        """Raise `Interrupted` if a signal came while deferred."""
-        if self._received is not None:
-            raise Interrupted(self._received)
+        """Raise `Interrupted` if a signal came while deferred, to any process: every one must call this."""
+        received = self._agree(self._received or 0)
+        if received:
+            raise Interrupted(received)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:

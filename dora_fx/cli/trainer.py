@@ -14,6 +14,7 @@ from dora_fx.cli.data import TokenBlocks, training_batch
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
 from dora_fx.cli.options import FinetuneOptions
 from dora_fx.models import causal_mask
+from dora_fx.whole_tensors import AdapterShards
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Trainer:
         self._blocks = blocks
         self._options = options
         self._device = device
-        self.adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = AdapterOptimizer(self.adapter, options.weight_decay)
+        self._shards = AdapterShards(model)
+        self._optimizer = AdapterOptimizer(self._shards, options.weight_decay)
         length = options.sequence_length
         self._mask = causal_mask(length, device)
         self._positions = torch.arange(length, device=device).expand(options.batch_size, length)
@@ -93,8 +94,12 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             self._token_losses(self._blocks.train[: self._options.batch_size])
 
+    def adapter(self) -> dict[str, Tensor]:
+        """The adapter's whole tensors by their names in the model; every rank calls it."""
+        return {name: self._shards.gather(name, parameter) for name, parameter in self._shards.parameters.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """State after the last complete step, for `load_state_dict`."""
+        """State after the last complete step, for `load_state_dict`; every rank calls it."""
         return {
             "step": self.step,
             "optimizer": self._optimizer.state_dict(),

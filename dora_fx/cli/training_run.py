@@ -14,6 +14,7 @@ from dora_fx import __version__
 from dora_fx.cli.errors import Interrupted, UserError
 from dora_fx.cli.options import FinetuneOptions, saved_options
 from dora_fx.cli.progress import Display, TrainingDisplay
+from dora_fx.cli.ranks import Ranks
 from dora_fx.cli.run_folder import RunFolder
 from dora_fx.cli.sample import generate_greedily
 from dora_fx.cli.stop_signals import StopSignals
@@ -26,9 +27,10 @@ _PROMPT_TOKENS = 16
 
 @dataclass
 class TrainingRun:
-    """Everything one run works with; `run` does it."""
+    """Everything one run works with; `run` does it. Rank 0 keeps the folder, and the others follow it."""
 
     options: FinetuneOptions
+    ranks: Ranks
     folder: RunFolder
     display: Display
     stop: StopSignals
@@ -58,14 +60,15 @@ class TrainingRun:
 
     def _restore(self) -> None:
         try:
-            self.trainer.load_state_dict(self.folder.load_state())
+            self.trainer.load_state_dict(self.ranks.from_main(self.folder.load_state))
         except (ValueError, KeyError) as error:
             raise UserError(f"--resume {self.folder.path}: {error}") from error
         step, steps = self.trainer.step, self.options.steps
         if step > steps or (step == steps and step in self._held_out_losses()):
             raise UserError(f"--resume {self.folder.path}: all of its {step} steps are done; more with --steps")
-        self.folder.drop_metrics_after(step)
-        self.folder.write_config(saved_options(self.options))
+        if self.ranks.is_main:
+            self.folder.drop_metrics_after(step)
+            self.folder.write_config(saved_options(self.options))
         self.display.say(f"resumed at step {step} of {steps}")
 
     def _train(self) -> None:
@@ -96,7 +99,8 @@ class TrainingRun:
             logger.debug("the step under way failed after a signal", exc_info=True)
             return
         row = {name: getattr(metrics, name) for name in ("step", "loss", "lr", "grad_norm", "tokens", "seconds")}
-        self.folder.append_metrics(row)
+        if self.ranks.is_main:
+            self.folder.append_metrics(row)
         shown.show(metrics)
 
     def _measure(self, prompt: Tensor) -> None:
@@ -108,13 +112,14 @@ class TrainingRun:
             once = " (and compiling for it, once)" if step == 0 and self.options.compile != "none" else ""
             with self.display.phase(f"measuring the held-out loss{once}"):
                 self._measure_held_out(self.display.say)
-        if self.options.sample_tokens and step not in self.folder.read_samples():
+        if self.options.sample_tokens and step not in self.ranks.from_main(self.folder.read_samples):
             with self.display.phase("generating a sample"):
                 self._generate(prompt)
 
     def _measure_held_out(self, say: Callable[[str], None]) -> None:
         loss = self.trainer.held_out_loss(between=self.stop.raise_if_requested)
-        self.folder.append_metrics({"step": self.trainer.step, "held_out_loss": loss})
+        if self.ranks.is_main:
+            self.folder.append_metrics({"step": self.trainer.step, "held_out_loss": loss})
         say(f"held-out loss at step {self.trainer.step}: {loss:.4f}")
 
     def _generate(self, prompt: Tensor) -> None:
@@ -126,10 +131,11 @@ class TrainingRun:
             self.device,
             between=self.stop.raise_if_requested,
         )
-        self.folder.append_sample(self.trainer.step, self._text(prompt), self._text(tokens))
+        if self.ranks.is_main:
+            self.folder.append_sample(self.trainer.step, self._text(prompt), self._text(tokens))
 
     def _held_out_losses(self) -> dict[int, float]:
-        rows = self.folder.read_metrics()
+        rows = self.ranks.from_main(self.folder.read_metrics)
         return {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
 
     def _prompt(self, held_out: Tensor) -> Tensor:
@@ -145,7 +151,10 @@ class TrainingRun:
 
     def _save(self) -> None:
         options, step = self.options, self.trainer.step
-        self.folder.save_state(self.trainer.state_dict())
+        state, adapter = self.trainer.state_dict(), self.trainer.adapter()
+        if not self.ranks.is_main:
+            return
+        self.folder.save_state(state)
         description = {
             "format": "dora_fx adapter",
             "dora_fx_version": __version__,
@@ -157,12 +166,12 @@ class TrainingRun:
             "dropout": options.dropout,
             "step": step,
         }
-        self.folder.save_adapter(self.trainer.adapter, description)
+        self.folder.save_adapter(adapter, description)
         self.folder.draw_loss_curve()
 
     def _say_results(self) -> None:
         say, folder = self.display.say, self.folder
-        losses, samples = self._held_out_losses(), folder.read_samples()
+        losses, samples = self._held_out_losses(), self.ranks.from_main(folder.read_samples)
         before, after = losses[0], losses[self.options.steps]
         say(f"\nheld-out loss: {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
         if self.options.sample_tokens:

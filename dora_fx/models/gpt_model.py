@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from dora_fx.models.architecture import GPTArchitecture, architecture_of, with_query_groups
@@ -22,6 +24,7 @@ def build_gpt_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     num_query_groups: int | None = None,
+    sequence_parallel: bool = False,
 ) -> nn.Module:
     """A Megatron GPTModel that computes what the Hugging Face model computes.
 
@@ -33,20 +36,38 @@ def build_gpt_model(
         state_dict: the checkpoint's tensors, as the transformers model names them.
         dtype: of the parameters, float32 or bfloat16.
         device: "cpu" or "cuda" (the current device).
-        num_query_groups: pad with zero query groups up to this number, for tensor-parallel sizes that do not
-            divide the model's own; the function stays the same.
+        num_query_groups: pad with zero query groups up to this number; the function stays the same. The default
+            is the least number that the tensor-parallel size divides.
+        sequence_parallel: shard the sequence between the tensor-parallel layers.
 
     Raises:
         UnsupportedModelError: the config has something that this model would compute differently.
-        ValueError: the checkpoint's tensors are not those of its config; the message names them.
+        ValueError: the checkpoint's tensors are not those of its config, or a size does not divide by the
+            tensor-parallel size; the message names them.
     """
-    architecture = architecture_of(config)
-    if num_query_groups is not None:
-        architecture = with_query_groups(architecture, num_query_groups)
+    unpadded = architecture_of(config)
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    if num_query_groups is None:
+        num_query_groups = math.ceil(unpadded.num_query_groups / tp_size) * tp_size
+    architecture = with_query_groups(unpadded, num_query_groups)
+    _check_divisible(architecture, tp_size)
     _check_names(architecture, state_dict)
-    model = _empty_gpt_model(architecture, dtype, device)
+    model = _empty_gpt_model(architecture, dtype, device, sequence_parallel)
     _copy_weights(architecture, state_dict, model)
+    _note_padding(model, unpadded, architecture)
     return model
+
+
+class FrozenRMSNorm(nn.RMSNorm):
+    """torch's RMSNorm behind Megatron's constructor, for a weight that is not trained.
+
+    Under sequence parallelism each rank normalises its own tokens, which needs nothing as long as no gradient of
+    the weight has to be summed over the ranks.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def causal_mask(sequence_length: int, device: torch.device | str) -> Tensor:
@@ -58,16 +79,21 @@ def causal_mask(sequence_length: int, device: torch.device | str) -> Tensor:
     return ones.triu(diagonal=1)
 
 
-def _empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, device: str) -> nn.Module:
+def _empty_gpt_model(
+    architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool
+) -> nn.Module:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    config = _transformer_config(architecture, dtype, device)
+    config = _transformer_config(architecture, dtype, device, sequence_parallel)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_layernorm)
-    # Named here because Megatron would take Transformer Engine's final norm wherever that is installed.
-    block = TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=WrappedTorchNorm)
+    # Megatron's own choice depends on what else is installed, and refuses sequence parallelism without it.
+    attention = layer.submodules.self_attention.submodules
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
+    if architecture.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = FrozenRMSNorm
+    block = TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=FrozenRMSNorm)
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,
@@ -84,8 +110,7 @@ def _empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, device: 
     return model.to(device=device, dtype=dtype)
 
 
-def _transformer_config(architecture: GPTArchitecture, dtype: torch.dtype, device: str) -> Any:
-    from megatron.core import parallel_state
+def _transformer_config(architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool) -> Any:
     from megatron.core.transformer import TransformerConfig
 
     return TransformerConfig(
@@ -111,6 +136,7 @@ def _transformer_config(architecture: GPTArchitecture, dtype: torch.dtype, devic
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -123,6 +149,22 @@ def _transformer_config(architecture: GPTArchitecture, dtype: torch.dtype, devic
 def _keep_as_allocated(weight: Tensor) -> Tensor:
     """Initialise nothing: every weight is copied in, but `perform_initialization` also sets shard attributes."""
     return weight
+
+
+def _check_divisible(architecture: GPTArchitecture, tp_size: int) -> None:
+    for name in ("num_query_groups", "ffn_hidden_size", "vocab_size"):
+        size = getattr(architecture, name)
+        if size % tp_size:
+            raise ValueError(f"{name} is {size}, expected a multiple of the tensor-parallel size {tp_size}")
+
+
+def _note_padding(model: Any, unpadded: GPTArchitecture, padded: GPTArchitecture) -> None:
+    """Tell the attention's linear layers how many of their features are padding, for adapters to leave alone."""
+    groups = padded.num_query_groups - unpadded.num_query_groups
+    heads_size = groups * padded.queries_per_group * padded.kv_channels
+    for layer in model.decoder.layers:
+        layer.self_attention.linear_proj.padded_in_features = heads_size
+        layer.self_attention.linear_qkv.padded_out_features = heads_size + 2 * groups * padded.kv_channels
 
 
 def _check_names(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor]) -> None:
@@ -161,8 +203,6 @@ def _full_tensors(
 
 @torch.no_grad()
 def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], model: Any) -> None:
-    from megatron.core import parallel_state
-
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     layer_indices = {local: layer.layer_number - 1 for local, layer in enumerate(model.decoder.layers)}

@@ -13,7 +13,6 @@ from typing import Any
 import torch.distributed as dist
 
 from dora_fx import attach, collectives, dropout, functional, layers, site_parameters, weight_norm
-from dora_fx.config import DoRA
 
 Adapter = layers.ParallelLinearDoRAAdapter
 
@@ -105,7 +104,7 @@ MUTATIONS = [
     Mutation("dropout without rescaling", dropout.dropout, "x * (1.0 / (1.0 - p))", "x"),
     Mutation("shards not marked", Adapter._mark_sharded_parameters, "if dim is not None", "if dim is dim and False"),
     Mutation("magnitude marked as a shard", Adapter._mark_sharded_parameters, "if dim is not None", "if True"),
-    Mutation("A drawn per rank", DoRA.seed_for, "torch.initial_seed()", "torch.initial_seed() + _rank()"),
+    Mutation("A drawn per rank", attach.seed_for, "(seed +", "(seed + _rank() +"),
     Mutation("gated rows sharded as one block", attach._row_blocks, "2 if gated", "1 if gated"),
 ]
 

@@ -1,0 +1,116 @@
+"""Tensor-parallel ranks must attach the same adapters and run the same graphs: notice when they do not.
+
+A rank that runs other collectives than its peers hangs them, without a word, until the process group's timeout.
+Both checks say instead which rank differs and in what.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from dora_fx.collectives import resolve_group
+
+_graphs_compiled: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+
+
+def is_real(group: dist.ProcessGroup) -> bool:
+    """Whether the group has other processes to agree with; torch's "fake" backend has none."""
+    return group.size() > 1 and dist.get_backend(group) != "fake"
+
+
+def check_same_settings(settings: Mapping[str, Any], group: dist.ProcessGroup) -> None:
+    """Exchange settings over a group; every rank calls it.
+
+    Raises:
+        ValueError: on every rank, naming the first rank that differs from rank 0 of the group and in what.
+    """
+    if not is_real(group):
+        return
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, dict(settings), group=group)
+    for tp_rank, theirs in enumerate(found):
+        for name in {**found[0], **theirs}:
+            if theirs.get(name) != found[0].get(name):
+                raise ValueError(
+                    f"{name}: found {theirs.get(name)!r} on tensor-parallel rank {tp_rank} and "
+                    f"{found[0].get(name)!r} on rank 0, expected the same on every rank"
+                )
+
+
+def value_of_first_rank(value: int, group: dist.ProcessGroup) -> int:
+    """The value that rank 0 of the group passes; every rank calls it."""
+    if not is_real(group):
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=dist.get_process_group_ranks(group)[0], group=group)
+    return values[0]
+
+
+def graph_fingerprint(gm: fx.GraphModule) -> str:
+    """Hash of a graph's ops, shapes and edges, the same on all ranks that run it.
+
+    Numbers among the arguments are left out: an embedding's first row differs between ranks.
+    """
+    digest = hashlib.sha256()
+    positions: dict[fx.Node, int] = {}
+    for module in gm.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in module.graph.nodes:
+            positions[node] = len(positions)
+            value = node.meta.get("example_value")
+            shape = f"{value.dtype}{tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+            target = node._pretty_print_target(node.target) if node.op.startswith("call") else ""
+            inputs = [positions[operand] for operand in node.all_input_nodes]
+            digest.update(f"{node.op} {target} {shape} {inputs}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def check_same_graph(gm: fx.GraphModule, tp_group: str, description: str, timeout_s: float) -> None:
+    """Wait until every rank of a group compiles a graph, and compare.
+
+    Goes through the process group's store and not through a collective, so that a rank which compiles alone finds
+    out while the others are in the middle of another graph.
+
+    Args:
+        gm: the graph after the passes.
+        tp_group: name of the tensor-parallel group.
+        description: of the graph, for the others' error messages.
+        timeout_s: how long the other ranks may take to get here, in seconds.
+
+    Raises:
+        RuntimeError: another rank compiles another graph, or none within the timeout.
+    """
+    group = resolve_group(tp_group)
+    if not is_real(group):
+        return
+    number = _graphs_compiled[group] = _graphs_compiled.get(group, 0) + 1
+    store = dist.distributed_c10d._get_default_store()
+    ranks = range(group.size())
+    keys = [f"dora_fx/{tp_group}/{dist.get_process_group_ranks(group)[0]}/graph {number}/{rank}" for rank in ranks]
+    own = f"{graph_fingerprint(gm)} {description}"
+    store.set(keys[group.rank()], own)
+    try:
+        store.wait(keys, datetime.timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        missing = [rank for rank in ranks if not store.check([keys[rank]])]
+        raise RuntimeError(
+            f"tensor-parallel rank {group.rank()} compiles graph {number} ({description}), and ranks {missing} did not "
+            f"follow within {timeout_s:.0f} s: something that Dynamo guards on, such as an input's shape, differs "
+            "between the ranks. TORCH_LOGS=recompiles shows what"
+        ) from error
+    for rank in ranks:
+        theirs = store.get(keys[rank]).decode()
+        if theirs != own:
+            raise RuntimeError(
+                f"tensor-parallel ranks {group.rank()} and {rank} compile different graphs: {own!r} and {theirs!r}; "
+                "expected the same model, configuration and input shapes on every rank"
+            )

@@ -1,0 +1,100 @@
+"""The processes of one run: who this one is, what rank 0 does for all, and whether all of them want the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dora_fx.cli.errors import UserError
+from dora_fx.megatron_world import megatron_world
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started, or the only one.
+
+    Every method that communicates must be called by all of them; with one process each is a plain call.
+    """
+
+    global_rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """As torchrun says in RANK, WORLD_SIZE and LOCAL_RANK."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        return cls(*(int(os.environ[name]) for name in names)) if all(name in os.environ for name in names) else cls()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.global_rank == 0
+
+    @contextmanager
+    def world(self, device: str, seed: int, tensor_model_parallel_size: int) -> Iterator[None]:
+        """Megatron's world of these processes, on "cpu" or "cuda"."""
+        store = None
+        if self.world_size > 1:
+            store, _, _ = next(dist.rendezvous("env://", self.global_rank, self.world_size))
+        if device == "cuda":
+            torch.cuda.set_device(self.local_rank)
+        with megatron_world(
+            device,
+            seed=seed,
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            store=store,
+            global_rank=self.global_rank,
+            world_size=self.world_size,
+        ):
+            yield
+
+    def from_main(self, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` on rank 0 alone; every rank gets its result, or raises the UserError it raised."""
+        if self.world_size == 1:
+            return function(*args)
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function(*args)
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+    def main_first(self, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` on rank 0, then on the others, which find what it left in a cache."""
+        if self.is_main:
+            return self.from_main(function, *args)
+        self.from_main(function, *args)
+        return function(*args)
+
+    def largest(self, value: int) -> int:
+        """The largest of the ranks' values, on every rank."""
+        if self.world_size == 1:
+            return value
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return max(values)
+
+    def check_agreement(self, settings: Mapping[str, object]) -> None:
+        """Raise UserError on every rank if the settings of one differ from rank 0's, naming them and the rank."""
+        if self.world_size == 1:
+            return
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, {name: repr(value) for name, value in settings.items()})
+        for global_rank, theirs in enumerate(found):
+            differing = [name for name in settings if theirs.get(name) != found[0].get(name)]
+            if differing:
+                listed = ", ".join(f"{name} is {theirs.get(name)} and {found[0].get(name)}" for name in differing)
+                raise UserError(f"rank {global_rank} differs from rank 0: {listed}; expected the same on every rank")

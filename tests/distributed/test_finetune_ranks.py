@@ -1,0 +1,100 @@
+"""`dora-fx finetune --tp` under torchrun goes through the losses of one process and writes the same adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.hf_models import save_tiny_checkpoint
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 30
+# Three query groups: two ranks need a fourth, which is padding.
+GROUPS = 3
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_checkpoint(folder / "base", num_key_value_heads=GROUPS)
+    (folder / "text.txt").write_text(TEXT)
+    options = {
+        "--base": folder / "base",
+        "--data": folder / "text.txt",
+        "--device": "cpu",
+        "--sequence-length": 32,
+        "--batch-size": 2,
+        "--dim": 8,
+        "--dropout": 0.1,
+        "--lr": 0.001,
+        "--sample-tokens": 4,
+        "--inner-compiler": "aot_eager",
+    }
+    return [str(part) for option in options.items() for part in option]
+
+
+def finetune(tp: int, *arguments: object, expect: int = 0) -> str:
+    """Run the command in `tp` processes; returns what all of them wrote."""
+    command = [sys.executable, "-m"]
+    if tp > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={tp}", "-m", "--"]
+    command += ["dora_fx.cli.main", "finetune", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    text = done.stdout + done.stderr
+    assert (done.returncode == 0) == (expect == 0), text
+    return text
+
+
+def losses(run: Path) -> torch.Tensor:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([line["loss"] for line in lines if "loss" in line], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def one_process(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("one") / "run"
+    finetune(1, *inputs, "--steps", 6, "--run", run)
+    return run
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    torch.testing.assert_close(losses(found), losses(expected), rtol=0, atol=1e-5)
+    adapters = load_file(found / "adapter.safetensors"), load_file(expected / "adapter.safetensors")
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=0, atol=1e-4)
+    samples = [(run / "samples.jsonl").read_text() for run in (found, expected)]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("sequence_parallel", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_two_ranks_train_what_one_trains(inputs, one_process, tmp_path, sequence_parallel):
+    run = tmp_path / "run"
+    flags = ["--sequence-parallel"] if sequence_parallel else []
+    text = finetune(2, *inputs, "--steps", 6, "--run", run, "--tp", 2, *flags)
+    assert text.count("held-out loss at step 0") == 1
+    assert_same_run(run, one_process)
+
+
+def test_a_run_resumes_at_another_tensor_parallel_size(inputs, one_process, tmp_path):
+    run = tmp_path / "run"
+    finetune(2, *inputs, "--steps", 3, "--run", run, "--tp", 2)
+    finetune(1, "--resume", run, "--steps", 6, "--tp", 1)
+    torch.testing.assert_close(losses(run), losses(one_process), rtol=0, atol=1e-5)
+
+
+def test_the_number_of_processes_must_be_the_tensor_parallel_size(inputs, tmp_path):
+    text = finetune(1, *inputs, "--run", tmp_path / "run", "--tp", 2, expect=2)
+    assert "--tp 2: found 1 processes, expected as many as the tensor-parallel size" in text
+
+
+def test_sequence_parallelism_needs_tensor_parallelism(inputs, tmp_path):
+    text = finetune(1, *inputs, "--run", tmp_path / "run", "--sequence-parallel", expect=2)
+    assert "--sequence-parallel: found --tp 1" in text

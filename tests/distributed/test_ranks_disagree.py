@@ -1,0 +1,115 @@
+"""Ranks that differ from one another, or die, end the run with an error that says so; none hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from torch import nn
+
+import dora_fx
+from tests.distributed.launch import _enter, run_ranks
+from tests.distributed.zoo import FFN, HIDDEN, Topology, make_config
+
+
+def row_model(dim: int = 4) -> nn.Module:
+    config = make_config(Topology(tp=2), torch.float32)
+    linear = RowParallelLinear(
+        FFN,
+        HIDDEN,
+        config=config,
+        init_method=nn.init.normal_,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=False,
+    )
+    return dora_fx.DoRA(["linear"], dim=dim)(nn.ModuleDict({"linear": linear}))["linear"]
+
+
+def attach_with_another_dim() -> None:
+    row_model(dim=4 + 4 * dist.get_rank())
+
+
+def attach_under_another_seed() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(dist.get_rank())
+    shard = row_model().adapter.linear_in.weight.detach()
+    parts = [torch.empty_like(shard) for _ in range(2)]
+    dist.all_gather(parts, shard)
+    torch.manual_seed(0)
+    row_model()
+    return torch.cat(parts, 1), shard
+
+
+def load_a_shard_of_another_shape() -> None:
+    model = row_model()
+    if dist.get_rank() == 1:
+        model.adapter.linear_out.weight.data = torch.zeros(HIDDEN, 4)
+    model(torch.randn(3, 1, FFN // 2))
+
+
+def recompile_on_one_rank() -> None:
+    model = row_model()
+    options = {"inner_compiler": "eager", "rank_timeout": 2.0}
+    compiled = torch.compile(model, backend="dora_fx", options=options, dynamic=False)
+    for tokens in (3, 3 + dist.get_rank()):
+        compiled(torch.randn(tokens, 1, FFN // 2))
+
+
+def compile_another_graph() -> None:
+    model = row_model()
+    model.adapter.dropout = 0.1 * dist.get_rank()
+    torch.compile(model, backend="dora_fx", options={"inner_compiler": "eager"})(torch.randn(3, 1, FFN // 2))
+
+
+def die_in_the_second_step() -> None:
+    model = row_model()
+    for step in range(2):
+        if (dist.get_rank(), step) == (1, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        model(torch.randn(3, 1, FFN // 2))[0].sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (attach_with_another_dim, r"DoRA.dim: found 8 on tensor-parallel rank 1 and 4 on rank 0"),
+        (
+            load_a_shard_of_another_shape,
+            r"linear_out: found a shard of shape \(32, 4\), expected \(16, 4\)",
+        ),
+        (recompile_on_one_rank, r"rank 1 compiles graph 2 .*\(4, 1, 24\).* ranks \[0\] did not follow within 2 s"),
+        (compile_another_graph, r"tensor-parallel ranks [01] and [01] compile different graphs"),
+    ],
+)
+def test_a_rank_that_differs_is_named(function, message):
+    with pytest.raises(mp.ProcessRaisedException, match=message):
+        run_ranks(function, 2, 2)
+
+
+def test_all_ranks_draw_from_the_seed_of_the_first():
+    whole, own = run_ranks(attach_under_another_seed, 2, 2)
+    torch.manual_seed(0)
+    assert torch.equal(whole[:, : FFN // 2], own)
+    assert not torch.equal(whole[:, : FFN // 2], whole[:, FFN // 2 :])
+
+
+def test_a_killed_rank_ends_the_others():
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        ranks = [
+            context.Process(target=_enter, args=(rank, die_in_the_second_step, 2, 2, folder, ())) for rank in (0, 1)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(timeout=120)
+        assert ranks[1].exitcode == -signal.SIGKILL
+        assert ranks[0].exitcode == 1
+        assert not (Path(folder) / "result").exists()
