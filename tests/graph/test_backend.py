@@ -46,6 +46,7 @@ def test_inductor_option_and_mode_reach_inductor(model):
         ({"options": {"inner_compiler": "tvm"}}, r"found 'tvm', expected one of"),
         ({"options": {"fallback_randm": True}}, r"unknown option 'fallback_randm'; the nearest are .*fallback_random"),
         ({"options": {"fallback_random": "yes"}}, r"found 'yes', expected a bool"),
+        ({"options": {"rank_timeout": 0}}, r"rank_timeout: found 0, expected a positive number of seconds"),
         ({"mode": "fastest"}, r"mode: found 'fastest', expected one of"),
         ({"options": {"inner_compiler": "eager", "fallback_random": True}}, r"takes no Inductor settings"),
     ],
