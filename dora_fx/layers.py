@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import nn
 
 from dora_fx.collectives import group_rank, group_size
 from dora_fx.ops import dora_linear
-from dora_fx.placement import LAYOUTS, Layout, shard
+from dora_fx.placement import LAYOUTS, Layout
 from dora_fx.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.site_parameters import StoredParameters, complete_parameters
 from dora_fx.weight_norm import base_norm_squared, norm_dtype
@@ -93,22 +92,26 @@ class ParallelLinearDoRAAdapter(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.dim, self.alpha, self.dropout = dim, alpha, dropout
         self.layout, self.tp_group, self.row_blocks = layout, tp_group, row_blocks
-        self.padded_in_features, self.padded_out_features = padded_in_features, padded_out_features
+        self.placements = LAYOUTS[layout].adapter_parameters(
+            in_features,
+            out_features,
+            dim,
+            row_blocks=row_blocks,
+            padded_in_features=padded_in_features,
+            padded_out_features=padded_out_features,
+        )
         self.tp_size, self.tp_rank = group_size(tp_group), group_rank(tp_group)
         generator = torch.Generator().manual_seed(seed)
-        table = LAYOUTS[layout]
 
-        def draw(
-            rows: int, columns: int, method: str, padding: tuple[int, ...], dim: int | None, blocks: int
-        ) -> LowRankFactor:
-            whole = torch.empty(rows, columns, dtype=torch.float32)
+        def draw(name: str, method: str) -> LowRankFactor:
+            placement = self.placements[name]
+            whole = torch.empty(placement.shape, dtype=torch.float32)
             INIT_METHODS[method](whole, generator=generator)
-            part = shard(F.pad(whole, padding), dim, self.tp_rank, self.tp_size, blocks)
+            part = placement.pad_and_shard(whole, self.tp_rank, self.tp_size)
             return LowRankFactor(part.to(dtype=dtype, device=device))
 
-        columns, rows = in_features - padded_in_features, out_features - padded_out_features
-        self.linear_in = draw(dim, columns, column_init_method, (0, padded_in_features), table.lora_a_dim, 1)
-        self.linear_out = draw(rows, dim, row_init_method, (0, 0, 0, padded_out_features), table.lora_b_dim, row_blocks)
+        self.linear_in = draw("linear_in.weight", column_init_method)
+        self.linear_out = draw("linear_out.weight", row_init_method)
         self.weight_magnitude: nn.Parameter
 
     @property
@@ -127,16 +130,12 @@ class ParallelLinearDoRAAdapter(nn.Module):
 
     def _mark_sharded_parameters(self) -> None:
         """Tell Megatron which parameters are shards, or its gradient norm would count them on rank 0 alone."""
-        table = LAYOUTS[self.layout]
-        for parameter, dim, stride in (
-            (self.linear_in.weight, table.lora_a_dim, 1),
-            (self.linear_out.weight, table.lora_b_dim, self.row_blocks),
-            (self.weight_magnitude, table.magnitude_dim, self.row_blocks),
-        ):
-            if dim is not None:
+        for name, placement in self.placements.items():
+            if placement.dim is not None:
+                parameter = self.get_parameter(name)
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-                parameter.partition_dim = dim  # type: ignore[attr-defined]
-                parameter.partition_stride = stride  # type: ignore[attr-defined]
+                parameter.partition_dim = placement.dim  # type: ignore[attr-defined]
+                parameter.partition_stride = placement.blocks  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         # Detached aliases keep the values: the cast below replaces the data of the same parameter and gradient.
@@ -294,10 +293,11 @@ class DoRALinear(nn.Module):
                 raise ValueError(
                     f"{self.path}.adapter.{name}: found a shard of shape {tuple(found.shape)}, expected {factor.shape}"
                 )
-        if self.adapter.weight_magnitude.device != weight.device:
+        magnitude = self.adapter.weight_magnitude
+        if magnitude.device != weight.device or magnitude.shape != self.base_norm_sq.shape:
             raise ValueError(
-                f"{self.path}.adapter.weight_magnitude: found on {self.adapter.weight_magnitude.device}, "
-                f"expected the base weight's {weight.device}"
+                f"{self.path}.adapter.weight_magnitude: found shape {tuple(magnitude.shape)} on {magnitude.device}, "
+                f"expected {tuple(self.base_norm_sq.shape)} on the base weight's {weight.device}"
             )
 
     @property

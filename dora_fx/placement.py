@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
@@ -67,6 +68,64 @@ class Layout:
         return self.magnitude_dim is None and (
             self.leave == "reduce_scatter_sequence" or (dropout and self.leave == "all_reduce")
         )
+
+    def adapter_parameters(
+        self,
+        in_features: int,
+        out_features: int,
+        dim: int,
+        *,
+        row_blocks: int = 1,
+        padded_in_features: int = 0,
+        padded_out_features: int = 0,
+    ) -> dict[str, ParameterPlacement]:
+        """Where an adapter's parameters lie, by their names in its state dict.
+
+        Args:
+            in_features, out_features: of the whole layer, padding included.
+            dim: rank of the low-rank product.
+            row_blocks: blocks of output rows that are sharded each on its own.
+            padded_in_features, padded_out_features: how many of the last features are padding.
+        """
+        columns, rows = in_features - padded_in_features, out_features - padded_out_features
+        return {
+            "linear_in.weight": ParameterPlacement(self.lora_a_dim, 1, (dim, columns), (dim, in_features)),
+            "linear_out.weight": ParameterPlacement(self.lora_b_dim, row_blocks, (rows, dim), (out_features, dim)),
+            "weight_magnitude": ParameterPlacement(self.magnitude_dim, row_blocks, (rows,), (out_features,)),
+        }
+
+
+@dataclass(frozen=True)
+class ParameterPlacement:
+    """How one parameter of an adapter lies on the ranks of its tensor-parallel group.
+
+    Attributes:
+        dim: the sharded dimension, or None where every rank holds the whole tensor.
+        blocks: how many equal blocks `dim` is made of, each sharded on its own; 2 for the output rows of a
+            gated linear_fc1, whose ranks hold `[gate_i; up_i]`.
+        shape: of the whole tensor.
+        padded_shape: of the whole tensor with what pads the base layer, at the end of each dimension. The ranks
+            hold equal parts of it.
+    """
+
+    dim: int | None
+    blocks: int
+    shape: tuple[int, ...]
+    padded_shape: tuple[int, ...]
+
+    def pad_and_shard(self, whole: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
+        """Return one rank's part of a tensor of `shape`, with zeros for the padding."""
+        padding = [
+            amount
+            for size, padded_size in zip(reversed(self.shape), reversed(self.padded_shape), strict=True)
+            for amount in (0, padded_size - size)
+        ]
+        return shard(F.pad(whole, padding), self.dim, tp_rank, tp_size, self.blocks)
+
+    def unshard_and_cut(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the tensor of `shape` from the parts of ranks 0, 1, ...; one part where `dim` is None."""
+        whole = parts[0] if self.dim is None else unshard(parts, self.dim, self.blocks)
+        return whole[tuple(slice(size) for size in self.shape)].clone()
 
 
 def _column(name: str, enter: Enter, leave: Leave = "none") -> Layout:

@@ -15,7 +15,6 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from dora_fx.collectives import resolve_group
-from dora_fx.placement import LAYOUTS
 
 if TYPE_CHECKING:
     from dora_fx.layers import ParallelLinearDoRAAdapter
@@ -37,26 +36,21 @@ def adapter_sharded_state_dict(
     metadata = ensure_metadata_has_dp_cp_group(metadata)
     dp_cp_group = metadata["dp_cp_group"]
     tp_group = resolve_group(adapter.tp_group) if adapter.tp_group else parallel_state.get_tensor_model_parallel_group()
-    table = LAYOUTS[adapter.layout]
-    dims = {
-        "linear_in.weight": table.lora_a_dim,
-        "linear_out.weight": table.lora_b_dim,
-        "weight_magnitude": table.magnitude_dim,
-    }
     sharded = make_sharded_tensors_for_checkpoint(
         adapter.state_dict(prefix="", keep_vars=True),
         prefix,
-        {name: dim for name, dim in dims.items() if dim is not None},
+        {name: placement.dim for name, placement in adapter.placements.items() if placement.dim is not None},
         sharded_offsets,
         tp_group=tp_group,
         dp_cp_group=dp_cp_group,
     )
-    if adapter.row_blocks == 2:
+    in_blocks = [name for name, placement in adapter.placements.items() if placement.blocks == 2]
+    if in_blocks:
         groups = {"tp_group": tp_group, "dp_group": dp_cp_group}
         # megatron-core 0.16 takes the groups from the sharded tensor.
         known = inspect.signature(apply_swiglu_sharded_factory).parameters
         groups = {name: group for name, group in groups.items() if name in known}
-        for key in (f"{prefix}linear_out.weight", f"{prefix}weight_magnitude"):
+        for key in (prefix + name for name in in_blocks):
             sharded[key] = apply_swiglu_sharded_factory(
                 sharded[key], sharded_offsets, metadata.get("singleton_local_shards", False), **groups
             )

@@ -74,21 +74,17 @@ def find_dora_sites(gm: fx.GraphModule) -> list[DoRASite]:
         UnsupportedDoRASiteError: naming the module, the node and the source line of a marked call that
             is not understood. Leaving it alone would still be correct, but slow without a word.
     """
-    return [
-        _describe_site(marker)
-        for module in subgraph_modules(gm)
-        for marker in module.graph.find_nodes(op="call_function", target=dora_linear)
-    ]
+    return [_describe_site(marker) for marker in _markers(gm)]
 
 
 def tensor_parallel_groups(gm: fx.GraphModule) -> list[str]:
     """Names of the process groups that the DoRA sites of a graph communicate over, sorted."""
-    markers = (
-        marker
-        for module in subgraph_modules(gm)
-        for marker in module.graph.find_nodes(op="call_function", target=dora_linear)
-    )
-    return sorted({str(marker.kwargs["tp_group"]) for marker in markers} - {""})
+    return sorted({str(marker.kwargs["tp_group"]) for marker in _markers(gm)} - {""})
+
+
+def _markers(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    for module in subgraph_modules(gm):
+        yield from module.graph.find_nodes(op="call_function", target=dora_linear)
 
 
 def _describe_site(marker: fx.Node) -> DoRASite:

@@ -35,7 +35,7 @@ class StopSignals:
         """Raise `Interrupted` if a signal came while deferred, to any process: every one must call this."""
         received = self._agree(self._received or 0)
         if received:
-            raise Interrupted(received)
+            raise Interrupted(received, on_every_process=True)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:

@@ -39,7 +39,11 @@ class TrainingRun:
     device: str
 
     def run(self, held_out: Tensor) -> int:
-        """Train to the last step, or until a signal; return the exit code."""
+        """Train to the last step, or until a signal; return the exit code.
+
+        Raises:
+            Interrupted: by a second signal to one of several ranks, with nothing saved since the last save.
+        """
         if self.options.resume is not None:
             self._restore()
         prompt = self._prompt(held_out)
@@ -50,6 +54,9 @@ class TrainingRun:
                 self._train()
                 self._measure(prompt)
         except Interrupted as interrupted:
+            if self.ranks.world_size > 1 and not interrupted.on_every_process:
+                # Saving gathers the shards, and nobody knows where the other ranks are.
+                raise
             self._save()
             self.display.say(f"{interrupted} at step {self.trainer.step} of {self.options.steps}; saved")
             self.display.say(f"go on with: dora-fx finetune --resume {self.folder.path}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dora_fx.models.architecture import GPTArchitecture
+from dora_fx.placement import shard
 
 # Hugging Face name -> Megatron name, both within their layer, for the tensors that are the same in both.
 _SAME = {
@@ -86,13 +87,11 @@ def shard_of(name: str, full: Tensor, partition_dim: int, tp_rank: int, tp_size:
     Raises:
         ValueError: the dimension does not divide by the number of shards.
     """
-    if tp_size == 1:
-        return full
-    blocks = full.chunk(2, dim=partition_dim) if ".linear_fc1." in name else (full,)
-    size = blocks[0].shape[partition_dim]
+    blocks = 2 if ".linear_fc1." in name else 1
+    size = full.shape[partition_dim] // blocks
     if size % tp_size:
         raise ValueError(f"{name}: size {size} of dimension {partition_dim} does not divide by {tp_size} ranks")
-    return torch.cat([block.chunk(tp_size, dim=partition_dim)[tp_rank] for block in blocks], dim=partition_dim)
+    return shard(full, partition_dim, tp_rank, tp_size, blocks)
 
 
 def _interleave_qkv(architecture: GPTArchitecture, hf: Mapping[str, Tensor], kind: str) -> Tensor:

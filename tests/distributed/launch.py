@@ -14,9 +14,10 @@ import torch.multiprocessing as mp
 from dora_fx.megatron_world import megatron_world
 
 
-def _enter(
+def enter_rank(
     rank: int, function: Callable[..., Any], world_size: int, tp: int, folder: str, args: tuple[Any, ...]
 ) -> None:
+    """Be one rank of a Megatron world; rank 0 leaves what `function` returns in `folder`."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
     with megatron_world(store=store, global_rank=rank, world_size=world_size, tensor_model_parallel_size=tp):
@@ -32,5 +33,5 @@ def run_ranks(function: Callable[..., Any], world_size: int, tp: int, *args: Any
         torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (function, world_size, tp, folder, args), nprocs=world_size)
+        mp.spawn(enter_rank, (function, world_size, tp, folder, args), nprocs=world_size)
         return torch.load(Path(folder) / "result", weights_only=False)

@@ -12,31 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.hf_models import save_tiny_checkpoint
+from tests.hf_models import finetune_inputs
 
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 30
 # Three query groups: two ranks need a fourth, which is padding.
 GROUPS = 3
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_checkpoint(folder / "base", num_key_value_heads=GROUPS)
-    (folder / "text.txt").write_text(TEXT)
-    options = {
-        "--base": folder / "base",
-        "--data": folder / "text.txt",
-        "--device": "cpu",
-        "--sequence-length": 32,
-        "--batch-size": 2,
-        "--dim": 8,
-        "--dropout": 0.1,
-        "--lr": 0.001,
-        "--sample-tokens": 4,
-        "--inner-compiler": "aot_eager",
-    }
-    return [str(part) for option in options.items() for part in option]
+    options = ["--dim", 8, "--dropout", 0.1, "--lr", 0.001, "--inner-compiler", "aot_eager"]
+    return finetune_inputs(tmp_path_factory.mktemp("inputs"), *options, num_key_value_heads=GROUPS)
 
 
 def finetune(tp: int, *arguments: object, expect: int = 0) -> str:

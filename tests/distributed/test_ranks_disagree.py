@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear
 from torch import nn
 
 import dora_fx
-from tests.distributed.launch import _enter, run_ranks
+from tests.distributed.launch import enter_rank, run_ranks
 from tests.distributed.zoo import FFN, HIDDEN, Topology, make_config
 
 
@@ -54,6 +54,13 @@ def load_a_shard_of_another_shape() -> None:
     model(torch.randn(3, 1, FFN // 2))
 
 
+def load_a_magnitude_of_another_shape() -> None:
+    model = row_model()
+    if dist.get_rank() == 1:
+        model.adapter.weight_magnitude.data = torch.ones(HIDDEN // 2)
+    model(torch.randn(3, 1, FFN // 2))
+
+
 def recompile_on_one_rank() -> None:
     model = row_model()
     options = {"inner_compiler": "eager", "rank_timeout": 2.0}
@@ -84,6 +91,10 @@ def die_in_the_second_step() -> None:
             load_a_shard_of_another_shape,
             r"linear_out: found a shard of shape \(32, 4\), expected \(16, 4\)",
         ),
+        (
+            load_a_magnitude_of_another_shape,
+            r"weight_magnitude: found shape \(16,\) on cpu, expected \(32,\) on",
+        ),
         (recompile_on_one_rank, r"rank 1 compiles graph 2 .*\(4, 1, 24\).* ranks \[0\] did not follow within 2 s"),
         (compile_another_graph, r"tensor-parallel ranks [01] and [01] compile different graphs"),
     ],
@@ -104,7 +115,7 @@ def test_a_killed_rank_ends_the_others():
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
         ranks = [
-            context.Process(target=_enter, args=(rank, die_in_the_second_step, 2, 2, folder, ())) for rank in (0, 1)
+            context.Process(target=enter_rank, args=(rank, die_in_the_second_step, 2, 2, folder, ())) for rank in (0, 1)
         ]
         for rank in ranks:
             rank.start()

@@ -19,28 +19,13 @@ import yaml
 from safetensors.torch import load_file
 
 from dora_fx.cli.main import main
-from tests.hf_models import save_tiny_checkpoint
-
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 30
+from tests.hf_models import finetune_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options that every run here has: a tiny base, a text, short sequences."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_checkpoint(folder / "base")
-    (folder / "text.txt").write_text(TEXT)
-    options = {
-        "--base": folder / "base",
-        "--data": folder / "text.txt",
-        "--device": "cpu",
-        "--sequence-length": 32,
-        "--batch-size": 2,
-        "--lr": 0.01,
-        "--sample-tokens": 4,
-        "--compile": "none",
-    }
-    return [str(part) for option in options.items() for part in option]
+    return finetune_inputs(tmp_path_factory.mktemp("inputs"), "--lr", 0.01, "--compile", "none")
 
 
 def finetune(*arguments: object) -> int:
@@ -186,9 +171,10 @@ def test_a_run_whose_text_changed_is_not_resumed(
     inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, text = tmp_path / "run", tmp_path / "text.txt"
-    text.write_text(TEXT)
+    original = Path(inputs[inputs.index("--data") + 1]).read_text()
+    text.write_text(original)
     assert finetune(*inputs, "--data", text, "--run", run, "--steps", 1) == 0
-    text.write_text(TEXT + "More of it.")
+    text.write_text(original + "More of it.")
     assert finetune("--resume", run, "--steps", 2) == 2
     assert "the text is not the one the run was started with" in capsys.readouterr().err
     assert finetune("--resume", run, "--dim", 3, "--steps", 2) == 2

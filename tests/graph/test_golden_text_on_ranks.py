@@ -1,0 +1,229 @@
+"""Golden text of rewritten graphs on tensor-parallel ranks, traced with the fake process group."""
+
+from __future__ import annotations
+
+from expecttest import assert_expected_inline
+
+from tests.graph.capture import capture
+from tests.graph.sites import IN, adapted, column, row
+from tests.recording_backend import graph_text
+
+
+def test_column_on_two_ranks(tensor_parallel):
+    tensor_parallel(2)
+    backend = capture(adapted(column(tensor_model_parallel_size=2)), IN)
+    assert_expected_inline(
+        graph_text(backend.after[0]),
+        """\
+class GraphModule(torch.nn.Module):
+    def forward(self, weight: "f32[40, 48]", x: "f32[6, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]"):
+
+        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_a], 'tp')
+        getitem_1: "f32[16, 48]" = gather_rows_together[0]
+        detach: "f32[40, 48]" = weight.detach()
+        detach_1: "f32[16, 48]" = getitem_1.detach()
+        detach_2: "f32[40, 16]" = lora_b.detach()
+        to: "f32[16, 48]" = detach_1.to(torch.float32)
+        linear: "f32[40, 16]" = torch._C._nn.linear(detach, detach_1)
+        to_1: "f32[40, 16]" = linear.to(torch.float32)
+        to_2: "f32[40, 16]" = detach_2.to(torch.float32)
+        mul: "f32[40, 16]" = to_1 * to_2
+        sum_1: "f32[40]" = mul.sum(1)
+        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
+        detach_3: "f32[40, 16]" = lora_b.detach()
+        to_3: "f32[40, 16]" = detach_3.to(torch.float32)
+        linear_2: "f32[40, 16]" = torch._C._nn.linear(to_3, linear_1)
+        mul_1: "f32[40, 16]" = linear_2 * to_3
+        sum_2: "f32[40]" = mul_1.sum(1)
+        mul_2: "f32[40]" = sum_1 * 4.0
+        add: "f32[40]" = base_norm_sq + mul_2
+        mul_3: "f32[40]" = sum_2 * 4.0
+        add_1: "f32[40]" = add + mul_3
+        clamp: "f32[40]" = add_1.clamp(min = 0.0)
+        sqrt: "f32[40]" = clamp.sqrt()
+        eq: "b8[40]" = sqrt == 0
+        where: "f32[40]" = torch.where(eq, 1.0, sqrt)
+        sub: "f32[40]" = magnitude - sqrt
+        truediv: "f32[40]" = sub / where
+        where_1: "f32[40]" = torch.where(eq, 0.0, truediv)
+        copy_to_group: "f32[6, 2, 48]" = dora_fx_collectives_copy_to_group(x, 'tp')
+        linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(copy_to_group, getitem_1)
+        mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
+        linear_4: "f32[6, 2, 40]" = torch._C._nn.linear(mul_4, lora_b)
+        linear_5: "f32[6, 2, 40]" = torch._C._nn.linear(copy_to_group, weight, None)
+        add_2: "f32[6, 2, 40]" = linear_5 + linear_4
+        mul_5: "f32[6, 2, 40]" = add_2 * where_1
+        add_3: "f32[6, 2, 40]" = add_2 + mul_5
+        to_4: "f32[6, 2, 40]" = add_3.to(torch.float32)
+        return (to_4,)
+""",
+    )
+
+
+def test_row_on_two_ranks(tensor_parallel):
+    tensor_parallel(2)
+    backend = capture(adapted(row(tensor_model_parallel_size=2)), IN // 2)
+    assert_expected_inline(
+        graph_text(backend.after[0]),
+        """\
+class GraphModule(torch.nn.Module):
+    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]"):
+
+        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_b], 'tp')
+        getitem_2: "f32[80, 16]" = gather_rows_together[0]
+        detach: "f32[80, 24]" = weight.detach()
+        detach_1: "f32[16, 24]" = lora_a.detach()
+        detach_2: "f32[80, 16]" = getitem_2.detach()
+        to: "f32[16, 24]" = detach_1.to(torch.float32)
+        linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
+        to_1: "f32[80, 16]" = linear.to(torch.float32)
+        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
+        mul: "f32[80, 16]" = to_1 * to_2
+        sum_1: "f32[80]" = mul.sum(1)
+        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
+        reduce_from_group_together = dora_fx_collectives_reduce_from_group_together([sum_1, linear_1], 'tp')
+        getitem_3: "f32[80]" = reduce_from_group_together[0]
+        getitem_4: "f32[16, 16]" = reduce_from_group_together[1]
+        detach_3: "f32[80, 16]" = getitem_2.detach()
+        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
+        linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, getitem_4)
+        mul_1: "f32[80, 16]" = linear_2 * to_3
+        sum_2: "f32[80]" = mul_1.sum(1)
+        mul_2: "f32[80]" = getitem_3 * 4.0
+        add: "f32[80]" = base_norm_sq + mul_2
+        mul_3: "f32[80]" = sum_2 * 4.0
+        add_1: "f32[80]" = add + mul_3
+        clamp: "f32[80]" = add_1.clamp(min = 0.0)
+        sqrt: "f32[80]" = clamp.sqrt()
+        eq: "b8[80]" = sqrt == 0
+        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
+        sub: "f32[80]" = magnitude - sqrt
+        truediv: "f32[80]" = sub / where
+        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
+        linear_4: "f32[6, 2, 80]" = torch._C._nn.linear(mul_4, getitem_2)
+        linear_5: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
+        add_2: "f32[6, 2, 80]" = linear_5 + linear_4
+        reduce_from_group: "f32[6, 2, 80]" = dora_fx_collectives_reduce_from_group(add_2, 'tp')
+        mul_5: "f32[6, 2, 80]" = reduce_from_group * where_1
+        add_3: "f32[6, 2, 80]" = reduce_from_group + mul_5
+        to_4: "f32[6, 2, 80]" = add_3.to(torch.float32)
+        return (to_4,)
+""",
+    )
+
+
+def test_row_sequence_parallel_with_dropout_on_two_ranks(tensor_parallel):
+    tensor_parallel(2)
+    model = adapted(row(tensor_model_parallel_size=2, sequence_parallel=True), dropout=0.25)
+    assert_expected_inline(
+        graph_text(capture(model, IN // 2).after[0]),
+        """\
+class GraphModule(torch.nn.Module):
+    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]"):
+
+        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_b], 'tp')
+        getitem_2: "f32[80, 16]" = gather_rows_together[0]
+        detach: "f32[80, 24]" = weight.detach()
+        detach_1: "f32[16, 24]" = lora_a.detach()
+        detach_2: "f32[80, 16]" = getitem_2.detach()
+        to: "f32[16, 24]" = detach_1.to(torch.float32)
+        linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
+        to_1: "f32[80, 16]" = linear.to(torch.float32)
+        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
+        mul: "f32[80, 16]" = to_1 * to_2
+        sum_1: "f32[80]" = mul.sum(1)
+        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
+        reduce_from_group_together = dora_fx_collectives_reduce_from_group_together([sum_1, linear_1], 'tp')
+        getitem_3: "f32[80]" = reduce_from_group_together[0]
+        getitem_4: "f32[16, 16]" = reduce_from_group_together[1]
+        detach_3: "f32[80, 16]" = getitem_2.detach()
+        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
+        linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, getitem_4)
+        mul_1: "f32[80, 16]" = linear_2 * to_3
+        sum_2: "f32[80]" = mul_1.sum(1)
+        mul_2: "f32[80]" = getitem_3 * 4.0
+        add: "f32[80]" = base_norm_sq + mul_2
+        mul_3: "f32[80]" = sum_2 * 4.0
+        add_1: "f32[80]" = add + mul_3
+        clamp: "f32[80]" = add_1.clamp(min = 0.0)
+        sqrt: "f32[80]" = clamp.sqrt()
+        copy_to_group_together = dora_fx_collectives_copy_to_group_together([magnitude], 'tp')
+        getitem_5: "f32[80]" = copy_to_group_together[0]
+        eq: "b8[80]" = sqrt == 0
+        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
+        sub: "f32[80]" = getitem_5 - sqrt
+        truediv: "f32[80]" = sub / where
+        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, 'tp')
+        dropout: "f32[6, 2, 24]" = dora_fx_dropout_dropout(x, draw_dropout_key, 0.25, True)
+        linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
+        mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
+        linear_4: "f32[6, 2, 80]" = torch._C._nn.linear(mul_4, getitem_2)
+        cat: "f32[12, 2, 24]" = torch.cat((x, dropout))
+        linear_5: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
+        chunk = linear_5.chunk(2)
+        getitem_6: "f32[6, 2, 80]" = chunk[0]
+        getitem_7: "f32[6, 2, 80]" = chunk[1]
+        mul_5: "f32[6, 2, 80]" = getitem_7 * where_1
+        add_2: "f32[80]" = where_1 + 1.0
+        mul_6: "f32[6, 2, 80]" = linear_4 * add_2
+        add_3: "f32[6, 2, 80]" = mul_5 + mul_6
+        to_4: "f32[6, 2, 80]" = add_3.to(torch.float32)
+        add_4: "f32[6, 2, 80]" = getitem_6 + to_4
+        reduce_scatter_sequence: "f32[3, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add_4, 'tp')
+        return (reduce_scatter_sequence,)
+""",
+    )
+
+
+def test_column_sequence_parallel_on_eight_ranks(tensor_parallel):
+    tensor_parallel(8)
+    model = adapted(column(tensor_model_parallel_size=8, sequence_parallel=True))
+    assert_expected_inline(
+        graph_text(capture(model, IN, sequence=1).after[0]),
+        """\
+class GraphModule(torch.nn.Module):
+    def forward(self, weight: "f32[10, 48]", x: "f32[1, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]"):
+
+        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_a], 'tp')
+        getitem_2: "f32[16, 48]" = gather_rows_together[0]
+        detach: "f32[10, 48]" = weight.detach()
+        detach_1: "f32[16, 48]" = getitem_2.detach()
+        detach_2: "f32[10, 16]" = lora_b.detach()
+        to: "f32[16, 48]" = detach_1.to(torch.float32)
+        linear: "f32[10, 16]" = torch._C._nn.linear(detach, detach_1)
+        to_1: "f32[10, 16]" = linear.to(torch.float32)
+        to_2: "f32[10, 16]" = detach_2.to(torch.float32)
+        mul: "f32[10, 16]" = to_1 * to_2
+        sum_1: "f32[10]" = mul.sum(1)
+        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
+        detach_3: "f32[10, 16]" = lora_b.detach()
+        to_3: "f32[10, 16]" = detach_3.to(torch.float32)
+        linear_2: "f32[10, 16]" = torch._C._nn.linear(to_3, linear_1)
+        mul_1: "f32[10, 16]" = linear_2 * to_3
+        sum_2: "f32[10]" = mul_1.sum(1)
+        mul_2: "f32[10]" = sum_1 * 4.0
+        add: "f32[10]" = base_norm_sq + mul_2
+        mul_3: "f32[10]" = sum_2 * 4.0
+        add_1: "f32[10]" = add + mul_3
+        clamp: "f32[10]" = add_1.clamp(min = 0.0)
+        sqrt: "f32[10]" = clamp.sqrt()
+        eq: "b8[10]" = sqrt == 0
+        where: "f32[10]" = torch.where(eq, 1.0, sqrt)
+        sub: "f32[10]" = magnitude - sqrt
+        truediv: "f32[10]" = sub / where
+        where_1: "f32[10]" = torch.where(eq, 0.0, truediv)
+        gather_sequence: "f32[8, 2, 48]" = dora_fx_collectives_gather_sequence(x, 'tp')
+        linear_3: "f32[8, 2, 16]" = torch._C._nn.linear(gather_sequence, getitem_2)
+        mul_4: "f32[8, 2, 16]" = linear_3 * 2.0
+        linear_4: "f32[8, 2, 10]" = torch._C._nn.linear(mul_4, lora_b)
+        linear_5: "f32[8, 2, 10]" = torch._C._nn.linear(gather_sequence, weight, None)
+        add_2: "f32[8, 2, 10]" = linear_5 + linear_4
+        mul_5: "f32[8, 2, 10]" = add_2 * where_1
+        add_3: "f32[8, 2, 10]" = add_2 + mul_5
+        to_4: "f32[8, 2, 10]" = add_3.to(torch.float32)
+        return (to_4,)
+""",
+    )
