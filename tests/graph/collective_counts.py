@@ -11,6 +11,7 @@ from functorch.compile import make_boxed_func
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_fx.passes import default_passes
 from dora_fx.passes.pipeline import run_passes
@@ -69,3 +70,17 @@ def count_collectives(model: nn.Module, x: torch.Tensor) -> CollectiveCounts:
     output = output[0] if isinstance(output, tuple) else output
     output.sum().backward()
     return counts
+
+
+class CollectivesThatRun(TorchDispatchMode):
+    """Within the context, counts the collectives that run; elements of the larger side as above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Count = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in COLLECTIVES:
+            self.counts[COLLECTIVES[function], max(result.numel(), args[0].numel())] += 1
+        return result

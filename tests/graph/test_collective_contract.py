@@ -1,4 +1,7 @@
-"""DoRA adds no activation-sized collective to the frozen base, in any layout, forward or backward."""
+"""DoRA adds no activation-sized collective to the frozen base, in any layout, forward or backward.
+
+The forward pass adds none at all: what it needs of other ranks is fetched once per optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,17 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import nn
 
 import dora_fx
-from tests.graph.collective_counts import count_collectives
+from dora_fx import DoRALinear
+from dora_fx.parameter_cache import refresh
+from tests.graph.collective_counts import CollectivesThatRun, count_collectives
 from tests.graph.sites import DIM, IN, OUT, OneLinear, adapted, column, config, row
 
 TP, SEQUENCE, BATCH = 4, 8, 3
 TOKENS = SEQUENCE * BATCH
 ROWS_B, COLUMNS_A = OUT * DIM, DIM * IN
 
-# What each layout may add, as placement.py says: (kind, elements) -> count; all of it is weight-sized.
+# What each layout may add, as placement.py says: (kind, elements) -> count; all of it is weight-sized. The first three
+# are sent once per optimizer step, the others in each backward pass.
 LORA_A = {("all_gather", COLUMNS_A): 1}
 LORA_B = {("all_gather", ROWS_B): 1}
 NORM = {("all_reduce", OUT + DIM * DIM): 1}
@@ -43,7 +49,7 @@ CASES = {
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("name", CASES)
 def test_collectives_added_to_the_base(tensor_parallel, name, dropout):
-    layer, settings, (sequence, features), forward, backward = CASES[name]
+    layer, settings, (sequence, features), once_per_step, backward = CASES[name]
     tensor_parallel(TP)
     settings = settings | {"tensor_model_parallel_size": TP}
 
@@ -56,10 +62,22 @@ def test_collectives_added_to_the_base(tensor_parallel, name, dropout):
     removed = base - counts(lambda linear: adapted(linear, dropout=dropout))
     if dropout and name in ("row", "row_split_input"):
         backward = backward | MAGNITUDE_GRAD
-    assert dict(added.forward) == forward
+    assert not added.forward
     assert dict(added.backward) == backward
     assert not removed.forward and not removed.backward
-    assert all(size != TOKENS * width for _, size in added.forward for width in (IN, OUT))
+    assert all(size != TOKENS * width for _, size in added.backward for width in (IN, OUT))
+    assert refreshed(adapted(layer(**settings))) == [once_per_step, {}]
+
+
+def refreshed(model: nn.Module) -> list[dict[tuple[str, int], int]]:
+    """What bringing the caches of a model's sites up to date communicates, the first time and the second."""
+    sites = [module.cached_site() for module in model.modules() if isinstance(module, DoRALinear)]
+    times = []
+    for _ in range(2):
+        with CollectivesThatRun() as ran:
+            refresh(sites)
+        times.append(dict(ran.counts))
+    return times
 
 
 class Chain(nn.ModuleList):
@@ -86,5 +104,8 @@ def test_layers_of_one_graph_share_their_weight_sized_collectives(tensor_paralle
     added = counts(dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM)) - base
     factors = 2 * (DIM * IN + IN * DIM)
     magnitude_grad = {("all_reduce", 2 * IN): 1} if sequence_parallel else {}
-    assert dict(added.forward) == {("all_gather", factors): 1, ("all_reduce", 2 * (IN + DIM * DIM)): 1}
+    assert not added.forward
     assert dict(added.backward) == {("reduce_scatter", factors): 1} | magnitude_grad
+    adapted_model = dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM)(Chain(MLP(cfg, submodules) for _ in range(2)))
+    once_per_step = {("all_gather", factors): 1, ("all_reduce", 2 * (IN + DIM * DIM)): 1}
+    assert refreshed(adapted_model) == [once_per_step, {}]
