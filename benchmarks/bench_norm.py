@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measuring import Table, interleaved, ratios, save, show
-from torch.utils._python_dispatch import TorchDispatchMode
+from measuring import Allocations, Table, interleaved, ratios, save, show
 
 from dora_fx.weight_norm import norm_dtype, norm_of_terms, norm_terms
 
@@ -61,34 +60,6 @@ NORMS: dict[str, Norm] = {
     "dense": dense,
     "PEFT": peft,
 }
-
-
-class Allocations(TorchDispatchMode):
-    """Within the context, the bytes of new tensors that are alive at once, at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.peak = 0, 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        given = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in given | self._seen:
-            self._note(result.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        import weakref
-
-        self._seen.add(storage._cdata)
-        self.alive += storage.nbytes()
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-
-    def _forget(self, address: int, num_bytes: int) -> None:
-        self._seen.discard(address)
-        self.alive -= num_bytes
 
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int) -> Table:

@@ -6,12 +6,14 @@ import json
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Table = dict[str, dict[str, float]]
 
@@ -64,6 +66,32 @@ def saved_bytes(function: Callable[[], Any], model: torch.nn.Module) -> int:
         kept = function()
     del kept
     return sum(saved.values())
+
+
+class Allocations(TorchDispatchMode):
+    """Within the context, the bytes of new tensors that are alive at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in given | self._seen:
+            self._note(result.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        self._seen.add(storage._cdata)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, address: int, num_bytes: int) -> None:
+        self._seen.discard(address)
+        self.alive -= num_bytes
 
 
 def peak_bytes(function: Callable[[], Any], device: str) -> int | None:
