@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -46,14 +47,28 @@ def with_lora(model: nn.Module, dim: int, targets: list[str]) -> nn.Module:
     return model
 
 
-def with_bridge_dora(model: nn.Module, dim: int, targets: list[str]) -> nn.Module:
+def with_bridge_dora(model: nn.Module, dim: int, targets: list[str], dropout: float = 0.0) -> nn.Module:
     """Attach Megatron-Bridge's DoRA; needs `HAS_BRIDGE`."""
+    settings = {"alpha": 2 * dim, "dropout": dropout, "lora_B_init_method": "normal"}
+    return _import_bridge_dora()(target_modules=targets, dim=dim, **settings)(model)
+
+
+def _import_bridge_dora() -> Any:
+    """Megatron-Bridge's DoRA, without its other packages.
+
+    `megatron/bridge/__init__.py` imports every model that it knows, and these need their own version of transformers.
+    """
+    if "megatron.bridge" not in sys.modules:
+        # Made, and not executed.
+        spec = importlib.util.find_spec("megatron.bridge")
+        assert spec is not None
+        sys.modules["megatron.bridge"] = importlib.util.module_from_spec(spec)
     from megatron.bridge.peft import utils
     from megatron.bridge.peft.dora import DoRA
 
-    # Without Transformer Engine its look-up of layer classes has none to compare with.
-    utils.HAVE_TE = utils.HAVE_TE and importlib.util.find_spec("transformer_engine") is not None
-    return DoRA(target_modules=targets, dim=dim, alpha=2 * dim, lora_B_init_method="normal")(model)
+    # Without Transformer Engine its class checks compare with None.
+    utils.HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
+    return DoRA
 
 
 def gated_mlp(hidden: int, ffn: int, dtype: torch.dtype, device: str) -> MLP:
