@@ -95,9 +95,17 @@ class TrainingRun:
         set_adapter_values(self.zoo, topology)
         with cuda_means_cpu():
             config = make_config(topology, mode.dtype)
-            self.ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), self.zoo)
+            is_bf16 = mode.dtype == torch.bfloat16
+            # As Megatron's own training does: bfloat16 weights, and gradients and optimizer state in float32.
+            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=is_bf16)
+            self.ddp = DistributedDataParallel(config, ddp_config, self.zoo)
             settings = OptimizerConfig(
-                optimizer="adam", lr=1e-2, weight_decay=0.0, clip_grad=mode.clip_grad, params_dtype=mode.dtype
+                optimizer="adam",
+                lr=1e-2,
+                weight_decay=0.0,
+                clip_grad=mode.clip_grad,
+                params_dtype=mode.dtype,
+                bf16=is_bf16,
             )
             self.optimizer = get_megatron_optimizer(settings, [self.ddp])
         self.function = compiled(self.zoo, mode)
