@@ -16,6 +16,9 @@ from tests.distributed.zoo import Topology, layer_names
 
 # Of `error_of`.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+# In bfloat16 Megatron's frozen transformer layer alone, with merged weights and on one rank, is off by 0.9 % in its
+# output and 1.2 % in its input's gradient.
+BFLOAT16_TRANSFORMER_LAYER = 3e-2
 
 EAGER = Mode()
 COMPILED = Mode(compiler="dora_fx_aot_eager", num_steps=2)
@@ -28,16 +31,16 @@ PLAIN_INDUCTOR = Mode(compiler="inductor", num_steps=2)
 
 slow = pytest.mark.slow
 TOPOLOGIES = [
-    pytest.param(Topology(tp=1), [EAGER, COMPILED], marks=slow),
-    pytest.param(Topology(tp=2), [EAGER, COMPILED_DROPOUT]),
+    pytest.param(Topology(tp=1), [EAGER, COMPILED, BFLOAT16], marks=slow),
+    pytest.param(Topology(tp=2), [EAGER, COMPILED_DROPOUT, BFLOAT16]),
     pytest.param(Topology(tp=2, sequence_parallel=True), [COMPILED, DROPOUT, CLIPPED]),
     pytest.param(Topology(tp=2), [INDUCTOR, PLAIN_INDUCTOR, CLIPPED], marks=slow),
-    pytest.param(Topology(tp=2, sequence_parallel=True), [INDUCTOR, PLAIN_INDUCTOR, EAGER], marks=slow),
-    pytest.param(Topology(dp=2), [EAGER, COMPILED, CLIPPED], marks=slow),
-    pytest.param(Topology(tp=2, dp=2), [EAGER, COMPILED, CLIPPED], marks=slow),
-    pytest.param(Topology(tp=2, sequence_parallel=True, dp=2), [EAGER, COMPILED, CLIPPED], marks=slow),
-    pytest.param(Topology(tp=4), [EAGER, COMPILED_DROPOUT, CLIPPED], marks=slow),
-    pytest.param(Topology(tp=4, sequence_parallel=True), [EAGER, COMPILED_DROPOUT, CLIPPED], marks=slow),
+    pytest.param(Topology(tp=2, sequence_parallel=True), [INDUCTOR, PLAIN_INDUCTOR, EAGER, BFLOAT16], marks=slow),
+    pytest.param(Topology(dp=2), [EAGER, COMPILED, CLIPPED, BFLOAT16], marks=slow),
+    pytest.param(Topology(tp=2, dp=2), [EAGER, COMPILED, CLIPPED, BFLOAT16], marks=slow),
+    pytest.param(Topology(tp=2, sequence_parallel=True, dp=2), [EAGER, COMPILED, CLIPPED, BFLOAT16], marks=slow),
+    pytest.param(Topology(tp=4), [EAGER, COMPILED_DROPOUT, CLIPPED, BFLOAT16], marks=slow),
+    pytest.param(Topology(tp=4, sequence_parallel=True), [EAGER, COMPILED_DROPOUT, CLIPPED, BFLOAT16], marks=slow),
 ]
 
 
@@ -49,7 +52,11 @@ def error_of(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) ->
 
 def bound_of(quantity: str, dtype: torch.dtype) -> float:
     """The largest error allowed. Megatron measures the gradient norm in float32 whatever the gradients are."""
-    return max(TOLERANCE[dtype], TOLERANCE[torch.float32]) if quantity == "grad_norm" else TOLERANCE[dtype]
+    if quantity == "grad_norm":
+        return max(TOLERANCE[dtype], TOLERANCE[torch.float32])
+    if dtype is torch.bfloat16 and "transformer_layer" in quantity:
+        return BFLOAT16_TRANSFORMER_LAYER
+    return TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("topology", "modes"), TOPOLOGIES, ids=str)
@@ -58,8 +65,7 @@ def test_equals_one_rank(topology, modes, record_error):
     oracle = run_ranks(run_oracle, 1, 1, [(mode, names) for mode in modes])
     found = run_ranks(run_rank, topology.world_size, topology.tp, topology, modes)
     wrong = []
-    for mode, expected in zip(modes, oracle, strict=True):
-        results = found[str(mode)]
+    for mode, expected, results in zip(modes, oracle, found, strict=True):
         assert results.keys() == expected.keys()
         assert float(results["replicas differ by"]) == 0.0
         for quantity, value in expected.items():

@@ -227,3 +227,59 @@ class GraphModule(torch.nn.Module):
         return (to_4,)
 """,
     )
+
+
+def test_row_sequence_parallel_on_eight_ranks(tensor_parallel):
+    tensor_parallel(8)
+    model = adapted(row(tensor_model_parallel_size=8, sequence_parallel=True))
+    assert_expected_inline(
+        graph_text(capture(model, IN // 8, sequence=8).after[0]),
+        """\
+class GraphModule(torch.nn.Module):
+    def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]"):
+
+        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_b], 'tp')
+        getitem_2: "f32[80, 16]" = gather_rows_together[0]
+        detach: "f32[80, 6]" = weight.detach()
+        detach_1: "f32[16, 6]" = lora_a.detach()
+        detach_2: "f32[80, 16]" = getitem_2.detach()
+        to: "f32[16, 6]" = detach_1.to(torch.float32)
+        linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
+        to_1: "f32[80, 16]" = linear.to(torch.float32)
+        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
+        mul: "f32[80, 16]" = to_1 * to_2
+        sum_1: "f32[80]" = mul.sum(1)
+        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
+        reduce_from_group_together = dora_fx_collectives_reduce_from_group_together([sum_1, linear_1], 'tp')
+        getitem_3: "f32[80]" = reduce_from_group_together[0]
+        getitem_4: "f32[16, 16]" = reduce_from_group_together[1]
+        detach_3: "f32[80, 16]" = getitem_2.detach()
+        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
+        linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, getitem_4)
+        mul_1: "f32[80, 16]" = linear_2 * to_3
+        sum_2: "f32[80]" = mul_1.sum(1)
+        mul_2: "f32[80]" = getitem_3 * 4.0
+        add: "f32[80]" = base_norm_sq + mul_2
+        mul_3: "f32[80]" = sum_2 * 4.0
+        add_1: "f32[80]" = add + mul_3
+        clamp: "f32[80]" = add_1.clamp(min = 0.0)
+        sqrt: "f32[80]" = clamp.sqrt()
+        copy_to_group_together = dora_fx_collectives_copy_to_group_together([magnitude], 'tp')
+        getitem_5: "f32[80]" = copy_to_group_together[0]
+        eq: "b8[80]" = sqrt == 0
+        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
+        sub: "f32[80]" = getitem_5 - sqrt
+        truediv: "f32[80]" = sub / where
+        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        linear_3: "f32[8, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        mul_4: "f32[8, 2, 16]" = linear_3 * 2.0
+        linear_4: "f32[8, 2, 80]" = torch._C._nn.linear(mul_4, getitem_2)
+        linear_5: "f32[8, 2, 80]" = torch._C._nn.linear(x, weight, None)
+        add_2: "f32[8, 2, 80]" = linear_5 + linear_4
+        reduce_scatter_sequence: "f32[1, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add_2, 'tp')
+        mul_5: "f32[1, 2, 80]" = reduce_scatter_sequence * where_1
+        add_3: "f32[1, 2, 80]" = reduce_scatter_sequence + mul_5
+        to_4: "f32[1, 2, 80]" = add_3.to(torch.float32)
+        return (to_4,)
+""",
+    )
