@@ -145,9 +145,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def describe(count: Count, layout: str, options: argparse.Namespace, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of one direction; a size that is no tensor of the layer's is shown as bytes."""
-    names = sizes(layout, options)
-    assert len(set(names.values())) == len(names), f"sizes {names} do not tell tensors apart; choose others"
-    by_size = {size * torch.float32.itemsize: name for name, size in names.items()}
+    by_size = {size * torch.float32.itemsize: name for name, size in sizes(layout, options).items()}
     rows = []
     for (kind, num_bytes), times in sorted(count.items()):
         size = by_size.get(num_bytes, f"{num_bytes} bytes")
@@ -230,6 +228,17 @@ def added(rows: list[dict[str, Any]], variant: str) -> Named:
     return {key: times - base.get(key, 0) for key, times in own.items() if times > base.get(key, 0)}
 
 
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with an error for sizes that the ranks cannot share or that do not tell tensors apart."""
+    for name in ("hidden", "ffn", "dim", "tokens"):
+        if getattr(options, name) % options.tp:
+            parser.error(f"--{name}: found {getattr(options, name)}, expected a multiple of --tp {options.tp}")
+    for layout in LAYOUTS:
+        found = sizes(layout, options)
+        if len(set(found.values())) < len(found):
+            parser.error(f"two tensors of a {layout} layer have the same size, choose other sizes: {found}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tp", 2), ("hidden", 1024), ("ffn", 2816), ("dim", 16), ("tokens", 512)):
@@ -237,6 +246,7 @@ def main() -> None:
     parser.add_argument("--inner-compiler", choices=("inductor", "aot_eager"), default="inductor")
     parser.add_argument("--json", type=Path, help="write every count here")
     options = parser.parse_args()
+    check(parser, options)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, (options, folder), nprocs=options.tp)
         rows = json.loads(Path(folder, "rows.json").read_text())
