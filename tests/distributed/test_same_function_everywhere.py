@@ -73,8 +73,8 @@ def test_equals_one_rank(topology, modes, record_error):
                 continue
             error, bound = error_of(results[quantity], value, mode.dtype), bound_of(quantity, mode.dtype)
             if quantity != "grad_norm":
-                layer = quantity.removeprefix("layers.").partition(" ")[0].partition(".")[0]
-                record_error(f"{topology} {layer}", mode.compiler, mode.dtype, error)
+                site = quantity.removeprefix("layers.").partition(" ")[0]
+                record_error(f"{topology} {site}", mode.compiler, mode.dtype, error)
             if not error <= bound:
                 wrong.append(f"{mode}: {quantity} off by {error:.1e}, bound {bound:.0e}")
     assert not wrong, "\n".join(wrong)
