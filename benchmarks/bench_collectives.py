@@ -1,8 +1,8 @@
 """What does DoRA send between tensor-parallel ranks beyond what the frozen base sends?
 
-Counts the collectives that one linear layer really calls in forward and backward, in the first micro-batch after an
-optimizer step, on gloo ranks: the frozen base, this library compiled and eager, and Megatron-Bridge's DoRA where it
-can be imported. Sizes are those of the larger side of a collective.
+Counts the collectives that one linear layer really calls, once per optimizer step and in each forward and backward
+pass, on gloo ranks: the frozen base, this library compiled and eager, and Megatron-Bridge's DoRA where it can be
+imported. Sizes are those of the larger side of a collective.
 
     python benchmarks/bench_collectives.py --tp 2
 """
@@ -42,6 +42,7 @@ LAYOUTS = {
 }
 # (direction, kind, size, bytes) -> how many
 Named = dict[tuple[str, str, str, int], int]
+DIRECTIONS = ("once_per_step", "forward", "backward")
 SHORT = {"all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS"}
 
 
@@ -138,7 +139,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 module = make(make_base(layout, options), options, dropout)
                 counts = count_collectives(module, make_input(layout, options))
                 about = {"layout": layout, "dropout": dropout, "variant": variant}
-                for direction in ("forward", "backward"):
+                for direction in DIRECTIONS:
                     rows += describe(getattr(counts, direction), layout, options, about | {"direction": direction})
     return rows
 
@@ -186,7 +187,8 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """A line per layout, dropout and variant; a variant's line shows what it adds to the base's."""
     keys = list(dict.fromkeys((row["layout"], row["dropout"], row["variant"]) for row in rows))
-    print(f"{'layout':12} {'dropout':8} {'':17} {'activation-sized':>16} {'weight-sized':>16}  forward | backward")
+    sizes = f"{'activation-sized':>16} {'weight-sized':>16}"
+    print(f"{'layout':12} {'dropout':8} {'':17} {sizes}  once per step | forward | backward")
     for layout, dropout, variant in keys:
         mine = [row for row in rows if (row["layout"], row["dropout"]) == (layout, dropout)]
         own = added(mine, variant) if variant != "base" else counted(mine, variant)
@@ -197,7 +199,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 for (way, kind, size, _), times in own.items()
                 if way == direction
             )
-            for direction in ("forward", "backward")
+            for direction in DIRECTIONS
         ]
         name = variant if variant == "base" else f"+ {variant}"
         shown = " | ".join(text or "-" for text in texts)

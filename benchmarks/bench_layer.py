@@ -1,132 +1,101 @@
-"""What does a DoRA layer cost beside the frozen base and LoRA, eager and compiled?
+"""What does a training step of one DoRA layer cost beside LoRA, the frozen base, and other implementations?
 
-A gated MLP of Megatron's column and row layers, forward and backward. All variants run in turn within one round, and
-each round gives ratios to compiled LoRA; medians and ranges of the ratios are printed and written as JSON.
+A gated MLP of Megatron's column and row layers: some micro-batches forward and backward, then AdamW. All variants run
+in turn within one round, and each round gives ratios to compiled LoRA.
 
-    python benchmarks/bench_layer.py --hidden 1024 --ffn 2816 --dim 16 --tokens 1024
+    python benchmarks/bench_layer.py
+    python benchmarks/bench_layer.py --hidden 2048 --ffn 5632 --dim 64 --tokens 64
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from measuring import Table, interleaved, peak_bytes, ratios, save, saved_bytes, show
 from torch import nn
+from variants import HAS_BRIDGE, PlainGatedMLP, gated_mlp, with_bridge_dora, with_dora, with_lora, with_peft
 
-import dora_fx
-from dora_fx.layers import DoRALinear
 from dora_fx.megatron_world import megatron_world
 
 REFERENCE = "LoRA compiled"
+TARGETS = ["linear_fc1", "linear_fc2"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-class LoRALinear(nn.Module):
-    """The same A and B without a magnitude."""
+def make_variants(options: argparse.Namespace, device: str) -> dict[str, tuple[nn.Module, dict[str, Any] | None]]:
+    """Name -> (model, arguments of `torch.compile` or None for eager)."""
+    sizes = (options.hidden, options.ffn, DTYPES[options.dtype], device)
 
-    def __init__(self, site: DoRALinear) -> None:
-        super().__init__()
-        self.to_wrap, self.scaling = site.to_wrap, site.scaling
-        self.lora_a, self.lora_b = site.adapter.linear_in.weight, site.adapter.linear_out.weight
+    def mlp(attach: Callable[..., nn.Module]) -> nn.Module:
+        return attach(gated_mlp(*sizes), options.dim, TARGETS)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        output, bias = self.to_wrap(x)
-        return output + F.linear(F.linear(x, self.lora_a) * self.scaling, self.lora_b), bias
-
-
-def make_mlp(hidden: int, ffn: int) -> MLP:
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=1,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        use_cpu_initialization=True,
-    )
-    return MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-
-
-def variants(hidden: int, ffn: int, dim: int) -> dict[str, Callable[..., Any]]:
-    """Name -> callable. Every variant has parameters of its own."""
-
-    def adapted() -> nn.Module:
-        mlp = dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=dim, alpha=2 * dim, lora_B_init_method="normal")(
-            make_mlp(hidden, ffn)
-        )
-        return mlp
-
-    def lora() -> nn.Module:
-        mlp = adapted()
-        mlp.linear_fc1, mlp.linear_fc2 = LoRALinear(mlp.linear_fc1), LoRALinear(mlp.linear_fc2)
-        return mlp
-
-    return {
-        "base compiled": torch.compile(make_mlp(hidden, ffn).requires_grad_(False)),
-        REFERENCE: torch.compile(lora()),
-        "DoRA eager": adapted(),
-        "DoRA inductor": torch.compile(adapted(), backend="inductor"),
-        "DoRA dora_fx": torch.compile(adapted(), backend="dora_fx"),
+    inductor: dict[str, Any] = {"backend": "inductor"}
+    every_call = {"backend": "dora_fx", "options": {"weight_norm": "every_call"}}
+    variants: dict[str, tuple[nn.Module, dict[str, Any] | None]] = {
+        "base compiled": (gated_mlp(*sizes), inductor),
+        REFERENCE: (mlp(with_lora), inductor),
+        "dora_fx": (mlp(with_dora), {"backend": "dora_fx"}),
+        "dora_fx, norm every call": (mlp(with_dora), every_call),
+        "dora_fx eager": (mlp(with_dora), None),
+        "dora_fx under Inductor": (mlp(with_dora), inductor),
+        "PEFT DoRA eager": (with_peft(PlainGatedMLP(*sizes), options.dim, TARGETS), None),
     }
+    if HAS_BRIDGE:
+        variants["Megatron-Bridge eager"] = (mlp(with_bridge_dora), None)
+        variants["Megatron-Bridge under Inductor"] = (mlp(with_bridge_dora), inductor)
+    return variants
 
 
-def measure(functions: dict[str, Callable[..., Any]], x: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of one forward and backward, per variant and round."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for round_number in range(-1, rounds):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            function(x)[0].square().sum().backward()
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            if round_number >= 0:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
+def make_step(call: Callable[..., Any], model: nn.Module, x: torch.Tensor, micro_batches: int) -> Callable[[], None]:
+    """One optimizer step. The input takes a gradient too, as in the middle of a model."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+
+    def step() -> None:
+        for _ in range(micro_batches):
+            call(x)[0].float().square().sum().backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        x.grad = None
+
+    return step
 
 
-def summarise(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    table = {}
-    for name, times in seconds.items():
-        ratios = [mine / reference for mine, reference in zip(times, seconds[REFERENCE], strict=True)]
-        table[name] = {
-            "median_ms": 1e3 * statistics.median(times),
-            "ratio": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
+def measure(options: argparse.Namespace, device: str) -> Table:
+    x = torch.randn(options.tokens, 1, options.hidden, dtype=DTYPES[options.dtype], device=device, requires_grad=True)
+    steps, memory = {}, {}
+    for name, (model, settings) in make_variants(options, device).items():
+        call = model if settings is None else torch.compile(model, **settings)
+        steps[name] = make_step(call, model, x, options.micro_batches)
+        steps[name]()
+        peak = peak_bytes(steps[name], device)
+        memory[name] = {
+            "saved MiB": saved_bytes(lambda call=call: call(x)[0], model) / 2**20,
+            "peak MiB": None if peak is None else peak / 2**20,
         }
-    return table
+    table = ratios(interleaved(steps, options.rounds, device), REFERENCE)
+    return {name: row | memory[name] for name, row in table.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("hidden", 1024), ("ffn", 2816), ("dim", 16), ("tokens", 1024), ("rounds", 20)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    sizes = {"hidden": 1024, "ffn": 2816, "dim": 16, "tokens": 1024, "micro-batches": 8, "rounds": 7}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--json", type=Path, help="write the table here")
     options = parser.parse_args()
-    with megatron_world():
-        functions = variants(options.hidden, options.ffn, options.dim)
-        x = torch.randn(options.tokens, 1, options.hidden, requires_grad=True)
-        table = summarise(measure(functions, x, options.rounds))
-    print(f"{'':16} {'median ms':>10} {'/ ' + REFERENCE:>16} {'range':>14}")
-    for name, row in table.items():
-        span = f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}"
-        print(f"{name:16} {row['median_ms']:10.2f} {row['ratio']:16.3f} {span:>14}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with megatron_world(device):
+        table = measure(options, device)
+    show(table, REFERENCE)
     if options.json:
-        about = {"date": str(date.today()), "torch": torch.__version__, "machine": platform.machine()}
-        sizes = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(json.dumps({**about, **sizes, "variants": table}, indent=1) + "\n")
+        save(options.json, {"layer": table}, **{k: v for k, v in vars(options).items() if k != "json"})
 
 
 if __name__ == "__main__":

@@ -19,14 +19,22 @@ _KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 
 @dataclass
 class CollectiveCounts:
-    """Collectives of one module by direction."""
+    """Collectives of one module.
 
+    Attributes:
+        once_per_step: what the first forward pass after an optimizer step has beyond the others.
+        forward, backward: of each micro-batch.
+    """
+
+    once_per_step: Count = field(default_factory=Counter)
     forward: Count = field(default_factory=Counter)
     backward: Count = field(default_factory=Counter)
 
     def __sub__(self, other: CollectiveCounts) -> CollectiveCounts:
         """What this module has beyond another."""
-        return CollectiveCounts(self.forward - other.forward, self.backward - other.backward)
+        return CollectiveCounts(
+            self.once_per_step - other.once_per_step, self.forward - other.forward, self.backward - other.backward
+        )
 
 
 class _CollectiveCounter(TorchDispatchMode):
@@ -60,7 +68,7 @@ def _num_bytes(side: Any) -> int:
 
 
 def count_collectives(module: nn.Module, x: torch.Tensor) -> CollectiveCounts:
-    """Count what one forward and backward call in the first micro-batch after an optimizer step.
+    """Count what the first two micro-batches after an optimizer step call.
 
     Args:
         module: eager or compiled; what is trained must be a parameter of it.
@@ -76,9 +84,12 @@ def count_collectives(module: nn.Module, x: torch.Tensor) -> CollectiveCounts:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if trained:
         torch.optim.SGD(trained, lr=0.0).step()
-    counts = CollectiveCounts()
+    counts, first = CollectiveCounts(), Counter()
+    with _CollectiveCounter(first):
+        loss()
     with _CollectiveCounter(counts.forward):
         total = loss()
     with _CollectiveCounter(counts.backward):
         total.backward()
+    counts.once_per_step = first - counts.forward
     return counts

@@ -1,8 +1,8 @@
 """DoRA for Megatron-Core through a torch.compile backend; see README.md."""
 
 from dora_fx.config import DoRA
-from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter
+from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter, invalidate_norms
 
 __version__ = "0.1.0"
 
-__all__ = ["DoRA", "DoRALinear", "ParallelLinearDoRAAdapter", "__version__", "disable_adapter"]
+__all__ = ["DoRA", "DoRALinear", "ParallelLinearDoRAAdapter", "__version__", "disable_adapter", "invalidate_norms"]

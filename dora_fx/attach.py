@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import nn
 
 from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter
-from dora_fx.matching import Matches, find_targets, nearest_names
+from dora_fx.matching import Matches, find_targets, nearest_names, unwrap
 from dora_fx.placement import Layout, layout_of
 
 if TYPE_CHECKING:
@@ -51,13 +51,16 @@ class AttachPlan:
 
 
 def plan_attachment(dora: DoRA, chunks: Sequence[nn.Module]) -> AttachPlan:
-    """Find and check every target. Changes nothing.
+    """Find and check every target of bare or wrapped model chunks. Changes nothing.
 
     Raises:
         ValueError, TypeError: as `DoRA.__call__` documents.
     """
-    found = find_targets(chunks, dora.target_modules, dora.exclude_modules)
-    _check_targets_matched(dora, chunks, found)
+    for chunk in chunks:
+        _check_data_parallelism(chunk)
+    models = [unwrap(chunk) for chunk in chunks]
+    found = find_targets(models, dora.target_modules, dora.exclude_modules)
+    _check_targets_matched(dora, models, found)
     new, existing = [], []
     for chunk, path, module in found.targets:
         if isinstance(module, DoRALinear):
@@ -105,6 +108,14 @@ def rebuild_gradient_buffers(model: nn.Module) -> None:
     """
     if isinstance(model, DistributedDataParallel):
         model.__init__(config=model.config, ddp_config=model.ddp_config, module=model.module)
+
+
+def _check_data_parallelism(model: nn.Module) -> None:
+    if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
+        raise ValueError(
+            "DistributedDataParallel: found overlap_param_gather=True, expected False: the norms of a step need the "
+            "parameters before the forward pass begins"
+        )
 
 
 def _check_targets_matched(dora: DoRA, chunks: Sequence[nn.Module], found: Matches) -> None:

@@ -1,4 +1,7 @@
-"""`torch.compile(model, backend="dora_fx")`: run the passes, then hand the graph to a compiler."""
+"""`torch.compile(model, backend="dora_fx")`: run the passes, then hand the graph to a compiler.
+
+What runs later is the compiled graph behind a refresh of the norms and gathered factors that it reads.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,14 @@ from torch._dynamo.utils import counters
 
 from dora_fx.agreement import check_same_graph
 from dora_fx.dynamo import capture_megatron_whole
+from dora_fx.parameter_cache import check, refresh
 from dora_fx.passes import default_passes
 from dora_fx.passes.dora_sites import tensor_parallel_groups
 from dora_fx.passes.pipeline import run_passes
+from dora_fx.passes.site_inputs import SiteInputs, find_site_inputs
 
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
+WEIGHT_NORMS = ("once_per_step", "every_call", "checked")
 
 capture_megatron_whole()
 
@@ -36,9 +42,11 @@ def dora_fx(
     Args:
         gm, example_inputs: from Dynamo.
         mode: Inductor's, as in `torch.compile`.
-        options: `inner_compiler`, one of `INNER_COMPILERS` ("inductor" by default); `rank_timeout`, how many
-            seconds the other tensor-parallel ranks may take to compile the same graph (300.0 by default); any other
-            key is an option of Inductor.
+        options: `inner_compiler`, one of `INNER_COMPILERS` ("inductor" by default); `weight_norm`, one of
+            "once_per_step" (by default: norms and gathered factors are refreshed when parameters changed),
+            "every_call" (worked out in the graph) and "checked" (once per step, and compared bit by bit with
+            what every call would give); `rank_timeout`, how many seconds the other tensor-parallel ranks may take
+            to compile the same graph (300.0 by default); any other key is an option of Inductor.
         name: of the compiled region, in logs; torch passes it from 2.15 on.
 
     Raises:
@@ -48,9 +56,8 @@ def dora_fx(
         RuntimeError: another tensor-parallel rank compiles another graph, or none.
     """
     options = dict(options or {})
-    inner_compiler = options.pop("inner_compiler", "inductor")
-    if inner_compiler not in INNER_COMPILERS:
-        raise ValueError(f"inner_compiler: found {inner_compiler!r}, expected one of {list(INNER_COMPILERS)}")
+    inner_compiler = _pop_choice(options, "inner_compiler", INNER_COMPILERS)
+    weight_norm = _pop_choice(options, "weight_norm", WEIGHT_NORMS)
     rank_timeout = options.pop("rank_timeout", 300.0)
     if not isinstance(rank_timeout, (int, float)) or not rank_timeout > 0:
         raise ValueError(f"rank_timeout: found {rank_timeout!r}, expected a positive number of seconds")
@@ -58,15 +65,55 @@ def dora_fx(
     if inner_compiler != "inductor" and settings:
         raise ValueError(f"inner_compiler {inner_compiler!r} takes no Inductor settings; found {sorted(settings)}")
     tp_groups = tensor_parallel_groups(gm)
-    gm = run_passes(gm, example_inputs, default_passes())
+    cached = weight_norm != "every_call"
+    site_inputs = find_site_inputs(gm) if cached else []
+    gm = run_passes(gm, example_inputs, default_passes(cached_parameters=cached))
     for tp_group in tp_groups:
         check_same_graph(gm, tp_group, _shapes_of_activations(example_inputs), rank_timeout)
     counters["dora_fx"]["graphs_compiled"] += 1
+    compiled = _compile(gm, example_inputs, inner_compiler, settings, name)
+    return RefreshingGraph(compiled, site_inputs, checked=weight_norm == "checked") if site_inputs else compiled
+
+
+class RefreshingGraph:
+    """A compiled graph that reads norms and gathered factors from buffers among its inputs.
+
+    Args:
+        compiled: takes the graph's inputs, one by one.
+        site_inputs: where the sites' tensors are among them.
+        checked: work everything out again at each call, and raise if a buffer differs; for debugging.
+
+    Raises:
+        StaleParametersError: when called, with `checked`.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], site_inputs: Sequence[SiteInputs], *, checked: bool) -> None:
+        self.compiled, self.site_inputs, self.checked = compiled, site_inputs, checked
+
+    def __call__(self, *inputs: Any) -> Any:
+        sites = [where.site(inputs) for where in self.site_inputs]
+        refresh(sites)
+        if self.checked:
+            check(sites)
+        return self.compiled(*inputs)
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], inner_compiler: str, settings: dict[str, Any], name: str | None
+) -> Callable[..., Any]:
     if inner_compiler != "inductor":
         return lookup_backend(inner_compiler)(gm, list(example_inputs))
     region: dict[str, Any] = {} if name is None else {"compile_region_name": name}
     compile_fx: Callable[..., Any] = inductor.compile_fx.compile_fx
     return compile_fx(gm, list(example_inputs), config_patches=settings, **region)
+
+
+def _pop_choice(options: dict[str, Any], name: str, choices: Sequence[str]) -> str:
+    """Take an option out of `options`; the first choice is its default."""
+    found = options.pop(name, choices[0])
+    if found not in choices:
+        raise ValueError(f"{name}: found {found!r}, expected one of {list(choices)}")
+    return found
 
 
 def _shapes_of_activations(example_inputs: Sequence[Any]) -> str:

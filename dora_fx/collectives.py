@@ -189,6 +189,30 @@ gather_rows_together = _differentiable_together(
     _reduce_scatter_rows,
     "Row-sharded weights `[rows/tp, ...]` to `[rows, ...]`; their gradients are partial and reduce-scattered.",
 )
+
+
+class _GatheredRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group_name: str, num_shards: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group_name = group_name
+        return tuple(whole.view_as(whole) for whole in tensors[num_shards:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *_reduce_scatter_rows(grads, ctx.group_name), *[None] * len(grads)
+
+
+def gathered_rows_together(
+    shards: Sequence[torch.Tensor], group_name: str, wholes: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    """As `gather_rows_together`, with the gathered weights at hand: nothing is sent until the gradients are."""
+    if group_size(group_name) == 1:
+        return shards
+    if has_torch_function((*shards, *wholes)):
+        return handle_torch_function(gathered_rows_together, (*shards, *wholes), shards, group_name, wholes)
+    return _GatheredRows.apply(group_name, len(shards), *shards, *wholes)
+
+
 copy_to_group_together = _differentiable_together(
     "copy_to_group_together",
     _identities,

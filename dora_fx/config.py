@@ -99,14 +99,15 @@ class DoRA:
 
         Raises:
             ValueError: no module matched a target, a base weight is not finite or not floating point, `dim` is
-                not a multiple of the tensor-parallel size, the model was adapted with other settings, or the
-                tensor-parallel ranks differ in settings or sites.
+                not a multiple of the tensor-parallel size, the model was adapted with other settings, the
+                tensor-parallel ranks differ in settings or sites, or data parallelism overlaps its parameter
+                gather with the forward pass.
             TypeError: a target is not a linear layer or is of a class that is not supported.
         """
         # Fields may have been set since construction.
         self._check()
         chunks = model if isinstance(model, list) else [model]
-        plan = plan_attachment(self, [unwrap(chunk) for chunk in chunks])
+        plan = plan_attachment(self, chunks)
         seed = self._agree(plan)
         capture_megatron_whole()
         self._freeze(chunks, plan)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dora_fx.collectives import group_rank, group_size
+from dora_fx.freshness import record_fresh
 from dora_fx.ops import dora_linear
+from dora_fx.parameter_cache import CachedSite, empty_cache, remeasure_base_if_written
 from dora_fx.placement import LAYOUTS, Layout
 from dora_fx.sharded_state_dict import adapter_sharded_state_dict
-from dora_fx.site_parameters import StoredParameters, complete_parameters
+from dora_fx.site_parameters import CachedParameters, StoredParameters, complete_parameters
 from dora_fx.weight_norm import base_norm_squared, norm_dtype
 
 INIT_METHODS: dict[str, Callable[..., Any]] = {
@@ -181,6 +184,9 @@ class DoRALinear(nn.Module):
 
     to_wrap: Any
     base_norm_sq: torch.Tensor
+    cached_norm: torch.Tensor
+    cached_lora_a: torch.Tensor | None
+    cached_lora_b: torch.Tensor | None
 
     def __init__(
         self,
@@ -197,7 +203,10 @@ class DoRALinear(nn.Module):
         # In a tuple, so that a borrowed parameter is not registered twice.
         self._borrowed_weight = (base_weight,)
         self._adapter_enabled = True
-        self.register_buffer("base_norm_sq", self._measure_base(), persistent=False)
+        self.register_buffer("base_norm_sq", None, persistent=False)
+        for name in CachedParameters._fields:
+            self.register_buffer(f"cached_{name}", None, persistent=False)
+        self.invalidate_norm()
         if not hasattr(adapter, "weight_magnitude"):
             adapter.init_weight_magnitude(self._get_weight_norm())
         self._register_load_state_dict_pre_hook(self._rename_base_keys)
@@ -245,8 +254,10 @@ class DoRALinear(nn.Module):
             weight = self.base_weight
         self._check_call(x, weight)
         _check_group_exists(self.adapter.tp_group)
-        returned = self.to_wrap(x, *args, **kwargs)
         adapter = self.adapter
+        if not torch.compiler.is_compiling():
+            remeasure_base_if_written(weight, self.base_norm_sq, adapter.layout, adapter.tp_group)
+        returned = self.to_wrap(x, *args, **kwargs)
         output = dora_linear(
             returned[0] if isinstance(returned, tuple) else returned,
             x,
@@ -256,6 +267,9 @@ class DoRALinear(nn.Module):
             adapter.linear_in.weight,
             adapter.linear_out.weight,
             adapter.weight_magnitude,
+            self.cached_norm,
+            self.cached_lora_a,
+            self.cached_lora_b,
             scaling=adapter.scaling,
             dropout_p=adapter.dropout if self.training else 0.0,
             layout=self._call_layout(*args, **kwargs),
@@ -308,32 +322,39 @@ class DoRALinear(nn.Module):
         return weight
 
     @torch.no_grad()
-    def _measure_base(self) -> torch.Tensor:
-        return base_norm_squared(self.base_weight, self.adapter.layout, self.adapter.tp_group)
+    def invalidate_norm(self) -> None:
+        """Measure the base weight again, and empty the buffers that the backend fills before it runs a graph."""
+        adapter, weight = self.adapter, self.base_weight
+        self.base_norm_sq = base_norm_squared(weight, adapter.layout, adapter.tp_group)
+        record_fresh(self.base_norm_sq, [weight])
+        cached = empty_cache(
+            self.base_norm_sq, adapter.linear_in.weight, adapter.linear_out.weight, adapter.layout, adapter.tp_group
+        )
+        for name, buffer in cached._asdict().items():
+            setattr(self, f"cached_{name}", buffer)
 
     @torch.no_grad()
     def _get_weight_norm(self) -> torch.Tensor:
         """Row norms of W0 + scaling * B A, `[out]` or this rank's `[out/tp]`, float32 at least, detached."""
-        adapter = self.adapter
-        weight = self.base_weight
+        return complete_parameters([self.cached_site().stored])[0].norm
+
+    def cached_site(self) -> CachedSite:
+        """What `parameter_cache.refresh` takes: the parameters outside any call, and the buffers made of them."""
+        adapter, weight = self.adapter, self.base_weight
         stored = StoredParameters(
             weight=weight,
             base_norm_sq=self.base_norm_sq,
             lora_a=adapter.linear_in.weight,
             lora_b=adapter.linear_out.weight,
-            # The norm does not depend on the magnitude, which does not exist yet when it is initialised.
-            magnitude=self.base_norm_sq,
+            # Nothing that is cached depends on the magnitude, which does not exist yet when it is initialised.
+            magnitude=getattr(adapter, "weight_magnitude", self.base_norm_sq),
             scaling=adapter.scaling,
             dropout_p=0.0,
             layout=adapter.layout,
             tp_group=adapter.tp_group,
             dtype=weight.dtype,
         )
-        return complete_parameters([stored])[0].norm
-
-    def refresh_base_norm(self) -> None:
-        """Measure the base weight again. Needed after writing into it by hand; loading and casting do it."""
-        self.base_norm_sq = self._measure_base()
+        return CachedSite(self.path, stored, CachedParameters(self.cached_norm, self.cached_lora_a, self.cached_lora_b))
 
     def enable_adapter_layers(self) -> None:
         """Let the adapter take part in the forward pass."""
@@ -343,6 +364,20 @@ class DoRALinear(nn.Module):
         """Make the forward pass that of the base layer alone."""
         self._adapter_enabled = False
 
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **kwargs: Any) -> RemovableHandle:
+        """As of any module, but for the hook of a parameter gather that overlaps the forward pass.
+
+        Raises:
+            ValueError: Megatron's DistributedDataParallel registers such a hook on every module, to wait for the
+                parameters of that module alone. Norms are worked out before any hook runs.
+        """
+        if getattr(hook, "__qualname__", "").startswith("DistributedDataParallel._make_forward_pre_hook"):
+            raise ValueError(
+                f"{self.path}: found DistributedDataParallel with overlap_param_gather=True, expected False: "
+                "the norms of a step need the parameters before the forward pass begins"
+            )
+        return super().register_forward_pre_hook(hook, **kwargs)
+
     def backward_dw(self) -> None:
         """Delayed weight gradients of the base layer: a frozen layer has none, Megatron calls it all the same."""
         self.to_wrap.backward_dw()
@@ -350,7 +385,7 @@ class DoRALinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         if not self.base_weight.is_meta:
-            self.refresh_base_norm()
+            self.invalidate_norm()
         return self
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -386,7 +421,22 @@ def _check_group_exists(tp_group: str) -> int:
 def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:
     for keys in incompatible_keys:
         keys[:] = [key.replace(".to_wrap.", ".").removeprefix("to_wrap.") for key in keys]
-    module.refresh_base_norm()
+    module.invalidate_norm()
+
+
+def invalidate_norms(model: nn.Module | Sequence[nn.Module]) -> None:
+    """Have everything that is cached of a model's adapters, and the base's norms, worked out again.
+
+    Needed only after writing into parameters in a way that PyTorch does not notice: through `.data` outside an
+    optimizer's step. Steps, in-place writes, loads and casts are noticed.
+
+    Args:
+        model: a model or a list of model chunks. Every rank of a tensor-parallel group calls it.
+    """
+    for chunk in [model] if isinstance(model, nn.Module) else model:
+        for module in chunk.modules():
+            if isinstance(module, DoRALinear):
+                module.invalidate_norm()
 
 
 @contextmanager

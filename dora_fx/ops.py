@@ -23,6 +23,9 @@ def dora_linear(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     magnitude: torch.Tensor,
+    cached_norm: torch.Tensor,
+    cached_lora_a: torch.Tensor | None,
+    cached_lora_b: torch.Tensor | None,
     *,
     scaling: float,
     dropout_p: float,
@@ -31,7 +34,9 @@ def dora_linear(
 ) -> torch.Tensor:
     """Turn the base layer's output into the DoRA layer's; see `functional.adapted_linear`.
 
-    `base_output` is what the base layer returned for `x`, with `bias` where the layer adds it itself.
+    `base_output` is what the base layer returned for `x`, with `bias` where the layer adds it itself. The cached
+    tensors are for the backend, which refreshes them before it runs its graph (`parameter_cache.py`); here nobody
+    does, so they are not read and everything is worked out from the parameters.
     """
     stored = StoredParameters(
         weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, dropout_p, layout, tp_group, weight.dtype

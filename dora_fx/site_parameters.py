@@ -12,7 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from dora_fx.collectives import copy_to_group_together, gather_rows_together, reduce_from_group_together
+from dora_fx.collectives import (
+    copy_to_group_together,
+    gather_rows_together,
+    gathered_rows_together,
+    reduce_from_group_together,
+)
 from dora_fx.placement import LAYOUTS, Layout
 from dora_fx.weight_norm import norm_dtype, norm_of_terms, norm_terms
 
@@ -62,6 +67,19 @@ class CompleteParameters(NamedTuple):
     norm: torch.Tensor
 
 
+class CachedParameters(NamedTuple):
+    """What `complete_parameters` worked out of a site's parameters for all calls until they change.
+
+    Attributes:
+        norm: as in `CompleteParameters`.
+        lora_a, lora_b: the gathered factor where the layout gathers it, None where the stored one serves.
+    """
+
+    norm: torch.Tensor
+    lora_a: torch.Tensor | None
+    lora_b: torch.Tensor | None
+
+
 class _Request(NamedTuple):
     """A tensor of a site, and whether its collective is needed for it."""
 
@@ -71,18 +89,32 @@ class _Request(NamedTuple):
     dtype: torch.dtype
 
 
-def complete_parameters(sites: Sequence[StoredParameters]) -> list[CompleteParameters]:
-    """Complete the parameters of several sites: gather factors, work out norms, reduce what is partial."""
-    lora_a, lora_b = _whole_factors(sites)
-    norms = _row_norms(sites, lora_a, lora_b)
+def complete_parameters(
+    sites: Sequence[StoredParameters], cached: Sequence[CachedParameters] | None = None
+) -> list[CompleteParameters]:
+    """Complete the parameters of several sites: gather factors, work out norms, reduce what is partial.
+
+    Args:
+        sites: of one graph.
+        cached: what an earlier call for the same parameters gave, one per site. Nothing is gathered and no norm is
+            worked out then; gradients are completed as without it.
+    """
+    lora_a, lora_b = _whole_factors(sites, cached)
+    norms = _row_norms(sites, lora_a, lora_b) if cached is None else [cache.norm for cache in cached]
     magnitudes = _magnitudes(sites)
     return [CompleteParameters(*parts) for parts in zip(lora_a, lora_b, magnitudes, norms, strict=True)]
 
 
-def _whole_factors(sites: Sequence[StoredParameters]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    lora_a = [_Request(site.lora_a, site.table.gathers_lora_a, site.tp_group, site.dtype) for site in sites]
-    lora_b = [_Request(site.lora_b, site.table.gathers_lora_b, site.tp_group, site.dtype) for site in sites]
-    whole = _together(gather_rows_together, lora_a + lora_b)
+def _whole_factors(
+    sites: Sequence[StoredParameters], cached: Sequence[CachedParameters] | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    requests = [_Request(site.lora_a, site.table.gathers_lora_a, site.tp_group, site.dtype) for site in sites]
+    requests += [_Request(site.lora_b, site.table.gathers_lora_b, site.tp_group, site.dtype) for site in sites]
+    if cached is None:
+        whole = _together(gather_rows_together, requests)
+    else:
+        gathered = [cache.lora_a for cache in cached] + [cache.lora_b for cache in cached]
+        whole = _together(gathered_rows_together, requests, gathered)
     return whole[: len(sites)], whole[len(sites) :]
 
 
@@ -92,12 +124,12 @@ def _row_norms(
     requests = []
     for site, a, b in zip(sites, lora_a, lora_b, strict=True):
         dtype = norm_dtype(site.dtype)
-        for term in norm_terms(site.weight, a, b, dtype):
-            requests.append(_Request(term, site.table.shards_input_features, site.tp_group, dtype))
-    terms = _together(reduce_from_group_together, requests)
+        terms = norm_terms(site.weight, a, b, dtype)
+        requests += [_Request(terms[i], site.table.shards_input_features, site.tp_group, dtype) for i in (0, 1)]
+    whole = _together(reduce_from_group_together, requests)
     return [
         norm_of_terms(site.base_norm_sq, cross, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
-        for site, cross, gram, b in zip(sites, terms[::2], terms[1::2], lora_b, strict=True)
+        for site, cross, gram, b in zip(sites, whole[::2], whole[1::2], lora_b, strict=True)
     ]
 
 
@@ -110,16 +142,23 @@ def _magnitudes(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
 
 
 def _together(
-    collective: Callable[[list[torch.Tensor], str], Sequence[torch.Tensor]], requests: Sequence[_Request]
+    collective: Callable[..., Sequence[torch.Tensor]],
+    requests: Sequence[_Request],
+    *others: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor]:
-    """Send every wanted tensor through one collective per group and dtype; the others come back as they are."""
+    """Send every wanted tensor through one collective per group and dtype; the others come back as they are.
+
+    Args:
+        collective: takes tensors, the group, and of each of `others` the items that belong to the tensors.
+    """
     results = [request.tensor for request in requests]
     messages: dict[tuple[str, torch.dtype], list[int]] = {}
     for index, request in enumerate(requests):
         if request.wanted and request.tp_group:
             messages.setdefault((request.tp_group, request.dtype), []).append(index)
     for (tp_group, _), indices in messages.items():
-        completed = collective([results[index] for index in indices], tp_group)
+        tensors, *more = ([items[index] for index in indices] for items in (results, *others))
+        completed = collective(tensors, tp_group, *more)
         for position, index in enumerate(indices):
             results[index] = completed[position]
     return results

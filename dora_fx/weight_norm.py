@@ -2,8 +2,9 @@
 
     ||W0 + s B A||^2 = ||W0||^2 + 2 s rowsum((W0 A^T) * B) + s^2 rowsum((B (A A^T)) * B)
 
-The largest temporary is `[out, dim]`. GEMMs take the model's dtype; everything after them accumulates in
-float32 (float64 in a float64 model). The norm is a constant for the gradient (DoRA, arXiv 2402.09353,
+Rows are taken in blocks, so that temporaries take 32 MiB at most whatever the layer's size. Products and
+sums accumulate in float32 (float64 in a float64 model): a float16 square overflows above 65504, and a bfloat16 cross
+term would carry its rounding into the norm. The norm is a constant for the gradient (DoRA, arXiv 2402.09353,
 section 4.3).
 """
 
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dora_fx.collectives import reduce_from_group
 from dora_fx.placement import LAYOUTS
+
+_BLOCK_BYTES = 32 * 2**20
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,10 +51,17 @@ def norm_terms(
         lora_a, lora_b: A `[dim, in]` and B `[out, dim]` as the products use them, see `site_parameters.py`.
         dtype: accumulation dtype, `norm_dtype(weight.dtype)`.
     """
+    if has_torch_function((weight, lora_a, lora_b)):
+        return handle_torch_function(norm_terms, (weight, lora_a, lora_b), weight, lora_a, lora_b, dtype)
     weight, lora_a, lora_b = weight.detach(), lora_a.detach(), lora_b.detach()
     wide_a = lora_a.to(dtype)
-    cross = (F.linear(weight, lora_a).to(dtype) * lora_b.to(dtype)).sum(1)
-    return cross, F.linear(wide_a, wide_a)
+    copies_weight = weight.dtype != dtype and not weight.is_cuda
+    wide_per_row = 2 * lora_a.shape[0] + (weight.shape[1] if copies_weight else 0)
+    cross = [
+        (_wide_linear(weight[rows], lora_a, wide_a) * lora_b[rows]).sum(1)
+        for rows in _row_blocks(weight.shape[0], wide_per_row, dtype)
+    ]
+    return torch.cat(cross), F.linear(wide_a, wide_a)
 
 
 def norm_of_terms(
@@ -72,8 +83,29 @@ def norm_of_terms(
     Returns:
         `[out]` in `dtype`: this rank's rows in a column layout, all rows on every rank otherwise.
     """
-    wide_b = lora_b.detach().to(dtype)
-    own = (F.linear(wide_b, gram) * wide_b).sum(1)
-    squared = base_norm_sq + cross * (2.0 * scaling) + own * scaling**2
+    operands = (base_norm_sq, cross, gram, lora_b)
+    if has_torch_function(operands):
+        return handle_torch_function(norm_of_terms, operands, *operands, scaling=scaling, dtype=dtype)
+    own = []
+    for rows in _row_blocks(lora_b.shape[0], 3 * lora_b.shape[1], dtype):
+        wide_b = lora_b.detach()[rows].to(dtype)
+        own.append((F.linear(wide_b, gram) * wide_b).sum(1))
+    squared = base_norm_sq + cross * (2.0 * scaling) + torch.cat(own) * scaling**2
     # Rounding can push a vanishing row below zero.
     return squared.clamp(min=0.0).sqrt()
+
+
+def _wide_linear(weight: torch.Tensor, lora_a: torch.Tensor, wide_a: torch.Tensor) -> torch.Tensor:
+    """W0 A^T `[rows, dim]` in the accumulation dtype."""
+    if weight.dtype == wide_a.dtype:
+        return F.linear(weight, wide_a)
+    if weight.is_cuda:
+        # The tensor cores read 16 bits and accumulate 32; this keeps what they accumulated.
+        return torch.mm(weight, lora_a.t(), out_dtype=wide_a.dtype)
+    return F.linear(weight.to(wide_a.dtype), wide_a)
+
+
+def _row_blocks(num_rows: int, wide_per_row: int, dtype: torch.dtype) -> list[slice]:
+    """Slices of rows, each with at most `_BLOCK_BYTES` of temporaries that hold `wide_per_row` numbers a row."""
+    step = max(1, _BLOCK_BYTES // (wide_per_row * dtype.itemsize))
+    return [slice(begin, begin + step) for begin in range(0, num_rows, step)]

@@ -5,13 +5,19 @@ from __future__ import annotations
 if __name__ != "dora_fx.passes":
     raise ImportError(f"import this package as dora_fx.passes, not as {__name__}")
 
+from functools import partial
+
 from dora_fx.passes.pipeline import GraphPass
 from dora_fx.passes.rewrite_dora_pass import rewrite_dora_pass
 
 
-def default_passes() -> list[GraphPass]:
-    """The passes that `backend="dora_fx"` runs, in order."""
-    return [rewrite_dora_pass]
+def default_passes(*, cached_parameters: bool = True) -> list[GraphPass]:
+    """The passes that `backend="dora_fx"` runs, in order.
+
+    Args:
+        cached_parameters: see `rewrite_dora_pass`.
+    """
+    return [partial(rewrite_dora_pass, cached_parameters=cached_parameters)]
 
 
 __all__ = ["default_passes"]

@@ -91,7 +91,7 @@ MUTATIONS = [
     Mutation("norm over both axes", weight_norm.norm_of_terms, "gram) * wide_b).sum(1)", "gram) * wide_b).sum()"),
     Mutation("norm in bfloat16", weight_norm.norm_of_terms, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),
     Mutation("norm's terms not reduced", site_parameters._row_norms, "site.table.shards_input_features", "False"),
-    Mutation("norm's terms swapped", site_parameters._row_norms, "terms[::2], terms[1::2]", "terms[1::2], terms[::2]"),
+    Mutation("norm's terms swapped", site_parameters._row_norms, "whole[::2], whole[1::2]", "whole[1::2], whole[::2]"),
     Mutation("norm's scaling not squared", weight_norm.norm_of_terms, "scaling**2", "scaling"),
     Mutation(
         "stale norm",
@@ -115,14 +115,16 @@ MUTATIONS = [
     Mutation(
         "gradient of A not reduced",
         site_parameters._whole_factors,
-        "_together(gather_rows_together, lora_a + lora_b)",
-        "_together(_gather_rows_only, lora_a) + _together(gather_rows_together, lora_b)",
+        "_together(gather_rows_together, requests)",
+        "_together(_gather_rows_only, requests[: len(sites)])"
+        " + _together(gather_rows_together, requests[len(sites) :])",
     ),
     Mutation(
         "gradient of B not reduced",
         site_parameters._whole_factors,
-        "_together(gather_rows_together, lora_a + lora_b)",
-        "_together(gather_rows_together, lora_a) + _together(_gather_rows_only, lora_b)",
+        "_together(gather_rows_together, requests)",
+        "_together(gather_rows_together, requests[: len(sites)])"
+        " + _together(_gather_rows_only, requests[len(sites) :])",
     ),
     Mutation("weight gradients reduced twice", collectives._reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
     Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),

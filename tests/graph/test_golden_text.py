@@ -21,12 +21,12 @@ def test_column_before():
         graph_text(capture(adapted(column()), IN, grad=False).before[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]"):
 
         t: "f32[48, 80]" = weight.t()
         output: "f32[6, 2, 80]" = torch.matmul(x, t)
 
-        output_1: "f32[6, 2, 80]" = dora_fx_ops_dora_linear(output, x, weight, None, base_norm_sq, lora_a, lora_b, magnitude, scaling = 2.0, dropout_p = 0.0, layout = 'column', tp_group = '')
+        output_1: "f32[6, 2, 80]" = dora_fx_ops_dora_linear(output, x, weight, None, base_norm_sq, lora_a, lora_b, magnitude, norm, None, None, scaling = 2.0, dropout_p = 0.0, layout = 'column', tp_group = '')
         return (output_1,)
 """,
     )
@@ -37,43 +37,22 @@ def test_column():
         graph_text(capture(adapted(column()), IN).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]"):
 
-        detach: "f32[80, 48]" = weight.detach()
-        detach_1: "f32[16, 48]" = lora_a.detach()
-        detach_2: "f32[80, 16]" = lora_b.detach()
-        to: "f32[16, 48]" = detach_1.to(torch.float32)
-        linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
-        to_1: "f32[80, 16]" = linear.to(torch.float32)
-        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
-        mul: "f32[80, 16]" = to_1 * to_2
-        sum_1: "f32[80]" = mul.sum(1)
-        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
-        detach_3: "f32[80, 16]" = lora_b.detach()
-        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
-        linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, linear_1)
-        mul_1: "f32[80, 16]" = linear_2 * to_3
-        sum_2: "f32[80]" = mul_1.sum(1)
-        mul_2: "f32[80]" = sum_1 * 4.0
-        add: "f32[80]" = base_norm_sq + mul_2
-        mul_3: "f32[80]" = sum_2 * 4.0
-        add_1: "f32[80]" = add + mul_3
-        clamp: "f32[80]" = add_1.clamp(min = 0.0)
-        sqrt: "f32[80]" = clamp.sqrt()
-        eq: "b8[80]" = sqrt == 0
-        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
-        sub: "f32[80]" = magnitude - sqrt
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
-        linear_4: "f32[6, 2, 80]" = torch._C._nn.linear(mul_4, lora_b)
-        linear_5: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
-        add_2: "f32[6, 2, 80]" = linear_5 + linear_4
-        mul_5: "f32[6, 2, 80]" = add_2 * where_1
-        add_3: "f32[6, 2, 80]" = add_2 + mul_5
-        to_4: "f32[6, 2, 80]" = add_3.to(torch.float32)
-        return (to_4,)
+        linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        mul: "f32[6, 2, 16]" = linear * 2.0
+        linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
+        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
+        add: "f32[6, 2, 80]" = linear_2 + linear_1
+        mul_1: "f32[6, 2, 80]" = add * where_1
+        add_1: "f32[6, 2, 80]" = add + mul_1
+        to: "f32[6, 2, 80]" = add_1.to(torch.float32)
+        return (to,)
 """,
     )
 
@@ -84,45 +63,24 @@ def test_column_with_bias():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]"):
 
-        detach: "f32[80, 48]" = weight.detach()
-        detach_1: "f32[16, 48]" = lora_a.detach()
-        detach_2: "f32[80, 16]" = lora_b.detach()
-        to: "f32[16, 48]" = detach_1.to(torch.float32)
-        linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
-        to_1: "f32[80, 16]" = linear.to(torch.float32)
-        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
-        mul: "f32[80, 16]" = to_1 * to_2
-        sum_1: "f32[80]" = mul.sum(1)
-        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
-        detach_3: "f32[80, 16]" = lora_b.detach()
-        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
-        linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, linear_1)
-        mul_1: "f32[80, 16]" = linear_2 * to_3
-        sum_2: "f32[80]" = mul_1.sum(1)
-        mul_2: "f32[80]" = sum_1 * 4.0
-        add: "f32[80]" = base_norm_sq + mul_2
-        mul_3: "f32[80]" = sum_2 * 4.0
-        add_1: "f32[80]" = add + mul_3
-        clamp: "f32[80]" = add_1.clamp(min = 0.0)
-        sqrt: "f32[80]" = clamp.sqrt()
-        eq: "b8[80]" = sqrt == 0
-        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
-        sub: "f32[80]" = magnitude - sqrt
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
-        linear_4: "f32[6, 2, 80]" = torch._C._nn.linear(mul_4, lora_b)
-        linear_5: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
-        add_2: "f32[6, 2, 80]" = linear_5 + bias
-        add_3: "f32[6, 2, 80]" = add_2 + linear_4
-        sub_1: "f32[6, 2, 80]" = add_3 - bias
-        mul_5: "f32[6, 2, 80]" = sub_1 * where_1
-        add_4: "f32[6, 2, 80]" = add_3 + mul_5
-        to_4: "f32[6, 2, 80]" = add_4.to(torch.float32)
-        return (to_4,)
+        linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        mul: "f32[6, 2, 16]" = linear * 2.0
+        linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
+        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
+        add: "f32[6, 2, 80]" = linear_2 + bias
+        add_1: "f32[6, 2, 80]" = add + linear_1
+        sub_1: "f32[6, 2, 80]" = add_1 - bias
+        mul_1: "f32[6, 2, 80]" = sub_1 * where_1
+        add_2: "f32[6, 2, 80]" = add_1 + mul_1
+        to: "f32[6, 2, 80]" = add_2.to(torch.float32)
+        return (to,)
 """,
     )
 
@@ -133,45 +91,24 @@ def test_row_with_bias():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]"):
 
-        detach: "f32[80, 48]" = weight.detach()
-        detach_1: "f32[16, 48]" = lora_a.detach()
-        detach_2: "f32[80, 16]" = lora_b.detach()
-        to: "f32[16, 48]" = detach_1.to(torch.float32)
-        linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
-        to_1: "f32[80, 16]" = linear.to(torch.float32)
-        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
-        mul: "f32[80, 16]" = to_1 * to_2
-        sum_1: "f32[80]" = mul.sum(1)
-        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
-        detach_3: "f32[80, 16]" = lora_b.detach()
-        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
-        linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, linear_1)
-        mul_1: "f32[80, 16]" = linear_2 * to_3
-        sum_2: "f32[80]" = mul_1.sum(1)
-        mul_2: "f32[80]" = sum_1 * 4.0
-        add_1: "f32[80]" = base_norm_sq + mul_2
-        mul_3: "f32[80]" = sum_2 * 4.0
-        add_2: "f32[80]" = add_1 + mul_3
-        clamp: "f32[80]" = add_2.clamp(min = 0.0)
-        sqrt: "f32[80]" = clamp.sqrt()
-        eq: "b8[80]" = sqrt == 0
-        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
-        sub: "f32[80]" = magnitude - sqrt
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
-        linear_4: "f32[6, 2, 80]" = torch._C._nn.linear(mul_4, lora_b)
-        linear_5: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
-        add_3: "f32[6, 2, 80]" = linear_5 + bias
-        add_4: "f32[6, 2, 80]" = add_3 + linear_4
-        sub_1: "f32[6, 2, 80]" = add_4 - bias
-        mul_5: "f32[6, 2, 80]" = sub_1 * where_1
-        add_5: "f32[6, 2, 80]" = add_4 + mul_5
-        to_4: "f32[6, 2, 80]" = add_5.to(torch.float32)
-        return (to_4,)
+        linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        mul: "f32[6, 2, 16]" = linear * 2.0
+        linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
+        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
+        add_1: "f32[6, 2, 80]" = linear_2 + bias
+        add_2: "f32[6, 2, 80]" = add_1 + linear_1
+        sub_1: "f32[6, 2, 80]" = add_2 - bias
+        mul_1: "f32[6, 2, 80]" = sub_1 * where_1
+        add_3: "f32[6, 2, 80]" = add_2 + mul_1
+        to: "f32[6, 2, 80]" = add_3.to(torch.float32)
+        return (to,)
 """,
     )
 
@@ -182,52 +119,31 @@ def test_linear_with_dropout():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]"):
 
-        detach: "f32[80, 48]" = weight.detach()
-        detach_1: "f32[16, 48]" = lora_a.detach()
-        detach_2: "f32[80, 16]" = lora_b.detach()
-        to: "f32[16, 48]" = detach_1.to(torch.float32)
-        linear_1: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
-        to_1: "f32[80, 16]" = linear_1.to(torch.float32)
-        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
-        mul: "f32[80, 16]" = to_1 * to_2
-        sum_1: "f32[80]" = mul.sum(1)
-        linear_2: "f32[16, 16]" = torch._C._nn.linear(to, to)
-        detach_3: "f32[80, 16]" = lora_b.detach()
-        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
-        linear_3: "f32[80, 16]" = torch._C._nn.linear(to_3, linear_2)
-        mul_1: "f32[80, 16]" = linear_3 * to_3
-        sum_2: "f32[80]" = mul_1.sum(1)
-        mul_2: "f32[80]" = sum_1 * 4.0
-        add: "f32[80]" = base_norm_sq + mul_2
-        mul_3: "f32[80]" = sum_2 * 4.0
-        add_1: "f32[80]" = add + mul_3
-        clamp: "f32[80]" = add_1.clamp(min = 0.0)
-        sqrt: "f32[80]" = clamp.sqrt()
-        eq: "b8[80]" = sqrt == 0
-        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
-        sub: "f32[80]" = magnitude - sqrt
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
         draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, '')
         dropout: "f32[6, 2, 48]" = dora_fx_dropout_dropout(x, draw_dropout_key, 0.25, False)
-        linear_4: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
-        mul_4: "f32[6, 2, 16]" = linear_4 * 2.0
-        linear_5: "f32[6, 2, 80]" = torch._C._nn.linear(mul_4, lora_b)
+        linear_1: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
+        mul: "f32[6, 2, 16]" = linear_1 * 2.0
+        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         cat: "f32[12, 2, 48]" = torch.cat((x, dropout))
-        linear_6: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
-        chunk = linear_6.chunk(2)
+        linear_3: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
+        chunk = linear_3.chunk(2)
         getitem: "f32[6, 2, 80]" = chunk[0]
-        add_2: "f32[6, 2, 80]" = getitem + bias
+        add: "f32[6, 2, 80]" = getitem + bias
         getitem_1: "f32[6, 2, 80]" = chunk[1]
-        mul_5: "f32[6, 2, 80]" = getitem_1 * where_1
-        add_3: "f32[80]" = where_1 + 1.0
-        mul_6: "f32[6, 2, 80]" = linear_5 * add_3
-        add_4: "f32[6, 2, 80]" = mul_5 + mul_6
-        to_4: "f32[6, 2, 80]" = add_4.to(torch.float32)
-        add_5: "f32[6, 2, 80]" = add_2 + to_4
-        return (add_5,)
+        mul_1: "f32[6, 2, 80]" = getitem_1 * where_1
+        add_1: "f32[80]" = where_1 + 1.0
+        mul_2: "f32[6, 2, 80]" = linear_2 * add_1
+        add_2: "f32[6, 2, 80]" = mul_1 + mul_2
+        to: "f32[6, 2, 80]" = add_2.to(torch.float32)
+        add_3: "f32[6, 2, 80]" = add + to
+        return (add_3,)
 """,
     )
 
@@ -237,54 +153,34 @@ def test_checkpointed_column():
         graph_text(capture(adapted(column()), IN, recompute=True).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, x: "f32[6, 2, 48]", L_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", L_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", L_model_modules_linear_buffers_base_norm_sq_: "f32[80]"):
+    def forward(self, x: "f32[6, 2, 48]", L_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", L_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", L_model_modules_linear_buffers_base_norm_sq_: "f32[80]", L_model_modules_linear_buffers_cached_norm_: "f32[80]"):
         l_model_modules_linear_modules_to_wrap_parameters_weight_ = L_model_modules_linear_modules_to_wrap_parameters_weight_
         l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_ = L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_
         l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_ = L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_
         l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ = L_model_modules_linear_modules_adapter_parameters_weight_magnitude_
         l_model_modules_linear_buffers_base_norm_sq_ = L_model_modules_linear_buffers_base_norm_sq_
+        l_model_modules_linear_buffers_cached_norm_ = L_model_modules_linear_buffers_cached_norm_
 
         wrap_body_0 = self.wrap_body_0
-        tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, l_model_modules_linear_modules_to_wrap_parameters_weight_, l_model_modules_linear_buffers_base_norm_sq_, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, use_reentrant = False)
+        tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, l_model_modules_linear_modules_to_wrap_parameters_weight_, l_model_modules_linear_buffers_base_norm_sq_, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_norm_, use_reentrant = False)
         getitem: "f32[6, 2, 80]" = tag_activation_checkpoint[0]
         return (getitem,)
 
     class wrap_body_0(torch.nn.Module):
-        def forward(self, x: "f32[6, 2, 48]", l_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", l_model_modules_linear_buffers_base_norm_sq_: "f32[80]", l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", l_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]"):
-            detach: "f32[80, 48]" = l_model_modules_linear_modules_to_wrap_parameters_weight_.detach()
-            detach_1: "f32[16, 48]" = l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_.detach()
-            detach_2: "f32[80, 16]" = l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_.detach()
-            to: "f32[16, 48]" = detach_1.to(torch.float32)
-            linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
-            to_1: "f32[80, 16]" = linear.to(torch.float32)
-            to_2: "f32[80, 16]" = detach_2.to(torch.float32)
-            mul: "f32[80, 16]" = to_1 * to_2
-            sum_1: "f32[80]" = mul.sum(1)
-            linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
-            detach_3: "f32[80, 16]" = l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_.detach()
-            to_3: "f32[80, 16]" = detach_3.to(torch.float32)
-            linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, linear_1)
-            mul_1: "f32[80, 16]" = linear_2 * to_3
-            sum_2: "f32[80]" = mul_1.sum(1)
-            mul_2: "f32[80]" = sum_1 * 4.0
-            add: "f32[80]" = l_model_modules_linear_buffers_base_norm_sq_ + mul_2
-            mul_3: "f32[80]" = sum_2 * 4.0
-            add_1: "f32[80]" = add + mul_3
-            clamp: "f32[80]" = add_1.clamp(min = 0.0)
-            sqrt: "f32[80]" = clamp.sqrt()
-            eq: "b8[80]" = sqrt == 0
-            where: "f32[80]" = torch.where(eq, 1.0, sqrt)
-            sub: "f32[80]" = l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ - sqrt
+        def forward(self, x: "f32[6, 2, 48]", l_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", l_model_modules_linear_buffers_base_norm_sq_: "f32[80]", l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", l_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", l_model_modules_linear_buffers_cached_norm_: "f32[80]"):
+            eq: "b8[80]" = l_model_modules_linear_buffers_cached_norm_ == 0
+            where: "f32[80]" = torch.where(eq, 1.0, l_model_modules_linear_buffers_cached_norm_)
+            sub: "f32[80]" = l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ - l_model_modules_linear_buffers_cached_norm_
             truediv: "f32[80]" = sub / where
             where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-            linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(x, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_)
-            mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
-            linear_4: "f32[6, 2, 80]" = torch._C._nn.linear(mul_4, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_)
-            linear_5: "f32[6, 2, 80]" = torch._C._nn.linear(x, l_model_modules_linear_modules_to_wrap_parameters_weight_, None)
-            add_2: "f32[6, 2, 80]" = linear_5 + linear_4
-            mul_5: "f32[6, 2, 80]" = add_2 * where_1
-            add_3: "f32[6, 2, 80]" = add_2 + mul_5
-            to_4: "f32[6, 2, 80]" = add_3.to(torch.float32)
-            return (to_4,)
+            linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_)
+            mul: "f32[6, 2, 16]" = linear * 2.0
+            linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_)
+            linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, l_model_modules_linear_modules_to_wrap_parameters_weight_, None)
+            add: "f32[6, 2, 80]" = linear_2 + linear_1
+            mul_1: "f32[6, 2, 80]" = add * where_1
+            add_1: "f32[6, 2, 80]" = add + mul_1
+            to: "f32[6, 2, 80]" = add_1.to(torch.float32)
+            return (to,)
 """,
     )

@@ -16,46 +16,25 @@ def test_column_on_two_ranks(tensor_parallel):
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[40, 48]", x: "f32[6, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]"):
+    def forward(self, weight: "f32[40, 48]", x: "f32[6, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]", norm: "f32[40]", whole_lora_a: "f32[16, 48]"):
 
-        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_a], 'tp')
-        getitem_1: "f32[16, 48]" = gather_rows_together[0]
-        detach: "f32[40, 48]" = weight.detach()
-        detach_1: "f32[16, 48]" = getitem_1.detach()
-        detach_2: "f32[40, 16]" = lora_b.detach()
-        to: "f32[16, 48]" = detach_1.to(torch.float32)
-        linear: "f32[40, 16]" = torch._C._nn.linear(detach, detach_1)
-        to_1: "f32[40, 16]" = linear.to(torch.float32)
-        to_2: "f32[40, 16]" = detach_2.to(torch.float32)
-        mul: "f32[40, 16]" = to_1 * to_2
-        sum_1: "f32[40]" = mul.sum(1)
-        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
-        detach_3: "f32[40, 16]" = lora_b.detach()
-        to_3: "f32[40, 16]" = detach_3.to(torch.float32)
-        linear_2: "f32[40, 16]" = torch._C._nn.linear(to_3, linear_1)
-        mul_1: "f32[40, 16]" = linear_2 * to_3
-        sum_2: "f32[40]" = mul_1.sum(1)
-        mul_2: "f32[40]" = sum_1 * 4.0
-        add: "f32[40]" = base_norm_sq + mul_2
-        mul_3: "f32[40]" = sum_2 * 4.0
-        add_1: "f32[40]" = add + mul_3
-        clamp: "f32[40]" = add_1.clamp(min = 0.0)
-        sqrt: "f32[40]" = clamp.sqrt()
-        eq: "b8[40]" = sqrt == 0
-        where: "f32[40]" = torch.where(eq, 1.0, sqrt)
-        sub: "f32[40]" = magnitude - sqrt
+        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
+        getitem_1: "f32[16, 48]" = gathered_rows_together[0]
+        eq: "b8[40]" = norm == 0
+        where: "f32[40]" = torch.where(eq, 1.0, norm)
+        sub: "f32[40]" = magnitude - norm
         truediv: "f32[40]" = sub / where
         where_1: "f32[40]" = torch.where(eq, 0.0, truediv)
         copy_to_group: "f32[6, 2, 48]" = dora_fx_collectives_copy_to_group(x, 'tp')
-        linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(copy_to_group, getitem_1)
-        mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
-        linear_4: "f32[6, 2, 40]" = torch._C._nn.linear(mul_4, lora_b)
-        linear_5: "f32[6, 2, 40]" = torch._C._nn.linear(copy_to_group, weight, None)
-        add_2: "f32[6, 2, 40]" = linear_5 + linear_4
-        mul_5: "f32[6, 2, 40]" = add_2 * where_1
-        add_3: "f32[6, 2, 40]" = add_2 + mul_5
-        to_4: "f32[6, 2, 40]" = add_3.to(torch.float32)
-        return (to_4,)
+        linear: "f32[6, 2, 16]" = torch._C._nn.linear(copy_to_group, getitem_1)
+        mul: "f32[6, 2, 16]" = linear * 2.0
+        linear_1: "f32[6, 2, 40]" = torch._C._nn.linear(mul, lora_b)
+        linear_2: "f32[6, 2, 40]" = torch._C._nn.linear(copy_to_group, weight, None)
+        add: "f32[6, 2, 40]" = linear_2 + linear_1
+        mul_1: "f32[6, 2, 40]" = add * where_1
+        add_1: "f32[6, 2, 40]" = add + mul_1
+        to: "f32[6, 2, 40]" = add_1.to(torch.float32)
+        return (to,)
 """,
     )
 
@@ -67,49 +46,25 @@ def test_row_on_two_ranks(tensor_parallel):
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]"):
+    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
-        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_b], 'tp')
-        getitem_2: "f32[80, 16]" = gather_rows_together[0]
-        detach: "f32[80, 24]" = weight.detach()
-        detach_1: "f32[16, 24]" = lora_a.detach()
-        detach_2: "f32[80, 16]" = getitem_2.detach()
-        to: "f32[16, 24]" = detach_1.to(torch.float32)
-        linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
-        to_1: "f32[80, 16]" = linear.to(torch.float32)
-        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
-        mul: "f32[80, 16]" = to_1 * to_2
-        sum_1: "f32[80]" = mul.sum(1)
-        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
-        reduce_from_group_together = dora_fx_collectives_reduce_from_group_together([sum_1, linear_1], 'tp')
-        getitem_3: "f32[80]" = reduce_from_group_together[0]
-        getitem_4: "f32[16, 16]" = reduce_from_group_together[1]
-        detach_3: "f32[80, 16]" = getitem_2.detach()
-        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
-        linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, getitem_4)
-        mul_1: "f32[80, 16]" = linear_2 * to_3
-        sum_2: "f32[80]" = mul_1.sum(1)
-        mul_2: "f32[80]" = getitem_3 * 4.0
-        add: "f32[80]" = base_norm_sq + mul_2
-        mul_3: "f32[80]" = sum_2 * 4.0
-        add_1: "f32[80]" = add + mul_3
-        clamp: "f32[80]" = add_1.clamp(min = 0.0)
-        sqrt: "f32[80]" = clamp.sqrt()
-        eq: "b8[80]" = sqrt == 0
-        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
-        sub: "f32[80]" = magnitude - sqrt
+        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
+        getitem_2: "f32[80, 16]" = gathered_rows_together[0]
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
-        linear_4: "f32[6, 2, 80]" = torch._C._nn.linear(mul_4, getitem_2)
-        linear_5: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
-        add_2: "f32[6, 2, 80]" = linear_5 + linear_4
-        reduce_from_group: "f32[6, 2, 80]" = dora_fx_collectives_reduce_from_group(add_2, 'tp')
-        mul_5: "f32[6, 2, 80]" = reduce_from_group * where_1
-        add_3: "f32[6, 2, 80]" = reduce_from_group + mul_5
-        to_4: "f32[6, 2, 80]" = add_3.to(torch.float32)
-        return (to_4,)
+        linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        mul: "f32[6, 2, 16]" = linear * 2.0
+        linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
+        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
+        add: "f32[6, 2, 80]" = linear_2 + linear_1
+        reduce_from_group: "f32[6, 2, 80]" = dora_fx_collectives_reduce_from_group(add, 'tp')
+        mul_1: "f32[6, 2, 80]" = reduce_from_group * where_1
+        add_1: "f32[6, 2, 80]" = reduce_from_group + mul_1
+        to: "f32[6, 2, 80]" = add_1.to(torch.float32)
+        return (to,)
 """,
     )
 
@@ -121,58 +76,34 @@ def test_row_sequence_parallel_with_dropout_on_two_ranks(tensor_parallel):
         graph_text(capture(model, IN // 2).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]"):
+    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
-        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_b], 'tp')
-        getitem_2: "f32[80, 16]" = gather_rows_together[0]
-        detach: "f32[80, 24]" = weight.detach()
-        detach_1: "f32[16, 24]" = lora_a.detach()
-        detach_2: "f32[80, 16]" = getitem_2.detach()
-        to: "f32[16, 24]" = detach_1.to(torch.float32)
-        linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
-        to_1: "f32[80, 16]" = linear.to(torch.float32)
-        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
-        mul: "f32[80, 16]" = to_1 * to_2
-        sum_1: "f32[80]" = mul.sum(1)
-        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
-        reduce_from_group_together = dora_fx_collectives_reduce_from_group_together([sum_1, linear_1], 'tp')
-        getitem_3: "f32[80]" = reduce_from_group_together[0]
-        getitem_4: "f32[16, 16]" = reduce_from_group_together[1]
-        detach_3: "f32[80, 16]" = getitem_2.detach()
-        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
-        linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, getitem_4)
-        mul_1: "f32[80, 16]" = linear_2 * to_3
-        sum_2: "f32[80]" = mul_1.sum(1)
-        mul_2: "f32[80]" = getitem_3 * 4.0
-        add: "f32[80]" = base_norm_sq + mul_2
-        mul_3: "f32[80]" = sum_2 * 4.0
-        add_1: "f32[80]" = add + mul_3
-        clamp: "f32[80]" = add_1.clamp(min = 0.0)
-        sqrt: "f32[80]" = clamp.sqrt()
+        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
+        getitem_2: "f32[80, 16]" = gathered_rows_together[0]
         copy_to_group_together = dora_fx_collectives_copy_to_group_together([magnitude], 'tp')
-        getitem_5: "f32[80]" = copy_to_group_together[0]
-        eq: "b8[80]" = sqrt == 0
-        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
-        sub: "f32[80]" = getitem_5 - sqrt
+        getitem_3: "f32[80]" = copy_to_group_together[0]
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = getitem_3 - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
         draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, 'tp')
         dropout: "f32[6, 2, 24]" = dora_fx_dropout_dropout(x, draw_dropout_key, 0.25, True)
-        linear_3: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
-        mul_4: "f32[6, 2, 16]" = linear_3 * 2.0
-        linear_4: "f32[6, 2, 80]" = torch._C._nn.linear(mul_4, getitem_2)
+        linear: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
+        mul: "f32[6, 2, 16]" = linear * 2.0
+        linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
         cat: "f32[12, 2, 24]" = torch.cat((x, dropout))
-        linear_5: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
-        chunk = linear_5.chunk(2)
-        getitem_6: "f32[6, 2, 80]" = chunk[0]
-        getitem_7: "f32[6, 2, 80]" = chunk[1]
-        mul_5: "f32[6, 2, 80]" = getitem_7 * where_1
-        add_2: "f32[80]" = where_1 + 1.0
-        mul_6: "f32[6, 2, 80]" = linear_4 * add_2
-        add_3: "f32[6, 2, 80]" = mul_5 + mul_6
-        to_4: "f32[6, 2, 80]" = add_3.to(torch.float32)
-        add_4: "f32[6, 2, 80]" = getitem_6 + to_4
-        reduce_scatter_sequence: "f32[3, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add_4, 'tp')
+        linear_2: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
+        chunk = linear_2.chunk(2)
+        getitem_4: "f32[6, 2, 80]" = chunk[0]
+        getitem_5: "f32[6, 2, 80]" = chunk[1]
+        mul_1: "f32[6, 2, 80]" = getitem_5 * where_1
+        add: "f32[80]" = where_1 + 1.0
+        mul_2: "f32[6, 2, 80]" = linear_1 * add
+        add_1: "f32[6, 2, 80]" = mul_1 + mul_2
+        to: "f32[6, 2, 80]" = add_1.to(torch.float32)
+        add_2: "f32[6, 2, 80]" = getitem_4 + to
+        reduce_scatter_sequence: "f32[3, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add_2, 'tp')
         return (reduce_scatter_sequence,)
 """,
     )
@@ -185,46 +116,25 @@ def test_column_sequence_parallel_on_eight_ranks(tensor_parallel):
         graph_text(capture(model, IN, sequence=1).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[10, 48]", x: "f32[1, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]"):
+    def forward(self, weight: "f32[10, 48]", x: "f32[1, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]", norm: "f32[10]", whole_lora_a: "f32[16, 48]"):
 
-        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_a], 'tp')
-        getitem_2: "f32[16, 48]" = gather_rows_together[0]
-        detach: "f32[10, 48]" = weight.detach()
-        detach_1: "f32[16, 48]" = getitem_2.detach()
-        detach_2: "f32[10, 16]" = lora_b.detach()
-        to: "f32[16, 48]" = detach_1.to(torch.float32)
-        linear: "f32[10, 16]" = torch._C._nn.linear(detach, detach_1)
-        to_1: "f32[10, 16]" = linear.to(torch.float32)
-        to_2: "f32[10, 16]" = detach_2.to(torch.float32)
-        mul: "f32[10, 16]" = to_1 * to_2
-        sum_1: "f32[10]" = mul.sum(1)
-        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
-        detach_3: "f32[10, 16]" = lora_b.detach()
-        to_3: "f32[10, 16]" = detach_3.to(torch.float32)
-        linear_2: "f32[10, 16]" = torch._C._nn.linear(to_3, linear_1)
-        mul_1: "f32[10, 16]" = linear_2 * to_3
-        sum_2: "f32[10]" = mul_1.sum(1)
-        mul_2: "f32[10]" = sum_1 * 4.0
-        add: "f32[10]" = base_norm_sq + mul_2
-        mul_3: "f32[10]" = sum_2 * 4.0
-        add_1: "f32[10]" = add + mul_3
-        clamp: "f32[10]" = add_1.clamp(min = 0.0)
-        sqrt: "f32[10]" = clamp.sqrt()
-        eq: "b8[10]" = sqrt == 0
-        where: "f32[10]" = torch.where(eq, 1.0, sqrt)
-        sub: "f32[10]" = magnitude - sqrt
+        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
+        getitem_2: "f32[16, 48]" = gathered_rows_together[0]
+        eq: "b8[10]" = norm == 0
+        where: "f32[10]" = torch.where(eq, 1.0, norm)
+        sub: "f32[10]" = magnitude - norm
         truediv: "f32[10]" = sub / where
         where_1: "f32[10]" = torch.where(eq, 0.0, truediv)
         gather_sequence: "f32[8, 2, 48]" = dora_fx_collectives_gather_sequence(x, 'tp')
-        linear_3: "f32[8, 2, 16]" = torch._C._nn.linear(gather_sequence, getitem_2)
-        mul_4: "f32[8, 2, 16]" = linear_3 * 2.0
-        linear_4: "f32[8, 2, 10]" = torch._C._nn.linear(mul_4, lora_b)
-        linear_5: "f32[8, 2, 10]" = torch._C._nn.linear(gather_sequence, weight, None)
-        add_2: "f32[8, 2, 10]" = linear_5 + linear_4
-        mul_5: "f32[8, 2, 10]" = add_2 * where_1
-        add_3: "f32[8, 2, 10]" = add_2 + mul_5
-        to_4: "f32[8, 2, 10]" = add_3.to(torch.float32)
-        return (to_4,)
+        linear: "f32[8, 2, 16]" = torch._C._nn.linear(gather_sequence, getitem_2)
+        mul: "f32[8, 2, 16]" = linear * 2.0
+        linear_1: "f32[8, 2, 10]" = torch._C._nn.linear(mul, lora_b)
+        linear_2: "f32[8, 2, 10]" = torch._C._nn.linear(gather_sequence, weight, None)
+        add: "f32[8, 2, 10]" = linear_2 + linear_1
+        mul_1: "f32[8, 2, 10]" = add * where_1
+        add_1: "f32[8, 2, 10]" = add + mul_1
+        to: "f32[8, 2, 10]" = add_1.to(torch.float32)
+        return (to,)
 """,
     )
 
@@ -236,50 +146,26 @@ def test_row_sequence_parallel_on_eight_ranks(tensor_parallel):
         graph_text(capture(model, IN // 8, sequence=8).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]"):
+    def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
-        gather_rows_together = dora_fx_collectives_gather_rows_together([lora_b], 'tp')
-        getitem_2: "f32[80, 16]" = gather_rows_together[0]
-        detach: "f32[80, 6]" = weight.detach()
-        detach_1: "f32[16, 6]" = lora_a.detach()
-        detach_2: "f32[80, 16]" = getitem_2.detach()
-        to: "f32[16, 6]" = detach_1.to(torch.float32)
-        linear: "f32[80, 16]" = torch._C._nn.linear(detach, detach_1)
-        to_1: "f32[80, 16]" = linear.to(torch.float32)
-        to_2: "f32[80, 16]" = detach_2.to(torch.float32)
-        mul: "f32[80, 16]" = to_1 * to_2
-        sum_1: "f32[80]" = mul.sum(1)
-        linear_1: "f32[16, 16]" = torch._C._nn.linear(to, to)
-        reduce_from_group_together = dora_fx_collectives_reduce_from_group_together([sum_1, linear_1], 'tp')
-        getitem_3: "f32[80]" = reduce_from_group_together[0]
-        getitem_4: "f32[16, 16]" = reduce_from_group_together[1]
-        detach_3: "f32[80, 16]" = getitem_2.detach()
-        to_3: "f32[80, 16]" = detach_3.to(torch.float32)
-        linear_2: "f32[80, 16]" = torch._C._nn.linear(to_3, getitem_4)
-        mul_1: "f32[80, 16]" = linear_2 * to_3
-        sum_2: "f32[80]" = mul_1.sum(1)
-        mul_2: "f32[80]" = getitem_3 * 4.0
-        add: "f32[80]" = base_norm_sq + mul_2
-        mul_3: "f32[80]" = sum_2 * 4.0
-        add_1: "f32[80]" = add + mul_3
-        clamp: "f32[80]" = add_1.clamp(min = 0.0)
-        sqrt: "f32[80]" = clamp.sqrt()
+        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
+        getitem_2: "f32[80, 16]" = gathered_rows_together[0]
         copy_to_group_together = dora_fx_collectives_copy_to_group_together([magnitude], 'tp')
-        getitem_5: "f32[80]" = copy_to_group_together[0]
-        eq: "b8[80]" = sqrt == 0
-        where: "f32[80]" = torch.where(eq, 1.0, sqrt)
-        sub: "f32[80]" = getitem_5 - sqrt
+        getitem_3: "f32[80]" = copy_to_group_together[0]
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = getitem_3 - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        linear_3: "f32[8, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul_4: "f32[8, 2, 16]" = linear_3 * 2.0
-        linear_4: "f32[8, 2, 80]" = torch._C._nn.linear(mul_4, getitem_2)
-        linear_5: "f32[8, 2, 80]" = torch._C._nn.linear(x, weight, None)
-        add_2: "f32[8, 2, 80]" = linear_5 + linear_4
-        reduce_scatter_sequence: "f32[1, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add_2, 'tp')
-        mul_5: "f32[1, 2, 80]" = reduce_scatter_sequence * where_1
-        add_3: "f32[1, 2, 80]" = reduce_scatter_sequence + mul_5
-        to_4: "f32[1, 2, 80]" = add_3.to(torch.float32)
-        return (to_4,)
+        linear: "f32[8, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        mul: "f32[8, 2, 16]" = linear * 2.0
+        linear_1: "f32[8, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
+        linear_2: "f32[8, 2, 80]" = torch._C._nn.linear(x, weight, None)
+        add: "f32[8, 2, 80]" = linear_2 + linear_1
+        reduce_scatter_sequence: "f32[1, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add, 'tp')
+        mul_1: "f32[1, 2, 80]" = reduce_scatter_sequence * where_1
+        add_1: "f32[1, 2, 80]" = reduce_scatter_sequence + mul_1
+        to: "f32[1, 2, 80]" = add_1.to(torch.float32)
+        return (to,)
 """,
     )

@@ -1,0 +1,166 @@
+r"""What does DoRA cost in a whole GPT, beside LoRA: training, evaluation, memory, compilation?
+
+A Llama-shaped Megatron GPT, compiled layer by layer: an optimizer step of some micro-batches, and a forward pass in
+evaluation. PEFT adapts the same weights in transformers' model. All variants run in turn within one round, and each
+round gives ratios to LoRA.
+
+    python benchmarks/bench_model.py
+    python benchmarks/bench_model.py --layers 8 --hidden 4096 --ffn 12288 --heads 32 --groups 8 --tokens 4096 \
+        --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Table, interleaved, peak_bytes, ratios, save, show
+from torch import nn
+from torch._inductor.utils import fresh_cache
+from torch.utils.checkpoint import checkpoint
+from variants import with_dora, with_lora, with_peft
+
+from dora_fx.megatron_world import megatron_world
+from dora_fx.models import build_gpt_model, causal_mask
+
+REFERENCE = "LoRA"
+MEGATRON_TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Variant:
+    """One model and what is measured of it."""
+
+    def __init__(self, model: nn.Module, losses: Callable[[nn.Module], torch.Tensor], micro_batches: int) -> None:
+        self.model, self._losses, self._micro_batches = model, losses, micro_batches
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def train_step(self) -> None:
+        self.model.train()
+        for _ in range(self._micro_batches):
+            self._losses(self.model).mean().backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        self.model.eval()
+        self._losses(self.model)
+
+
+def hf_model(options: argparse.Namespace, device: str) -> Any:
+    """A transformers Llama of random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        num_hidden_layers=options.layers,
+        hidden_size=options.hidden,
+        intermediate_size=options.ffn,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.groups,
+        vocab_size=options.vocab,
+        max_position_embeddings=options.tokens,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(device=device, dtype=DTYPES[options.dtype])
+
+
+def megatron_model(options: argparse.Namespace, device: str) -> Any:
+    """The same function and weights as Megatron's GPTModel."""
+    source = hf_model(options, device)
+    return build_gpt_model(source.config, source.state_dict(), dtype=DTYPES[options.dtype], device=device)
+
+
+def make_variants(options: argparse.Namespace, device: str) -> dict[str, Variant]:
+    tokens = torch.randint(0, options.vocab, (1, options.tokens + 1), device=device)
+    positions = torch.arange(options.tokens, device=device)[None]
+    mask = causal_mask(options.tokens, device)
+
+    def megatron_losses(model: nn.Module) -> torch.Tensor:
+        return model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
+
+    def hf_losses(model: nn.Module) -> torch.Tensor:
+        return model(tokens[:, :-1], labels=tokens[:, 1:], use_cache=False).loss
+
+    def megatron(attach: Callable[..., nn.Module], **settings: Any) -> Variant:
+        model = attach(megatron_model(options, device), options.dim, MEGATRON_TARGETS)
+        compile_layers(model, options, settings)
+        return Variant(model, megatron_losses, options.micro_batches)
+
+    def huggingface(*, use_dora: bool) -> Variant:
+        model = with_peft(hf_model(options, device), options.dim, HF_TARGETS, use_dora=use_dora)
+        return Variant(model, hf_losses, options.micro_batches)
+
+    return {
+        REFERENCE: megatron(with_lora, backend="inductor"),
+        "dora_fx": megatron(with_dora, backend="dora_fx"),
+        "dora_fx, norm every call": megatron(with_dora, backend="dora_fx", options={"weight_norm": "every_call"}),
+        "PEFT LoRA eager": huggingface(use_dora=False),
+        "PEFT DoRA eager": huggingface(use_dora=True),
+    }
+
+
+def compile_layers(model: Any, options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Compile each layer by itself; with recomputation, inside a checkpoint."""
+    model.embedding.register_forward_hook(_with_gradient)
+    for layer in model.decoder.layers:
+        layer.compile(fullgraph=True, **settings)
+        if options.recompute:
+            compiled = layer.forward
+            layer.forward = lambda *args, f=compiled, **kwargs: checkpoint(f, *args, use_reentrant=False, **kwargs)
+
+
+def _with_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Give the first layer's input the strides and the gradient of the others', so that one graph serves all."""
+    output = output.clone(memory_format=torch.contiguous_format)
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def measure(options: argparse.Namespace, device: str) -> dict[str, Table]:
+    variants = make_variants(options, device)
+    extra = {}
+    for name, variant in variants.items():
+        with fresh_cache():
+            begin = time.perf_counter()
+            variant.train_step()
+            seconds = time.perf_counter() - begin
+            variant.evaluate()
+        peak = peak_bytes(variant.train_step, device)
+        extra[name] = {"first step s": seconds, "peak MiB": None if peak is None else peak / 2**20}
+    training = interleaved({name: variant.train_step for name, variant in variants.items()}, options.rounds, device)
+    evaluation = interleaved({name: variant.evaluate for name, variant in variants.items()}, options.rounds, device)
+    table = ratios(training, REFERENCE)
+    return {
+        "training step": {name: row | extra[name] for name, row in table.items()},
+        "evaluation": ratios(evaluation, REFERENCE),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"layers": 2, "hidden": 576, "ffn": 1536, "heads": 9, "groups": 3, "vocab": 1024, "dim": 16}
+    sizes |= {"tokens": 256, "micro-batches": 8, "rounds": 7}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--recompute", action="store_true", help="checkpoint every layer")
+    parser.add_argument("--json", type=Path, help="write the tables here")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with megatron_world(device):
+        tables = measure(options, device)
+    for title, table in tables.items():
+        print(f"\n{title}")
+        show(table, REFERENCE)
+    if options.json:
+        save(options.json, tables, **{k: v for k, v in vars(options).items() if k != "json"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What do the row norms of W0 + s B A cost, in time and memory?
+
+This library's factored norm in blocks, the dense norm, PEFT's (which makes B A by multiplying an identity matrix)
+and the factored norm with everything in float32, on the same weights; errors are against float64.
+
+    python benchmarks/bench_norm.py
+    python benchmarks/bench_norm.py --dtype bf16 --shapes 4096x4096x384 8192x28672x384
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from measuring import Table, interleaved, ratios, save, show
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dora_fx.weight_norm import norm_dtype, norm_of_terms, norm_terms
+
+REFERENCE = "dora_fx"
+SCALING = 2.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Norm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def factored_in_blocks(
+    weight: torch.Tensor, base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> torch.Tensor:
+    dtype = norm_dtype(weight.dtype)
+    cross, gram = norm_terms(weight, lora_a, lora_b, dtype)
+    return norm_of_terms(base_norm_sq, cross, gram, lora_b, scaling=SCALING, dtype=dtype)
+
+
+def factored_in_float32(
+    weight: torch.Tensor, base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> torch.Tensor:
+    weight, lora_a, lora_b = weight.float(), lora_a.float(), lora_b.float()
+    cross = (F.linear(weight, lora_a) * lora_b).sum(1)
+    own = (F.linear(lora_b, lora_a @ lora_a.t()) * lora_b).sum(1)
+    return (base_norm_sq + 2 * SCALING * cross + SCALING**2 * own).clamp(min=0).sqrt()
+
+
+def dense(weight: torch.Tensor, base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(weight + SCALING * lora_b @ lora_a, dim=1)
+
+
+def peft(weight: torch.Tensor, base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    update = F.linear(F.linear(identity, lora_a), lora_b).t()
+    return DoraLinearLayer(fan_in_fan_out=False).get_weight_norm(weight, update, SCALING)
+
+
+NORMS: dict[str, Norm] = {
+    REFERENCE: factored_in_blocks,
+    "factored, all in float32": factored_in_float32,
+    "dense": dense,
+    "PEFT": peft,
+}
+
+
+class Allocations(TorchDispatchMode):
+    """Within the context, the bytes of new tensors that are alive at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in given | self._seen:
+            self._note(result.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        import weakref
+
+        self._seen.add(storage._cdata)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, address: int, num_bytes: int) -> None:
+        self._seen.discard(address)
+        self.alive -= num_bytes
+
+
+def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int) -> Table:
+    out_features, in_features, dim = shape
+    weight = torch.randn(out_features, in_features, dtype=dtype, device=device) * in_features**-0.5
+    lora_a = torch.randn(dim, in_features, dtype=dtype, device=device) * in_features**-0.5
+    lora_b = torch.randn(out_features, dim, dtype=dtype, device=device) * 0.1
+    base_norm_sq = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    tensors = (weight, base_norm_sq, lora_a, lora_b)
+    exact = dense(*(tensor.double() for tensor in tensors))
+    errors, memory = {}, {}
+    for name, norm in NORMS.items():
+        with Allocations() as allocated:
+            found = norm(*tensors)
+        memory[name] = {"temporary MiB": allocated.peak / 2**20}
+        errors[name] = {"error x 1e6": float(((found.double() - exact) / exact).abs().max()) * 1e6}
+    calls = {name: lambda norm=norm: norm(*tensors) for name, norm in NORMS.items()}
+    table = ratios(interleaved(calls, rounds, device), REFERENCE)
+    return {name: row | memory[name] | errors[name] for name, row in table.items()}
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    out_features, in_features, dim = map(int, text.split("x"))
+    return out_features, in_features, dim
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = ["4096x4096x16", "4096x4096x384", "2048x8192x64"]
+    parser.add_argument("--shapes", nargs="+", default=shapes, help="OUTxINxDIM ...; default %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="write the tables here")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tables = {}
+    with torch.no_grad():
+        for text in options.shapes:
+            print(f"\n{text} {options.dtype}")
+            tables[text] = measure(parse_shape(text), DTYPES[options.dtype], device, options.rounds)
+            show(tables[text], REFERENCE)
+    if options.json:
+        save(options.json, tables, dtype=options.dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Norms are worked out once per optimizer step, and never read stale."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dora_fx
+from dora_fx import parameter_cache
+from dora_fx.parameter_cache import StaleParametersError
+from tests.distributed.mutations import Mutation, planted
+from tests.models import LinearZoo, adapt_zoo, logits_of, sites, tiny_gpt, token_ids, trainable
+
+pytestmark = pytest.mark.usefixtures("world")
+
+KINDS = ["column", "row_bias_added", "linear"]
+NO_STEP_IS_COUNTED = Mutation("stale norm", parameter_cache._constants, "num_optimizer_steps()", "0")
+
+
+def compiled(model: Callable[..., Any], weight_norm: str = "once_per_step") -> Callable[..., Any]:
+    options = {"inner_compiler": "aot_eager", "weight_norm": weight_norm}
+    return torch.compile(model, backend="dora_fx", options=options, fullgraph=True)
+
+
+def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {kind: torch.randn(5, 24, generator=generator, dtype=torch.float64) for kind in KINDS}
+
+
+@pytest.fixture
+def zoo() -> LinearZoo:
+    return adapt_zoo(LinearZoo(KINDS).double())
+
+
+def refreshes(model: nn.Module) -> list[int]:
+    """How often each site's norm was written."""
+    return [site.cached_norm._version for site in sites(model).values()]
+
+
+def assert_equals_eager(run: Callable[..., dict[str, torch.Tensor]], model: LinearZoo) -> None:
+    """A stale norm moves outputs by far more than rounding."""
+    for kind, expected in model(inputs()).items():
+        torch.testing.assert_close(run(inputs())[kind], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_once_per_step_whatever_calls_in_between(zoo: LinearZoo) -> None:
+    run = compiled(zoo)
+    optimizer = torch.optim.AdamW(trainable(zoo).values(), lr=0.05)
+    before = refreshes(zoo)
+    for step in range(3):
+        for micro_batch in range(8):
+            sum(y.square().sum() for y in run(inputs(micro_batch)).values()).backward()
+        zoo.eval()
+        with torch.no_grad():
+            run(inputs())
+        zoo.train()
+        assert refreshes(zoo) == [version + step + 1 for version in before]
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_equals_eager(run, zoo)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_is_bitwise_that_of_refreshing_always(recompute: bool) -> None:
+    def train(prepare: Callable[[nn.Module], None], weight_norm: str) -> dict[str, torch.Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(4)
+        model = dora_fx.DoRA(dim=6, alpha=12, dropout=0.1, lora_B_init_method="normal")(tiny_gpt())
+        call = (lambda *args: checkpoint(model, *args, use_reentrant=False)) if recompute else model
+        run = compiled(call, weight_norm)
+        optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
+        for _ in range(3):
+            for micro_batch in range(8):
+                prepare(model)
+                logits_of(run, token_ids(seed=micro_batch)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: parameter.detach() for name, parameter in trainable(model).items()}
+
+    cached = train(lambda model: None, "checked")
+    always = train(dora_fx.invalidate_norms, "once_per_step")
+    assert all(torch.equal(cached[name], always[name]) for name in always)
+
+
+def test_norm_of_every_call_is_that_of_once_per_step(zoo: LinearZoo) -> None:
+    assert_equals_eager(compiled(zoo, "every_call"), zoo)
+
+
+@torch.no_grad()
+def _write_in_place(zoo: LinearZoo) -> None:
+    for parameter in trainable(zoo).values():
+        parameter.mul_(1.5)
+
+
+@torch.no_grad()
+def _write_base_in_place(zoo: LinearZoo) -> None:
+    for site in sites(zoo).values():
+        site.weight.mul_(2.0)
+
+
+def _replace_data(zoo: LinearZoo) -> None:
+    for parameter in trainable(zoo).values():
+        parameter.data = parameter.data * 1.5
+
+
+def _larger(zoo: LinearZoo) -> dict[str, torch.Tensor]:
+    """The model's tensors times 1.5; Megatron's layers have entries without a tensor as well."""
+    return {name: entry if entry is None else entry * 1.5 for name, entry in zoo.state_dict().items()}
+
+
+def _load(zoo: LinearZoo) -> None:
+    zoo.load_state_dict(_larger(zoo))
+
+
+def _load_by_assignment(zoo: LinearZoo) -> None:
+    zoo.load_state_dict(_larger(zoo), assign=True)
+    zoo.requires_grad_(False)
+
+
+def _change_alpha(zoo: LinearZoo) -> None:
+    for site in sites(zoo).values():
+        site.adapter.alpha *= 3.0
+
+
+def _cast(zoo: LinearZoo) -> None:
+    zoo.float().double()
+
+
+def _write_through_data_and_say_so(zoo: LinearZoo) -> None:
+    for parameter in trainable(zoo).values():
+        parameter.data.mul_(1.5)
+    dora_fx.invalidate_norms(zoo)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _write_in_place,
+        _write_base_in_place,
+        _replace_data,
+        _load,
+        _load_by_assignment,
+        _change_alpha,
+        _cast,
+        _write_through_data_and_say_so,
+    ],
+)
+def test_changes_are_noticed(zoo: LinearZoo, change: Callable[[LinearZoo], None]) -> None:
+    run = compiled(zoo)
+    assert_equals_eager(run, zoo)
+    change(zoo)
+    assert_equals_eager(run, zoo)
+
+
+def test_a_copy_has_norms_of_its_own() -> None:
+    layer = adapt_zoo(LinearZoo(["linear"]).double()).linear
+    x = inputs()["linear"]
+    compiled(layer)(x)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.adapter.linear_out.weight.mul_(1.5)
+    for module in (twin, layer):
+        torch.testing.assert_close(compiled(module)(x), module(x), rtol=1e-12, atol=1e-12)
+
+
+def test_layers_that_share_a_graph_have_norms_of_their_own() -> None:
+    first, second = adapt_zoo(LinearZoo(["row"]).double()), adapt_zoo(LinearZoo(["row"]).double())
+    _write_in_place(second)
+    for layer in (first.row, second.row):
+        layer.compile(backend="dora_fx", options={"inner_compiler": "aot_eager"}, fullgraph=True)
+    x = inputs()["column"]
+    for layer in (first.row, second.row):
+        torch.testing.assert_close(layer(x)[0], layer.forward(x)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_check_notices_what_nothing_says(zoo: LinearZoo) -> None:
+    run = compiled(zoo, "checked")
+    run(inputs())
+    zoo.row_bias_added.adapter.linear_out.weight.data.mul_(1.5)
+    with pytest.raises(StaleParametersError, match=r"row_bias_added: the cached norm or factor is off by up to"):
+        run(inputs())
+
+
+@pytest.mark.parametrize("planted_fault", [None, NO_STEP_IS_COUNTED])
+def test_steps_of_an_optimizer_that_writes_through_data(zoo: LinearZoo, planted_fault: Mutation | None) -> None:
+    """As Megatron's: it steps copies, and writes them back where neither memory nor version tells."""
+    run = compiled(zoo, "checked")
+    masters = {parameter: parameter.detach().clone() for parameter in trainable(zoo).values()}
+    optimizer = torch.optim.SGD(masters.values(), lr=0.1)
+    with contextlib.nullcontext() if planted_fault is None else planted(planted_fault):
+        sum(y.square().sum() for y in run(inputs()).values()).backward()
+        for parameter, master in masters.items():
+            master.grad = parameter.grad
+        optimizer.step()
+        for parameter, master in masters.items():
+            parameter.data.copy_(master)
+        with contextlib.nullcontext() if planted_fault is None else pytest.raises(StaleParametersError):
+            assert_equals_eager(run, zoo)
+
+
+def test_parameters_computed_in_the_graph_are_not_cached(zoo: LinearZoo) -> None:
+    """A parametrization makes the factor anew in each call."""
+
+    class Halved(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight * 0.5
+
+    nn.utils.parametrize.register_parametrization(zoo.linear.adapter.linear_out, "weight", Halved())
+    before = refreshes(zoo)
+    run = compiled(zoo)
+    assert_equals_eager(run, zoo)
+    assert [now > then for now, then in zip(refreshes(zoo), before, strict=True)] == [True, True, False]
