@@ -33,7 +33,7 @@ def draw(curves: dict[str, dict[int, float]], path: Path) -> None:
     below.set_ylabel(f"distance from {next(iter(curves))}")
     below.set_xlabel("optimizer step")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=75)
 
 
 def main() -> None:

@@ -150,6 +150,7 @@ def _plan_site(dora: DoRA, chunk: nn.Module, path: str, linear: Any) -> PlannedS
     if isinstance(linear, nn.Linear):
         in_features, out_features, tp_group = linear.in_features, linear.out_features, ""
     else:
+        _check_group(path, linear)
         in_features, out_features = linear.input_size, linear.output_size
         tp_group = linear.tp_group.group_name if linear.tp_group.size() > 1 else ""
         _check_divisible(dora, path, linear.tp_group.size(), layout)
@@ -203,6 +204,14 @@ def _check_weight(path: str, weight: torch.Tensor) -> None:
         raise ValueError(
             f"{path}: the base weight has NaN or inf in {rows.numel()} of {weight.shape[0]} rows, "
             f"the first is row {int(rows[0])}; expected finite values"
+        )
+
+
+def _check_group(path: str, linear: Any) -> None:
+    if linear.tp_group is None:
+        raise ValueError(
+            f"{path}: found a layer without a tensor-parallel group, expected one that was built after "
+            "megatron.core.parallel_state.initialize_model_parallel()"
         )
 
 

@@ -253,9 +253,9 @@ class DoRALinear(nn.Module):
         if weight is None:
             weight = self.base_weight
         self._check_call(x, weight)
+        _check_group_exists(self.adapter.tp_group)
         adapter = self.adapter
         if not torch.compiler.is_compiling():
-            group_size(adapter.tp_group)
             remeasure_base_if_written(weight, self.base_norm_sq, adapter.layout, adapter.tp_group)
         returned = self.to_wrap(x, *args, **kwargs)
         output = dora_linear(
@@ -410,6 +410,12 @@ class DoRALinear(nn.Module):
         children = (f"{prefix}adapter.", f"{prefix}to_wrap.")
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(children)]:
             state_dict[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+@torch.compiler.assume_constant_result
+def _check_group_exists(tp_group: str) -> int:
+    """Raise RuntimeError, while Dynamo traces a call too, if the group is gone: Megatron's own error names nothing."""
+    return group_size(tp_group)
 
 
 def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from dora_fx import attach, collectives, dropout, functional, layers, site_parameters, weight_norm
 
@@ -27,7 +29,14 @@ class Mutation:
     new: str
 
 
+WRONG_GROUP = Mutation(
+    "data-parallel group in place of the tensor-parallel one",
+    attach._plan_site,
+    "linear.tp_group.group_name if",
+    "_data_parallel_group().group_name if",
+)
 MUTATIONS = [
+    WRONG_GROUP,
     Mutation("bias scaled", functional.adapted_linear, "output if bias is None else output - bias", "output"),
     Mutation(
         "magnitude's gradient left partial",
@@ -40,6 +49,12 @@ MUTATIONS = [
         site_parameters._magnitudes,
         "dropout=site.dropout_p > 0",
         "dropout=False",
+    ),
+    Mutation(
+        "gain applied before the reduce, magnitude's gradient left partial",
+        functional.adapted_linear,
+        "output = join(F.linear(x, weight, gemm_bias) if base_output is None else None, low_rank)",
+        "output, delta = join(F.linear(x, weight, gemm_bias) * (delta + 1.0), low_rank * (delta + 1.0)), 0.0",
     ),
     Mutation("no dropout correction", functional.adapted_linear, "dropped_product * delta +", ""),
     Mutation(
@@ -72,10 +87,11 @@ MUTATIONS = [
         "weight.detach(), lora_a.detach(), lora_b.detach()",
         "weight, lora_a, lora_b",
     ),
+    Mutation("norm over the wrong axis", weight_norm.base_norm_squared, "dim=1", "dim=0"),
     Mutation("norm over both axes", weight_norm.norm_of_terms, "gram) * wide_b).sum(1)", "gram) * wide_b).sum()"),
     Mutation("norm in bfloat16", weight_norm.norm_of_terms, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),
     Mutation("norm's terms not reduced", site_parameters._row_norms, "site.table.shards_input_features", "False"),
-    Mutation("norm's terms swapped", site_parameters._row_norms, "terms[::2], terms[1::2]", "terms[1::2], terms[::2]"),
+    Mutation("norm's terms swapped", site_parameters._row_norms, "whole[::2], whole[1::2]", "whole[1::2], whole[::2]"),
     Mutation("norm's scaling not squared", weight_norm.norm_of_terms, "scaling**2", "scaling"),
     Mutation(
         "stale norm",
@@ -96,21 +112,57 @@ MUTATIONS = [
         "_reduce_scatter(torch.cat([tensor.reshape(ranks, -1) for tensor in tensors], dim=1).view(-1), group_name)",
         "torch.cat([tensor.reshape(ranks, -1) for tensor in tensors], dim=1)[group_rank(group_name)]",
     ),
+    Mutation(
+        "gradient of A not reduced",
+        site_parameters._whole_factors,
+        "_together(gather_rows_together, requests)",
+        "_together(_gather_rows_only, requests[: len(sites)])"
+        " + _together(gather_rows_together, requests[len(sites) :])",
+    ),
+    Mutation(
+        "gradient of B not reduced",
+        site_parameters._whole_factors,
+        "_together(gather_rows_together, requests)",
+        "_together(gather_rows_together, requests[: len(sites)])"
+        " + _together(_gather_rows_only, requests[len(sites) :])",
+    ),
     Mutation("weight gradients reduced twice", collectives._reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
     Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),
     Mutation("group of one rank", attach._plan_site, "linear.tp_group.size() > 1", "linear.tp_group.size() > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),
     Mutation("mask differs between replicas", dropout.keep_mask, "tokens ^ key[0]", "tokens ^ key[0] ^ key[2]"),
     Mutation("dropout without rescaling", dropout.dropout, "x * (1.0 / (1.0 - p))", "x"),
-    Mutation("shards not marked", Adapter._mark_sharded_parameters, "if dim is not None", "if dim is dim and False"),
-    Mutation("magnitude marked as a shard", Adapter._mark_sharded_parameters, "if dim is not None", "if True"),
+    Mutation("shards not marked", Adapter._mark_sharded_parameters, "placement.dim is not None", "False"),
+    Mutation("magnitude marked as a shard", Adapter._mark_sharded_parameters, "placement.dim is not None", "True"),
     Mutation("A drawn per rank", attach.seed_for, "(seed +", "(seed + _rank() +"),
     Mutation("gated rows sharded as one block", attach._row_blocks, "2 if gated", "1 if gated"),
 ]
 
 
-def _rank() -> int:
-    return dist.get_rank()
+def _own_rows(tensors: Sequence[torch.Tensor], group_name: str) -> list[torch.Tensor]:
+    ranks, rank = collectives.group_size(group_name), collectives.group_rank(group_name)
+    return [tensor.chunk(ranks)[rank] for tensor in tensors]
+
+
+def _planted_names() -> dict[str, Any]:
+    """What the mutated sources may use beside their own module's names; fresh, as one of them holds state."""
+    return {
+        "_rank": dist.get_rank,
+        "_stale": {},
+        "_data_parallel_group": parallel_state.get_data_parallel_group,
+        "_gather_rows_only": collectives._differentiable_together(
+            "gather_rows_only",
+            collectives._all_gather_rows,
+            _own_rows,
+            "No gradient is reduced.",
+        ),
+    }
+
+
+def source_of(mutation: Mutation) -> str:
+    """The source of the function that a mutation changes, without decorators and indentation."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(mutation.function)))
+    return source[source.index("def ") :]
 
 
 @contextmanager
@@ -118,17 +170,16 @@ def planted(mutation: Mutation) -> Iterator[None]:
     """Within the context the mutated source is what runs, through every reference to the function."""
     target = inspect.unwrap(mutation.function)
     assert isinstance(target, types.FunctionType)
-    source = textwrap.dedent(inspect.getsource(target))
-    source = source[source.index("def ") :]
-    assert mutation.old in source, f"{mutation.name}: its text is not in {target.__qualname__}"
+    source, names = source_of(mutation), _planted_names()
+    assert source.count(mutation.old) == 1, f"{mutation.name}: {mutation.old!r} is not once in {target.__qualname__}"
     namespace = dict(target.__globals__)
     exec(compile(source.replace(mutation.old, mutation.new), target.__code__.co_filename, "exec"), namespace)
     original = target.__code__
-    target.__globals__.update(_rank=_rank, _stale={})
+    target.__globals__.update(names)
     target.__code__ = namespace[target.__name__].__code__
     try:
         yield
     finally:
         target.__code__ = original
-        for name in ("_rank", "_stale"):
+        for name in names:
             del target.__globals__[name]

@@ -29,9 +29,12 @@ def finetune(tp: int, *arguments: object, expect: int = 0) -> str:
     command = [sys.executable, "-m"]
     if tp > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={tp}", "-m", "--"]
-    command += ["dora_fx.cli.main", "finetune", *map(str, arguments)]
+    return output_of([*command, "dora_fx.cli.main", "finetune", *map(str, arguments)], expect)
+
+
+def output_of(command: list[str], expect: int) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     text = done.stdout + done.stderr
     assert (done.returncode == 0) == (expect == 0), text
     return text
@@ -73,6 +76,23 @@ def test_a_run_resumes_at_another_tensor_parallel_size(inputs, one_process, tmp_
     finetune(2, *inputs, "--steps", 3, "--run", run, "--tp", 2)
     finetune(1, "--resume", run, "--steps", 6, "--tp", 1)
     torch.testing.assert_close(losses(run), losses(one_process), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--dim $((8 + 8 * RANK))", "rank 1 differs from rank 0: dim is 16 and 8"),
+        # Found by rank 1 alone, while rank 0 waits for it in a collective.
+        ("--sequence-length $((32 + 100000 * RANK))", "dora-fx, rank 1: error: --sequence-length: found 100032"),
+    ],
+    ids=["configuration", "failure"],
+)
+def test_a_rank_that_differs_ends_the_run_with_its_error(inputs, tmp_path, option, message):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    script = f'exec {sys.executable} -m dora_fx.cli.main finetune "$@" {option}'
+    arguments = map(str, [*inputs, "--run", tmp_path / "run", "--tp", 2])
+    assert message in output_of([*torchrun, "--", "bash", "-c", script, "finetune", *arguments], expect=2)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_number_of_processes_must_be_the_tensor_parallel_size(inputs, tmp_path):

@@ -77,9 +77,9 @@ def compiled(zoo: Zoo, mode: Mode) -> Any:
     return torch.compile(function, backend="dora_fx", options={"inner_compiler": inner}, fullgraph=True)
 
 
-def run_rank(topology: Topology, modes: list[Mode]) -> dict[str, dict[str, torch.Tensor]]:
-    """Run every mode on this rank; returns mode -> quantity -> whole tensor in float64."""
-    return {str(mode): TrainingRun(topology, mode).results() for mode in modes}
+def run_rank(topology: Topology, modes: list[Mode]) -> list[dict[str, torch.Tensor]]:
+    """Run every mode on this rank; for each: quantity -> whole tensor in float64."""
+    return [TrainingRun(topology, mode).results() for mode in modes]
 
 
 class TrainingRun:
@@ -95,9 +95,17 @@ class TrainingRun:
         set_adapter_values(self.zoo, topology)
         with cuda_means_cpu():
             config = make_config(topology, mode.dtype)
-            self.ddp = DistributedDataParallel(config, DistributedDataParallelConfig(), self.zoo)
+            is_bf16 = mode.dtype == torch.bfloat16
+            # As Megatron's own training does: bfloat16 weights, and gradients and optimizer state in float32.
+            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=is_bf16)
+            self.ddp = DistributedDataParallel(config, ddp_config, self.zoo)
             settings = OptimizerConfig(
-                optimizer="adam", lr=1e-2, weight_decay=0.0, clip_grad=mode.clip_grad, params_dtype=mode.dtype
+                optimizer="adam",
+                lr=1e-2,
+                weight_decay=0.0,
+                clip_grad=mode.clip_grad,
+                params_dtype=mode.dtype,
+                bf16=is_bf16,
             )
             self.optimizer = get_megatron_optimizer(settings, [self.ddp])
         self.function = compiled(self.zoo, mode)
@@ -158,14 +166,14 @@ class TrainingRun:
         return (y * self.own(self.own_batch(weights, microbatch), sharding)).sum() * self.topology.dp / BATCH
 
     def whole_loss(self, outputs: dict[str, torch.Tensor], microbatch: int) -> torch.Tensor:
-        """The loss of one micro-batch over all ranks, each token and feature counted once."""
-        total = torch.zeros(1, dtype=torch.float64)
-        for name, y in outputs.items():
+        """Each layer's loss of one micro-batch over all ranks, each token and feature counted once."""
+        totals = torch.zeros(len(outputs), dtype=torch.float64)
+        for index, (name, y) in enumerate(outputs.items()):
             copies = 1 if output_sharding(self.zoo, name).dim is not None else self.topology.tp
             # Terms of both signs nearly cancel, so the sum itself is taken in float64.
-            total += self.weighted_sum(name, y.detach().double(), microbatch) / (copies * self.topology.dp)
-        dist.all_reduce(total)
-        return total
+            totals[index] = self.weighted_sum(name, y.detach().double(), microbatch) / (copies * self.topology.dp)
+        dist.all_reduce(totals)
+        return totals
 
     def own_batch(self, whole: torch.Tensor, microbatch: int) -> torch.Tensor:
         """This data-parallel rank's part of a batch for one micro-batch."""

@@ -20,6 +20,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx import DoRALinear
+from dora_fx.models.gpt_model import FrozenRMSNorm
 
 HIDDEN, FFN, VOCAB, DIM = 32, 48, 80, 8
 SEQUENCE, BATCH = 8, 4
@@ -74,6 +75,13 @@ def _mlp(config: TransformerConfig) -> nn.Module:
     return MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
 
 
+def _transformer_layer(config: TransformerConfig) -> nn.Module:
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    # Megatron's torch norm refuses sequence parallelism.
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = FrozenRMSNorm
+    return build_module(spec, config=config, layer_number=1).to(config.params_dtype)
+
+
 GATED = {"gated_linear_unit": True, "activation_func": F.silu}
 
 # name -> (features of the whole input, builder from (topology, dtype))
@@ -89,15 +97,10 @@ LAYERS: dict[str, tuple[int, Callable[[Topology, torch.dtype], nn.Module]]] = {
     "plain_mlp": (HIDDEN, lambda t, d: _mlp(make_config(t, d))),
     "gated_mlp": (HIDDEN, lambda t, d: _mlp(make_config(t, d, **GATED))),
     "output_layer": (HIDDEN, lambda t, d: _column(make_config(t, d), VOCAB, bias=False)),
-    "transformer_layer": (
-        HIDDEN,
-        lambda t, d: build_module(
-            get_gpt_layer_local_spec(normalization="RMSNorm"), config=make_config(t, d, **GATED), layer_number=1
-        ),
-    ),
+    "transformer_layer": (HIDDEN, lambda t, d: _transformer_layer(make_config(t, d, **GATED))),
 }
-# Megatron's torch norm refuses sequence parallelism, and so does a row layer that splits its own input.
-NOT_SEQUENCE_PARALLEL = {"transformer_layer", "row_split_input"}
+# Megatron's row layer refuses to split its own input under sequence parallelism.
+NOT_SEQUENCE_PARALLEL = {"row_split_input"}
 
 
 def layer_names(topology: Topology) -> list[str]:

@@ -12,23 +12,21 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import nn
 
 import dora_fx
-from dora_fx import DoRALinear
-from dora_fx.parameter_cache import refresh
-from tests.graph.collective_counts import CollectivesThatRun, count_collectives
+from benchmarks.collective_counts import CollectiveCounts, count_collectives
 from tests.graph.sites import DIM, IN, OUT, OneLinear, adapted, column, config, row
 
 TP, SEQUENCE, BATCH = 4, 8, 3
 TOKENS = SEQUENCE * BATCH
-ROWS_B, COLUMNS_A = OUT * DIM, DIM * IN
+FLOAT = 4
 
-# What each layout may add, as placement.py says: (kind, elements) -> count; all of it is weight-sized. The first three
+# What each layout may add, as placement.py says: (kind, bytes) -> count; all of it is weight-sized. The first three
 # are sent once per optimizer step, the others in each backward pass.
-LORA_A = {("all_gather", COLUMNS_A): 1}
-LORA_B = {("all_gather", ROWS_B): 1}
-NORM = {("all_reduce", OUT + DIM * DIM): 1}
-MAGNITUDE_GRAD = {("all_reduce", OUT): 1}
-LORA_A_GRAD = {("reduce_scatter", COLUMNS_A): 1}
-LORA_B_GRAD = {("reduce_scatter", ROWS_B): 1}
+LORA_A = {("all_gather", DIM * IN * FLOAT): 1}
+LORA_B = {("all_gather", OUT * DIM * FLOAT): 1}
+NORM = {("all_reduce", (OUT + DIM * DIM) * FLOAT): 1}
+MAGNITUDE_GRAD = {("all_reduce", OUT * FLOAT): 1}
+LORA_A_GRAD = {("reduce_scatter", DIM * IN * FLOAT): 1}
+LORA_B_GRAD = {("reduce_scatter", OUT * DIM * FLOAT): 1}
 
 CASES = {
     "column": (column, {}, (SEQUENCE, IN), LORA_A, LORA_A_GRAD),
@@ -46,6 +44,12 @@ CASES = {
 }
 
 
+def compiled_counts(model: nn.Module, x: torch.Tensor) -> CollectiveCounts:
+    torch._dynamo.reset()
+    options = {"inner_compiler": "aot_eager"}
+    return count_collectives(torch.compile(model, backend="dora_fx", options=options, fullgraph=True), x)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("name", CASES)
 def test_collectives_added_to_the_base(tensor_parallel, name, dropout):
@@ -55,29 +59,19 @@ def test_collectives_added_to_the_base(tensor_parallel, name, dropout):
 
     def counts(wrap):
         x = torch.randn(sequence, BATCH, features, requires_grad=True)
-        return count_collectives(wrap(layer(**settings)), x)
+        return compiled_counts(wrap(layer(**settings)), x)
 
     base = counts(lambda linear: OneLinear(linear).requires_grad_(False))
     added = counts(lambda linear: adapted(linear, dropout=dropout)) - base
     removed = base - counts(lambda linear: adapted(linear, dropout=dropout))
     if dropout and name in ("row", "row_split_input"):
         backward = backward | MAGNITUDE_GRAD
+    assert dict(added.once_per_step) == once_per_step
     assert not added.forward
     assert dict(added.backward) == backward
     assert not removed.forward and not removed.backward
-    assert all(size != TOKENS * width for _, size in added.backward for width in (IN, OUT))
-    assert refreshed(adapted(layer(**settings))) == [once_per_step, {}]
-
-
-def refreshed(model: nn.Module) -> list[dict[tuple[str, int], int]]:
-    """What bringing the caches of a model's sites up to date communicates, the first time and the second."""
-    sites = [module.cached_site() for module in model.modules() if isinstance(module, DoRALinear)]
-    times = []
-    for _ in range(2):
-        with CollectivesThatRun() as ran:
-            refresh(sites)
-        times.append(dict(ran.counts))
-    return times
+    activations = [TOKENS * width * FLOAT for width in (IN, OUT)]
+    assert all(size not in activations for _, size in added.once_per_step | added.backward)
 
 
 class Chain(nn.ModuleList):
@@ -98,14 +92,12 @@ def test_layers_of_one_graph_share_their_weight_sized_collectives(tensor_paralle
 
     def counts(wrap):
         model = wrap(Chain(MLP(cfg, submodules) for _ in range(2)))
-        return count_collectives(model, torch.randn(tokens, BATCH, IN, requires_grad=True))
+        return compiled_counts(model, torch.randn(tokens, BATCH, IN, requires_grad=True))
 
     base = counts(lambda mlps: mlps.requires_grad_(False))
     added = counts(dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM)) - base
-    factors = 2 * (DIM * IN + IN * DIM)
-    magnitude_grad = {("all_reduce", 2 * IN): 1} if sequence_parallel else {}
+    factors = 2 * (DIM * IN + IN * DIM) * FLOAT
+    magnitude_grad = {("all_reduce", 2 * IN * FLOAT): 1} if sequence_parallel else {}
     assert not added.forward
+    assert dict(added.once_per_step) == {("all_gather", factors): 1, ("all_reduce", 2 * (IN + DIM * DIM) * FLOAT): 1}
     assert dict(added.backward) == {("reduce_scatter", factors): 1} | magnitude_grad
-    adapted_model = dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM)(Chain(MLP(cfg, submodules) for _ in range(2)))
-    once_per_step = {("all_gather", factors): 1, ("all_reduce", 2 * (IN + DIM * DIM)): 1}
-    assert refreshed(adapted_model) == [once_per_step, {}]

@@ -137,3 +137,35 @@ class GraphModule(torch.nn.Module):
         return (to,)
 """,
     )
+
+
+def test_row_sequence_parallel_on_eight_ranks(tensor_parallel):
+    tensor_parallel(8)
+    model = adapted(row(tensor_model_parallel_size=8, sequence_parallel=True))
+    assert_expected_inline(
+        graph_text(capture(model, IN // 8, sequence=8).after[0]),
+        """\
+class GraphModule(torch.nn.Module):
+    def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
+
+        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
+        getitem_2: "f32[80, 16]" = gathered_rows_together[0]
+        copy_to_group_together = dora_fx_collectives_copy_to_group_together([magnitude], 'tp')
+        getitem_3: "f32[80]" = copy_to_group_together[0]
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = getitem_3 - norm
+        truediv: "f32[80]" = sub / where
+        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        linear: "f32[8, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        mul: "f32[8, 2, 16]" = linear * 2.0
+        linear_1: "f32[8, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
+        linear_2: "f32[8, 2, 80]" = torch._C._nn.linear(x, weight, None)
+        add: "f32[8, 2, 80]" = linear_2 + linear_1
+        reduce_scatter_sequence: "f32[1, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add, 'tp')
+        mul_1: "f32[1, 2, 80]" = reduce_scatter_sequence * where_1
+        add_1: "f32[1, 2, 80]" = reduce_scatter_sequence + mul_1
+        to: "f32[1, 2, 80]" = add_1.to(torch.float32)
+        return (to,)
+""",
+    )

@@ -1,0 +1,34 @@
+"""The benchmark of collectives counts none as large as an activation for this library, and some for the reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_collectives.py"
+
+
+@pytest.mark.slow
+def test_what_each_variant_adds(tmp_path):
+    sizes = ["--hidden=64", "--ffn=96", "--dim=8", "--tokens=28", "--inner-compiler=aot_eager"]
+    command = [sys.executable, str(SCRIPT), *sizes, f"--json={tmp_path / 'counts.json'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "counts.json").read_text())["collectives"]
+    assert not [row for row in rows if row["size"].endswith("bytes")]
+
+    def activations(variant: str) -> list[tuple]:
+        keys = ("layout", "dropout", "direction", "kind", "size", "count")
+        chosen = [row for row in rows if row["variant"] == variant and row["size"].startswith("T")]
+        return [tuple(row[key] for key in keys) for row in chosen]
+
+    assert len(activations("base")) == 12
+    assert activations("dora_fx") == activations("base")
+    if importlib.util.find_spec("megatron.bridge") is not None:
+        assert ("row", 0.0, "forward", "all_gather", "T*out", 1) in activations("Megatron-Bridge")
+        assert ("column + SP", 0.1, "backward", "reduce_scatter", "T*in", 3) in activations("Megatron-Bridge")
