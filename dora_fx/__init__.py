@@ -2,7 +2,16 @@
 
 from dora_fx.config import DoRA
 from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter
+from dora_fx.merge import merge, unmerge
 
 __version__ = "0.1.0"
 
-__all__ = ["DoRA", "DoRALinear", "ParallelLinearDoRAAdapter", "__version__", "disable_adapter"]
+__all__ = [
+    "DoRA",
+    "DoRALinear",
+    "ParallelLinearDoRAAdapter",
+    "__version__",
+    "disable_adapter",
+    "merge",
+    "unmerge",
+]
