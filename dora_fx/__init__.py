@@ -1,6 +1,8 @@
 """DoRA for Megatron-Core through a torch.compile backend; see README.md."""
 
 from dora_fx.config import DoRA
+from dora_fx.hf import export_hf
+from dora_fx.hf_import import import_hf
 from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter
 from dora_fx.merge import merge, unmerge
 
@@ -12,6 +14,8 @@ __all__ = [
     "ParallelLinearDoRAAdapter",
     "__version__",
     "disable_adapter",
+    "export_hf",
+    "import_hf",
     "merge",
     "unmerge",
 ]
