@@ -1,5 +1,6 @@
 """DoRA for Megatron-Core through a torch.compile backend; see README.md."""
 
+from dora_fx.bridge_checkpoint import load_bridge_checkpoint
 from dora_fx.config import DoRA
 from dora_fx.hf import export_hf
 from dora_fx.hf_import import import_hf
@@ -16,6 +17,7 @@ __all__ = [
     "disable_adapter",
     "export_hf",
     "import_hf",
+    "load_bridge_checkpoint",
     "merge",
     "unmerge",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dora_fx.bridge_checkpoint import load_bridge_checkpoint
+from dora_fx import load_bridge_checkpoint
 from dora_fx.whole_tensors import AdapterShards
 from tests.distributed.bridge import (
     TP,

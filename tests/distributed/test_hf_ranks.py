@@ -16,6 +16,7 @@ import dora_fx
 from dora_fx.megatron_world import megatron_world
 from tests.distributed.launch import run_ranks
 from tests.hf_models import tiny_hf_model
+from tests.models import randomize_adapters, tiny_gpt
 from tests.peft_models import (
     TOKENS,
     adapted_megatron,
@@ -109,3 +110,29 @@ def test_what_rank_zero_cannot_write_is_refused_on_every_rank(results: dict[str,
     assert len(results["refusals"]) == 2
     for message in results["refusals"]:
         assert message.endswith("one: it exists, expected a name that is free or an empty folder (found on rank 0)")
+
+
+def on_two_stages(folder: Path) -> None:
+    """Import what one rank exported into the stages of a pipeline, and export it again."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=2, create_gloo_process_groups=True)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    model = tiny_gpt(
+        num_layers=4,
+        pipeline_model_parallel_size=2,
+        pipeline_dtype=torch.float32,
+        chunk=dict(pre_process=stage == 0, post_process=stage == 1),
+    )
+    assert [layer.layer_number for layer in model.decoder.layers] == [2 * stage + 1, 2 * stage + 2]
+    dora_fx.export_hf(dora_fx.import_hf([model], folder / "whole"), folder / "stages")
+
+
+def test_pipeline_stages_import_their_layers_and_export_one_adapter(tmp_path: Path, world: None) -> None:
+    model = dora_fx.DoRA(["linear_qkv", "linear_fc1", "*.layers.3.*linear_fc2"], dim=4)(tiny_gpt(num_layers=4))
+    randomize_adapters(model)
+    dora_fx.export_hf(model, tmp_path / "whole")
+    run_ranks(on_two_stages, 2, 1, tmp_path)
+    (config, tensors), (expected_config, expected) = files(tmp_path / "stages"), files(tmp_path / "whole")
+    assert config == expected_config
+    assert tensors.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(tensors[name], value)] == []
