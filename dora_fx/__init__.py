@@ -1,8 +1,24 @@
 """DoRA for Megatron-Core through a torch.compile backend; see README.md."""
 
+from dora_fx.bridge_checkpoint import load_bridge_checkpoint
 from dora_fx.config import DoRA
+from dora_fx.hf import export_hf
+from dora_fx.hf_import import import_hf
 from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter, invalidate_norms
+from dora_fx.merge import merge, unmerge
 
 __version__ = "0.1.0"
 
-__all__ = ["DoRA", "DoRALinear", "ParallelLinearDoRAAdapter", "__version__", "disable_adapter", "invalidate_norms"]
+__all__ = [
+    "DoRA",
+    "DoRALinear",
+    "ParallelLinearDoRAAdapter",
+    "__version__",
+    "disable_adapter",
+    "export_hf",
+    "import_hf",
+    "invalidate_norms",
+    "load_bridge_checkpoint",
+    "merge",
+    "unmerge",
+]

@@ -114,3 +114,23 @@ def check_same_graph(gm: fx.GraphModule, tp_group: str, description: str, timeou
                 f"tensor-parallel ranks {group.rank()} and {rank} compile different graphs: {own!r} and {theirs!r}; "
                 "expected the same model, configuration and input shapes on every rank"
             )
+
+
+def raise_on_every_rank(problem: str | None, group: dist.ProcessGroup | None) -> None:
+    """Exchange what each rank found wrong; every rank of the group calls it, also with nothing to say.
+
+    Args:
+        problem: this rank's error message, None if all is well.
+        group: None for one process by itself.
+
+    Raises:
+        ValueError: on every rank, with the message of the first rank that has one.
+    """
+    problems = [problem]
+    if group is not None and is_real(group):
+        problems = [None] * group.size()
+        dist.all_gather_object(problems, problem, group=group)
+    for group_rank, found in enumerate(problems):
+        if found is not None:
+            where = f" (found on rank {group_rank})" if len(problems) > 1 else ""
+            raise ValueError(found + where)

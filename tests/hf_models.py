@@ -67,12 +67,12 @@ def tiny_hf_model(kind: str = "llama", seed: int = 3, **overrides: Any) -> Any:
     return model.eval()
 
 
-def finetune_inputs(folder: Path, *options: object, **overrides: Any) -> list[str]:
+def finetune_inputs(folder: Path, *options: object, kind: str = "llama", **overrides: Any) -> list[str]:
     """Write a tiny base model and a text to learn; return the `dora-fx finetune` options that use them, and `options`.
 
     `overrides` are for the model's config.
     """
-    save_tiny_checkpoint(folder / "base", **overrides)
+    save_tiny_checkpoint(folder / "base", kind, **overrides)
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 30)
     inputs = ["--base", folder / "base", "--data", folder / "text.txt", "--device", "cpu"]
     sizes = ["--sequence-length", 32, "--batch-size", 2, "--sample-tokens", 4]

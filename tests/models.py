@@ -117,8 +117,13 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 GPT_TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
-def tiny_gpt(*, tied: bool = False, num_layers: int = 2, **overrides: Any) -> GPTModel:
-    """A GPT as small as it gets with SwiGLU, RMSNorm, grouped queries and rotary positions, local layer spec."""
+def tiny_gpt(
+    *, tied: bool = False, num_layers: int = 2, chunk: dict[str, Any] | None = None, **overrides: Any
+) -> GPTModel:
+    """A GPT as small as it gets with SwiGLU, RMSNorm, grouped queries and rotary positions, local layer spec.
+
+    `chunk` says which part of a pipeline it is, in GPTModel's own arguments.
+    """
     settings = dict(
         num_layers=num_layers,
         hidden_size=32,
@@ -140,6 +145,7 @@ def tiny_gpt(*, tied: bool = False, num_layers: int = 2, **overrides: Any) -> GP
         max_sequence_length=4 * SEQUENCE,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=tied,
+        **(chunk or {}),
     )
 
 

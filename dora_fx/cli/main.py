@@ -10,6 +10,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from typing import Any
 
 from dora_fx.cli.errors import Interrupted, UserError
 
@@ -40,7 +41,7 @@ def _run(argv: list[str]) -> int:
     import jsonargparse
 
     import dora_fx
-    from dora_fx.cli import finetune
+    from dora_fx.cli import export, finetune
 
     parser = jsonargparse.ArgumentParser(
         prog="dora-fx",
@@ -49,11 +50,13 @@ def _run(argv: list[str]) -> int:
         version=dora_fx.__version__,
     )
     commands = parser.add_subcommands(required=True, dest="command")
-    commands.add_subcommand("finetune", finetune.parser(), help=finetune.HELP)
+    modules: dict[str, Any] = {"finetune": finetune, "export": export}
+    for name, module in modules.items():
+        commands.add_subcommand(name, module.parser(), help=module.HELP)
     if argv[:1] == ["finetune"]:
         argv = ["finetune", *finetune.options_in_order(argv[1:])]
     parsed = parser.parse_args(argv)
-    return finetune.run(parsed[parsed.command].as_dict())
+    return int(modules[parsed.command].run(parsed[parsed.command].as_dict()))
 
 
 def _quieten_libraries() -> None:

@@ -53,6 +53,21 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
     return HFCheckpoint(model.config, dict(model.state_dict()), tokenizer)
 
 
+def load_hf_config(path: Path) -> Any:
+    """The transformers config of a checkpoint that `load_hf_checkpoint` loads, without its weights.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: there is no such file or directory, or it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+    if path.is_dir():
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    return AutoConfig.from_pretrained(path.parent, local_files_only=True, gguf_file=path.name)
+
+
 def _load_model(folder: Path, dtype: torch.dtype, source: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,224 @@
+"""Adapters from the distributed checkpoints of Megatron-Bridge, whose keys and global shapes are ours.
+
+Two magnitudes are not what their global shapes say when Bridge saves at a tensor-parallel size n above 1:
+
+    gated linear_fc1    rows in the order of the ranks, [gate_0; up_0; gate_1; up_1; ...]; put back to [gate; up]
+    row layers          rank 0's, and it belongs to the partial norm ||W_0 + s B A_0|| of rank 0's input features
+                        alone; the ranks trained different ones, and the others' are lost
+
+Nothing brings the second kind back. Setting it to the norm of W + s B A keeps the direction that was trained, with
+a gain of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+
+from dora_fx.agreement import raise_on_every_rank
+from dora_fx.hf import world_group
+from dora_fx.layers import DoRALinear
+from dora_fx.matching import unwrap
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
+
+_MAGNITUDE = "weight_magnitude"
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """One parameter of a site, as it is asked for.
+
+    Attributes:
+        site, path: the layer and its path in its chunk.
+        name: of the parameter within the adapter.
+        request: a ShardedTensor or a factory of several, over memory of its own.
+        shards: the ShardedTensors of the request.
+    """
+
+    site: DoRALinear
+    path: str
+    name: str
+    request: ShardedTensor | ShardedTensorFactory
+    shards: list[ShardedTensor]
+
+    @property
+    def key(self) -> str:
+        return str(self.shards[0].key)
+
+    @property
+    def in_order_of_ranks(self) -> bool:
+        """Whether Bridge stores the rows of this magnitude rank by rank, gate and up of each."""
+        return self.name == _MAGNITUDE and self.site.adapter.row_blocks == 2
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether Bridge stores rank 0's part in place of the whole."""
+        return self.name == _MAGNITUDE and self.site.layout.shards_input_features
+
+
+def load_bridge_checkpoint(
+    model: ModelT,
+    path: str | os.PathLike[str],
+    *,
+    tensor_parallel_size: int,
+    rebuild_row_magnitudes: bool = False,
+) -> ModelT:
+    """Load adapters that Megatron-Bridge saved (torch_dist) into an adapted model of any size; return the model.
+
+    Every rank calls it. The checkpoint holds neither alpha nor dropout: attach with those it was trained with. A
+    and B keep their values, magnitudes come in float32 at least. All is read and checked before anything is changed.
+
+    Args:
+        model: a model that `DoRA` was called on, or a list of its chunks, bare or wrapped.
+        path: the folder that has `.metadata`, such as `iter_0000100`.
+        tensor_parallel_size: of the run that saved it.
+        rebuild_row_magnitudes: set the magnitudes of row layers (linear_proj, linear_fc2) to the norm of W + s B A,
+            where Bridge lost them: at a `tensor_parallel_size` above 1.
+
+    Raises:
+        ValueError: on every rank: no adapted layer, a folder that is no such checkpoint, keys or shapes that are
+            not the model's, another tensor-parallel size than the one given, values that are not finite, or row
+            layers' magnitudes that were lost and are not to be rebuilt.
+    """
+    chunks = model if isinstance(model, list) else [model]
+    problem: str | None = None
+    try:
+        stored = _read_metadata(Path(path))
+        shards = [list(_requests(unwrap(chunk), stored)) for chunk in chunks]
+        wanted = [shard for part in shards for shard in part]
+        _check_keys_and_shapes(Path(path), stored, wanted)
+        _check_size(Path(path), stored, wanted, tensor_parallel_size)
+        _check_row_magnitudes(wanted, tensor_parallel_size, rebuild_row_magnitudes)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    raise_on_every_rank(problem, world_group())
+    requests = {
+        str(index): {str(i): shard.request for i, shard in enumerate(part)} for index, part in enumerate(shards)
+    }
+    loaded = dist_checkpointing.load(requests, str(path))
+    values = [loaded[str(index)][str(i)] for index, part in enumerate(shards) for i in range(len(part))]
+    broken = [shard.key for shard, value in zip(wanted, values, strict=True) if not torch.isfinite(value).all()]
+    raise_on_every_rank(
+        f"{path}: {broken[0]} has NaN or inf, expected finite values" if broken else None, world_group()
+    )
+    _copy(wanted, values, tensor_parallel_size)
+    logger.info("loaded %d adapters from %s", len(wanted) // 3, path)
+    return model
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """What torch's checkpoint format says of every adapter tensor: size, and the chunks it was saved in."""
+    if not (path / ".metadata").is_file():
+        raise ValueError(f"{path}: there is no .metadata, expected a torch_dist checkpoint such as iter_0000100")
+    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key: value for key, value in metadata.items() if ".adapter." in key and hasattr(value, "chunks")}
+
+
+def _requests(chunk: Any, stored: dict[str, Any]) -> Iterator[StoredShard]:
+    sites = {path: module for path, module in chunk.named_modules() if isinstance(module, DoRALinear)}
+    # With layers that differ Megatron puts their number into the key.
+    numbered = any(part.isdigit() for key in stored for part in key.split("."))
+    sharded = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True} if numbered else None)
+    for key, value in sharded.items():
+        path, _, name = key.partition(".adapter.")
+        if path in sites and name in sites[path].adapter.placements:
+            value = dataclasses.replace(value, data=torch.empty_like(value.data))
+            yield _as_bridge_stores_it(StoredShard(sites[path], path, name, value, _shards_of(value)))
+
+
+def _shards_of(value: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    if isinstance(value, ShardedTensor):
+        return [value]
+    built = value.build()
+    return list(built.values() if isinstance(built, dict) else built)
+
+
+def _as_bridge_stores_it(shard: StoredShard) -> StoredShard:
+    """Ask for all rows of a magnitude whose rows are not where ours are; every rank then takes its own."""
+    if not shard.in_order_of_ranks:
+        return shard
+    first = shard.shards[0]
+    prepended = first.prepend_axis_num
+    offsets = [(axis, first.global_offset[axis], first.global_shape[axis]) for axis in range(prepended)]
+    ranks = parallel_state.get_tensor_model_parallel_rank(), _data_parallel_rank()
+    rows = torch.empty(first.global_shape[-1], dtype=first.dtype, device=first.data.device)
+    whole = ShardedTensor.from_rank_offsets(
+        first.key, rows, *offsets, replica_id=(0, *ranks), prepend_axis_num=prepended
+    )
+    return dataclasses.replace(shard, request=whole, shards=[whole])
+
+
+def _data_parallel_rank() -> int:
+    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+
+def _check_keys_and_shapes(path: Path, stored: dict[str, Any], wanted: Sequence[StoredShard]) -> None:
+    if not wanted:
+        raise ValueError("found no adapted layer, expected a model that DoRA was called on")
+    for shard in wanted:
+        found = tuple(stored[shard.key].size) if shard.key in stored else None
+        expected = tuple(shard.shards[0].global_shape)
+        if found != expected:
+            raise ValueError(
+                f"{path}: found {found or 'nothing'} for {shard.key}, the model's {shard.path} has {expected}"
+            )
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        unknown = sorted(set(stored) - {shard.key for shard in wanted})
+        if unknown:
+            raise ValueError(
+                f"{path}: found {unknown[0]} ({len(unknown)} such keys), which the model has no adapter for"
+            )
+
+
+def _check_size(path: Path, stored: dict[str, Any], wanted: Sequence[StoredShard], expected: int) -> None:
+    """Compare the given tensor-parallel size with the number of pieces that A was saved in."""
+    for shard in wanted:
+        placement = shard.site.adapter.placements[shard.name]
+        if shard.name != "linear_in.weight" or placement.dim is None:
+            continue
+        axis = shard.shards[0].prepend_axis_num + placement.dim
+        found = len({chunk.offsets[axis] for chunk in stored[shard.key].chunks})
+        if found != expected:
+            raise ValueError(
+                f"{path}: {shard.key} was saved by {found} tensor-parallel ranks, "
+                f"expected the tensor_parallel_size given, {expected}"
+            )
+
+
+def _check_row_magnitudes(wanted: Sequence[StoredShard], tensor_parallel_size: int, rebuild: bool) -> None:
+    partial = [shard.path for shard in wanted if shard.is_partial]
+    if partial and tensor_parallel_size > 1 and not rebuild:
+        raise ValueError(
+            f"{partial[0]} ({len(partial)} such layers): Megatron-Bridge saves the magnitude of a row layer from rank "
+            f"0 alone, and with {tensor_parallel_size} ranks that one belongs to the norm of rank 0's input features, "
+            "not of the whole weight; the trained magnitudes are lost. Pass rebuild_row_magnitudes=True to set them "
+            "to the norm of W + s B A"
+        )
+
+
+@torch.no_grad()
+def _copy(wanted: Sequence[StoredShard], values: Sequence[Tensor], tensor_parallel_size: int) -> None:
+    for shard, value in zip(wanted, values, strict=True):
+        adapter = shard.site.adapter
+        if shard.in_order_of_ranks:
+            gate_and_up = value.view(tensor_parallel_size, 2, -1).transpose(0, 1).reshape(-1)
+            value = adapter.placements[shard.name].pad_and_shard(gate_and_up, adapter.tp_rank, adapter.tp_size)
+        adapter.get_parameter(shard.name).copy_(value)
+    if tensor_parallel_size > 1:
+        for shard in wanted:
+            if shard.is_partial:
+                shard.site.adapter.weight_magnitude.copy_(shard.site._get_weight_norm())

@@ -1,0 +1,164 @@
+"""DoRA adapters to and from Hugging Face PEFT, at any tensor- and pipeline-parallel size.
+
+A fused Megatron layer and the Hugging Face layers that it is made of share their input, so A goes to each of them
+and the rows of B and m are dealt out: export is exact. The way back is in `hf_import.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from dora_fx.agreement import raise_on_every_rank
+from dora_fx.hf_layers import NamedLinear, adapted_linears, gpt_config
+from dora_fx.models.hf_parts import HeadShape, hf_rows
+from dora_fx.new_folder import check_new_folder, new_folder
+from dora_fx.peft_files import PeftModule, write_peft_adapter
+from dora_fx.whole_tensors import AdapterShards
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_TENSORS = ("linear_in.weight", "linear_out.weight", "weight_magnitude")
+
+
+def export_hf(
+    model: nn.Module | list[nn.Module],
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write the model's adapters as a DoRA adapter that Hugging Face PEFT loads.
+
+    Every rank calls it. Whole tensors go to global rank 0 one layer at a time, and it writes the files: the folder
+    is whole or absent. A and B keep their dtype, magnitudes stay in float32 (or float64), padding is cut off. An
+    adapted output layer that is tied to the embedding is exported too; PEFT computes with it, and warns about it.
+
+    Args:
+        model: a Megatron GPTModel of the Llama family, or a list of its chunks, bare or wrapped.
+        folder: a name that is free, or an empty folder.
+        base_model, revision: a Hugging Face name or directory, for PEFT to find the base by.
+
+    Raises:
+        ValueError: on every rank: no layer is adapted, one has no Hugging Face counterpart, adapters differ in
+            dropout, or the folder exists or cannot be written.
+    """
+    chunks = model if isinstance(model, list) else [model]
+    target = Path(folder)
+    sites = adapted_linears(chunks)
+    raise_on_every_rank(_problem_maybe(chunks, sites, target), world_group())
+    dropout = _one_dropout(sites)
+    config = gpt_config(chunks)
+    modules: dict[str, PeftModule] = {}
+    for part in _layer_by_layer(sites, HeadShape.of(config), config.num_layers):
+        modules.update(part)
+    problem = None
+    if _global_rank() == 0:
+        try:
+            with new_folder(target) as temporary:
+                write_peft_adapter(
+                    temporary,
+                    modules,
+                    num_layers=config.num_layers,
+                    dropout=dropout,
+                    base_model=base_model,
+                    revision=revision,
+                )
+        except OSError as error:
+            problem = f"{target}: {error}"
+        logger.info("exported %d adapters to %s", len(modules), target)
+    raise_on_every_rank(problem, world_group())
+
+
+def split_adapter(path: str, tensors: Mapping[str, Tensor], alpha: float, heads: HeadShape) -> dict[str, PeftModule]:
+    """The adapters of the Hugging Face layers that one Megatron layer is made of.
+
+    Args:
+        path: of the layer, with its number in the whole model.
+        tensors: whole tensors without padding: `linear_in.weight`, `linear_out.weight` and `weight_magnitude`.
+        alpha: of the adapter.
+        heads: how linear_qkv's rows are grouped.
+    """
+    lora_a, lora_b, magnitude = (tensors[name] for name in ADAPTER_TENSORS)
+    return {
+        name: PeftModule(lora_a.clone(), lora_b[rows], magnitude[rows], alpha)
+        for name, rows in hf_rows(path, magnitude.shape[0], heads).items()
+    }
+
+
+def _layer_by_layer(sites: Sequence[NamedLinear], heads: HeadShape, num_layers: int) -> Iterator[dict[str, PeftModule]]:
+    """On global rank 0 the adapters of each layer of the whole model in turn; nothing on the others."""
+    shards = {id(site.chunk): AdapterShards(site.chunk) for site in sites}
+    prefixes = [*(f"decoder.layers.{index}." for index in range(num_layers)), "output_layer"]
+    for prefix in prefixes:
+        own: dict[str, PeftModule] = {}
+        for site in sites:
+            if site.whole_path.startswith(prefix):
+                gathered = _whole_adapter(site, shards[id(site.chunk)])
+                own.update(split_adapter(site.whole_path, gathered, site.module.adapter.alpha, heads))
+        yield _to_first_rank(own)
+
+
+def _whole_adapter(site: NamedLinear, shards: AdapterShards) -> dict[str, Tensor]:
+    names = {name: f"{site.path}.adapter.{name}" for name in ADAPTER_TENSORS}
+    return {name: shards.gather(full, shards.parameters[full]).cpu() for name, full in names.items()}
+
+
+def _to_first_rank(own: dict[str, PeftModule]) -> dict[str, PeftModule]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    # Tensor- and data-parallel replicas hold the same whole tensors.
+    is_speaker = parallel_state.get_tensor_model_parallel_rank() == 0 and _data_parallel_rank() == 0
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own if is_speaker else {}, parts, dst=0)
+    return {path: module for part in parts or [] for path, module in part.items()}
+
+
+def _data_parallel_rank() -> int:
+    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+
+
+def _one_dropout(sites: Sequence[NamedLinear]) -> float:
+    """The dropout of all adapters on all ranks; a pipeline stage may have none of its own."""
+    found: list[Any] = [[site.module.adapter.dropout for site in sites]]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        own, found = found[0], [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+    dropouts = sorted({dropout for part in found for dropout in part})
+    if not dropouts:
+        raise ValueError("found no adapted layer, expected a model that DoRA was called on")
+    if len(dropouts) > 1:
+        raise ValueError(f"found adapters with dropout {dropouts}, expected one for all: PEFT's files have one")
+    return float(dropouts[0])
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """All processes, None where torch.distributed is not started."""
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def _global_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _problem_maybe(chunks: Sequence[nn.Module], sites: Sequence[NamedLinear], target: Path) -> str | None:
+    try:
+        config = gpt_config(chunks)
+        for site in sites:
+            hf_rows(site.whole_path, _whole_rows(site), HeadShape.of(config))
+        if _global_rank() == 0:
+            check_new_folder(target)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _whole_rows(site: NamedLinear) -> int:
+    return int(site.module.adapter.placements["weight_magnitude"].shape[0])

@@ -1,0 +1,201 @@
+"""Hugging Face PEFT DoRA adapters into a Megatron model: plan and check everything, then attach and copy."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dora_fx.agreement import raise_on_every_rank
+from dora_fx.attach import AttachPlan, attach, plan_attachment, rebuild_gradient_buffers
+from dora_fx.config import DoRA
+from dora_fx.dynamo import capture_megatron_whole
+from dora_fx.hf import world_group
+from dora_fx.hf_join import JoinedAdapter, Part, join_parts
+from dora_fx.hf_layers import NamedLinear, every_hf_path, gpt_config, named_linears, whole_sizes
+from dora_fx.layers import DoRALinear
+from dora_fx.models.hf_parts import HeadShape, hf_paths, hf_rows
+from dora_fx.peft_files import PeftAdapter, read_peft_adapter
+from dora_fx.placement import layout_of
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
+
+
+@dataclass(frozen=True)
+class PlannedImport:
+    """What becomes of one linear layer: its adapter, or None where the files have none for it."""
+
+    linear: NamedLinear
+    joined: JoinedAdapter | None
+
+
+def import_hf(
+    model: ModelT, folder: str | os.PathLike[str], *, base_model: str | None = None, training: bool = True
+) -> ModelT:
+    """Give a Megatron model the adapters of a Hugging Face PEFT DoRA folder, and return it.
+
+    The function is PEFT's, exactly: layers that Megatron fuses keep a common A, or stack their ranks (q, k and v of
+    rank 8 become one adapter of dim 24). What PEFT does not adapt keeps its base function; in a fused layer further
+    training reaches it. A and B take the base weight's dtype, magnitudes float32 at least. Every rank calls it and
+    reads the files. Everything is checked before anything is changed.
+
+    Args:
+        model: a Megatron GPTModel of the Llama family, or a list of its chunks, bare or wrapped. Without adapters
+            they are attached, with the files' dropout, as `DoRA` does it. With adapters these must be on the same
+            layers and of the same dim and scaling; they keep their dropout and what of them is trained.
+        folder: with adapter_config.json and adapter_model.safetensors.
+        base_model: raise if the files name another `base_model_name_or_path`.
+        training: of the adapters that are attached, as in `DoRA.__call__`.
+
+    Raises:
+        ValueError: on every rank, naming the file or layer: an option, a tensor or a shape without an equal here, a
+            missing magnitude or layer, values that are not finite, another base, or adapters that do not fit.
+    """
+    chunks = model if isinstance(model, list) else [model]
+    problem = None
+    try:
+        adapter = read_peft_adapter(Path(folder))
+        _check_base(adapter, base_model)
+        imports = _plan_imports(chunks, adapter)
+        dropout = float(adapter.config.get("lora_dropout") or 0.0)
+        plans = None if _is_adapted(imports) else _plan_attachments(imports, dropout)
+    except (ValueError, TypeError, OSError) as error:
+        problem = str(error)
+    raise_on_every_rank(problem, world_group())
+    if plans is not None:
+        _attach(chunks, plans, training)
+    for planned in imports:
+        if planned.joined is not None:
+            _copy(planned.linear, planned.joined)
+    logger.info("imported %d adapters from %s", sum(p.joined is not None for p in imports), folder)
+    return model
+
+
+def _check_base(adapter: PeftAdapter, expected: str | None) -> None:
+    found = adapter.config.get("base_model_name_or_path")
+    if expected is not None and found != expected:
+        raise ValueError(f"{adapter.folder}: the adapter is of the base {found!r}, expected {expected!r}")
+
+
+def _plan_imports(chunks: Sequence[nn.Module], adapter: PeftAdapter) -> list[PlannedImport]:
+    config = gpt_config(chunks)
+    known = every_hf_path(config)
+    unknown = sorted(set(adapter.shapes) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{adapter.folder}: found an adapter of {unknown[0]} ({len(unknown)} without a place in the model), "
+            f"expected layers such as {known[0]}; the model has {config.num_layers} layers"
+        )
+    missing = [path for path in known if adapter.is_target(path) and path not in adapter.shapes]
+    if missing:
+        raise ValueError(
+            f"{adapter.folder}: target_modules names {missing[0]}, which has no tensors ({len(missing)} such layers)"
+        )
+    heads = HeadShape.of(config)
+    imports = [PlannedImport(linear, _joined_maybe(linear, adapter, heads)) for linear in named_linears(chunks)]
+    if _is_adapted(imports):
+        for planned in imports:
+            _check_fits(adapter.folder, planned)
+    return imports
+
+
+def _is_adapted(imports: Sequence[PlannedImport]) -> bool:
+    return any(isinstance(planned.linear.module, DoRALinear) for planned in imports)
+
+
+def _check_fits(folder: Path, planned: PlannedImport) -> None:
+    """Raise ValueError unless a layer of an adapted model is adapted as the files say."""
+    site, joined, path = planned.linear.module, planned.joined, planned.linear.path
+    if isinstance(site, DoRALinear) != (joined is not None):
+        found, expected = ("", "no ") if joined is None else ("no ", "")
+        raise ValueError(f"{path}: found {found}adapter in the model, expected {expected}adapter as in {folder}")
+    if joined is not None and (site.adapter.dim, site.scaling) != (joined.dim, joined.alpha / joined.dim):
+        raise ValueError(
+            f"{path}: found dim {site.adapter.dim} and alpha {site.adapter.alpha:g} in the model, "
+            f"expected dim {joined.dim} and alpha {joined.alpha:g} for {folder}"
+        )
+
+
+def _joined_maybe(linear: NamedLinear, adapter: PeftAdapter, heads: HeadShape) -> JoinedAdapter | None:
+    if not hf_paths(linear.whole_path):
+        return None
+    base = linear.module.to_wrap if isinstance(linear.module, DoRALinear) else linear.module
+    in_features, out_features = whole_sizes(base)
+    rows = hf_rows(linear.whole_path, out_features, heads)
+    parts = {
+        name: _part(adapter, name, in_features, len(index)) for name, index in rows.items() if name in adapter.shapes
+    }
+    if not parts:
+        return None
+    tp_size = base.tp_group.size() if layout_of(base).lora_a_dim == 0 else 1
+    return join_parts(linear.whole_path, parts, rows, tp_size)
+
+
+def _part(adapter: PeftAdapter, name: str, in_features: int, out_features: int) -> Part:
+    expected = {
+        "lora_a": (adapter.rank(name), in_features),
+        "lora_b": (out_features, adapter.rank(name)),
+        "magnitude": (out_features,),
+    }
+    tensors: dict[str, Tensor] = {}
+    for kind, shape in expected.items():
+        if adapter.shapes[name][kind] != shape:
+            raise ValueError(f"{adapter.folder}: {name}: found {kind} {adapter.shapes[name][kind]}, expected {shape}")
+        tensors[kind] = adapter.tensor(name, kind)
+        if not torch.isfinite(tensors[kind]).all():
+            raise ValueError(f"{adapter.folder}: {name}: {kind} has NaN or inf, expected finite values")
+    return Part(**tensors, scaling=adapter.scaling(name))
+
+
+def _plan_attachments(imports: Sequence[PlannedImport], dropout: float) -> list[tuple[DoRA, AttachPlan]]:
+    """Plans for the layers of each chunk that have the same dim and alpha."""
+    groups: dict[tuple[int, int, float], tuple[nn.Module, list[str]]] = {}
+    for planned in imports:
+        if planned.joined is not None:
+            chunk, joined = planned.linear.chunk, planned.joined
+            _, paths = groups.setdefault((id(chunk), joined.dim, joined.alpha), (chunk, []))
+            paths.append(planned.linear.path)
+    plans = []
+    for (_, dim, alpha), (chunk, paths) in groups.items():
+        dora = DoRA(target_modules=paths, dim=dim, alpha=alpha, dropout=dropout, lora_A_init_method="zero")
+        plans.append((dora, plan_attachment(dora, [chunk])))
+    return plans
+
+
+def _attach(chunks: Sequence[nn.Module], plans: Sequence[tuple[DoRA, AttachPlan]], training: bool) -> None:
+    capture_megatron_whole()
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    for dora, plan in plans:
+        attach(dora, plan, seed=0)
+    for chunk in chunks:
+        chunk.train(training)
+        if not training:
+            chunk.requires_grad_(False)
+        rebuild_gradient_buffers(chunk)
+
+
+@torch.no_grad()
+def _copy(linear: NamedLinear, joined: JoinedAdapter) -> None:
+    """Copy this rank's shards of an adapter into a layer; every rank of its tensor-parallel group calls it."""
+    site: DoRALinear = linear.chunk.get_submodule(linear.path)  # type: ignore[assignment]
+    adapter = site.adapter
+
+    def own(name: str, whole: Tensor) -> Tensor:
+        return adapter.placements[name].pad_and_shard(whole, adapter.tp_rank, adapter.tp_size)
+
+    adapter.linear_in.weight.copy_(own("linear_in.weight", joined.lora_a))
+    adapter.linear_out.weight.copy_(own("linear_out.weight", joined.lora_b))
+    # The norm itself, as it is worked out in a forward pass, so that a row without an adapter is bitwise its base.
+    norm = site._get_weight_norm()
+    magnitude = own("weight_magnitude", joined.magnitude).to(norm)
+    is_adapted = own("weight_magnitude", joined.has_magnitude).to(norm.device)
+    adapter.weight_magnitude.copy_(torch.where(is_adapted, magnitude, norm))

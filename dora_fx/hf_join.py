@@ -1,0 +1,99 @@
+"""Adapters of several Hugging Face layers as the adapter of the one Megatron layer that fuses them, exactly.
+
+Layers that share A keep it. Otherwise ranks are stacked, which changes no product:
+
+    A = [A_q]      B = [B_q         ]      s B A = [s B_q A_q]
+        [A_k]          [    B_k     ]              [s B_k A_k]
+        [A_v]          [         B_v]              [s B_v A_v]
+
+with the rows of B in the fused layer's order. A layer that has no adapter has rows of zero in B, and its magnitude
+is the norm of the base weight's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Hugging Face layer's adapter: A `[r, in]`, B `[rows, r]`, m `[rows]`, and what B A is multiplied by."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor
+    scaling: Fraction
+
+
+@dataclass(frozen=True)
+class JoinedAdapter:
+    """The adapter of a whole Megatron layer, without padding.
+
+    Attributes:
+        lora_a, lora_b, magnitude: `[dim, in]`, `[out, dim]` and `[out]`; zero where `has_magnitude` is not set.
+        has_magnitude: `[out]`, whether a row is adapted.
+        alpha: the product is scaled by alpha / dim.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor
+    has_magnitude: Tensor
+    alpha: float
+
+    @property
+    def dim(self) -> int:
+        return self.lora_a.shape[0]
+
+
+def join_parts(path: str, parts: Mapping[str, Part], rows: Mapping[str, Tensor], dim_multiple: int) -> JoinedAdapter:
+    """Join the adapters of the layers that a Megatron layer is made of.
+
+    Args:
+        path: of the Megatron layer, for messages.
+        parts: by the paths of the Hugging Face layers; some may be missing, not all.
+        rows: from `hf_parts.hf_rows`.
+        dim_multiple: the joined rank is filled up with zeros to a multiple of it.
+
+    Raises:
+        ValueError: scalings differ by another factor than a power of two, which B cannot take over exactly.
+    """
+    first = next(iter(parts.values()))
+    share_a = all(_same(part.lora_a, first.lora_a) and part.scaling == first.scaling for part in parts.values())
+    dim = first.lora_a.shape[0] if share_a else sum(part.lora_a.shape[0] for part in parts.values())
+    padded_dim = dim + -dim % dim_multiple
+    lora_a = first.lora_a.new_zeros(padded_dim, first.lora_a.shape[1])
+    lora_b = first.lora_b.new_zeros(sum(len(index) for index in rows.values()), padded_dim)
+    magnitude = first.magnitude.new_zeros(lora_b.shape[0])
+    has_magnitude = torch.zeros(lora_b.shape[0], dtype=torch.bool)
+    begin = 0
+    for name, part in parts.items():
+        end = begin + part.lora_a.shape[0]
+        lora_a[begin:end] = part.lora_a
+        lora_b[rows[name], begin:end] = part.lora_b * _factor(path, name, part.scaling / first.scaling)
+        magnitude[rows[name]] = part.magnitude
+        has_magnitude[rows[name]] = True
+        begin = 0 if share_a else end
+    return JoinedAdapter(lora_a, lora_b, magnitude, has_magnitude, float(first.scaling * padded_dim))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _factor(path: str, name: str, ratio: Fraction) -> float:
+    if not _is_power_of_two(ratio.numerator) or not _is_power_of_two(ratio.denominator):
+        raise ValueError(
+            f"{path}: the adapter of {name} is scaled by {float(ratio):g} times what its other layers are, "
+            "expected a power of two, which B takes over exactly; train them with one lora_alpha / r"
+        )
+    return float(ratio)
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0

@@ -1,0 +1,198 @@
+"""Merge adapters into the weights they adapt, and take them out again.
+
+    W' = g * (W0 + s B A)        g = 1 + delta = m / n, and 1 for a row of zeros
+
+The layer that is left is the plain base layer, so a merged model is a plain Megatron model: its forward pass,
+graphs and state dicts have no trace of DoRA. Merging is local to a rank, because W' is sharded as W0 is; only A,
+B and the norms' partial sums travel, one layer at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from dora_fx.agreement import raise_on_every_rank
+from dora_fx.attach import rebuild_gradient_buffers
+from dora_fx.collectives import gather_rows_together, resolve_group
+from dora_fx.functional import magnitude_delta
+from dora_fx.layers import DoRALinear
+from dora_fx.matching import unwrap
+from dora_fx.weight_norm import norm_dtype
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
+
+_KEPT = "_dora_fx_kept"
+
+
+@dataclass(frozen=True)
+class KeptAdapter:
+    """What `unmerge` needs, kept on the merged layer; not a module, so that the model does not contain it.
+
+    Attributes:
+        site: the adapted layer that the merged one stands in for.
+        weight: a copy of W0, or of this rank's shard, in host memory.
+    """
+
+    site: DoRALinear
+    weight: torch.Tensor
+
+
+def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
+    """Put plain layers with the merged weight `[out, in]` in place of all adapted ones; return the model given.
+
+    Every tensor-parallel rank calls it, and each merges its own shard. Products and norms are taken in float32 (in
+    float64 for a float64 model) and rounded to the base weight's dtype once, so the merged model computes what the
+    adapted one does up to rounding, without dropout. Biases are left as they are, and the weights stay frozen.
+    Everything is checked before anything is changed.
+
+    Args:
+        model: a model or a list of model chunks, bare or wrapped in Megatron's Float16Module and
+            DistributedDataParallel; the latter gets new gradient buffers unless the adapters are kept.
+        keep_adapter: let `unmerge` undo it. Costs a copy of every adapted weight in host memory. The adapters'
+            parameters stay the same objects, but are not in the model, nor in its state dict, while it is merged.
+
+    Raises:
+        ValueError: on every rank, naming the layer: nothing is adapted; a layer's weight is tied to an embedding
+            or to another layer, which merging would change too; an adapter is disabled, or has NaN or inf.
+    """
+    chunks = model if isinstance(model, list) else [model]
+    sites = [(chunk, path, site) for chunk in chunks for path, site in _adapted_layers(unwrap(chunk))]
+    _check_mergeable(chunks, [(path, site) for _, path, site in sites])
+    for chunk, path, site in sites:
+        kept = site.base_weight.detach().to("cpu", copy=True) if keep_adapter else None
+        _write_weight(site.to_wrap.weight, merged_weight(site))
+        if kept is not None:
+            setattr(site.to_wrap, _KEPT, KeptAdapter(site, kept))
+        _replace(unwrap(chunk), path, site.to_wrap)
+    if not keep_adapter:
+        for chunk in chunks:
+            rebuild_gradient_buffers(chunk)
+    logger.info("merged %d layers", len(sites))
+    return model
+
+
+def unmerge(model: ModelT) -> ModelT:
+    """Undo `merge(model, keep_adapter=True)`: bitwise the base weights of before, and the same adapter modules.
+
+    A cast or a move of the model in between is carried over to the adapters. Every rank calls it.
+
+    Raises:
+        ValueError: no layer of the model was merged with its adapter kept, or one was adapted again since.
+    """
+    chunks = [unwrap(chunk) for chunk in (model if isinstance(model, list) else [model])]
+    merged = [(chunk, path, linear) for chunk in chunks for path, linear in chunk.named_modules()]
+    merged = [(chunk, path, linear) for chunk, path, linear in merged if hasattr(linear, _KEPT)]
+    if not merged:
+        raise ValueError("found no merged layer, expected a model after merge(model, keep_adapter=True)")
+    for _, path, _ in merged:
+        if path.endswith(".to_wrap"):
+            raise ValueError(f"{path.removesuffix('.to_wrap')}: adapted again since it was merged; merge that first")
+    for chunk, path, linear in merged:
+        kept = getattr(linear, _KEPT)
+        delattr(linear, _KEPT)
+        _write_weight(linear.weight, kept.weight)
+        # The wrapper's own cast keeps the magnitude in float32 and measures the base weight again.
+        kept.site.to(device=linear.weight.device, dtype=linear.weight.dtype)
+        kept.site.train(linear.training)
+        _replace(chunk, path, kept.site)
+    logger.info("unmerged %d layers", len(merged))
+    return model
+
+
+@torch.no_grad()
+def merged_weight(site: DoRALinear) -> torch.Tensor:
+    """g * (W0 + s B A), `[out, in]` or this rank's shard; float32, or float64 in a float64 model.
+
+    Every rank of the layer's tensor-parallel group calls it.
+    """
+    adapter, table = site.adapter, site.layout
+    lora_a, lora_b = adapter.linear_in.weight.detach(), adapter.linear_out.weight.detach()
+    if adapter.tp_group:
+        if table.gathers_lora_a:
+            [lora_a] = gather_rows_together([lora_a], adapter.tp_group)
+        if table.gathers_lora_b:
+            [lora_b] = gather_rows_together([lora_b], adapter.tp_group)
+    delta = magnitude_delta(adapter.weight_magnitude, site._get_weight_norm())
+    return merge_tensors(site.base_weight, lora_a, lora_b, delta, adapter.scaling)
+
+
+@torch.no_grad()
+def merge_tensors(
+    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, delta: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """(1 + delta) * (W0 + scaling * B A) in float32 at least.
+
+    Args:
+        weight: W0 `[out, in]`.
+        lora_a, lora_b: A `[dim, in]` and B `[out, dim]`.
+        delta: `[out]`, from `functional.magnitude_delta`.
+    """
+    wide = norm_dtype(weight.dtype)
+    merged = torch.addmm(weight.to(wide), lora_b.to(wide), lora_a.to(wide), alpha=scaling)
+    return merged.mul_(1.0 + delta.to(wide)[:, None])
+
+
+def _adapted_layers(chunk: nn.Module) -> Iterator[tuple[str, DoRALinear]]:
+    return ((path, module) for path, module in chunk.named_modules() if isinstance(module, DoRALinear))
+
+
+def _check_mergeable(chunks: list[nn.Module], sites: list[tuple[str, DoRALinear]]) -> None:
+    """Raise on every rank of the sites' tensor-parallel groups if a site of any of them cannot be merged."""
+    problem = "found no adapted layer, expected a model that DoRA was called on" if not sites else None
+    users = _users_of_weights(chunks)
+    for path, site in sites:
+        problem = problem or _problem_maybe(path, site, users)
+    groups = {site.adapter.tp_group for _, site in sites} - {""}
+    if not groups and problem is not None:
+        raise ValueError(problem)
+    for tp_group in sorted(groups):
+        raise_on_every_rank(problem, resolve_group(tp_group))
+
+
+def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> str | None:
+    adapter = site.adapter
+    if site.weight is None:
+        return (
+            f"{path}: the layer multiplies by the embedding's weight, and merging would change the embedding; "
+            "untie them, or exclude this layer from DoRA"
+        )
+    others = [user for user in users[id(site.weight)] if user != f"{path}.to_wrap"]
+    if others or getattr(site.weight, "shared_embedding", False):
+        shared_with = ", ".join(others) or "the embedding of another pipeline stage"
+        return f"{path}: the layer shares its weight with {shared_with}, which merging would change too; untie them"
+    if not site._adapter_enabled:
+        return f"{path}: the adapter is disabled, so merging would change the function; enable it first"
+    if site.weight.is_meta:
+        return f"{path}: the base weight is on the meta device; load it before merging"
+    for name, parameter in adapter.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"{path}.adapter.{name}: found NaN or inf, expected finite values"
+    return None
+
+
+def _users_of_weights(chunks: list[nn.Module]) -> dict[int, list[str]]:
+    """Paths of the modules that own each parameter, by the parameter's id."""
+    users: dict[int, list[str]] = {}
+    for chunk in chunks:
+        for path, module in unwrap(chunk).named_modules():
+            for parameter in module.parameters(recurse=False):
+                users.setdefault(id(parameter), []).append(path)
+    return users
+
+
+@torch.no_grad()
+def _write_weight(weight: torch.Tensor, value: torch.Tensor) -> None:
+    weight.copy_(value)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent_path, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent_path), name, module)

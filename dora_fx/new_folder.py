@@ -1,0 +1,40 @@
+"""Write a folder that is either whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise FileExistsError if there is anything at `path` but an empty folder."""
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise FileExistsError(f"{path}: it exists, expected a name that is free or an empty folder")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `path` to fill; at the end it takes that name, on failure it is removed.
+
+    Raises:
+        FileExistsError: from `check_new_folder`, or something came into being there in the meantime.
+    """
+    check_new_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        for file in (file for file in temporary.rglob("*") if file.is_file()):
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+        # mkdtemp makes folders that only their owner may enter.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

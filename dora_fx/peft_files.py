@@ -1,0 +1,288 @@
+"""The two files of a Hugging Face PEFT DoRA adapter: adapter_config.json and adapter_model.safetensors.
+
+base_model.model.<path>.lora_A.weight            [r, in]
+base_model.model.<path>.lora_B.weight            [out, r]
+base_model.model.<path>.lora_magnitude_vector    [out]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+
+# What the options that change the function must be. PiSSA, OLoRA and their like change the base weights too.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "use_dora": (True,),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva"),
+}
+# Options that are honoured, describe the files, or concern training under PEFT alone.
+_KNOWN = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping"),
+    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config", "loftq_config"),
+}
+
+
+@dataclass(frozen=True)
+class PeftModule:
+    """The adapter of one Hugging Face linear layer: A `[r, in]`, B `[out, r]`, m `[out]`, and lora_alpha."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    magnitude: Tensor
+    alpha: float
+
+
+def write_peft_adapter(
+    folder: Path,
+    modules: Mapping[str, PeftModule],
+    *,
+    num_layers: int,
+    dropout: float,
+    base_model: str | None,
+    revision: str | None = None,
+) -> None:
+    """Fill an empty folder with the adapter of a causal language model.
+
+    Args:
+        modules: by the path in the Hugging Face model.
+        num_layers: of the model; a kind of layer that is adapted in all of them is a target by its name.
+        dropout: of the adapters, for further training.
+        base_model, revision: what PEFT finds the base by.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{_PREFIX}{path}{suffix}": getattr(module, name).contiguous()
+        for path, module in modules.items()
+        for name, suffix in _SUFFIXES.items()
+    }
+    try:
+        save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{TENSOR_FILE} cannot be written ({error})") from error
+    ranks = {path: module.lora_a.shape[0] for path, module in modules.items()}
+    alphas = {path: _plain_number(module.alpha) for path, module in modules.items()}
+    rank, rank_pattern = _common_and_pattern(ranks)
+    alpha, alpha_pattern = _common_and_pattern(alphas)
+    config = {
+        "alpha_pattern": alpha_pattern,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "revision": revision,
+        "target_modules": _targets(list(modules), num_layers),
+        "task_type": "CAUSAL_LM",
+        "use_dora": True,
+        "use_rslora": False,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A PEFT adapter on disk; tensors are read when they are asked for.
+
+    Attributes:
+        folder: where it lies.
+        config: adapter_config.json.
+        shapes: path of each adapted layer -> shapes of `lora_a`, `lora_b` and `magnitude`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shapes: dict[str, dict[str, tuple[int, ...]]]
+    _keys: dict[str, dict[str, str]] = field(repr=False)
+
+    @cached_property
+    def _file(self) -> Any:
+        from safetensors import safe_open
+
+        return safe_open(self.folder / TENSOR_FILE, framework="pt")
+
+    def rank(self, path: str) -> int:
+        """The rank that the config states for a layer."""
+        return int(_by_pattern(self.config.get("rank_pattern"), path, self.config.get("r")))
+
+    def scaling(self, path: str) -> Fraction:
+        """What B A is multiplied by, exactly; under `use_rslora` the float that PEFT computes."""
+        alpha = _by_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha"))
+        if self.config.get("use_rslora"):
+            return Fraction(alpha / math.sqrt(self.rank(path)))
+        return Fraction(alpha) / self.rank(path)
+
+    def tensor(self, path: str, name: str) -> Tensor:
+        """Read `lora_a`, `lora_b` or `magnitude` of a layer."""
+        return self._file.get_tensor(self._keys[path][name])
+
+    def is_target(self, path: str) -> bool | None:
+        """Whether the config means a layer; None where it leaves out layers in a way that is not followed here."""
+        targets = self.config.get("target_modules")
+        if self.config.get("layers_to_transform") is not None or self.config.get("exclude_modules"):
+            return None
+        if isinstance(targets, str):
+            return path != "lm_head" if targets == "all-linear" else re.fullmatch(targets, path) is not None
+        return any(path == target or path.endswith(f".{target}") for target in targets or ())
+
+
+def read_peft_adapter(folder: Path) -> PeftAdapter:
+    """Open a PEFT DoRA adapter and check everything that needs no model.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file cannot be read; an option, or a tensor, has no equal here; a magnitude is missing.
+    """
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: no such file, expected a PEFT adapter in safetensors format")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE}: cannot be read ({error})") from error
+    _check_config(folder / CONFIG_FILE, config)
+    keys, shapes = _tensors_by_layer(folder / TENSOR_FILE)
+    adapter = PeftAdapter(folder, config, shapes, keys)
+    for path, found in shapes.items():
+        _check_rank(adapter, path, found)
+    return adapter
+
+
+def _check_config(file: Path, config: Any) -> None:
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: found a {type(config).__name__}, expected an object")
+    for name, expected in _REQUIRED.items():
+        found = config.get(name, {"bias": "none", "init_lora_weights": True}.get(name))
+        # True == 1 in Python, and JSON's are told apart.
+        if not any(found is value or (isinstance(value, str) and found == value) for value in expected):
+            raise ValueError(f"{file}: {name} is {found!r}, which is not supported; expected {_one_of(expected)}")
+    for name, value in config.items():
+        if name not in _REQUIRED and name not in _KNOWN and value:
+            raise ValueError(f"{file}: {name} is {value!r}, which is not supported; expected it unset")
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        for value in (config.get(name), *(config.get(pattern) or {}).values()):
+            if not _is_positive(value, whole=name == "r"):
+                raise ValueError(f"{file}: {name} or {pattern} has {value!r}, expected a positive number")
+
+
+def _tensors_by_layer(file: Path) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, tuple[int, ...]]]]:
+    from safetensors import SafetensorError, safe_open
+
+    keys: dict[str, dict[str, str]] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  a safetensors file is no dict
+                path, name = _layer_and_name(file, key)
+                keys.setdefault(path, {})[name] = key
+                shapes.setdefault(path, {})[name] = tuple(opened.get_slice(key).get_shape())
+    except SafetensorError as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from error
+    for path, found in shapes.items():
+        for name, suffix in _SUFFIXES.items():
+            if name not in found:
+                raise ValueError(
+                    f"{file}: {path} has {', '.join(sorted(found))} and no {suffix[1:]}; "
+                    "expected A, B and the magnitude of every adapted layer"
+                )
+    if not shapes:
+        raise ValueError(f"{file}: found no tensor, expected an adapter's")
+    return keys, shapes
+
+
+def _layer_and_name(file: Path, key: str) -> tuple[str, str]:
+    for name, suffix in _SUFFIXES.items():
+        if key.startswith(_PREFIX) and key.endswith(suffix):
+            return key.removeprefix(_PREFIX).removesuffix(suffix), name
+    if key.endswith(".base_layer.weight"):
+        raise ValueError(
+            f"{file}: found a copy of a base weight, {key!r}, expected an adapter alone; "
+            "save it from PEFT with save_embedding_layers=False"
+        )
+    expected = ", ".join(f"{_PREFIX}<path>{suffix}" for suffix in _SUFFIXES.values())
+    raise ValueError(f"{file}: found a tensor {key!r}, expected names of the form {expected}")
+
+
+def _check_rank(adapter: PeftAdapter, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    rank, (a, b) = adapter.rank(path), (shapes["lora_a"], shapes["lora_b"])
+    if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
+        raise ValueError(
+            f"{adapter.folder / TENSOR_FILE}: {path} has A of shape {a} and B of shape {b}, "
+            f"expected the rank {rank} that {CONFIG_FILE} states"
+        )
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the whole path, or its end after a dot."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def _common_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and a pattern for the layers that have another."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    kinds: dict[str, set[Any]] = {}
+    for path, value in values.items():
+        kinds.setdefault(_kind(path), set()).add(value)
+    pattern = {}
+    for path, value in values.items():
+        if value != common:
+            pattern[_kind(path) if len(kinds[_kind(path)]) == 1 else re.escape(path)] = value
+    return common, pattern
+
+
+def _targets(paths: list[str], num_layers: int) -> list[str]:
+    """Names of the kinds of layers that are adapted everywhere, and whole paths of the others."""
+    counts = Counter(map(_kind, paths))
+    whole = {kind for kind, count in counts.items() if count == (1 if kind in paths else num_layers)}
+    return sorted({_kind(path) if _kind(path) in whole else path for path in paths})
+
+
+def _kind(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _plain_number(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _is_positive(value: Any, whole: bool) -> bool:
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _one_of(values: tuple[Any, ...]) -> str:
+    return " or ".join(map(repr, values))

@@ -1,0 +1,67 @@
+"""PEFT DoRA adapters with nothing at its initial value, and Megatron models to compare them with."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+import dora_fx
+from dora_fx.models import build_gpt_model, causal_mask
+from tests.models import GPT_TARGETS, randomize_adapters
+
+HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TOKENS = torch.randint(0, 64, (2, 19), generator=torch.Generator().manual_seed(8))
+
+
+def megatron_logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        return model.eval()(tokens, positions, causal_mask(tokens.shape[1], "cpu"))
+
+
+def hf_logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(tokens).logits
+
+
+@torch.no_grad()
+def save_peft_adapter(base: nn.Module, folder: Path, **settings: Any) -> nn.Module:
+    """Write an adapter of its own for every target of `base`; returns the PEFT model."""
+    defaults = dict(r=4, lora_alpha=12, use_dora=True, target_modules=HF_TARGETS, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**(defaults | settings)))
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+        elif "lora_B" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        elif "lora_magnitude" in name:
+            parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+    # PEFT would add a copy of an adapted lm_head's base weight.
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return model
+
+
+def load_with_peft(base: nn.Module, folder: Path) -> nn.Module:
+    """PEFT's model of an adapter; any warning is an error but what PEFT is told about its own calls."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
+        return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+
+
+def megatron_of(hf: nn.Module, **settings: Any) -> nn.Module:
+    return build_gpt_model(hf.config, hf.state_dict(), **settings)
+
+
+def adapted_megatron(hf: nn.Module, targets: list[str] | None = None, **settings: Any) -> nn.Module:
+    """A Megatron model of `hf` with adapters that are away from the identity."""
+    model = dora_fx.DoRA(targets or GPT_TARGETS, dim=4, alpha=12, dropout=0.05)(megatron_of(hf, **settings))
+    randomize_adapters(model)
+    return model

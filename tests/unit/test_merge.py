@@ -1,0 +1,242 @@
+"""Merging: the plain model computes what the adapted one does, and unmerging brings back every bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+import dora_fx
+from dora_fx import DoRALinear
+from tests.models import (
+    DIM,
+    GPT_TARGETS,
+    IN,
+    LINEAR_KINDS,
+    LinearZoo,
+    adapt_zoo,
+    logits_of,
+    randomize_adapters,
+    sites,
+    tiny_gpt,
+    token_ids,
+)
+from tests.oracle import reference_layer, relative_error
+
+pytestmark = pytest.mark.usefixtures("world")
+
+OWN_WEIGHT = [kind for kind in LINEAR_KINDS if kind != "output_layer"]
+
+
+def adapted_gpt(**overrides: object) -> nn.Module:
+    model = dora_fx.DoRA(GPT_TARGETS, dim=DIM, alpha=12)(tiny_gpt(**overrides)).eval()
+    randomize_adapters(model)
+    return model
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", OWN_WEIGHT)
+def test_a_merged_layer_computes_what_the_oracle_does(kind: str, dtype: torch.dtype) -> None:
+    zoo = adapt_zoo(LinearZoo([kind]).to(dtype), dropout=0.5).eval()
+    x = torch.randn(7, IN, dtype=dtype)
+    site = getattr(zoo, kind)
+    expected = reference_layer(site).eval()(x.double())
+    kept = {name: value for name, value in site.to_wrap.named_parameters()}
+    dora_fx.merge(zoo)
+    layer = getattr(zoo, kind)
+    assert type(layer) is type(LINEAR_KINDS[kind]())
+    assert {name: value for name, value in layer.named_parameters()} == kept
+    found, expected = (y if isinstance(y, tuple) else (y, None) for y in (layer(x), expected))
+    assert relative_error(found[0], expected[0].detach()) < (2e-7 if dtype is torch.float32 else 1e-15)
+    assert (found[1] is None) == (expected[1] is None)
+
+
+def test_rows_of_zeros_stay_zero() -> None:
+    zoo = LinearZoo(["column"])
+    with torch.no_grad():
+        zoo.column.weight[3] = 0.0
+    adapt_zoo(zoo)
+    with torch.no_grad():
+        zoo.column.adapter.linear_out.weight[3] = 0.0
+        zoo.column.adapter.weight_magnitude[3] = 2.0
+    dora_fx.merge(zoo)
+    assert torch.equal(zoo.column.weight[3], torch.zeros(IN))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_a_merged_model_is_a_plain_one(bias: bool) -> None:
+    plain = tiny_gpt(add_bias_linear=bias)
+    model = adapted_gpt(add_bias_linear=bias)
+    expected = logits_of(model, token_ids())
+    assert dora_fx.merge(model) is model
+    assert sites(model) == {}
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert model.sharded_state_dict().keys() == plain.sharded_state_dict().keys()
+    assert relative_error(logits_of(model, token_ids()), expected.detach().double()) < 1e-6
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(plain.eval(), token_ids()), logits_of(model, token_ids()))
+
+
+def test_bfloat16_is_rounded_once() -> None:
+    """The merged weight is the nearest bfloat16 to the exact one, so the outputs differ by its rounding alone."""
+    model = adapted_gpt(params_dtype=torch.bfloat16).bfloat16()
+    with torch.no_grad():
+        exact = {
+            path: site.base_weight.double()
+            + site.scaling * site.adapter.linear_out.weight.double() @ site.adapter.linear_in.weight.double()
+            for path, site in sites(model).items()
+        }
+        for path, site in sites(model).items():
+            exact[path] *= (site.adapter.weight_magnitude.double() / site._get_weight_norm().double())[:, None]
+    adapted = logits_of(model, token_ids()).detach().double()
+    dora_fx.merge(model)
+    for path, weight in exact.items():
+        torch.testing.assert_close(
+            model.get_submodule(path).weight.double(), weight, rtol=2**-8 * 1.001, atol=0.0, msg=path
+        )
+    assert relative_error(logits_of(model, token_ids()), adapted) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_brings_back_every_bit(dtype: torch.dtype) -> None:
+    model = adapted_gpt(params_dtype=dtype).to(dtype)
+    before, parameters = tensors(model), {id(parameter) for parameter in model.parameters()}
+    logits = logits_of(model, token_ids())
+    dora_fx.merge(model, keep_adapter=True)
+    assert sites(model) == {}
+    assert not any(".adapter." in name for name in model.state_dict())
+    assert not torch.equal(logits_of(model, token_ids()), logits)
+    assert dora_fx.unmerge(model) is model
+    assert_same(tensors(model), before)
+    assert {id(parameter) for parameter in model.parameters()} == parameters
+    assert torch.equal(logits_of(model, token_ids()), logits)
+    dora_fx.merge(model)
+    assert sites(model) == {}
+
+
+def test_training_goes_on_after_unmerging() -> None:
+    """An optimizer that was made before merging still holds the adapters' parameters."""
+
+    def train(detour: bool) -> torch.Tensor:
+        model = adapted_gpt()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            logits_of(model, token_ids()).square().mean().backward()
+            optimizer.step()
+            if detour:
+                dora_fx.merge(model, keep_adapter=True)
+                logits_of(model, token_ids())
+                dora_fx.unmerge(model)
+        return logits_of(model, token_ids())
+
+    torch.manual_seed(3)
+    expected = train(detour=False)
+    torch.manual_seed(3)
+    assert torch.equal(train(detour=True), expected)
+
+
+def test_a_cast_while_merged_reaches_the_adapters() -> None:
+    model, twin = adapted_gpt(), adapted_gpt()
+    twin.load_state_dict(model.state_dict())
+    twin.bfloat16()
+    dora_fx.merge(model, keep_adapter=True)
+    model.bfloat16()
+    dora_fx.unmerge(model)
+    assert_same(tensors(model), tensors(twin))
+    assert {site.adapter.weight_magnitude.dtype for site in sites(model).values()} == {torch.float32}
+    assert torch.equal(logits_of(model, token_ids()), logits_of(twin, token_ids()))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "layer"])
+def test_compiled_models_follow(whole: bool) -> None:
+    model = adapted_gpt()
+    options = {"backend": "dora_fx", "options": {"inner_compiler": "aot_eager"}, "fullgraph": True}
+    for module in [model] if whole else model.decoder.layers:
+        module.compile(**options)
+    with torch.no_grad():
+        adapted = logits_of(model, token_ids()).detach().double()
+        dora_fx.merge(model, keep_adapter=True)
+        torch._dynamo.utils.counters.clear()
+        merged = logits_of(model, token_ids())
+        assert torch._dynamo.utils.counters["dora_fx"]["sites_rewritten"] == 0
+        assert torch._dynamo.utils.counters["dora_fx"]["graphs_compiled"] > 0
+        dora_fx.unmerge(model)
+        again = logits_of(model, token_ids())
+    assert relative_error(merged, adapted) < 1e-6
+    assert torch.equal(again.double(), adapted)
+
+
+def test_chunks_inside_megatrons_wrappers() -> None:
+    models = [adapted_gpt(bf16=True, params_dtype=torch.bfloat16) for _ in range(2)]
+    half = Float16Module(models[0].config, models[0])
+    data_parallel = DistributedDataParallel(models[1].config, DistributedDataParallelConfig(), models[1])
+    chunks = [half, data_parallel]
+    assert dora_fx.merge(chunks, keep_adapter=True) is chunks
+    assert [sites(model) for model in models] == [{}, {}]
+    dora_fx.unmerge(chunks)
+    assert [len(sites(model)) for model in models] == [8, 8]
+    assert sum(buffer.grad_data.numel() for buffer in data_parallel.buffers) > 0
+    dora_fx.merge(chunks)
+    assert data_parallel.buffers == []
+    assert torch.isfinite(logits_of(data_parallel, token_ids())).all()
+
+
+class TiedLinears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.head = nn.Linear(8, 16, bias=False)
+        self.inner = nn.Linear(8, 8)
+        self.head.weight = self.embedding.weight
+
+
+def test_what_would_change_another_layer_is_refused_before_anything_is_changed() -> None:
+    tied = dora_fx.DoRA(["linear_fc1", "output_layer"], dim=DIM)(tiny_gpt(tied=True))
+    shared = dora_fx.DoRA(["inner", "head"], dim=2)(TiedLinears())
+    for model, message in (
+        (tied, "output_layer: the layer multiplies by the embedding's weight, and merging would change the embedding"),
+        (shared, "head: the layer shares its weight with embedding, which merging would change too"),
+    ):
+        randomize_adapters(model)
+        before, adapted = tensors(model), sites(model)
+        with pytest.raises(ValueError, match=message):
+            dora_fx.merge(model)
+        assert sites(model) == adapted
+        assert_same(tensors(model), before)
+
+
+def test_states_that_cannot_be_merged_are_named() -> None:
+    with pytest.raises(ValueError, match="found no adapted layer"):
+        dora_fx.merge(tiny_gpt())
+    with pytest.raises(ValueError, match="found no merged layer"):
+        dora_fx.unmerge(adapted_gpt())
+    model = adapted_gpt()
+    site: DoRALinear = model.decoder.layers[1].mlp.linear_fc2
+    site.disable_adapter_layers()
+    with pytest.raises(ValueError, match=r"decoder.layers.1.mlp.linear_fc2: the adapter is disabled"):
+        dora_fx.merge(model)
+    site.enable_adapter_layers()
+    with torch.no_grad():
+        site.adapter.linear_out.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"linear_fc2.adapter.linear_out.weight: found NaN or inf"):
+        dora_fx.merge(model)
+    assert len(sites(model)) == 8
+
+
+def test_a_merged_model_that_was_adapted_again_is_not_unmerged() -> None:
+    model = dora_fx.merge(adapted_gpt(), keep_adapter=True)
+    dora_fx.DoRA(GPT_TARGETS, dim=DIM)(model)
+    with pytest.raises(ValueError, match=r"linear_proj: adapted again since it was merged"):
+        dora_fx.unmerge(model)
