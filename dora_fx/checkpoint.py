@@ -1,0 +1,231 @@
+"""Save and load DoRA adapters as Megatron distributed checkpoints, whatever the layout they were trained at.
+
+A checkpoint is a directory in Megatron's torch_dist format with one more file, `dora_fx.json` (see
+`checkpoint_manifest.py`). It holds the adapters, not the base. It is either whole or absent, and the last good one
+can be loaded at every instant (see `checkpoint_directory.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factories, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
+from torch import nn
+
+from dora_fx.base_fingerprint import add_digests, shard_digests
+from dora_fx.checkpoint_checks import check_base, check_files, check_sites, check_tensors
+from dora_fx.checkpoint_contents import ModelContents, layout_of_world, model_contents, stored_tensors
+from dora_fx.checkpoint_directory import find_checkpoint, new_directory, put_in_place
+from dora_fx.checkpoint_manifest import Manifest, StoredFile, describe_file, read_manifest
+from dora_fx.checkpoint_optimizer import load_optimizer_state, optimizer_sharded_state_dict
+from dora_fx.checkpoint_strategy import LoadStrategy, SaveStrategy
+from dora_fx.failing_together import CheckpointError, failing_together, from_first_rank, gather
+
+logger = logging.getLogger(__name__)
+
+Model = nn.Module | Sequence[nn.Module]
+
+# Megatron's file for what is not sharded. Versions from 0.17 on read it, but no longer write it.
+_COMMON = "common.pt"
+
+
+def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
+    """Save a model's adapters as the directory `path`, replacing a checkpoint that is there. Every rank calls it.
+
+    Args:
+        model: after `DoRA` ran on it; a list of chunks with virtual pipeline stages. Bare or wrapped in Megatron's
+            Float16Module and DistributedDataParallel.
+        path: on a file system that all ranks see.
+        optimizer: Megatron's, to save its state too.
+        extra: anything that the caller needs to go on, such as the step and the position in the data. Numbers,
+            text, tensors, lists and dicts; rank 0's is saved.
+
+    Raises:
+        CheckpointError: on every rank, with the file or layer at fault; what was at `path` is still there.
+    """
+    path = Path(os.path.abspath(path))
+    contents = model_contents(model)
+    with failing_together(f"saving {path}"):
+        state: dict[str, Any] = {**contents.adapter}
+        if optimizer is not None:
+            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=False)
+        sharded, common = _split(state)
+        digests = shard_digests(contents.base)
+    everyone = gather((_without_data(sharded), digests), f"saving {path}")
+    shards_of_ranks = [shards for shards, _ in everyone]
+    with failing_together(f"saving {path}: the shards of the ranks do not make whole tensors"):
+        validate_sharding_integrity(shards_of_ranks)
+    with contextlib.ExitStack() as stack:
+        with failing_together(f"saving {path}"):
+            directory = stack.enter_context(new_directory(path)) if dist.get_rank() == 0 else None
+        directory = from_first_rank(directory, f"saving {path}")
+        files = _write(sharded, common | {"extra": extra}, directory)
+        with failing_together(f"saving {path}"):
+            if dist.get_rank() == 0:
+                manifest = Manifest(
+                    save_id=uuid.uuid4().hex,
+                    versions=_versions(),
+                    layout=layout_of_world(model),
+                    non_homogeneous_layers=contents.non_homogeneous_layers,
+                    sites=contents.sites,
+                    tensors=stored_tensors(shards_of_ranks),
+                    base=add_digests(digests for _, digests in everyone),
+                    has_optimizer=optimizer is not None,
+                    has_extra=extra is not None,
+                    files=files,
+                )
+                manifest.write(directory)
+                put_in_place(directory, path)
+
+
+def load_checkpoint(
+    model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, any_base: bool = False
+) -> Any:
+    """Load the adapters that `save_checkpoint` wrote, at any layout. Every rank calls it.
+
+    Everything is checked and read before the first tensor is changed.
+
+    Args:
+        model: the base that the adapters were trained on, after `DoRA` with the same dim, alpha and targets.
+        path: the checkpoint.
+        optimizer: to load its state too; the checkpoint must have it.
+        any_base: load onto another base than the one that the adapters were trained on, with a warning.
+
+    Returns:
+        The `extra` that was saved, on every rank.
+
+    Raises:
+        CheckpointError: on every rank, with the file or layer at fault. Model and optimizer are as they were.
+    """
+    path = Path(os.path.abspath(path))
+    attempts = 3
+    for attempt in range(attempts):
+        directory, manifest = _find(path)
+        try:
+            loaded = _read(model, optimizer, directory, manifest, any_base=any_base)
+        except CheckpointError:
+            if attempt == attempts - 1 or not _was_replaced(path, manifest):
+                raise
+            continue
+        if not _was_replaced(path, manifest):
+            break
+    else:
+        raise CheckpointError(f"{path}: replaced {attempts} times while it was being read; try again")
+    contents, state = loaded
+    if optimizer is not None:
+        load_optimizer_state(optimizer, state["optimizer"])
+    _copy_into_parameters(contents, state)
+    return state.get("extra")
+
+
+def _find(path: Path) -> tuple[Path, Manifest]:
+    """The directory to read and its manifest, the same on every rank."""
+    found = None
+    with failing_together(f"loading {path}"):
+        if dist.get_rank() == 0:
+            directory = find_checkpoint(path)
+            found = directory, read_manifest(directory)
+    directory, manifest = from_first_rank(found, f"loading {path}")
+    if directory != path and dist.get_rank() == 0:
+        logger.warning("%s: a save was interrupted; loading the checkpoint that it was replacing", path)
+    return directory, manifest
+
+
+def _was_replaced(path: Path, manifest: Manifest) -> bool:
+    """Whether another save took the checkpoint's place; every rank calls it."""
+    replaced = None
+    if dist.get_rank() == 0:
+        try:
+            replaced = read_manifest(find_checkpoint(path)).save_id != manifest.save_id
+        except CheckpointError:
+            replaced = False
+    return from_first_rank(replaced, f"loading {path}")
+
+
+def _read(
+    model: Model, optimizer: Any, directory: Path, manifest: Manifest, *, any_base: bool
+) -> tuple[ModelContents, dict[str, Any]]:
+    """Check a checkpoint against the model and read it into new tensors."""
+    contents = model_contents(model, manifest.non_homogeneous_layers)
+    digests = gather(shard_digests(contents.base), f"loading {directory}")
+    with failing_together(f"loading {directory}"):
+        check_sites(directory, manifest, contents.sites)
+        check_base(directory, manifest, add_digests(digests), any_base=any_base)
+        check_files(directory, manifest)
+        if optimizer is not None and not manifest.has_optimizer:
+            raise CheckpointError(f"{directory}: has no optimizer state; load it without `optimizer`")
+    with failing_together(f"loading {directory}"):
+        state: dict[str, Any] = {**contents.adapter}
+        if optimizer is not None:
+            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=True)
+        wanted = _without_data(_split(state)[0])
+    everyone = gather(wanted, f"loading {directory}")
+    with failing_together(f"loading {directory}"):
+        check_tensors(directory, manifest, stored_tensors(everyone), with_optimizer=optimizer is not None)
+    with failing_together(f"reading {directory}"):
+        return contents, _load(state, directory)
+
+
+def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """As `dist_checkpointing.load`, which from Megatron 0.17 on warns of the file that earlier ones must find."""
+    common = torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
+    sharded, own, factories = load_preprocess(state)
+    merge(common, own)
+    merge(common, LoadStrategy().load(extract_sharded_base(sharded)[0], directory))
+    return apply_factory_merges(common, factories)
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sharded part of a state dict, with factories applied, and the part that rank 0 saves."""
+    copy, _ = extract_matching_values(state, lambda value: True)
+    apply_factories(copy)
+    _, persistent = extract_nonpersistent(copy)
+    return extract_sharded_base(persistent)
+
+
+def _without_data(sharded: dict[str, Any]) -> list[ShardedBase]:
+    return [shard.without_data() for shard in nested_values(sharded)]
+
+
+def _write(sharded: dict[str, Any], common: dict[str, Any], directory: Path) -> dict[str, StoredFile]:
+    """Write everything but the manifest; returns the files with their checksums. Every rank calls it."""
+    with failing_together(f"writing {directory}"):
+        dist_checkpointing.save(
+            sharded, str(directory), sharded_strategy=SaveStrategy(), validate_access_integrity=False
+        )
+        if dist.get_rank() == 0:
+            torch.save(common, directory / _COMMON)
+    with failing_together(f"checking what was written to {directory}"):
+        names = sorted(os.listdir(directory))
+        share = names[dist.get_rank() :: dist.get_world_size()]
+        described = {name: describe_file(directory / name) for name in share}
+    parts = gather(described, f"writing {directory}")
+    return {name: file for part in parts for name, file in part.items()}
+
+
+@torch.no_grad()
+def _copy_into_parameters(contents: ModelContents, state: dict[str, Any]) -> None:
+    for chunk, shards in contents.adapter.items():
+        for key, shard in shards.items():
+            shard.data.copy_(state[chunk][key])
+
+
+def _versions() -> dict[str, str]:
+    import megatron.core
+
+    import dora_fx
+
+    return {"dora_fx": dora_fx.__version__, "torch": torch.__version__, "megatron-core": megatron.core.__version__}

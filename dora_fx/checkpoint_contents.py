@@ -1,0 +1,149 @@
+"""What of a model goes into a checkpoint: adapter shards, the settings of the sites, and shards of their base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from torch import nn
+
+from dora_fx.checkpoint_manifest import SiteSettings, StoredTensor
+from dora_fx.failing_together import CheckpointError, failing_together, gather
+from dora_fx.layers import DoRALinear
+from dora_fx.matching import unwrap
+
+
+@dataclass(frozen=True)
+class ModelContents:
+    """A model's part of a checkpoint, as this rank holds it.
+
+    Attributes:
+        non_homogeneous_layers: Megatron's metadata flag that the shards were described with.
+        adapter: chunk -> state-dict key -> shard that holds the parameter itself.
+        sites: key of an adapted layer -> DoRA's settings, of all ranks.
+        base: shards of the adapted layers' base weights and biases.
+    """
+
+    non_homogeneous_layers: bool
+    adapter: dict[str, dict[str, Any]]
+    sites: dict[str, SiteSettings]
+    base: list[ShardedTensor]
+
+
+def model_contents(model: nn.Module | Sequence[nn.Module], non_homogeneous_layers: bool | None = None) -> ModelContents:
+    """Describe a model or its pipeline chunks. Every rank calls it.
+
+    Args:
+        non_homogeneous_layers: as the checkpoint to load says; None to join the layers of a kind in one tensor if
+            every layer has an adapter of the same settings, as Megatron does by default.
+
+    Raises:
+        CheckpointError: the model has no adapters, or its class has no `sharded_state_dict`.
+    """
+    chunks = chunks_of(model)
+    for flag in (False, True) if non_homogeneous_layers is None else (non_homogeneous_layers,):
+        with failing_together("describing the adapters"):
+            adapter, sites, base = _describe_chunks(chunks, flag)
+            shards = [shard.without_data() for shard in all_shards(adapter)]
+        everyone = gather((shards, sites), "describing the adapters")
+        settings = [pair for _, sites in everyone for pair in sites]
+        found = ModelContents(flag, adapter, dict(settings), base)
+        is_uniform = len(set(settings)) == len(found.sites) and _are_complete(
+            [shard for shards, _ in everyone for shard in shards]
+        )
+        if is_uniform:
+            break
+    if not found.sites:
+        raise CheckpointError("the model has no DoRA adapters; attach them with DoRA(...)(model) first")
+    return found
+
+
+def all_shards(state: Any) -> list[ShardedBase]:
+    """The shards in a nested state dict, with those that factories make of a tensor in the tensor's place."""
+    shards: list[ShardedBase] = []
+    for value in nested_values(state) if isinstance(state, dict | list) else [state]:
+        if isinstance(value, ShardedTensorFactory):
+            shards += all_shards(value.build())
+        elif isinstance(value, ShardedBase):
+            shards.append(value)
+    return shards
+
+
+def stored_tensors(shards_of_ranks: Iterable[Iterable[ShardedBase]]) -> dict[str, StoredTensor]:
+    """The whole tensors that the shards of all ranks are parts of, by key."""
+    return {
+        shard.key: StoredTensor(tuple(shard.global_shape), str(shard.dtype).removeprefix("torch."))
+        for shards in shards_of_ranks
+        for shard in shards
+        if isinstance(shard, ShardedTensor)
+    }
+
+
+def layout_of_world(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
+    """Sizes of Megatron's groups by their usual names, and whether the model is sequence-parallel."""
+    chunks = chunks_of(model)
+    config: Any = chunks[0].config
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "vpp": len(chunks),
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+        "sequence_parallel": bool(config.sequence_parallel),
+    }
+
+
+def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """The pipeline chunks of a model, without Megatron's wrappers."""
+    return [unwrap(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
+
+
+Description = tuple[dict[str, dict[str, Any]], list[tuple[str, SiteSettings]], list[ShardedTensor]]
+
+
+def _describe_chunks(chunks: Sequence[Any], non_homogeneous_layers: bool) -> Description:
+    adapter: dict[str, dict[str, Any]] = {}
+    sites: list[tuple[str, SiteSettings]] = []
+    base: list[ShardedTensor] = []
+    for index, chunk in enumerate(chunks):
+        if not hasattr(chunk, "sharded_state_dict"):
+            raise CheckpointError(
+                f"{type(chunk).__name__} has no sharded_state_dict; expected a Megatron model such as GPTModel"
+            )
+        shards: dict[str, Any] = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": non_homogeneous_layers})
+        adapter["model" if len(chunks) == 1 else f"model{index}"] = {
+            key: shard for key, shard in shards.items() if ".adapter." in key and not key.endswith("_extra_state")
+        }
+        for path, module in chunk.named_modules():
+            if isinstance(module, DoRALinear):
+                name = f"{path}.adapter.weight_magnitude"
+                key = all_shards(shards[name])[0].key.removesuffix(".adapter.weight_magnitude")
+                sites.append((key, _settings(module)))
+                own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
+                base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
+    return adapter, sites, base
+
+
+def _settings(site: DoRALinear) -> SiteSettings:
+    adapter = site.adapter
+    return SiteSettings(adapter.dim, float(adapter.alpha), float(adapter.scaling), float(adapter.dropout))
+
+
+def _are_complete(shards: Iterable[ShardedTensor]) -> bool:
+    """Whether the shards of every key are parts of one tensor, and as large as it together."""
+    counts: dict[tuple[str, tuple[int, ...]], int] = {}
+    for shard in shards:
+        place = (shard.key, tuple(shard.global_shape))
+        counts[place] = counts.get(place, 0) + is_main_replica(shard.replica_id) * math.prod(shard.local_shape)
+    has_one_shape = len(counts) == len({key for key, _ in counts})
+    return has_one_shape and all(count == math.prod(shape) for (_, shape), count in counts.items())
