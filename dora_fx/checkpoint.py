@@ -41,6 +41,9 @@ Model = nn.Module | Sequence[nn.Module]
 # Megatron's file for what is not sharded. Versions from 0.17 on read it, but no longer write it.
 _COMMON = "common.pt"
 
+# Reading starts anew when a save replaces what is being read.
+_ATTEMPTS = 5
+
 
 def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
     """Save a model's adapters as the directory `path`, replacing a checkpoint that is there. Every rank calls it.
@@ -111,19 +114,18 @@ def load_checkpoint(
         CheckpointError: on every rank, with the file or layer at fault. Model and optimizer are as they were.
     """
     path = Path(os.path.abspath(path))
-    attempts = 3
-    for attempt in range(attempts):
+    for attempt in range(_ATTEMPTS):
         directory, manifest = _find(path)
         try:
             loaded = _read(model, optimizer, directory, manifest, any_base=any_base)
         except CheckpointError:
-            if attempt == attempts - 1 or not _was_replaced(path, manifest):
+            if attempt == _ATTEMPTS - 1 or not _was_replaced(path, manifest):
                 raise
             continue
         if not _was_replaced(path, manifest):
             break
     else:
-        raise CheckpointError(f"{path}: replaced {attempts} times while it was being read; try again")
+        raise CheckpointError(f"{path}: replaced {_ATTEMPTS} times while it was being read; try again")
     contents, state = loaded
     if optimizer is not None:
         load_optimizer_state(optimizer, state["optimizer"])

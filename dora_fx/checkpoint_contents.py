@@ -81,12 +81,13 @@ def all_shards(state: Any) -> list[ShardedBase]:
 
 def stored_tensors(shards_of_ranks: Iterable[Iterable[ShardedBase]]) -> dict[str, StoredTensor]:
     """The whole tensors that the shards of all ranks are parts of, by key."""
-    return {
+    found = {
         shard.key: StoredTensor(tuple(shard.global_shape), str(shard.dtype).removeprefix("torch."))
         for shards in shards_of_ranks
         for shard in shards
         if isinstance(shard, ShardedTensor)
     }
+    return dict(sorted(found.items()))
 
 
 def layout_of_world(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
