@@ -246,26 +246,37 @@ class Training:
             self.optimizer.step()
 
 
-def expected_adapters(kind: Kind, salt: str = "") -> dict[str, torch.Tensor]:
-    """The whole tensors of a checkpoint of `set_adapter_values`, by key, layers in front."""
-    query_rows = HIDDEN + 2 * GROUPS * (HIDDEN // HEADS)
-    sizes = {
-        "self_attention.linear_qkv": (query_rows, HIDDEN),
+def linear_sizes(kind: Kind) -> dict[str, tuple[int, int]]:
+    """Output and input features of the adapted layers, by their path in a layer."""
+    return {
+        "self_attention.linear_qkv": (HIDDEN + 2 * GROUPS * (HIDDEN // HEADS), HIDDEN),
         "self_attention.linear_proj": (HIDDEN, HIDDEN),
         "mlp.linear_fc1": ((2 if kind.gated else 1) * FFN, HIDDEN),
         "mlp.linear_fc2": (HIDDEN, FFN),
     }
+
+
+def _of_layers(shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
+    return torch.stack([whole_values(shape, f"decoder.layers.{layer}.{name}", std) for layer in range(LAYERS)])
+
+
+def expected_adapters(kind: Kind, salt: str = "") -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint of `set_adapter_values`, by key, layers in front."""
     expected = {}
-    for path, (rows, columns) in sizes.items():
-        shapes = {"lora_a": (DIM, columns), "lora_b": (rows, DIM), "magnitude": (rows,)}
-        keys = {"lora_a": "linear_in.weight", "lora_b": "linear_out.weight", "magnitude": "weight_magnitude"}
-        for part, shape in shapes.items():
-            layers = [
-                whole_values(shape, f"decoder.layers.{layer}.{path}.{part}{salt}", TRAINED[part])
-                for layer in range(LAYERS)
-            ]
-            whole = torch.stack(layers)
-            whole = whole.abs() + 0.5 if part == "magnitude" else whole
-            dtype = torch.float32 if part == "magnitude" else kind.dtype
-            expected[f"decoder.layers.{path}.adapter.{keys[part]}"] = whole.to(dtype)
+    for path, (rows, columns) in linear_sizes(kind).items():
+        key = f"decoder.layers.{path}.adapter"
+        lora_a = _of_layers((DIM, columns), f"{path}.lora_a{salt}", TRAINED["lora_a"])
+        lora_b = _of_layers((rows, DIM), f"{path}.lora_b{salt}", TRAINED["lora_b"])
+        magnitude = _of_layers((rows,), f"{path}.magnitude{salt}", TRAINED["magnitude"]).abs() + 0.5
+        expected[f"{key}.linear_in.weight"] = lora_a.to(kind.dtype)
+        expected[f"{key}.linear_out.weight"] = lora_b.to(kind.dtype)
+        expected[f"{key}.weight_magnitude"] = magnitude.float()
     return expected
+
+
+def expected_norms(kind: Kind) -> dict[str, torch.Tensor]:
+    """The magnitudes of adapters that were just attached, by key: the row norms of the whole base weights."""
+    return {
+        f"decoder.layers.{path}.adapter.weight_magnitude": _of_layers(size, f"{path}.weight", HIDDEN**-0.5).norm(dim=-1)
+        for path, size in linear_sizes(kind).items()
+    }
