@@ -40,7 +40,7 @@ def _run(argv: list[str]) -> int:
     import jsonargparse
 
     import dora_fx
-    from dora_fx.cli import finetune
+    from dora_fx.cli import finetune, inspect
 
     parser = jsonargparse.ArgumentParser(
         prog="dora-fx",
@@ -50,10 +50,12 @@ def _run(argv: list[str]) -> int:
     )
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("finetune", finetune.parser(), help=finetune.HELP)
+    commands.add_subcommand("inspect", inspect.parser(), help=inspect.HELP)
     if argv[:1] == ["finetune"]:
         argv = ["finetune", *finetune.options_in_order(argv[1:])]
     parsed = parser.parse_args(argv)
-    return finetune.run(parsed[parsed.command].as_dict())
+    run = {"finetune": finetune.run, "inspect": inspect.run}[parsed.command]
+    return run(parsed[parsed.command].as_dict())
 
 
 def _quieten_libraries() -> None:
