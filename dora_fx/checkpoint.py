@@ -27,7 +27,7 @@ from torch import nn
 
 from dora_fx.base_fingerprint import add_digests, shard_digests
 from dora_fx.checkpoint_checks import check_base, check_files, check_sites, check_tensors
-from dora_fx.checkpoint_contents import ModelContents, layout_of_world, model_contents, stored_tensors
+from dora_fx.checkpoint_contents import ModelContents, layout_of_world, model_contents
 from dora_fx.checkpoint_directory import find_checkpoint, new_directory, put_in_place
 from dora_fx.checkpoint_manifest import Manifest, StoredFile, describe_file, read_manifest
 from dora_fx.checkpoint_optimizer import load_optimizer_state, optimizer_sharded_state_dict
@@ -84,7 +84,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
                     layout=layout_of_world(model),
                     non_homogeneous_layers=contents.non_homogeneous_layers,
                     sites=contents.sites,
-                    tensors=stored_tensors(shards_of_ranks),
+                    tensors=contents.stored_tensors(shards_of_ranks),
                     base=add_digests(digests for _, digests in everyone),
                     has_optimizer=optimizer is not None,
                     has_extra=extra is not None,
@@ -176,7 +176,7 @@ def _read(
         wanted = _without_data(_split(state)[0])
     everyone = gather(wanted, f"loading {directory}")
     with failing_together(f"loading {directory}"):
-        check_tensors(directory, manifest, stored_tensors(everyone), with_optimizer=optimizer is not None)
+        check_tensors(directory, manifest, contents.stored_tensors(everyone), with_optimizer=optimizer is not None)
     with failing_together(f"reading {directory}"):
         return contents, _load(state, directory)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from megatron.core import parallel_state
@@ -22,6 +24,9 @@ from dora_fx.failing_together import CheckpointError, failing_together, gather
 from dora_fx.layers import DoRALinear
 from dora_fx.matching import unwrap
 
+# Megatron's prefix of the tensors that an optimizer keeps for a parameter.
+_OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
+
 
 @dataclass(frozen=True)
 class ModelContents:
@@ -31,13 +36,26 @@ class ModelContents:
         non_homogeneous_layers: Megatron's metadata flag that the shards were described with.
         adapter: chunk -> state-dict key -> shard that holds the parameter itself.
         sites: key of an adapted layer -> DoRA's settings, of all ranks.
+        unpadded: key of a tensor -> shape of one layer's without what pads the base to a size that divides by the
+            number of ranks, of all ranks.
         base: shards of the adapted layers' base weights and biases.
     """
 
     non_homogeneous_layers: bool
     adapter: dict[str, dict[str, Any]]
     sites: dict[str, SiteSettings]
+    unpadded: dict[str, tuple[int, ...]]
     base: list[ShardedTensor]
+
+    def stored_tensors(self, shards_of_ranks: Iterable[Iterable[ShardedBase]]) -> dict[str, StoredTensor]:
+        """The whole tensors, by key, that the shards of all ranks are parts of, without padding."""
+        found = {}
+        for shard in chain.from_iterable(shards_of_ranks):
+            if isinstance(shard, ShardedTensor):
+                own = self.unpadded[_OPTIMIZER_STATE.sub("", shard.key)]
+                layers = tuple(shard.global_shape)[: len(shard.global_shape) - len(own)]
+                found[shard.key] = StoredTensor(layers + own, str(shard.dtype).removeprefix("torch."))
+        return dict(sorted(found.items()))
 
 
 def model_contents(model: nn.Module | Sequence[nn.Module], non_homogeneous_layers: bool | None = None) -> ModelContents:
@@ -53,15 +71,12 @@ def model_contents(model: nn.Module | Sequence[nn.Module], non_homogeneous_layer
     chunks = chunks_of(model)
     for flag in (False, True) if non_homogeneous_layers is None else (non_homogeneous_layers,):
         with failing_together("describing the adapters"):
-            adapter, sites, base = _describe_chunks(chunks, flag)
+            adapter, sites, shapes, base = _describe_chunks(chunks, flag)
             shards = [shard.without_data() for shard in all_shards(adapter)]
-        everyone = gather((shards, sites), "describing the adapters")
-        settings = [pair for _, sites in everyone for pair in sites]
-        found = ModelContents(flag, adapter, dict(settings), base)
-        is_uniform = len(set(settings)) == len(found.sites) and _are_complete(
-            [shard for shards, _ in everyone for shard in shards]
-        )
-        if is_uniform:
+        everyone = zip(*gather((shards, sites, shapes), "describing the adapters"), strict=True)
+        shards, sites, shapes = (list(chain.from_iterable(of_ranks)) for of_ranks in everyone)
+        found = ModelContents(flag, adapter, dict(sites), dict(shapes), base)
+        if len(set(sites)) == len(found.sites) and len(set(shapes)) == len(found.unpadded) and _are_complete(shards):
             break
     if not found.sites:
         raise CheckpointError("the model has no DoRA adapters; attach them with DoRA(...)(model) first")
@@ -77,17 +92,6 @@ def all_shards(state: Any) -> list[ShardedBase]:
         elif isinstance(value, ShardedBase):
             shards.append(value)
     return shards
-
-
-def stored_tensors(shards_of_ranks: Iterable[Iterable[ShardedBase]]) -> dict[str, StoredTensor]:
-    """The whole tensors that the shards of all ranks are parts of, by key."""
-    found = {
-        shard.key: StoredTensor(tuple(shard.global_shape), str(shard.dtype).removeprefix("torch."))
-        for shards in shards_of_ranks
-        for shard in shards
-        if isinstance(shard, ShardedTensor)
-    }
-    return dict(sorted(found.items()))
 
 
 def layout_of_world(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
@@ -109,12 +113,15 @@ def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     return [unwrap(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
 
 
-Description = tuple[dict[str, dict[str, Any]], list[tuple[str, SiteSettings]], list[ShardedTensor]]
+Description = tuple[
+    dict[str, dict[str, Any]], list[tuple[str, SiteSettings]], list[tuple[str, tuple[int, ...]]], list[ShardedTensor]
+]
 
 
 def _describe_chunks(chunks: Sequence[Any], non_homogeneous_layers: bool) -> Description:
     adapter: dict[str, dict[str, Any]] = {}
     sites: list[tuple[str, SiteSettings]] = []
+    shapes: list[tuple[str, tuple[int, ...]]] = []
     base: list[ShardedTensor] = []
     for index, chunk in enumerate(chunks):
         if not hasattr(chunk, "sharded_state_dict"):
@@ -127,12 +134,13 @@ def _describe_chunks(chunks: Sequence[Any], non_homogeneous_layers: bool) -> Des
         }
         for path, module in chunk.named_modules():
             if isinstance(module, DoRALinear):
-                name = f"{path}.adapter.weight_magnitude"
-                key = all_shards(shards[name])[0].key.removesuffix(".adapter.weight_magnitude")
-                sites.append((key, _settings(module)))
+                for name, placement in module.adapter.placements.items():
+                    key = all_shards(shards[f"{path}.adapter.{name}"])[0].key
+                    shapes.append((key, placement.shape))
+                sites.append((key.partition(".adapter.")[0], _settings(module)))
                 own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
                 base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
-    return adapter, sites, base
+    return adapter, sites, shapes, base
 
 
 def _settings(site: DoRALinear) -> SiteSettings:

@@ -46,7 +46,11 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 
 
 class LoadStrategy(TorchDistLoadShardedStrategy):
-    """Reads into new tensors on the CPU, never into those that the state dict holds."""
+    """Reads into new tensors on the CPU, never into those that the state dict holds.
+
+    Global shapes may differ at their ends from the stored ones: what pads a layer for one number of ranks is left out
+    or filled with zeros for another. Shapes without padding are the manifest's to check.
+    """
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str, *args: Any) -> dict[str, Any]:
         """Read what the shards of a nested state dict describe; returns it with tensors in their places."""
@@ -54,7 +58,7 @@ class LoadStrategy(TorchDistLoadShardedStrategy):
         for shard in nested_values(sharded_state_dict):
             by_key.setdefault(shard.key, []).append(shard)
         runs = [run for shards in by_key.values() for run in _runs_of_layers(shards)]
-        requests = {str(index): _join([shard.without_data() for shard in run]) for index, run in enumerate(runs)}
+        requests = {str(index): _request(run) for index, run in enumerate(runs)}
         loaded = super().load(requests, checkpoint_dir, *args)
         values: dict[int, Any] = {}
         for index, run in enumerate(runs):
@@ -80,6 +84,11 @@ def _runs_of_layers(shards: Sequence[ShardedBase]) -> list[list[ShardedBase]]:
         else:
             runs.append([shard])
     return [run for runs in by_place.values() for run in runs]
+
+
+def _request(run: Sequence[ShardedBase]) -> ShardedBase:
+    shard = _join([shard.without_data() for shard in run])
+    return replace(shard, allow_shape_mismatch=True) if isinstance(shard, ShardedTensor) else shard
 
 
 def _join(run: Sequence[ShardedBase]) -> ShardedBase:
