@@ -76,10 +76,16 @@ def model_contents(model: nn.Module | Sequence[nn.Module], non_homogeneous_layer
         everyone = zip(*gather((shards, sites, shapes), "describing the adapters"), strict=True)
         shards, sites, shapes = (list(chain.from_iterable(of_ranks)) for of_ranks in everyone)
         found = ModelContents(flag, adapter, dict(sites), dict(shapes), base)
-        if len(set(sites)) == len(found.sites) and len(set(shapes)) == len(found.unpadded) and _are_complete(shards):
+        unlike = _with_several_values(sites) + _with_several_values(shapes) + _not_covered(shards)
+        if not unlike:
             break
     if not found.sites:
         raise CheckpointError("the model has no DoRA adapters; attach them with DoRA(...)(model) first")
+    if unlike and non_homogeneous_layers is not None:
+        raise CheckpointError(
+            f"{unlike[0]}: the checkpoint has an adapter of the same dim and alpha in every layer, the model has not; "
+            "attach DoRA to all layers alike"
+        )
     return found
 
 
@@ -148,11 +154,18 @@ def _settings(site: DoRALinear) -> SiteSettings:
     return SiteSettings(adapter.dim, float(adapter.alpha), float(adapter.scaling), float(adapter.dropout))
 
 
-def _are_complete(shards: Iterable[ShardedTensor]) -> bool:
-    """Whether the shards of every key are parts of one tensor, and as large as it together."""
+def _with_several_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
+    """The keys that come with more than one value."""
+    values: dict[str, set[Any]] = {}
+    for key, value in pairs:
+        values.setdefault(key, set()).add(value)
+    return [key for key, found in values.items() if len(found) > 1]
+
+
+def _not_covered(shards: Iterable[ShardedTensor]) -> list[str]:
+    """The keys of which the shards together are not as large as the whole tensor."""
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
     for shard in shards:
         place = (shard.key, tuple(shard.global_shape))
         counts[place] = counts.get(place, 0) + is_main_replica(shard.replica_id) * math.prod(shard.local_shape)
-    has_one_shape = len(counts) == len({key for key, _ in counts})
-    return has_one_shape and all(count == math.prod(shape) for (_, shape), count in counts.items())
+    return [key for (key, shape), count in counts.items() if count != math.prod(shape)]

@@ -75,6 +75,18 @@ def test_settings_of_one_layer_differ(tmp_path: Path) -> None:
     assert "was trained with alpha=4, the model has alpha=64" in message
 
 
+@pytest.mark.parametrize("name", ["some_layers", "two_alphas", "two_ranks"])
+def test_layers_adapted_alike_and_not(name: str, tmp_path: Path) -> None:
+    """What one key stands for in the checkpoint differs among the model's layers."""
+    torch.manual_seed(3)
+    alike = dora_fx.DoRA(GPT_TARGETS, dim=4, alpha=8)(tiny_gpt(num_layers=3))
+    dora_fx.save_checkpoint(alike, tmp_path / "checkpoint")
+    message = refusal(build(name, 2), tmp_path / "checkpoint")
+    assert "an adapter of the same dim and alpha in every layer, the model has not" in message
+    dora_fx.save_checkpoint(build(name, 2), tmp_path / "checkpoint")
+    refusal(alike, tmp_path / "checkpoint")
+
+
 def test_norms_follow_what_was_loaded(tmp_path: Path) -> None:
     source, target = build("bias", 1), build("bias", 2)
     dora_fx.save_checkpoint(source, tmp_path / "checkpoint")
