@@ -4,7 +4,8 @@
   moments after zero steps are what it would make itself, so they are made here; nothing changes for the optimizer.
 * Megatron's 16-bit optimizer numbers the parameters of a sharded state dict among the 16-bit ones, and those of its
   state among all. Magnitudes are float32 among 16-bit factors, so the numbers would not match.
-* Megatron's distributed optimizer looks for a torch Adam's `step` among the loaded tensors, where it never is.
+* Megatron's distributed optimizer looks for a torch Adam's `step` among the loaded tensors, where it never is; and it
+  gives all parameters one tensor to count in, which then counts every one of them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def optimizer_sharded_state_dict(optimizer: Any, adapter: dict[str, Any], *, is_
     for single in _single_optimizers(optimizer):
         _allocate_state(single.optimizer)
     metadata = dict(_METADATA, distrib_optim_fully_reshardable_mem_efficient=dist.get_backend() == "gloo")
-    with _all_parameters_as_16_bit(optimizer):
+    with _all_parameters_as_16_bit(optimizer), _own_steps(optimizer):
         return optimizer.sharded_state_dict(adapter, is_loading=is_loading, metadata=metadata)
 
 
@@ -45,7 +46,7 @@ def load_optimizer_state(optimizer: Any, state: dict[Any, Any]) -> None:
         if "state" in counted:
             # Megatron leaves out a count of zero.
             counted["state"].setdefault("common_step", torch.tensor(0.0))
-    with _all_parameters_as_16_bit(optimizer):
+    with _all_parameters_as_16_bit(optimizer), _own_steps(optimizer):
         optimizer.load_state_dict(state)
     for single, tensors in zip(singles, distributed, strict=True):
         if tensors is not None:
@@ -68,6 +69,18 @@ def _allocate_state(optimizer: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter.data),
                     "exp_avg_sq": torch.zeros_like(parameter.data),
                 }
+
+
+@contextlib.contextmanager
+def _own_steps(optimizer: Any) -> Iterator[None]:
+    """At the end every parameter of torch's optimizers counts its steps in a tensor of its own."""
+    try:
+        yield
+    finally:
+        for single in _single_optimizers(optimizer):
+            for state in single.optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
 
 
 @contextlib.contextmanager
