@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,17 +178,27 @@ def _read(
     everyone = gather(wanted, f"loading {directory}")
     with failing_together(f"loading {directory}"):
         check_tensors(directory, manifest, contents.stored_tensors(everyone), with_optimizer=optimizer is not None)
-    with failing_together(f"reading {directory}"):
+    with failing_together(f"reading {directory}{_other_versions(manifest)}"):
         return contents, _load(state, directory)
 
 
 def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
     """As `dist_checkpointing.load`, which from Megatron 0.17 on warns of the file that earlier ones must find."""
-    common = torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
+    common = _read_common(directory)
     sharded, own, factories = load_preprocess(state)
     merge(common, own)
     merge(common, LoadStrategy().load(extract_sharded_base(sharded)[0], directory))
     return apply_factory_merges(common, factories)
+
+
+def _read_common(directory: Path) -> dict[str, Any]:
+    try:
+        return torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{directory / _COMMON}: `extra` holds objects that would not be loaded again ({error}); "
+            "expected numbers, text, tensors, lists and dicts"
+        ) from error
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -210,6 +221,7 @@ def _write(sharded: dict[str, Any], common: dict[str, Any], directory: Path) -> 
         )
         if dist.get_rank() == 0:
             torch.save(common, directory / _COMMON)
+            _read_common(directory)
     with failing_together(f"checking what was written to {directory}"):
         names = sorted(os.listdir(directory))
         share = names[dist.get_rank() :: dist.get_world_size()]
@@ -223,6 +235,13 @@ def _copy_into_parameters(contents: ModelContents, state: dict[str, Any]) -> Non
     for chunk, shards in contents.adapter.items():
         for key, shard in shards.items():
             shard.data.copy_(state[chunk][key])
+
+
+def _other_versions(manifest: Manifest) -> str:
+    """Which packages were others when the checkpoint was written; torch reads no checkpoint of a later torch."""
+    own = _versions()
+    others = [f"{name} {saved} (here {own[name]})" for name, saved in manifest.versions.items() if saved != own[name]]
+    return f", written with {', '.join(others)}" if others else ""
 
 
 def _versions() -> dict[str, str]:

@@ -112,9 +112,8 @@ def load_old_and_save(layout: Layout, folder: Path) -> None:
     assert not [name for name in os.listdir(folder) if name.startswith(".checkpoint")]
 
 
-@pytest.mark.parametrize(
-    ("dying", "at"), [(1, "__1_0.distcp"), pytest.param(0, "common.pt", marks=pytest.mark.slow)], ids=["1", "0"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dying", "at"), [(1, "__1_0.distcp"), (0, "common.pt")], ids=["1", "0"])
 def test_a_rank_dies(tmp_path: Path, dying: int, at: str) -> None:
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=save_and_die, args=(rank, tmp_path, dying, at)) for rank in range(2)]

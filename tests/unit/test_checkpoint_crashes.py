@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -222,11 +223,14 @@ def test_a_symbolic_link_in_the_way(tmp_path: Path, world: None, target: str) ->
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_extra_that_cannot_be_saved(tmp_path: Path, world: None) -> None:
+@pytest.mark.parametrize(
+    ("extra", "message"), [(lambda: None, "pickle"), (Fraction(1, 2), "`extra` holds objects that would not be loaded")]
+)
+def test_extra_that_cannot_be_saved_or_loaded(tmp_path: Path, world: None, extra: object, message: str) -> None:
     path = tmp_path / "checkpoint"
     dora_fx.save_checkpoint(adapted(OLD), path)
-    with pytest.raises(CheckpointError):
-        dora_fx.save_checkpoint(adapted(NEW), path, extra=lambda: None)
+    with pytest.raises(CheckpointError, match=message):
+        dora_fx.save_checkpoint(adapted(NEW), path, extra=extra)
     assert leftovers(path) == []
     assert are_equal(loaded(path), values(adapted(OLD)))
 
