@@ -26,14 +26,14 @@ from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extrac
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch import nn
 
-from dora_fx.base_fingerprint import add_digests, shard_digests
 from dora_fx.checkpoint_checks import check_base, check_files, check_sites, check_tensors
-from dora_fx.checkpoint_contents import ModelContents, layout_of_world, model_contents
+from dora_fx.checkpoint_contents import ModelContents, all_shards, layout_of_world, model_contents
 from dora_fx.checkpoint_directory import find_checkpoint, new_directory, put_in_place
 from dora_fx.checkpoint_manifest import Manifest, StoredFile, describe_file, read_manifest
 from dora_fx.checkpoint_optimizer import load_optimizer_state, optimizer_sharded_state_dict
 from dora_fx.checkpoint_strategy import LoadStrategy, SaveStrategy
 from dora_fx.failing_together import CheckpointError, failing_together, from_first_rank, gather
+from dora_fx.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +67,11 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
         if optimizer is not None:
             state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=False)
         sharded, common = _split(state)
-        digests = shard_digests(contents.base)
-    everyone = gather((_without_data(sharded), digests), f"saving {path}")
-    shards_of_ranks = [shards for shards, _ in everyone]
+        digests, copies = shard_digests(contents.base), copy_digests(all_shards(contents.adapter))
+    everyone = gather((_without_data(sharded), digests, copies), f"saving {path}")
+    shards_of_ranks, digests_of_ranks, copies_of_ranks = zip(*everyone, strict=True)
+    for key in differing_copies(copies_of_ranks) if dist.get_rank() == 0 else ():
+        logger.warning("%s: ranks hold different copies of %s; saving the first one's", path, key)
     with failing_together(f"saving {path}: the shards of the ranks do not make whole tensors"):
         validate_sharding_integrity(shards_of_ranks)
     with contextlib.ExitStack() as stack:
@@ -86,7 +88,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
                     non_homogeneous_layers=contents.non_homogeneous_layers,
                     sites=contents.sites,
                     tensors=contents.stored_tensors(shards_of_ranks),
-                    base=add_digests(digests for _, digests in everyone),
+                    base=add_digests(digests_of_ranks),
                     has_optimizer=optimizer is not None,
                     has_extra=extra is not None,
                     files=files,

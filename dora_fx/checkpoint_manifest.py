@@ -54,7 +54,7 @@ class Manifest:
         non_homogeneous_layers: Megatron's metadata flag: keys carry layer numbers, and tensors no layer axis.
         sites: adapted layers by key, without layer numbers unless `non_homogeneous_layers`.
         tensors: by key.
-        base: digests of the adapted layers' base weights by key, see `base_fingerprint.py`.
+        base: digests of the adapted layers' base weights by key, see `tensor_digests.py`.
         has_optimizer, has_extra: whether optimizer state and the caller's `extra` are in it.
         files: by name.
     """

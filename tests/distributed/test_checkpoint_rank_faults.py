@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import os
 import signal
@@ -85,8 +86,26 @@ def one_rank_fails(layout: Layout, folder: Path) -> None:
     assert os.listdir(folder) == ["checkpoint"]
 
 
-def test_one_rank_fails(tmp_path: Path) -> None:
-    visit_worlds([(one_rank_fails, LAYOUT)], tmp_path)
+def copies_differ(layout: Layout, folder: Path) -> None:
+    model, messages = model_with(""), []
+    logger = logging.getLogger("dora_fx.checkpoint")
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    dora_fx.save_checkpoint(model, folder / "checkpoint")
+    assert messages == []
+    [magnitude] = [value for name, value, _ in trained_parameters(model) if name.endswith("0.mlp.linear_fc2.magnitude")]
+    with torch.no_grad():
+        magnitude[3] += dist.get_rank() * 2**-20
+    dora_fx.save_checkpoint(model, folder / "checkpoint")
+    logger.removeHandler(handler)
+    key = "decoder.layers.mlp.linear_fc2.adapter.weight_magnitude"
+    expected = f"{folder / 'checkpoint'}: ranks hold different copies of {key}; saving the first one's"
+    assert messages == ([expected] if dist.get_rank() == 0 else [])
+
+
+def test_one_rank_fails_and_ranks_that_drifted_apart(tmp_path: Path) -> None:
+    visit_worlds([(copies_differ, LAYOUT), (one_rank_fails, LAYOUT)], tmp_path)
 
 
 def save_and_die(rank: int, folder: Path, dying: int, at: str) -> None:

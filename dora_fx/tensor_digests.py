@@ -1,6 +1,6 @@
-"""Digests of base weights that are the same at every parallel layout, to tell one base model from another.
+"""Digests of sharded tensors that are the same at every parallel layout, to tell one base model from another.
 
-The digest of a weight is the sum over its elements of
+The digest of a tensor is the sum over its elements of
 
     bits(element) * mix(row) * mix(column) * mix(layer)      modulo 2^64
 
@@ -26,6 +26,22 @@ def shard_digests(shards: Iterable[ShardedTensor]) -> dict[str, int]:
         if is_main_replica(shard.replica_id):
             digests[shard.key] = digests.get(shard.key, 0) + _digest(shard)
     return digests
+
+
+def differing_copies(digests_of_ranks: Iterable[dict[tuple[str, tuple[int, ...]], int]]) -> list[str]:
+    """Keys of the tensors of which ranks hold different copies, from the `copy_digests` of all ranks."""
+    seen: dict[tuple[str, tuple[int, ...]], int] = {}
+    differing = set()
+    for digests in digests_of_ranks:
+        for place, value in digests.items():
+            if seen.setdefault(place, value) != value:
+                differing.add(place[0])
+    return sorted(differing)
+
+
+def copy_digests(shards: Iterable[ShardedTensor]) -> dict[tuple[str, tuple[int, ...]], int]:
+    """Digest of every shard that this rank holds, by key and place."""
+    return {(shard.key, tuple(shard.global_offset)): _digest(shard) % 2**64 for shard in shards}
 
 
 def add_digests(parts: Iterable[dict[str, int]]) -> dict[str, str]:
