@@ -14,7 +14,7 @@ import pickle
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,8 @@ from torch import nn
 
 from dora_fx.checkpoint_checks import check_base, check_files, check_sites, check_tensors
 from dora_fx.checkpoint_contents import ModelContents, all_shards, layout_of_world, model_contents
-from dora_fx.checkpoint_directory import find_checkpoint, new_directory, put_in_place
-from dora_fx.checkpoint_manifest import Manifest, StoredFile, describe_file, read_manifest
+from dora_fx.checkpoint_directory import new_directory, open_checkpoint, put_in_place
+from dora_fx.checkpoint_manifest import Manifest, StoredFile, describe_file
 from dora_fx.checkpoint_optimizer import load_optimizer_state, optimizer_sharded_state_dict
 from dora_fx.checkpoint_strategy import LoadStrategy, SaveStrategy
 from dora_fx.failing_together import CheckpointError, failing_together, from_first_rank, gather
@@ -62,23 +62,12 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
     """
     path = Path(os.path.abspath(path))
     contents = model_contents(model)
-    with failing_together(f"saving {path}"):
-        state: dict[str, Any] = {**contents.adapter}
-        if optimizer is not None:
-            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=False)
-        sharded, common = _split(state)
-        digests, copies = shard_digests(contents.base), copy_digests(all_shards(contents.adapter))
-    everyone = gather((_without_data(sharded), digests, copies), f"saving {path}")
-    shards_of_ranks, digests_of_ranks, copies_of_ranks = zip(*everyone, strict=True)
-    for key in differing_copies(copies_of_ranks) if dist.get_rank() == 0 else ():
-        logger.warning("%s: ranks hold different copies of %s; saving the first one's", path, key)
-    with failing_together(f"saving {path}: the shards of the ranks do not make whole tensors"):
-        validate_sharding_integrity(shards_of_ranks)
+    shards = _shards_to_save(contents, optimizer, path)
     with contextlib.ExitStack() as stack:
         with failing_together(f"saving {path}"):
             directory = stack.enter_context(new_directory(path)) if dist.get_rank() == 0 else None
         directory = from_first_rank(directory, f"saving {path}")
-        files = _write(sharded, common | {"extra": extra}, directory)
+        files = _write(shards.own, shards.common | {"extra": extra}, directory)
         with failing_together(f"saving {path}"):
             if dist.get_rank() == 0:
                 manifest = Manifest(
@@ -87,8 +76,8 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
                     layout=layout_of_world(model),
                     non_homogeneous_layers=contents.non_homogeneous_layers,
                     sites=contents.sites,
-                    tensors=contents.stored_tensors(shards_of_ranks),
-                    base=add_digests(digests_of_ranks),
+                    tensors=contents.stored_tensors(shards.of_ranks),
+                    base=shards.base,
                     has_optimizer=optimizer is not None,
                     has_extra=extra is not None,
                     files=files,
@@ -117,23 +106,62 @@ def load_checkpoint(
         CheckpointError: on every rank, with the file or layer at fault. Model and optimizer are as they were.
     """
     path = Path(os.path.abspath(path))
+    contents, state = _read_until_unreplaced(model, optimizer, path, any_base)
+    if optimizer is not None:
+        with failing_together(f"loading {path}: the optimizer"):
+            load_optimizer_state(optimizer, state["optimizer"])
+    _copy_into_parameters(contents, state)
+    return state.get("extra")
+
+
+class _Shards(NamedTuple):
+    """What a save writes.
+
+    Attributes:
+        own: this rank's shards.
+        common: what is not sharded; rank 0's is saved.
+        of_ranks: the shards of all ranks, without data.
+        base: digests of the base weights.
+    """
+
+    own: dict[str, Any]
+    common: dict[str, Any]
+    of_ranks: Sequence[Sequence[ShardedBase]]
+    base: dict[str, str]
+
+
+def _shards_to_save(contents: ModelContents, optimizer: Any, path: Path) -> _Shards:
+    """Describe all state, and check that the ranks' shards make whole tensors."""
+    with failing_together(f"saving {path}"):
+        state: dict[str, Any] = {**contents.adapter}
+        if optimizer is not None:
+            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=False)
+        own, common = _split(state)
+        digests, copies = shard_digests(contents.base), copy_digests(all_shards(contents.adapter))
+    everyone = gather((_without_data(own), digests, copies), f"saving {path}")
+    of_ranks, digests_of_ranks, copies_of_ranks = zip(*everyone, strict=True)
+    for key in differing_copies(copies_of_ranks) if dist.get_rank() == 0 else ():
+        logger.warning("%s: ranks hold different copies of %s; saving the first one's", path, key)
+    with failing_together(f"saving {path}: the shards of the ranks do not make whole tensors"):
+        validate_sharding_integrity(of_ranks)
+    return _Shards(own, common, of_ranks, add_digests(digests_of_ranks))
+
+
+def _read_until_unreplaced(
+    model: Model, optimizer: Any, path: Path, any_base: bool
+) -> tuple[ModelContents, dict[str, Any]]:
+    """Check and read the checkpoint, anew if a save replaced it meanwhile."""
     for attempt in range(_ATTEMPTS):
         directory, manifest = _find(path)
         try:
-            loaded = _read(model, optimizer, directory, manifest, any_base=any_base)
+            found = _read(model, optimizer, directory, manifest, any_base=any_base)
         except CheckpointError:
             if attempt == _ATTEMPTS - 1 or not _was_replaced(path, manifest):
                 raise
             continue
         if not _was_replaced(path, manifest):
-            break
-    else:
-        raise CheckpointError(f"{path}: replaced {_ATTEMPTS} times while it was being read; try again")
-    contents, state = loaded
-    if optimizer is not None:
-        load_optimizer_state(optimizer, state["optimizer"])
-    _copy_into_parameters(contents, state)
-    return state.get("extra")
+            return found
+    raise CheckpointError(f"{path}: replaced {_ATTEMPTS} times while it was being read; try again")
 
 
 def _find(path: Path) -> tuple[Path, Manifest]:
@@ -141,8 +169,7 @@ def _find(path: Path) -> tuple[Path, Manifest]:
     found = None
     with failing_together(f"loading {path}"):
         if dist.get_rank() == 0:
-            directory = find_checkpoint(path)
-            found = directory, read_manifest(directory)
+            found = open_checkpoint(path)
     directory, manifest = from_first_rank(found, f"loading {path}")
     if directory != path and dist.get_rank() == 0:
         logger.warning("%s: a save was interrupted; loading the checkpoint that it was replacing", path)
@@ -154,7 +181,7 @@ def _was_replaced(path: Path, manifest: Manifest) -> bool:
     replaced = None
     if dist.get_rank() == 0:
         try:
-            replaced = read_manifest(find_checkpoint(path)).save_id != manifest.save_id
+            replaced = open_checkpoint(path)[1].save_id != manifest.save_id
         except CheckpointError:
             replaced = False
     return from_first_rank(replaced, f"loading {path}")

@@ -7,7 +7,7 @@ it, because no portable call swaps two directories:
     .NAME.saving-xyz   -> NAME
     .NAME.previous     removed
 
-Whoever looks for NAME between the two renames, or after a crash there, finds `.NAME.previous` (`find_checkpoint`).
+Whoever looks for NAME between the two renames, or after a crash there, finds `.NAME.previous` (`open_checkpoint`).
 The next save puts right what a crash left behind. Savers take turns through a lock on the parent directory.
 """
 
@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dora_fx.checkpoint_manifest import MANIFEST
+from dora_fx.checkpoint_manifest import MANIFEST, Manifest, read_manifest
 from dora_fx.failing_together import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -33,17 +33,25 @@ def previous_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.previous")
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The directory of the checkpoint that was saved as `path`.
+def open_checkpoint(path: Path) -> tuple[Path, Manifest]:
+    """The directory of the checkpoint that was saved as `path`, and its manifest.
 
     Raises:
-        CheckpointError: there is none, or something else is there.
+        CheckpointError: there is none, something else is there, or the manifest is damaged.
     """
-    # Twice: a save that ends between two looks has moved the checkpoint from the second place to the first.
-    for _ in range(2):
-        for directory in (path, previous_of(path)):
-            if (directory / MANIFEST).is_file():
-                return directory
+    try:
+        directory = _find_checkpoint(path)
+        return directory, read_manifest(directory)
+    except CheckpointError:
+        # A save that ends between two looks moves the checkpoint from the second place to the first.
+        directory = _find_checkpoint(path)
+        return directory, read_manifest(directory)
+
+
+def _find_checkpoint(path: Path) -> Path:
+    for directory in (path, previous_of(path)):
+        if (directory / MANIFEST).is_file():
+            return directory
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: no such checkpoint")
     if not path.is_dir():

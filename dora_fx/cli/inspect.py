@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dora_fx.checkpoint_directory import find_checkpoint
-from dora_fx.checkpoint_manifest import Manifest, StoredTensor, check_file, read_manifest
+from dora_fx.checkpoint_directory import open_checkpoint
+from dora_fx.checkpoint_manifest import Manifest, StoredTensor, check_file
 from dora_fx.cli.errors import UserError
 from dora_fx.failing_together import CheckpointError
 
@@ -38,8 +38,7 @@ def run(parsed: dict[str, Any]) -> int:
     """
     path = Path(os.path.abspath(parsed["checkpoint"]))
     try:
-        directory = find_checkpoint(path)
-        manifest = read_manifest(directory)
+        directory, manifest = open_checkpoint(path)
     except CheckpointError as error:
         raise UserError(str(error)) from error
     print(describe(manifest))
