@@ -64,11 +64,11 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
     contents = model_contents(model)
     shards = _shards_to_save(contents, optimizer, path)
     with contextlib.ExitStack() as stack:
-        with failing_together(f"saving {path}"):
+        with failing_together(_saving(path)):
             directory = stack.enter_context(new_directory(path)) if dist.get_rank() == 0 else None
-        directory = from_first_rank(directory, f"saving {path}")
-        files = _write(shards.own, shards.common | {"extra": extra}, directory)
-        with failing_together(f"saving {path}"):
+        directory = from_first_rank(directory, _saving(path))
+        files = _write(shards.own, shards.common | {"extra": extra}, directory, _saving(path))
+        with failing_together(_saving(path)):
             if dist.get_rank() == 0:
                 manifest = Manifest(
                     save_id=uuid.uuid4().hex,
@@ -132,17 +132,17 @@ class _Shards(NamedTuple):
 
 def _shards_to_save(contents: ModelContents, optimizer: Any, path: Path) -> _Shards:
     """Describe all state, and check that the ranks' shards make whole tensors."""
-    with failing_together(f"saving {path}"):
+    with failing_together(_saving(path)):
         state: dict[str, Any] = {**contents.adapter}
         if optimizer is not None:
             state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=False)
         own, common = _split(state)
         digests, copies = shard_digests(contents.base), copy_digests(all_shards(contents.adapter))
-    everyone = gather((_without_data(own), digests, copies), f"saving {path}")
+    everyone = gather((_without_data(own), digests, copies), _saving(path))
     of_ranks, digests_of_ranks, copies_of_ranks = zip(*everyone, strict=True)
     for key in differing_copies(copies_of_ranks) if dist.get_rank() == 0 else ():
         logger.warning("%s: ranks hold different copies of %s; saving the first one's", path, key)
-    with failing_together(f"saving {path}: the shards of the ranks do not make whole tensors"):
+    with failing_together(f"{_saving(path)}, the shards of the ranks do not make whole tensors"):
         validate_sharding_integrity(of_ranks)
     return _Shards(own, common, of_ranks, add_digests(digests_of_ranks))
 
@@ -242,20 +242,24 @@ def _without_data(sharded: dict[str, Any]) -> list[ShardedBase]:
     return [shard.without_data() for shard in nested_values(sharded)]
 
 
-def _write(sharded: dict[str, Any], common: dict[str, Any], directory: Path) -> dict[str, StoredFile]:
+def _saving(path: Path) -> str:
+    return f"saving {path} failed (what was there is unchanged)"
+
+
+def _write(sharded: dict[str, Any], common: dict[str, Any], directory: Path, what: str) -> dict[str, StoredFile]:
     """Write everything but the manifest; returns the files with their checksums. Every rank calls it."""
-    with failing_together(f"writing {directory}"):
+    with failing_together(what):
         dist_checkpointing.save(
             sharded, str(directory), sharded_strategy=SaveStrategy(), validate_access_integrity=False
         )
         if dist.get_rank() == 0:
             torch.save(common, directory / _COMMON)
             _read_common(directory)
-    with failing_together(f"checking what was written to {directory}"):
+    with failing_together(what):
         names = sorted(os.listdir(directory))
         share = names[dist.get_rank() :: dist.get_world_size()]
         described = {name: describe_file(directory / name) for name in share}
-    parts = gather(described, f"writing {directory}")
+    parts = gather(described, what)
     return {name: file for part in parts for name, file in part.items()}
 
 
