@@ -1,7 +1,9 @@
 """DoRA for Megatron-Core through a torch.compile backend; see README.md."""
 
 from dora_fx.bridge_checkpoint import load_bridge_checkpoint
+from dora_fx.checkpoint import load_checkpoint, save_checkpoint
 from dora_fx.config import DoRA
+from dora_fx.failing_together import CheckpointError
 from dora_fx.hf import export_hf
 from dora_fx.hf_import import import_hf
 from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter, invalidate_norms
@@ -10,6 +12,7 @@ from dora_fx.merge import merge, unmerge
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointError",
     "DoRA",
     "DoRALinear",
     "ParallelLinearDoRAAdapter",
@@ -19,6 +22,8 @@ __all__ = [
     "import_hf",
     "invalidate_norms",
     "load_bridge_checkpoint",
+    "load_checkpoint",
     "merge",
+    "save_checkpoint",
     "unmerge",
 ]

@@ -17,6 +17,8 @@ def megatron_world(
     *,
     seed: int = 1234,
     tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
     store: dist.Store | None = None,
     global_rank: int = 0,
     world_size: int = 1,
@@ -26,7 +28,8 @@ def megatron_world(
     Args:
         device: "cpu" (gloo) or "cuda" (NCCL, the current device).
         seed: seeds torch and Megatron's tensor-parallel generators.
-        tensor_model_parallel_size: tensor-parallel size, a divisor of `world_size`.
+        tensor_model_parallel_size, pipeline_model_parallel_size: their product divides `world_size`.
+        virtual_pipeline_model_parallel_size: model chunks of each pipeline rank; None without virtual stages.
         store: meeting point of the processes. The default is an in-memory store, which needs neither port nor
             file and serves one process; several processes pass a `FileStore` or a `TCPStore`.
         global_rank: this process in the world.
@@ -51,20 +54,24 @@ def megatron_world(
             world_size=world_size,
         )
         try:
-            _start_megatron(on_cpu, seed, tensor_model_parallel_size)
+            _start_megatron(
+                on_cpu,
+                seed,
+                tensor_model_parallel_size=tensor_model_parallel_size,
+                pipeline_model_parallel_size=pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+            )
             yield
         finally:
             _stop_megatron()
             dist.destroy_process_group()
 
 
-def _start_megatron(on_cpu: bool, seed: int, tensor_model_parallel_size: int) -> None:
+def _start_megatron(on_cpu: bool, seed: int, **sizes: int | None) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_model_parallel_size, create_gloo_process_groups=on_cpu
-    )
+    parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=on_cpu)
     torch.manual_seed(seed)
     # The training tracker switches CUDA generator states; the inference one leaves the generator alone. The
     # tracker of an earlier world would carry its kind and its states over, hence the reset.

@@ -41,7 +41,7 @@ def _run(argv: list[str]) -> int:
     import jsonargparse
 
     import dora_fx
-    from dora_fx.cli import export, finetune
+    from dora_fx.cli import export, finetune, inspect
 
     parser = jsonargparse.ArgumentParser(
         prog="dora-fx",
@@ -50,7 +50,7 @@ def _run(argv: list[str]) -> int:
         version=dora_fx.__version__,
     )
     commands = parser.add_subcommands(required=True, dest="command")
-    modules: dict[str, Any] = {"finetune": finetune, "export": export}
+    modules: dict[str, Any] = {"finetune": finetune, "export": export, "inspect": inspect}
     for name, module in modules.items():
         commands.add_subcommand(name, module.parser(), help=module.HELP)
     if argv[:1] == ["finetune"]:

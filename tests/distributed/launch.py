@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +35,23 @@ def run_ranks(function: Callable[..., Any], world_size: int, tp: int, *args: Any
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(enter_rank, (function, world_size, tp, folder, args), nprocs=world_size)
         return torch.load(Path(folder) / "result", weights_only=False)
+
+
+def visit_worlds(visits: Sequence[tuple[Callable[..., Any], Any]], *args: Any) -> None:
+    """Run `function(layout, *args)` for (function, layout) after (function, layout), on every rank of its world.
+
+    All in the same processes: rank 0 is in every world, so that each visit finds what the ones before it left.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of the process that failed first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_visit, (visits, folder, args), nprocs=max(layout.world_size for _, layout in visits))
+
+
+def _visit(rank: int, visits: Sequence[tuple[Callable[..., Any], Any]], folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    for number, (function, layout) in enumerate(visits):
+        if rank < layout.world_size:
+            with layout.world(rank, Path(folder) / str(number)):
+                function(layout, *args)

@@ -1,0 +1,285 @@
+"""Save and load DoRA adapters as Megatron distributed checkpoints, whatever the layout they were trained at.
+
+A checkpoint is a directory in Megatron's torch_dist format with one more file, `dora_fx.json` (see
+`checkpoint_manifest.py`). It holds the adapters, not the base. It is either whole or absent, and the last good one
+can be loaded at every instant (see `checkpoint_directory.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factories, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
+from torch import nn
+
+from dora_fx.checkpoint_checks import check_base, check_files, check_sites, check_tensors
+from dora_fx.checkpoint_contents import ModelContents, all_shards, layout_of_world, model_contents
+from dora_fx.checkpoint_directory import new_directory, open_checkpoint, put_in_place
+from dora_fx.checkpoint_manifest import Manifest, StoredFile, describe_file
+from dora_fx.checkpoint_optimizer import load_optimizer_state, optimizer_sharded_state_dict
+from dora_fx.checkpoint_strategy import LoadStrategy, SaveStrategy
+from dora_fx.failing_together import CheckpointError, failing_together, from_first_rank, gather
+from dora_fx.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
+
+logger = logging.getLogger(__name__)
+
+Model = nn.Module | Sequence[nn.Module]
+
+# Megatron's file for what is not sharded. Versions from 0.17 on read it, but no longer write it.
+_COMMON = "common.pt"
+
+# Reading starts anew when a save replaces what is being read.
+_ATTEMPTS = 5
+
+
+def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
+    """Save a model's adapters as the directory `path`, replacing a checkpoint that is there. Every rank calls it.
+
+    Args:
+        model: after `DoRA` ran on it; a list of chunks with virtual pipeline stages. Bare or wrapped in Megatron's
+            Float16Module and DistributedDataParallel.
+        path: on a file system that all ranks see.
+        optimizer: Megatron's, to save its state too.
+        extra: anything that the caller needs to go on, such as the step and the position in the data. Numbers,
+            text, tensors, lists and dicts; rank 0's is saved.
+
+    Raises:
+        CheckpointError: on every rank, with the file or layer at fault; what was at `path` is still there.
+    """
+    path = Path(os.path.abspath(path))
+    contents = model_contents(model)
+    shards = _shards_to_save(contents, optimizer, path)
+    with contextlib.ExitStack() as stack:
+        with failing_together(_saving(path)):
+            directory = stack.enter_context(new_directory(path)) if dist.get_rank() == 0 else None
+        directory = from_first_rank(directory, _saving(path))
+        files = _write(shards.own, shards.common | {"extra": extra}, directory, _saving(path))
+        with failing_together(_saving(path)):
+            if dist.get_rank() == 0:
+                manifest = Manifest(
+                    save_id=uuid.uuid4().hex,
+                    versions=_versions(),
+                    layout=layout_of_world(model),
+                    non_homogeneous_layers=contents.non_homogeneous_layers,
+                    sites=contents.sites,
+                    tensors=contents.stored_tensors(shards.of_ranks),
+                    base=shards.base,
+                    has_optimizer=optimizer is not None,
+                    has_extra=extra is not None,
+                    files=files,
+                )
+                manifest.write(directory)
+                put_in_place(directory, path)
+
+
+def load_checkpoint(
+    model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, any_base: bool = False
+) -> Any:
+    """Load the adapters that `save_checkpoint` wrote, at any layout. Every rank calls it.
+
+    Everything is checked and read before the first tensor is changed.
+
+    Args:
+        model: the base that the adapters were trained on, after `DoRA` with the same dim, alpha and targets.
+        path: the checkpoint.
+        optimizer: to load its state too; the checkpoint must have it.
+        any_base: load onto another base than the one that the adapters were trained on, with a warning.
+
+    Returns:
+        The `extra` that was saved, on every rank.
+
+    Raises:
+        CheckpointError: on every rank, with the file or layer at fault. Model and optimizer are as they were.
+    """
+    path = Path(os.path.abspath(path))
+    contents, state = _read_until_unreplaced(model, optimizer, path, any_base)
+    if optimizer is not None:
+        with failing_together(f"loading {path}: the optimizer"):
+            load_optimizer_state(optimizer, state["optimizer"])
+    _copy_into_parameters(contents, state)
+    return state.get("extra")
+
+
+class _Shards(NamedTuple):
+    """What a save writes.
+
+    Attributes:
+        own: this rank's shards.
+        common: what is not sharded; rank 0's is saved.
+        of_ranks: the shards of all ranks, without data.
+        base: digests of the base weights.
+    """
+
+    own: dict[str, Any]
+    common: dict[str, Any]
+    of_ranks: Sequence[Sequence[ShardedBase]]
+    base: dict[str, str]
+
+
+def _shards_to_save(contents: ModelContents, optimizer: Any, path: Path) -> _Shards:
+    """Describe all state, and check that the ranks' shards make whole tensors."""
+    with failing_together(_saving(path)):
+        state: dict[str, Any] = {**contents.adapter}
+        if optimizer is not None:
+            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=False)
+        own, common = _split(state)
+        digests, copies = shard_digests(contents.base), copy_digests(all_shards(contents.adapter))
+    everyone = gather((_without_data(own), digests, copies), _saving(path))
+    of_ranks, digests_of_ranks, copies_of_ranks = zip(*everyone, strict=True)
+    for key in differing_copies(copies_of_ranks) if dist.get_rank() == 0 else ():
+        logger.warning("%s: ranks hold different copies of %s; saving the first one's", path, key)
+    with failing_together(f"{_saving(path)}, the shards of the ranks do not make whole tensors"):
+        validate_sharding_integrity(of_ranks)
+    return _Shards(own, common, of_ranks, add_digests(digests_of_ranks))
+
+
+def _read_until_unreplaced(
+    model: Model, optimizer: Any, path: Path, any_base: bool
+) -> tuple[ModelContents, dict[str, Any]]:
+    """Check and read the checkpoint, anew if a save replaced it meanwhile."""
+    for attempt in range(_ATTEMPTS):
+        directory, manifest = _find(path)
+        try:
+            found = _read(model, optimizer, directory, manifest, any_base=any_base)
+        except CheckpointError:
+            if attempt == _ATTEMPTS - 1 or not _was_replaced(path, manifest):
+                raise
+            continue
+        if not _was_replaced(path, manifest):
+            return found
+    raise CheckpointError(f"{path}: replaced {_ATTEMPTS} times while it was being read; try again")
+
+
+def _find(path: Path) -> tuple[Path, Manifest]:
+    """The directory to read and its manifest, the same on every rank."""
+    found = None
+    with failing_together(f"loading {path}"):
+        if dist.get_rank() == 0:
+            found = open_checkpoint(path)
+    directory, manifest = from_first_rank(found, f"loading {path}")
+    if directory != path and dist.get_rank() == 0:
+        logger.warning("%s: a save was interrupted; loading the checkpoint that it was replacing", path)
+    return directory, manifest
+
+
+def _was_replaced(path: Path, manifest: Manifest) -> bool:
+    """Whether another save took the checkpoint's place; every rank calls it."""
+    replaced = None
+    if dist.get_rank() == 0:
+        try:
+            replaced = open_checkpoint(path)[1].save_id != manifest.save_id
+        except CheckpointError:
+            replaced = False
+    return from_first_rank(replaced, f"loading {path}")
+
+
+def _read(
+    model: Model, optimizer: Any, directory: Path, manifest: Manifest, *, any_base: bool
+) -> tuple[ModelContents, dict[str, Any]]:
+    """Check a checkpoint against the model and read it into new tensors."""
+    contents = model_contents(model, manifest.non_homogeneous_layers)
+    digests = gather(shard_digests(contents.base), f"loading {directory}")
+    with failing_together(f"loading {directory}"):
+        check_sites(directory, manifest, contents.sites)
+        check_base(directory, manifest, add_digests(digests), any_base=any_base)
+        check_files(directory, manifest)
+        if optimizer is not None and not manifest.has_optimizer:
+            raise CheckpointError(f"{directory}: has no optimizer state; load it without `optimizer`")
+    with failing_together(f"loading {directory}"):
+        state: dict[str, Any] = {**contents.adapter}
+        if optimizer is not None:
+            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=True)
+        wanted = _without_data(_split(state)[0])
+    everyone = gather(wanted, f"loading {directory}")
+    with failing_together(f"loading {directory}"):
+        check_tensors(directory, manifest, contents.stored_tensors(everyone), with_optimizer=optimizer is not None)
+    with failing_together(f"reading {directory}{_other_versions(manifest)}"):
+        return contents, _load(state, directory)
+
+
+def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """As `dist_checkpointing.load`, which from Megatron 0.17 on warns of the file that earlier ones must find."""
+    common = _read_common(directory)
+    sharded, own, factories = load_preprocess(state)
+    merge(common, own)
+    merge(common, LoadStrategy().load(extract_sharded_base(sharded)[0], directory))
+    return apply_factory_merges(common, factories)
+
+
+def _read_common(directory: Path) -> dict[str, Any]:
+    try:
+        return torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{directory / _COMMON}: `extra` holds objects that would not be loaded again ({error}); "
+            "expected numbers, text, tensors, lists and dicts"
+        ) from error
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sharded part of a state dict, with factories applied, and the part that rank 0 saves."""
+    copy, _ = extract_matching_values(state, lambda value: True)
+    apply_factories(copy)
+    _, persistent = extract_nonpersistent(copy)
+    return extract_sharded_base(persistent)
+
+
+def _without_data(sharded: dict[str, Any]) -> list[ShardedBase]:
+    return [shard.without_data() for shard in nested_values(sharded)]
+
+
+def _saving(path: Path) -> str:
+    return f"saving {path} failed (what was there is unchanged)"
+
+
+def _write(sharded: dict[str, Any], common: dict[str, Any], directory: Path, what: str) -> dict[str, StoredFile]:
+    """Write everything but the manifest; returns the files with their checksums. Every rank calls it."""
+    with failing_together(what):
+        dist_checkpointing.save(
+            sharded, str(directory), sharded_strategy=SaveStrategy(), validate_access_integrity=False
+        )
+        if dist.get_rank() == 0:
+            torch.save(common, directory / _COMMON)
+            _read_common(directory)
+    with failing_together(what):
+        names = sorted(os.listdir(directory))
+        share = names[dist.get_rank() :: dist.get_world_size()]
+        described = {name: describe_file(directory / name) for name in share}
+    parts = gather(described, what)
+    return {name: file for part in parts for name, file in part.items()}
+
+
+@torch.no_grad()
+def _copy_into_parameters(contents: ModelContents, state: dict[str, Any]) -> None:
+    for chunk, shards in contents.adapter.items():
+        for key, shard in shards.items():
+            shard.data.copy_(state[chunk][key])
+
+
+def _other_versions(manifest: Manifest) -> str:
+    """Which packages were others when the checkpoint was written; torch reads no checkpoint of a later torch."""
+    own = _versions()
+    others = [f"{name} {saved} (here {own[name]})" for name, saved in manifest.versions.items() if saved != own[name]]
+    return f", written with {', '.join(others)}" if others else ""
+
+
+def _versions() -> dict[str, str]:
+    import megatron.core
+
+    import dora_fx
+
+    return {"dora_fx": dora_fx.__version__, "torch": torch.__version__, "megatron-core": megatron.core.__version__}

@@ -1,0 +1,89 @@
+"""What is checked before a checkpoint is loaded. Each check names what it found, what it expected and what to do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dora_fx.checkpoint_manifest import Manifest, SiteSettings, StoredTensor, check_file
+from dora_fx.failing_together import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_OPTIMIZER_PREFIX = "optimizer."
+
+
+def check_sites(directory: Path, manifest: Manifest, found: Mapping[str, SiteSettings]) -> None:
+    """Raise CheckpointError unless the model's adapted layers are the checkpoint's, with its dim and alpha."""
+    lacking = sorted(manifest.sites.keys() - found.keys())
+    if lacking:
+        raise CheckpointError(
+            f"{directory}: has adapters for {_listed(lacking)}, which the model does not; attach DoRA to them too"
+        )
+    beyond = sorted(found.keys() - manifest.sites.keys())
+    if beyond:
+        raise CheckpointError(
+            f"{directory}: has no adapters for {_listed(beyond)}, which the model has adapted; leave them out of "
+            "DoRA.target_modules"
+        )
+    for key, settings in manifest.sites.items():
+        for name in ("dim", "alpha"):
+            saved, own = getattr(settings, name), getattr(found[key], name)
+            if saved != own:
+                raise CheckpointError(
+                    f"{directory}: {key} was trained with {name}={saved:g}, the model has {name}={own:g}; "
+                    f"attach DoRA with {name}={saved:g}"
+                )
+        if settings.dropout != found[key].dropout and dist.get_rank() == 0:
+            logger.warning("%s: dropout was %g, going on with %g", key, settings.dropout, found[key].dropout)
+
+
+def check_base(directory: Path, manifest: Manifest, found: Mapping[str, str], *, any_base: bool) -> None:
+    """Raise CheckpointError, or warn where `any_base`, unless the base weights are those of the checkpoint."""
+    differing = sorted(key for key in manifest.base if found.get(key) != manifest.base[key])
+    if not differing:
+        return
+    message = f"{directory}: was trained on another base model than this one: {_listed(differing)} differ"
+    if not any_base:
+        raise CheckpointError(f"{message}. Load the base that it was trained on, or pass any_base=True to use this one")
+    if dist.get_rank() == 0:
+        logger.warning("%s", message)
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError if a file is missing or damaged. Each rank reads a part of them."""
+    names = sorted(manifest.files)
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        check_file(directory, name, manifest.files[name])
+
+
+def check_tensors(
+    directory: Path, manifest: Manifest, wanted: Mapping[str, StoredTensor], *, with_optimizer: bool
+) -> None:
+    """Raise CheckpointError unless the checkpoint's tensors are those that the ranks ask for."""
+    saved = {
+        key: tensor
+        for key, tensor in manifest.tensors.items()
+        if with_optimizer or not key.startswith(_OPTIMIZER_PREFIX)
+    }
+    lacking, beyond = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    if lacking or beyond:
+        raise CheckpointError(
+            f"{directory}: its tensors are not the model's: {_listed(lacking) or 'none'} missing, "
+            f"{_listed(beyond) or 'none'} unexpected" + "; expected the optimizer it was saved with" * with_optimizer
+        )
+    for key, tensor in saved.items():
+        if wanted[key] != tensor:
+            raise CheckpointError(
+                f"{directory}: {key} is a {tensor.dtype} tensor of shape {tensor.shape}, the model's is "
+                f"{wanted[key].dtype} of shape {wanted[key].shape}; load it into a model of the same sizes and dtype"
+            )
+
+
+def _listed(keys: Iterable[str], most: int = 3) -> str:
+    keys = list(keys)
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + rest

@@ -1,0 +1,171 @@
+"""What of a model goes into a checkpoint: adapter shards, the settings of the sites, and shards of their base."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from torch import nn
+
+from dora_fx.checkpoint_manifest import SiteSettings, StoredTensor
+from dora_fx.failing_together import CheckpointError, failing_together, gather
+from dora_fx.layers import DoRALinear
+from dora_fx.matching import unwrap
+
+# Megatron's prefix of the tensors that an optimizer keeps for a parameter.
+_OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
+
+
+@dataclass(frozen=True)
+class ModelContents:
+    """A model's part of a checkpoint, as this rank holds it.
+
+    Attributes:
+        non_homogeneous_layers: Megatron's metadata flag that the shards were described with.
+        adapter: chunk -> state-dict key -> shard that holds the parameter itself.
+        sites: key of an adapted layer -> DoRA's settings, of all ranks.
+        unpadded: key of a tensor -> shape of one layer's without what pads the base to a size that divides by the
+            number of ranks, of all ranks.
+        base: shards of the adapted layers' base weights and biases.
+    """
+
+    non_homogeneous_layers: bool
+    adapter: dict[str, dict[str, Any]]
+    sites: dict[str, SiteSettings]
+    unpadded: dict[str, tuple[int, ...]]
+    base: list[ShardedTensor]
+
+    def stored_tensors(self, shards_of_ranks: Iterable[Iterable[ShardedBase]]) -> dict[str, StoredTensor]:
+        """The whole tensors, by key, that the shards of all ranks are parts of, without padding."""
+        found = {}
+        for shard in chain.from_iterable(shards_of_ranks):
+            if isinstance(shard, ShardedTensor):
+                own = self.unpadded[_OPTIMIZER_STATE.sub("", shard.key)]
+                layers = tuple(shard.global_shape)[: len(shard.global_shape) - len(own)]
+                found[shard.key] = StoredTensor(layers + own, str(shard.dtype).removeprefix("torch."))
+        return dict(sorted(found.items()))
+
+
+def model_contents(model: nn.Module | Sequence[nn.Module], non_homogeneous_layers: bool | None = None) -> ModelContents:
+    """Describe a model or its pipeline chunks. Every rank calls it.
+
+    Args:
+        non_homogeneous_layers: as the checkpoint to load says; None to join the layers of a kind in one tensor if
+            every layer has an adapter of the same settings, as Megatron does by default.
+
+    Raises:
+        CheckpointError: the model has no adapters, or its class has no `sharded_state_dict`.
+    """
+    chunks = chunks_of(model)
+    for flag in (False, True) if non_homogeneous_layers is None else (non_homogeneous_layers,):
+        with failing_together("describing the adapters"):
+            adapter, sites, shapes, base = _describe_chunks(chunks, flag)
+            shards = [shard.without_data() for shard in all_shards(adapter)]
+        everyone = zip(*gather((shards, sites, shapes), "describing the adapters"), strict=True)
+        shards, sites, shapes = (list(chain.from_iterable(of_ranks)) for of_ranks in everyone)
+        found = ModelContents(flag, adapter, dict(sites), dict(shapes), base)
+        unlike = _with_several_values(sites) + _with_several_values(shapes) + _not_covered(shards)
+        if not unlike:
+            break
+    if not found.sites:
+        raise CheckpointError("the model has no DoRA adapters; attach them with DoRA(...)(model) first")
+    if unlike and non_homogeneous_layers is not None:
+        raise CheckpointError(
+            f"{unlike[0]}: the checkpoint has an adapter of the same dim and alpha in every layer, the model has not; "
+            "attach DoRA to all layers alike"
+        )
+    return found
+
+
+def all_shards(state: Any) -> list[ShardedBase]:
+    """The shards in a nested state dict, with those that factories make of a tensor in the tensor's place."""
+    shards: list[ShardedBase] = []
+    for value in nested_values(state) if isinstance(state, dict | list) else [state]:
+        if isinstance(value, ShardedTensorFactory):
+            shards += all_shards(value.build())
+        elif isinstance(value, ShardedBase):
+            shards.append(value)
+    return shards
+
+
+def layout_of_world(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
+    """Sizes of Megatron's groups by their usual names, and whether the model is sequence-parallel."""
+    chunks = chunks_of(model)
+    config: Any = chunks[0].config
+    return {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "vpp": len(chunks),
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+        "sequence_parallel": bool(config.sequence_parallel),
+    }
+
+
+def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """The pipeline chunks of a model, without Megatron's wrappers."""
+    return [unwrap(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
+
+
+Description = tuple[
+    dict[str, dict[str, Any]], list[tuple[str, SiteSettings]], list[tuple[str, tuple[int, ...]]], list[ShardedTensor]
+]
+
+
+def _describe_chunks(chunks: Sequence[Any], non_homogeneous_layers: bool) -> Description:
+    adapter: dict[str, dict[str, Any]] = {}
+    sites: list[tuple[str, SiteSettings]] = []
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    base: list[ShardedTensor] = []
+    for index, chunk in enumerate(chunks):
+        if not hasattr(chunk, "sharded_state_dict"):
+            raise CheckpointError(
+                f"{type(chunk).__name__} has no sharded_state_dict; expected a Megatron model such as GPTModel"
+            )
+        shards: dict[str, Any] = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": non_homogeneous_layers})
+        adapter["model" if len(chunks) == 1 else f"model{index}"] = {
+            key: shard for key, shard in shards.items() if ".adapter." in key and not key.endswith("_extra_state")
+        }
+        for path, module in chunk.named_modules():
+            if isinstance(module, DoRALinear):
+                for name, placement in module.adapter.placements.items():
+                    key = all_shards(shards[f"{path}.adapter.{name}"])[0].key
+                    shapes.append((key, placement.shape))
+                sites.append((key.partition(".adapter.")[0], _settings(module)))
+                own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
+                base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
+    return adapter, sites, shapes, base
+
+
+def _settings(site: DoRALinear) -> SiteSettings:
+    adapter = site.adapter
+    return SiteSettings(adapter.dim, float(adapter.alpha), float(adapter.scaling), float(adapter.dropout))
+
+
+def _with_several_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
+    """The keys that come with more than one value."""
+    values: dict[str, set[Any]] = {}
+    for key, value in pairs:
+        values.setdefault(key, set()).add(value)
+    return [key for key, found in values.items() if len(found) > 1]
+
+
+def _not_covered(shards: Iterable[ShardedTensor]) -> list[str]:
+    """The keys of which the shards together are not as large as the whole tensor."""
+    counts: dict[tuple[str, tuple[int, ...]], int] = {}
+    for shard in shards:
+        place = (shard.key, tuple(shard.global_shape))
+        counts[place] = counts.get(place, 0) + is_main_replica(shard.replica_id) * math.prod(shard.local_shape)
+    return [key for (key, shape), count in counts.items() if count != math.prod(shape)]

@@ -1,0 +1,106 @@
+"""How shards are written and read: Megatron's torch_dist format, with the layers of a rank in one piece.
+
+Megatron saves each layer of each rank as a tensor of its own, in forked processes that a spawned manager watches.
+Adapters are small: a file header per layer would cost more than one percent of them, and a manager more time than
+the writing. So consecutive layers are joined along the layer axis that their global tensors have anyway, and torch's
+own writer writes them in this process, where its errors reach every rank. Keys, global shapes and files are those of
+the format, and any reader of it can load any part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
+
+
+class SaveStrategy(TorchDistSaveShardedStrategy):
+    """Writes one file per rank, in this process."""
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
+        """Write this rank's shards; every rank calls it, and it raises on every rank or on none."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        joined = {key: [_join(run) for run in _runs_of_layers(shards)] for key, shards in by_key.items()}
+        checkpoint.save(
+            mcore_to_pyt_state_dict(joined, False),
+            storage_writer=FileSystemWriter(str(checkpoint_dir)),
+            planner=MCoreSavePlanner(flatten_state_dict=False),
+        )
+
+
+class LoadStrategy(TorchDistLoadShardedStrategy):
+    """Reads into new tensors on the CPU, never into those that the state dict holds.
+
+    Global shapes may differ at their ends from the stored ones: what pads a layer for one number of ranks is left out
+    or filled with zeros for another. Shapes without padding are the manifest's to check.
+    """
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str, *args: Any) -> dict[str, Any]:
+        """Read what the shards of a nested state dict describe; returns it with tensors in their places."""
+        by_key: dict[str, list[ShardedBase]] = {}
+        for shard in nested_values(sharded_state_dict):
+            by_key.setdefault(shard.key, []).append(shard)
+        runs = [run for shards in by_key.values() for run in _runs_of_layers(shards)]
+        requests = {str(index): _request(run) for index, run in enumerate(runs)}
+        loaded = super().load(requests, checkpoint_dir, *args)
+        values: dict[int, Any] = {}
+        for index, run in enumerate(runs):
+            parts = loaded[str(index)].unbind(0) if _has_layer_axis(run[0]) else [loaded[str(index)]]
+            values |= {id(shard): part for shard, part in zip(run, parts, strict=True)}
+        copy, _ = extract_matching_values(sharded_state_dict, lambda shard: True)
+        return dict_list_map_inplace(lambda shard: values[id(shard)], copy)
+
+
+def _has_layer_axis(shard: ShardedBase) -> bool:
+    return isinstance(shard, ShardedTensor) and shard.prepend_axis_num == 1
+
+
+def _runs_of_layers(shards: Sequence[ShardedBase]) -> list[list[ShardedBase]]:
+    """Shards of one key, cut into lists that differ in nothing but consecutive layers."""
+    if not all(map(_has_layer_axis, shards)):
+        return [[shard] for shard in shards]
+    by_place: dict[Any, list[list[ShardedBase]]] = {}
+    for shard in sorted(shards, key=lambda shard: shard.global_offset[0]):
+        runs = by_place.setdefault((shard.global_offset[1:], shard.local_shape, shard.replica_id), [])
+        if runs and runs[-1][-1].global_offset[0] + 1 == shard.global_offset[0]:
+            runs[-1].append(shard)
+        else:
+            runs.append([shard])
+    return [run for runs in by_place.values() for run in runs]
+
+
+def _request(run: Sequence[ShardedBase]) -> ShardedBase:
+    shard = _join([shard.without_data() for shard in run])
+    return replace(shard, allow_shape_mismatch=True) if isinstance(shard, ShardedTensor) else shard
+
+
+def _join(run: Sequence[ShardedBase]) -> ShardedBase:
+    """One shard of several layers, or the shard itself where its tensor has no layer axis."""
+    first = run[0]
+    if not _has_layer_axis(first):
+        return first
+    return replace(
+        first,
+        data=None if first.data is None else torch.stack([shard.data.detach() for shard in run]),
+        local_shape=(len(run), *first.local_shape),
+        # Ranks may hold different numbers of layers.
+        axis_fragmentations=None,
+        prepend_axis_num=0,
+    )

@@ -1,0 +1,100 @@
+"""`dora-fx inspect`: what a checkpoint holds, and whether it is whole. Needs no model and no other process."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_fx.checkpoint_directory import open_checkpoint
+from dora_fx.checkpoint_manifest import Manifest, StoredTensor, check_file
+from dora_fx.cli.errors import UserError
+from dora_fx.failing_together import CheckpointError
+
+HELP = "show what a checkpoint holds and whether it is whole"
+DAMAGED_EXIT_CODE = 1
+
+Rows = list[tuple[str, ...]]
+
+
+def parser() -> Any:
+    """The command's jsonargparse parser."""
+    import jsonargparse
+
+    command = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    command.add_argument("checkpoint", type=Path, help="directory that dora_fx.save_checkpoint wrote")
+    return command
+
+
+def run(parsed: dict[str, Any]) -> int:
+    """Print the checkpoint's tables, then what is wrong with it; return 1 if something is.
+
+    Raises:
+        UserError: there is no checkpoint, or the file that describes it is damaged.
+    """
+    path = Path(os.path.abspath(parsed["checkpoint"]))
+    try:
+        directory, manifest = open_checkpoint(path)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    print(describe(manifest))
+    problems = problems_of(directory, manifest)
+    for problem in problems:
+        print(f"dora-fx: {problem}", file=sys.stderr)
+    if directory != path:
+        print(f"\na save was interrupted; this is the checkpoint that it was replacing, in {directory}")
+    print(f"\n{len(problems)} of {len(manifest.files)} files damaged" if problems else "\nall files are whole")
+    return DAMAGED_EXIT_CODE if problems else 0
+
+
+def problems_of(directory: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with a checkpoint's files, one message for each that is missing or damaged."""
+    problems = []
+    for name, expected in manifest.files.items():
+        try:
+            check_file(directory, name, expected)
+        except CheckpointError as error:
+            problems.append(str(error))
+    return problems
+
+
+def describe(manifest: Manifest) -> str:
+    """The tables of a checkpoint: sites, tensors, files, and how it was written."""
+    layout = manifest.layout
+    sizes = ", ".join(f"{name} {layout[name]}" for name in ("tp", "pp", "vpp", "cp", "dp"))
+    sites: Rows = [("layer", "dim", "alpha", "scaling", "dropout")]
+    sites += [
+        (key, *(f"{getattr(site, name):g}" for name in sites[0][1:])) for key, site in sorted(manifest.sites.items())
+    ]
+    tensors: Rows = [("tensor", "shape", "dtype", "bytes")]
+    tensors += [
+        (key, "x".join(map(str, tensor.shape)), tensor.dtype, f"{_bytes_of(tensor):,}")
+        for key, tensor in manifest.tensors.items()
+    ]
+    files: Rows = [("file", "bytes")]
+    files += [(name, f"{file.size:,}") for name, file in sorted(manifest.files.items())]
+    whole, on_disk = sum(map(_bytes_of, manifest.tensors.values())), sum(f.size for f in manifest.files.values())
+    facts: Rows = [
+        ("written by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        ("at layout", sizes + ", sequence parallel" * layout["sequence_parallel"]),
+        ("keys", "with layer numbers" if manifest.non_homogeneous_layers else "without layer numbers, layers in front"),
+        ("optimizer", "yes" if manifest.has_optimizer else "no"),
+        ("extra", "yes" if manifest.has_extra else "no"),
+        ("bytes", f"{whole:,} in tensors, {on_disk:,} in files"),
+    ]
+    return "\n\n".join(map(_table, (facts, sites, tensors, files)))
+
+
+def _bytes_of(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape) * getattr(torch, tensor.dtype).itemsize
+
+
+def _table(rows: Rows) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

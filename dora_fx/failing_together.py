@@ -1,0 +1,77 @@
+"""A step that several ranks take succeeds on all of them or fails on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or cannot be loaded; nothing was changed."""
+
+
+@contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """Run the block on every rank of the default group; when it raises on one rank, every rank raises.
+
+    Args:
+        what: the step, for messages, such as "writing the tensors".
+
+    Raises:
+        CheckpointError: the block raised, here or on another rank, or another rank is gone.
+    """
+    error: CheckpointError | None = None
+    try:
+        yield
+    except CheckpointError as raised:
+        error = raised
+    except (Exception, CheckpointException) as raised:
+        error = CheckpointError(f"{what}: {describe_error(raised)}")
+        error.__cause__ = raised
+    messages = gather(str(error) if error is not None else None, what)
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise CheckpointError(f"{message} (on rank {rank})")
+
+
+def describe_error(error: BaseException) -> str:
+    """Kind and text of an error; of torch's collection of errors of many ranks, the first one's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, wrapped = min(error.failures.items())
+        return f"{describe_error(wrapped[0])} (on rank {rank})"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def gather(value: Any, what: str) -> list[Any]:
+    """The value of every rank, in order of ranks, on every rank.
+
+    Raises:
+        CheckpointError: another rank is gone.
+    """
+    values: list[Any] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise CheckpointError(f"{what}: another rank is gone ({describe_error(error)})") from error
+    return values
+
+
+def from_first_rank(value: Any, what: str) -> Any:
+    """The value of rank 0, on every rank.
+
+    Raises:
+        CheckpointError: another rank is gone.
+    """
+    values = [value]
+    try:
+        dist.broadcast_object_list(values, src=0)
+    except RuntimeError as error:
+        raise CheckpointError(f"{what}: another rank is gone ({describe_error(error)})") from error
+    return values[0]

@@ -1,0 +1,282 @@
+"""A tiny GPT at any tensor-, pipeline- and data-parallel size, with the same values and steps at all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from torch import nn
+
+import dora_fx
+from dora_fx.megatron_world import megatron_world
+from dora_fx.models import causal_mask
+from dora_fx.models.gpt_model import FrozenRMSNorm
+from tests.distributed.megatron_on_cpu import cuda_means_cpu
+from tests.distributed.zoo import Sharding, shardings, sites_of, split, tensors_of, whole_values
+
+LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCAB, DIM = 4, 32, 48, 8, 4, 64, 4
+TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a world; `vpp` is the number of model chunks of each pipeline rank."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    vpp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}-pp{self.pp}-dp{self.dp}" + (f"-vpp{self.vpp}" if self.vpp > 1 else "")
+
+    @contextmanager
+    def world(self, rank: int, store: Path) -> Iterator[None]:
+        """Be one rank of a world of this layout."""
+        with megatron_world(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vpp if self.vpp > 1 else None,
+            store=dist.FileStore(str(store), self.world_size),
+            global_rank=rank,
+            world_size=self.world_size,
+        ):
+            yield
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is trained, and by which of Megatron's optimizers: fp32, bf16 (float32 main copies) or distributed."""
+
+    gated: bool = True
+    sequence_parallel: bool = False
+    optimizer: str = "fp32"
+
+    def __str__(self) -> str:
+        mlp = "gated" if self.gated else "plain"
+        return f"{mlp}{'-sp' if self.sequence_parallel else ''}-{self.optimizer}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.optimizer == "fp32" else torch.bfloat16
+
+
+def build_base(layout: Layout, kind: Kind, num_layers: int = LAYERS) -> list[GPTModel]:
+    """This rank's chunks of the base, with weights that depend on nothing but their place in the model."""
+    activation = {"gated_linear_unit": True, "activation_func": F.silu} if kind.gated else {}
+    config = TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=FFN,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_dtype=kind.dtype,
+        params_dtype=kind.dtype,
+        bf16=kind.dtype is torch.bfloat16,
+        sequence_parallel=kind.sequence_parallel and layout.tp > 1,
+        **activation,
+    )
+    chunks = [_build_chunk(config, layout, stage) for stage in range(layout.vpp)]
+    for chunk in chunks:
+        chunk.to(kind.dtype)
+        _set_base_values(chunk, layout)
+    return chunks
+
+
+def _build_chunk(config: TransformerConfig, layout: Layout, stage: int) -> GPTModel:
+    vp_stage = stage if layout.vpp > 1 else None
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules([layer] * num_layers, FrozenRMSNorm),
+        vocab_size=VOCAB,
+        max_sequence_length=32,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        pre_process=first(ignore_virtual=True) and stage == 0,
+        post_process=last(ignore_virtual=True) and stage == layout.vpp - 1,
+        vp_stage=vp_stage,
+    )
+
+
+def attach(chunks: list[GPTModel], dim: int = DIM, alpha: float = 8, targets: list[str] = TARGETS) -> list[nn.Module]:
+    """Adapters on every chunk, untrained."""
+    return dora_fx.DoRA(target_modules=targets, dim=dim, alpha=alpha)(chunks)
+
+
+def name_of(chunk: GPTModel, path: str) -> str:
+    """A module's path with its layer's number in the whole model."""
+    parts = path.split(".")
+    if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
+        parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
+def _own(shape: tuple[int, ...], sharding: Sharding, name: str, std: float, layout: Layout) -> torch.Tensor:
+    """This rank's part of the whole tensor of a name, for a parameter of a shape."""
+    whole = list(shape)
+    if sharding.dim is not None:
+        whole[sharding.dim] *= layout.tp
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    return split(whole_values(tuple(whole), name, std), sharding.dim, tp_rank, layout.tp, sharding.blocks)
+
+
+@torch.no_grad()
+def _set_base_values(chunk: GPTModel, layout: Layout) -> None:
+    for path, module in chunk.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 2:
+            # The embedding's rows are its vocabulary, sharded as a column layer's.
+            is_linear = hasattr(module, "input_size")
+            sharding = shardings(path, module)["weight"] if is_linear else Sharding(0)
+            name = name_of(chunk, path)
+            weight.copy_(_own(tuple(weight.shape), sharding, f"{name}.weight", HIDDEN**-0.5, layout))
+
+
+TRAINED = {"lora_a": HIDDEN**-0.5, "lora_b": 0.2, "magnitude": 1.0}
+
+
+def trained_parameters(chunks: list[Any]) -> Iterator[tuple[str, nn.Parameter, Sharding]]:
+    """(name in the whole model, parameter, its sharding) for everything that is trained on this rank."""
+    for chunk in map(unwrapped, chunks):
+        for path, site in sites_of(chunk).items():
+            rules, tensors = shardings(path, site.to_wrap), tensors_of(site)
+            for part in TRAINED:
+                yield f"{name_of(chunk, path)}.{part}", tensors[part], rules[part]
+
+
+def unwrapped(chunk: Any) -> GPTModel:
+    while isinstance(chunk, (DistributedDataParallel, Float16Module)):
+        chunk = chunk.module
+    return chunk
+
+
+@torch.no_grad()
+def set_adapter_values(chunks: list[nn.Module], layout: Layout, salt: str = "") -> None:
+    """Values that depend on the parameter's name and the salt alone; magnitudes are positive."""
+    for name, parameter, sharding in trained_parameters(chunks):
+        std = TRAINED[name.rpartition(".")[2]]
+        value = _own(tuple(parameter.shape), sharding, f"{name}{salt}", std, layout)
+        parameter.copy_(value.abs() + 0.5 if name.endswith("magnitude") else value)
+
+
+class Training:
+    """Chunks, wrapped as Megatron wraps them, with an optimizer.
+
+    Its steps take gradients that depend on nothing but the parameter's name and the number of the step, so that
+    values and moments are bitwise the same at every layout.
+    """
+
+    def __init__(self, layout: Layout, kind: Kind, salt: str = "", **dora: Any) -> None:
+        self.layout, self.kind = layout, kind
+        chunks: list[Any] = attach(build_base(layout, kind), **dora)
+        set_adapter_values(chunks, layout, salt)
+        distributed = kind.optimizer == "distributed"
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=1e-2,
+            weight_decay=0.01,
+            clip_grad=0.0,
+            params_dtype=kind.dtype,
+            bf16=kind.dtype is torch.bfloat16,
+            use_distributed_optimizer=distributed,
+        )
+        with cuda_means_cpu():
+            config = chunks[0].config
+            if kind.dtype is torch.bfloat16:
+                chunks = [Float16Module(config, chunk) for chunk in chunks]
+            ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
+            # A module's magnitude that Float16Module cast is float32 again.
+            self.chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
+            self.optimizer = get_megatron_optimizer(settings, self.chunks)
+
+    def train(self, number: int) -> float:
+        """One update by the loss of a batch, of which each data-parallel rank takes its part; returns the loss."""
+        tokens = torch.randint(0, VOCAB, (4, 17), generator=torch.Generator().manual_seed(number))
+        own = tokens.chunk(self.layout.dp)[parallel_state.get_data_parallel_rank()]
+        length = own.shape[1] - 1
+        positions, mask = torch.arange(length).expand(len(own), length), causal_mask(length, "cpu")
+        [chunk] = self.chunks
+        chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = chunk(own[:, :-1], positions, mask, labels=own[:, 1:]).mean()
+        loss.backward()
+        with cuda_means_cpu():
+            finalize_model_grads([chunk])
+            self.optimizer.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        return float(total) / self.layout.dp
+
+    def step(self, number: int) -> None:
+        """One update by gradients that are the same at every layout."""
+        for name, parameter, sharding in trained_parameters(self.chunks):
+            value = _own(tuple(parameter.shape), sharding, f"{name} gradient {number}", 1.0, self.layout)
+            parameter.main_grad.copy_(value)
+        with cuda_means_cpu():
+            self.optimizer.step()
+
+
+def linear_sizes(kind: Kind) -> dict[str, tuple[int, int]]:
+    """Output and input features of the adapted layers, by their path in a layer."""
+    return {
+        "self_attention.linear_qkv": (HIDDEN + 2 * GROUPS * (HIDDEN // HEADS), HIDDEN),
+        "self_attention.linear_proj": (HIDDEN, HIDDEN),
+        "mlp.linear_fc1": ((2 if kind.gated else 1) * FFN, HIDDEN),
+        "mlp.linear_fc2": (HIDDEN, FFN),
+    }
+
+
+def _of_layers(shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
+    return torch.stack([whole_values(shape, f"decoder.layers.{layer}.{name}", std) for layer in range(LAYERS)])
+
+
+def expected_adapters(kind: Kind, salt: str = "") -> dict[str, torch.Tensor]:
+    """The whole tensors of a checkpoint of `set_adapter_values`, by key, layers in front."""
+    expected = {}
+    for path, (rows, columns) in linear_sizes(kind).items():
+        key = f"decoder.layers.{path}.adapter"
+        lora_a = _of_layers((DIM, columns), f"{path}.lora_a{salt}", TRAINED["lora_a"])
+        lora_b = _of_layers((rows, DIM), f"{path}.lora_b{salt}", TRAINED["lora_b"])
+        magnitude = _of_layers((rows,), f"{path}.magnitude{salt}", TRAINED["magnitude"]).abs() + 0.5
+        expected[f"{key}.linear_in.weight"] = lora_a.to(kind.dtype)
+        expected[f"{key}.linear_out.weight"] = lora_b.to(kind.dtype)
+        expected[f"{key}.weight_magnitude"] = magnitude.float()
+    return expected
+
+
+def expected_norms(kind: Kind) -> dict[str, torch.Tensor]:
+    """The magnitudes of adapters that were just attached, by key: the row norms of the whole base weights."""
+    return {
+        f"decoder.layers.{path}.adapter.weight_magnitude": _of_layers(size, f"{path}.weight", HIDDEN**-0.5).norm(dim=-1)
+        for path, size in linear_sizes(kind).items()
+    }

@@ -1,0 +1,53 @@
+"""A base that is padded for one number of ranks and not for another shares its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import dora_fx
+from dora_fx.checkpoint_manifest import read_manifest
+from dora_fx.models import build_gpt_model
+from dora_fx.whole_tensors import AdapterShards
+from tests.distributed.launch import visit_worlds
+from tests.distributed.pipeline_gpt import TARGETS, Layout
+from tests.distributed.zoo import whole_values
+from tests.hf_models import tiny_hf_model
+
+ONE, TWO = Layout(), Layout(tp=2)
+
+
+def build(salt: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """A model with three query groups, which two ranks pad to four, and the whole tensors of its adapters."""
+    hf = tiny_hf_model("llama", num_key_value_heads=3)
+    model = dora_fx.DoRA(TARGETS, dim=4, alpha=8)(build_gpt_model(hf.config, hf.state_dict()))
+    shards, wholes = AdapterShards(model), {}
+    with torch.no_grad():
+        for name, parameter in shards.parameters.items():
+            wholes[name] = whole_values(tuple(shards.gather(name, parameter).shape), f"{name}{salt}", 1.0).float()
+            parameter.copy_(shards.scatter(name, wholes[name]))
+    return model, wholes
+
+
+def save(layout: Layout, folder: Path) -> None:
+    dora_fx.save_checkpoint(build(" of this run")[0], folder / str(layout))
+
+
+def load(layout: Layout, folder: Path) -> None:
+    _, expected = build(" of this run")
+    for source in (ONE, TWO):
+        model, _ = build(" of another run")
+        dora_fx.load_checkpoint(model, folder / str(source))
+        shards = AdapterShards(model)
+        for name, parameter in shards.parameters.items():
+            assert torch.equal(shards.gather(name, parameter), expected[name]), name
+            own = shards.scatter(name, expected[name])
+            assert torch.equal(parameter, own), f"{name}: padding"
+
+
+def test_one_rank_and_two(tmp_path: Path) -> None:
+    visit_worlds([(step, layout) for step in (save, load) for layout in (ONE, TWO)], tmp_path)
+    one, two = (read_manifest(tmp_path / str(layout)) for layout in (ONE, TWO))
+    assert one.tensors == two.tensors
+    assert one.base == two.base
