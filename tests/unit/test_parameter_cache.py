@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +157,32 @@ def test_changes_are_noticed(zoo: LinearZoo, change: Callable[[LinearZoo], None]
     run = compiled(zoo)
     assert_equals_eager(run, zoo)
     change(zoo)
+    assert_equals_eager(run, zoo)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_loading_a_checkpoint_is_noticed(gated: bool, tmp_path: Path) -> None:
+    """A gated layer's tensors are loaded in halves."""
+    activation = {} if gated else {"gated_linear_unit": False, "activation_func": torch.nn.functional.gelu}
+    model = dora_fx.DoRA(dim=6, lora_B_init_method="normal")(tiny_gpt(**activation).double())
+    dora_fx.save_checkpoint(model, tmp_path / "saved")
+    run = compiled(model)
+    expected = logits_of(run, token_ids())
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.mul_(1.5)
+    assert not torch.allclose(logits_of(run, token_ids()), expected)
+    dora_fx.load_checkpoint(model, tmp_path / "saved")
+    assert torch.equal(logits_of(run, token_ids()), expected)
+
+
+def test_merging_and_unmerging_is_noticed(zoo: LinearZoo) -> None:
+    run = compiled(zoo)
+    expected = run(inputs())
+    dora_fx.merge(zoo, keep_adapter=True)
+    for kind, merged in run(inputs()).items():
+        torch.testing.assert_close(merged, expected[kind])
+    dora_fx.unmerge(zoo)
     assert_equals_eager(run, zoo)
 
 
