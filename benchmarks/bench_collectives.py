@@ -10,11 +10,9 @@ imported. Sizes are those of the larger side of a collective.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import platform
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from collective_counts import Count, count_collectives
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import nn
+from variants import HAS_BRIDGE, with_bridge_dora
 
 import dora_fx
 from dora_fx.megatron_world import megatron_world
@@ -96,25 +95,7 @@ def compiled(base: nn.Module, options: argparse.Namespace, dropout: float) -> nn
 
 
 def bridge(base: nn.Module, options: argparse.Namespace, dropout: float) -> nn.Module:
-    reference = import_bridge_dora()(target_modules=["linear"], dim=options.dim, alpha=2 * options.dim, dropout=dropout)
-    return reference(base)
-
-
-def import_bridge_dora() -> Any:
-    """Megatron-Bridge's DoRA, without its other packages.
-
-    `megatron/bridge/__init__.py` imports every model that it knows, and these need their own version of transformers.
-    """
-    if "megatron.bridge" not in sys.modules:
-        # Made, and not executed.
-        spec = importlib.util.find_spec("megatron.bridge")
-        sys.modules["megatron.bridge"] = importlib.util.module_from_spec(spec)
-    from megatron.bridge.peft import utils
-    from megatron.bridge.peft.dora import DoRA
-
-    # Without Transformer Engine its class checks compare with None.
-    utils.HAVE_TE = importlib.util.find_spec("transformer_engine") is not None
-    return DoRA
+    return with_bridge_dora(base, options.dim, ["linear"], dropout)
 
 
 def variants() -> dict[str, Callable[..., nn.Module]]:
@@ -124,7 +105,7 @@ def variants() -> dict[str, Callable[..., nn.Module]]:
         "dora_fx": compiled,
         "dora_fx eager": adapted,
     }
-    if importlib.util.find_spec("megatron.bridge") is not None:
+    if HAS_BRIDGE:
         found["Megatron-Bridge"] = bridge
     return found
 

@@ -15,7 +15,7 @@ from dora_fx.agreement import check_same_settings, value_of_first_rank
 from dora_fx.attach import AttachPlan, attach, plan_attachment, rebuild_gradient_buffers
 from dora_fx.collectives import resolve_group
 from dora_fx.dynamo import capture_megatron_whole
-from dora_fx.layers import INIT_METHODS
+from dora_fx.layers import INIT_METHODS, DoRALinear
 from dora_fx.matching import unwrap
 from dora_fx.report import DoRAReport, report_on
 
@@ -110,7 +110,7 @@ class DoRA:
         plan = plan_attachment(self, chunks)
         seed = self._agree(plan)
         capture_megatron_whole()
-        self._freeze(chunks, plan)
+        self._freeze(chunks)
         attach(self, plan, seed)
         for chunk in chunks:
             chunk.train(training)
@@ -121,11 +121,13 @@ class DoRA:
         logger.info("%s", self.report)
         return model
 
-    def _freeze(self, chunks: Iterable[nn.Module], plan: AttachPlan) -> None:
-        adapted = {id(parameter) for site in plan.existing for parameter in site.adapter.parameters()}
+    def _freeze(self, chunks: Iterable[nn.Module]) -> None:
+        """Freeze all but adapters; those of an earlier call, perhaps with other targets, train on."""
         for chunk in chunks:
+            sites = [module for module in chunk.modules() if isinstance(module, DoRALinear)]
+            adapters = {id(parameter) for site in sites for parameter in site.adapter.parameters()}
             for parameter in chunk.parameters():
-                parameter.requires_grad_(id(parameter) in adapted)
+                parameter.requires_grad_(id(parameter) in adapters)
 
     def _agree(self, plan: AttachPlan) -> int:
         """Compare configuration and sites with the other tensor-parallel ranks; return the seed of rank 0."""

@@ -82,6 +82,14 @@ def test_attaching_twice_is_attaching_once() -> None:
     assert len(again.report.sites) == 8
 
 
+def test_adapters_of_an_earlier_call_for_other_targets_train_on() -> None:
+    model = dora_fx.DoRA(["linear_qkv"], dim=DIM)(tiny_gpt())
+    dora_fx.DoRA(["linear_proj"], dim=2 * DIM)(model)
+    trained = {path for path, site in sites(model).items() if site.adapter.linear_out.weight.requires_grad}
+    assert trained == set(sites(model)) and len(trained) == 4
+    assert not any(site.weight.requires_grad for site in sites(model).values())
+
+
 def test_second_call_keeps_trained_values_and_adds_other_targets() -> None:
     model = dora_fx.DoRA(["linear_qkv"], dim=DIM)(tiny_gpt())
     first = sites(model)["decoder.layers.0.self_attention.linear_qkv"].adapter
