@@ -27,7 +27,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 
 import dora_fx
-from dora_fx.checkpoint_manifest import read_manifest
+from dora_fx.checkpoint.manifest import read_manifest
 from dora_fx.megatron_world import megatron_world
 
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]

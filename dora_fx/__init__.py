@@ -1,11 +1,8 @@
 """DoRA for Megatron-Core through a torch.compile backend; see README.md."""
 
-from dora_fx.bridge_checkpoint import load_bridge_checkpoint
-from dora_fx.checkpoint import load_checkpoint, save_checkpoint
+from dora_fx.checkpoint import CheckpointError, load_bridge_checkpoint, load_checkpoint, save_checkpoint
 from dora_fx.config import DoRA
-from dora_fx.failing_together import CheckpointError
-from dora_fx.hf import export_hf
-from dora_fx.hf_import import import_hf
+from dora_fx.hf import export_hf, import_hf
 from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter, invalidate_norms
 from dora_fx.merge import merge, unmerge
 

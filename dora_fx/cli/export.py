@@ -14,13 +14,13 @@ from dora_fx.cli.base_model import load_checkpoint, resolve_base
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.progress import Display
 from dora_fx.cli.run_folder import RunFolder
-from dora_fx.hf import ADAPTER_TENSORS, split_adapter
+from dora_fx.hf.export_adapter import ADAPTER_TENSORS, split_adapter
+from dora_fx.hf.new_folder import check_new_folder, new_folder
+from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
 from dora_fx.models import architecture_of
 from dora_fx.models.hf_checkpoint import load_hf_config
 from dora_fx.models.hf_merged import merged_state_dict, save_hf_model
 from dora_fx.models.hf_parts import HeadShape
-from dora_fx.new_folder import check_new_folder, new_folder
-from dora_fx.peft_files import PeftModule, write_peft_adapter
 
 HELP = "write a run's adapter for Hugging Face PEFT, or its merged model for transformers"
 

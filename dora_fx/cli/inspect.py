@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from dora_fx.checkpoint_directory import open_checkpoint
-from dora_fx.checkpoint_manifest import Manifest, StoredTensor, check_file
+from dora_fx.checkpoint.directory import open_checkpoint
+from dora_fx.checkpoint.failing_together import CheckpointError
+from dora_fx.checkpoint.manifest import Manifest, StoredTensor, check_file
 from dora_fx.cli.errors import UserError
-from dora_fx.failing_together import CheckpointError
 
 HELP = "show what a checkpoint holds and whether it is whole"
 DAMAGED_EXIT_CODE = 1

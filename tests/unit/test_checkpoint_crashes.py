@@ -133,7 +133,7 @@ def test_a_save_that_was_killed_between_its_renames(tmp_path: Path, world: None,
 
 
 def test_what_a_dead_save_left_is_removed_and_what_a_live_one_fills_is_not(tmp_path: Path, world: None) -> None:
-    from dora_fx.checkpoint_directory import new_directory
+    from dora_fx.checkpoint.directory import new_directory
 
     path = tmp_path / "checkpoint"
     stale = tmp_path / ".checkpoint.saving-dead"

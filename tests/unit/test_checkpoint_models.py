@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dora_fx
-from dora_fx.checkpoint_manifest import read_manifest
+from dora_fx.checkpoint.manifest import read_manifest
 from tests.models import GPT_TARGETS, randomize_adapters, tiny_gpt
 from tests.unit.checkpoints import are_equal, refusal, values
 

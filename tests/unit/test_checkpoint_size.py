@@ -10,7 +10,7 @@ import torch
 
 import dora_fx
 from benchmarks.bench_checkpoint import build
-from dora_fx.checkpoint_manifest import read_manifest
+from dora_fx.checkpoint.manifest import read_manifest
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dora_fx.failing_together import CheckpointError
+from dora_fx.checkpoint.failing_together import CheckpointError
 
 MANIFEST = "dora_fx.json"
 FORMAT = "dora_fx checkpoint"

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 
 from dora_fx.agreement import raise_on_every_rank
-from dora_fx.hf import world_group
+from dora_fx.hf.export_adapter import world_group
 from dora_fx.layers import DoRALinear
 from dora_fx.matching import unwrap
 

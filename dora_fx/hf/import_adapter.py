@@ -16,12 +16,12 @@ from dora_fx.agreement import raise_on_every_rank
 from dora_fx.attach import AttachPlan, attach, plan_attachment, rebuild_gradient_buffers
 from dora_fx.config import DoRA
 from dora_fx.dynamo import capture_megatron_whole
-from dora_fx.hf import world_group
-from dora_fx.hf_join import JoinedAdapter, Part, join_parts
-from dora_fx.hf_layers import NamedLinear, every_hf_path, gpt_config, named_linears, whole_sizes
+from dora_fx.hf.export_adapter import world_group
+from dora_fx.hf.join import JoinedAdapter, Part, join_parts
+from dora_fx.hf.layers import NamedLinear, every_hf_path, gpt_config, named_linears, whole_sizes
+from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
 from dora_fx.layers import DoRALinear
 from dora_fx.models.hf_parts import HeadShape, hf_paths, hf_rows
-from dora_fx.peft_files import PeftAdapter, read_peft_adapter
 from dora_fx.placement import layout_of
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """Save and load DoRA adapters as Megatron distributed checkpoints, whatever the layout they were trained at.
 
 A checkpoint is a directory in Megatron's torch_dist format with one more file, `dora_fx.json` (see
-`checkpoint_manifest.py`). It holds the adapters, not the base. It is either whole or absent, and the last good one
-can be loaded at every instant (see `checkpoint_directory.py`).
+`checkpoint.manifest.py`). It holds the adapters, not the base. It is either whole or absent, and the last good one
+can be loaded at every instant (see `checkpoint.directory.py`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extrac
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch import nn
 
-from dora_fx.checkpoint_checks import check_base, check_files, check_sites, check_tensors
-from dora_fx.checkpoint_contents import ModelContents, all_shards, layout_of_world, model_contents
-from dora_fx.checkpoint_directory import new_directory, open_checkpoint, put_in_place
-from dora_fx.checkpoint_manifest import Manifest, StoredFile, describe_file
-from dora_fx.checkpoint_optimizer import load_optimizer_state, optimizer_sharded_state_dict
-from dora_fx.checkpoint_strategy import LoadStrategy, SaveStrategy
-from dora_fx.failing_together import CheckpointError, failing_together, from_first_rank, gather
-from dora_fx.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
+from dora_fx.checkpoint.checks import check_base, check_files, check_sites, check_tensors
+from dora_fx.checkpoint.contents import ModelContents, all_shards, layout_of_world, model_contents
+from dora_fx.checkpoint.directory import new_directory, open_checkpoint, put_in_place
+from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, from_first_rank, gather
+from dora_fx.checkpoint.manifest import Manifest, StoredFile, describe_file
+from dora_fx.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state_dict
+from dora_fx.checkpoint.strategy import LoadStrategy, SaveStrategy
+from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
 
 logger = logging.getLogger(__name__)
 

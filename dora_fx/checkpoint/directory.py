@@ -22,8 +22,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dora_fx.checkpoint_manifest import MANIFEST, Manifest, read_manifest
-from dora_fx.failing_together import CheckpointError
+from dora_fx.checkpoint.failing_together import CheckpointError
+from dora_fx.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 

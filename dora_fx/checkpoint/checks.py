@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dora_fx.checkpoint_manifest import Manifest, SiteSettings, StoredTensor, check_file
-from dora_fx.failing_together import CheckpointError
+from dora_fx.checkpoint.failing_together import CheckpointError
+from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """DoRA adapters to and from Hugging Face PEFT, at any tensor- and pipeline-parallel size.
 
 A fused Megatron layer and the Hugging Face layers that it is made of share their input, so A goes to each of them
-and the rows of B and m are dealt out: export is exact. The way back is in `hf_import.py`.
+and the rows of B and m are dealt out: export is exact. The way back is in `import_adapter.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from dora_fx.agreement import raise_on_every_rank
-from dora_fx.hf_layers import NamedLinear, adapted_linears, gpt_config
+from dora_fx.hf.layers import NamedLinear, adapted_linears, gpt_config
+from dora_fx.hf.new_folder import check_new_folder, new_folder
+from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
 from dora_fx.models.hf_parts import HeadShape, hf_rows
-from dora_fx.new_folder import check_new_folder, new_folder
-from dora_fx.peft_files import PeftModule, write_peft_adapter
 from dora_fx.whole_tensors import AdapterShards
 
 logger = logging.getLogger(__name__)

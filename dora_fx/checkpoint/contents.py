@@ -19,8 +19,8 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import nn
 
-from dora_fx.checkpoint_manifest import SiteSettings, StoredTensor
-from dora_fx.failing_together import CheckpointError, failing_together, gather
+from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, gather
+from dora_fx.checkpoint.manifest import SiteSettings, StoredTensor
 from dora_fx.layers import DoRALinear
 from dora_fx.matching import unwrap
 
