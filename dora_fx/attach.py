@@ -13,7 +13,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
-from dora_fx.layers import DoRALinear, ParallelLinearDoRAAdapter
+from dora_fx.adapter import ParallelLinearDoRAAdapter
+from dora_fx.layers import DoRALinear
 from dora_fx.matching import Matches, find_targets, nearest_names, unwrap
 from dora_fx.placement import Layout, layout_of
 

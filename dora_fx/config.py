@@ -11,11 +11,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
+from dora_fx.adapter import INIT_METHODS
 from dora_fx.agreement import check_same_settings, value_of_first_rank
 from dora_fx.attach import AttachPlan, attach, plan_attachment, rebuild_gradient_buffers
 from dora_fx.collectives import resolve_group
 from dora_fx.dynamo import capture_megatron_whole
-from dora_fx.layers import INIT_METHODS, DoRALinear
+from dora_fx.layers import DoRALinear
 from dora_fx.matching import unwrap
 from dora_fx.report import DoRAReport, report_on
 

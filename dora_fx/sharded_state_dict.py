@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from dora_fx.collectives import resolve_group
 
 if TYPE_CHECKING:
-    from dora_fx.layers import ParallelLinearDoRAAdapter
+    from dora_fx.adapter import ParallelLinearDoRAAdapter
 
 
 def adapter_sharded_state_dict(

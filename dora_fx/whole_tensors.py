@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dora_fx.adapter import ParallelLinearDoRAAdapter
 from dora_fx.collectives import resolve_group
-from dora_fx.layers import ParallelLinearDoRAAdapter
 from dora_fx.placement import ParameterPlacement
 
 

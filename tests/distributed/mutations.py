@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from dora_fx import attach, collectives, dropout, functional, layers, site_parameters, weight_norm
+from dora_fx import ParallelLinearDoRAAdapter, attach, collectives, dropout, functional, site_parameters, weight_norm
 
-Adapter = layers.ParallelLinearDoRAAdapter
+Adapter = ParallelLinearDoRAAdapter
 
 
 @dataclass(frozen=True)
