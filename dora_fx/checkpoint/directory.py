@@ -24,6 +24,7 @@ from pathlib import Path
 
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from dora_fx.durable_files import give_default_mode, sync
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +101,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"{path.parent}: cannot write a checkpoint there ({error.strerror})") from error
     try:
-        # mkdtemp makes directories that only their owner may read.
-        umask = os.umask(0)
-        os.umask(umask)
-        directory.chmod(0o777 & ~umask)
+        give_default_mode(directory)
         yield directory
     finally:
         os.close(handle)
@@ -118,8 +116,8 @@ def put_in_place(directory: Path, path: Path) -> None:
         OSError: of the file system; the checkpoint that was there is still found.
     """
     for file in directory.iterdir():
-        _sync(file)
-    _sync(directory)
+        sync(file)
+    sync(directory)
     with _locked(path.parent) as parent:
         check_replaceable(path)
         _restore_previous(path)
@@ -180,14 +178,6 @@ def _lock(handle: int, *, wait: bool = False) -> bool:
 
 def _prefix(path: Path) -> str:
     return f".{path.name}.saving-"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _kind(path: Path) -> str:

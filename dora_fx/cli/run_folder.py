@@ -25,6 +25,7 @@ import yaml
 from torch import Tensor
 
 from dora_fx.cli.errors import UserError
+from dora_fx.durable_files import give_default_mode, sync
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -34,12 +35,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner may read.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        sync(temporary)
+        give_default_mode(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

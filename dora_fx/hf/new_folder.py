@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dora_fx.durable_files import give_default_mode, sync
+
 
 def check_new_folder(path: Path) -> None:
     """Raise FileExistsError if there is anything at `path` but an empty folder."""
@@ -29,12 +31,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in (file for file in temporary.rglob("*") if file.is_file()):
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
-        # mkdtemp makes folders that only their owner may enter.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+            sync(file)
+        give_default_mode(temporary)
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
