@@ -50,10 +50,10 @@ def with_lora(model: nn.Module, dim: int, targets: list[str]) -> nn.Module:
 def with_bridge_dora(model: nn.Module, dim: int, targets: list[str], dropout: float = 0.0) -> nn.Module:
     """Attach Megatron-Bridge's DoRA; needs `HAS_BRIDGE`."""
     settings = {"alpha": 2 * dim, "dropout": dropout, "lora_B_init_method": "normal"}
-    return _import_bridge_dora()(target_modules=targets, dim=dim, **settings)(model)
+    return import_bridge_dora()(target_modules=targets, dim=dim, **settings)(model)
 
 
-def _import_bridge_dora() -> Any:
+def import_bridge_dora() -> Any:
     """Megatron-Bridge's DoRA, without its other packages.
 
     `megatron/bridge/__init__.py` imports every model that it knows, and these need their own version of transformers.

@@ -74,12 +74,7 @@ def record_fresh(value: torch.Tensor, sources: Sequence[torch.Tensor], *constant
     tensors = (value, *sources)
     if any(tensor.is_inference() for tensor in tensors):
         # Tensors made in inference mode have no version, so nobody could tell.
-        forget(value)
+        _records.pop(value, None)
         return
     described = (_Source(StorageWeakRef(t.untyped_storage()), t.data_ptr(), t._version) for t in tensors)
     _records[value] = _Record(tuple(described), constants)
-
-
-def forget(value: torch.Tensor) -> None:
-    """Make `value` stale, whatever it was recorded with."""
-    _records.pop(value, None)

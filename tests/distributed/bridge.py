@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,35 +14,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import nn
 
 import dora_fx
+from benchmarks.variants import import_bridge_dora
 from tests.models import GPT_TARGETS, sites, tiny_gpt
 
 DIM, ALPHA = 4, 12
 TP = 2
 
 Values = dict[str, torch.Tensor]
-
-
-def bridge_folder() -> Path | None:
-    """Where the package lies, if it is installed."""
-    spec = importlib.util.find_spec("megatron")
-    roots = spec.submodule_search_locations if spec is not None else None
-    return next((Path(root) / "bridge" for root in roots or [] if (Path(root) / "bridge" / "peft").is_dir()), None)
-
-
-def bridge_dora() -> Any:
-    """Bridge's `DoRA` class. The package's own `__init__` imports every model it knows, and their dependencies."""
-    folder = bridge_folder()
-    assert folder is not None
-    for name, path in (("megatron.bridge", folder), ("megatron.bridge.peft", folder / "peft")):
-        if name not in sys.modules:
-            sys.modules[name] = types.ModuleType(name)
-            sys.modules[name].__path__ = [str(path)]  # type: ignore[attr-defined]
-    from megatron.bridge.peft import utils
-    from megatron.bridge.peft.dora import DoRA
-
-    # Without Transformer Engine its classes are None, which isinstance does not take.
-    utils.HAVE_TE = False
-    return DoRA
 
 
 @contextmanager
@@ -91,7 +66,7 @@ def whole_values(model: nn.Module) -> Values:
 def save_with_bridge(folder: Path) -> Values:
     """Save a model that the package adapted; returns the whole tensors."""
     model = tiny_gpt(tensor_model_parallel_size=TP)
-    dora = bridge_dora()(target_modules=GPT_TARGETS, dim=DIM, alpha=ALPHA)
+    dora = import_bridge_dora()(target_modules=GPT_TARGETS, dim=DIM, alpha=ALPHA)
     model = dora(model, training=True)
     randomize(model)
     with saving_on_cpu():

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.variants import HAS_BRIDGE
 from dora_fx import load_bridge_checkpoint
 from dora_fx.whole_tensors import AdapterShards
 from tests.distributed.bridge import (
     TP,
     Values,
-    bridge_folder,
     model_to_load_into,
     row_sites,
     save_by_hand,
@@ -25,7 +25,7 @@ from tests.models import sites, tiny_gpt
 
 WRITERS: dict[str, Callable[[Path], Values]] = {"by_hand": save_by_hand, "megatron_bridge": save_with_bridge}
 
-needs_bridge = pytest.mark.skipif(bridge_folder() is None, reason="megatron-bridge is not installed")
+needs_bridge = pytest.mark.skipif(not HAS_BRIDGE, reason="megatron-bridge is not installed")
 
 
 @pytest.fixture(scope="module", params=["by_hand", pytest.param("megatron_bridge", marks=needs_bridge)], name="saved")
