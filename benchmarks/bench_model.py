@@ -77,7 +77,8 @@ def megatron_model(options: argparse.Namespace, device: str) -> Any:
     return build_gpt_model(source.config, source.state_dict(), dtype=DTYPES[options.dtype], device=device)
 
 
-def make_variants(options: argparse.Namespace, device: str) -> dict[str, Variant]:
+def make_variants(options: argparse.Namespace, device: str, *, only: str | None = None) -> dict[str, Variant]:
+    """Variants by name, every one or `only` that one."""
     tokens = torch.randint(0, options.vocab, (1, options.tokens + 1), device=device)
     positions = torch.arange(options.tokens, device=device)[None]
     mask = causal_mask(options.tokens, device)
@@ -97,13 +98,15 @@ def make_variants(options: argparse.Namespace, device: str) -> dict[str, Variant
         model = with_peft(hf_model(options, device), options.dim, HF_TARGETS, use_dora=use_dora)
         return Variant(model, hf_losses, options.micro_batches)
 
-    return {
-        REFERENCE: megatron(with_lora, backend="inductor"),
-        "dora_fx": megatron(with_dora, backend="dora_fx"),
-        "dora_fx, norm every call": megatron(with_dora, backend="dora_fx", options={"weight_norm": "every_call"}),
-        "PEFT LoRA eager": huggingface(use_dora=False),
-        "PEFT DoRA eager": huggingface(use_dora=True),
+    every_call = {"weight_norm": "every_call"}
+    makers: dict[str, Callable[[], Variant]] = {
+        REFERENCE: lambda: megatron(with_lora, backend="inductor"),
+        "dora_fx": lambda: megatron(with_dora, backend="dora_fx"),
+        "dora_fx, norm every call": lambda: megatron(with_dora, backend="dora_fx", options=every_call),
+        "PEFT LoRA eager": lambda: huggingface(use_dora=False),
+        "PEFT DoRA eager": lambda: huggingface(use_dora=True),
     }
+    return {name: make() for name, make in makers.items() if only in (None, name)}
 
 
 def compile_layers(model: Any, options: argparse.Namespace, settings: dict[str, Any]) -> None:

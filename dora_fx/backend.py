@@ -5,8 +5,9 @@ What runs later is the compiled graph behind a refresh of the norms and gathered
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ import torch._inductor as inductor
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 
 from dora_fx.agreement import check_same_graph
 from dora_fx.dynamo import capture_megatron_whole
 from dora_fx.parameter_cache import check, refresh
 from dora_fx.passes import default_passes
+from dora_fx.passes.cacheable_functions import cacheable_functions, calls_only_known_functions
 from dora_fx.passes.dora_sites import tensor_parallel_groups
 from dora_fx.passes.pipeline import run_passes
 from dora_fx.passes.site_inputs import SiteInputs, find_site_inputs
@@ -105,7 +108,18 @@ def _compile(
         return lookup_backend(inner_compiler)(gm, list(example_inputs))
     region: dict[str, Any] = {} if name is None else {"compile_region_name": name}
     compile_fx: Callable[..., Any] = inductor.compile_fx.compile_fx
-    return compile_fx(gm, list(example_inputs), config_patches=settings, **region)
+    with _cached_by_torch(gm, settings) as patches:
+        return compile_fx(gm, list(example_inputs), config_patches=patches, **region)
+
+
+@contextlib.contextmanager
+def _cached_by_torch(gm: fx.GraphModule, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inductor's settings with which AOTAutograd's cache takes the graph, if all it calls is known."""
+    key = "unsafe_marked_cacheable_functions"
+    known = {**settings.get(key, getattr(inductor.config, key)), **cacheable_functions(gm)}
+    takes_bodies = {"autograd_cache_allow_custom_autograd_functions": True} if calls_only_known_functions(gm) else {}
+    with functorch_config.patch(takes_bodies):
+        yield {**settings, key: known} if known else dict(settings)
 
 
 def _pop_choice(options: dict[str, Any], name: str, choices: Sequence[str]) -> str:

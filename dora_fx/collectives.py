@@ -223,6 +223,9 @@ reduce_from_group_together = _differentiable_together(
     "reduce_from_group_together", _all_reduce_together, _identities, "Partial sums in, their sums on every rank out."
 )
 
+# What these return, or their gradients, is another part of a tensor on every rank, and so is the traced graph.
+DEPEND_ON_RANK = frozenset({split_features, gather_features})
+
 ENTER: dict[str, Mapping] = {
     "copy": copy_to_group,
     "gather_sequence": gather_sequence,

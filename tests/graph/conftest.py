@@ -1,4 +1,4 @@
-"""Fake process groups: rank 0 of a tensor-parallel world of any size, traced in one process."""
+"""Fake process groups: any rank of a tensor-parallel world of any size, traced in one process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dora_fx.cpu_runtime import cuda_current_device_is_cpu
 
 
 @contextlib.contextmanager
-def fake_world(tp_size: int) -> Iterator[None]:
+def fake_world(tp_size: int, tp_rank: int = 0) -> Iterator[None]:
     """A world whose collectives return at once with meaningless values, for graphs and counts only."""
     with cuda_current_device_is_cpu():
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp_size)
+        dist.init_process_group("fake", store=FakeStore(), rank=tp_rank, world_size=tp_size)
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=tp_size, create_gloo_process_groups=False

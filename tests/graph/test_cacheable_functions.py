@@ -1,0 +1,78 @@
+"""What goes into the key of torch's caches for the functions that a rewritten graph calls by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dora_fx.passes.cacheable_functions import cacheable_functions, calls_only_known_functions
+from tests.graph.capture import capture
+from tests.graph.conftest import fake_world
+from tests.graph.sites import IN, adapted, column, row
+
+GATHERING = "dora_fx.collectives.gather_features"
+
+
+def functions(tp_size: int, *, tp_rank: int = 0, recompute: bool = False) -> dict[str, str]:
+    """Of a column layer that gathers its output, with dropout, as one rank compiles it."""
+    torch._dynamo.reset()
+    with fake_world(tp_size, tp_rank):
+        layer = adapted(column(gather_output=True), dropout=0.1)
+        [after] = capture(layer, IN, recompute=recompute).after
+        assert calls_only_known_functions(after)
+        return cacheable_functions(after)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_function_of_this_package_is_named(recompute: bool) -> None:
+    assert sorted(functions(2, recompute=recompute)) == [
+        "dora_fx.collectives.copy_to_group",
+        GATHERING,
+        "dora_fx.collectives.gathered_rows_together",
+        "dora_fx.dropout.draw_dropout_key",
+        "dora_fx.dropout.dropout",
+    ]
+
+
+def test_the_rank_matters_where_its_graph_is_another_one() -> None:
+    first, second = functions(2), functions(2, tp_rank=1)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == [GATHERING]
+
+
+def test_the_size_of_the_group_matters() -> None:
+    two, four = functions(2), functions(4)
+    assert two.keys() == four.keys()
+    assert [name for name in two if two[name] == four[name]] == ["dora_fx.dropout.dropout"]
+
+
+def test_one_rank_without_dropout_is_all_torch(tensor_parallel) -> None:
+    tensor_parallel(1)
+    [after] = capture(adapted(row()), IN).after
+    assert cacheable_functions(after) == {}
+    assert calls_only_known_functions(after)
+
+
+@torch.compiler.allow_in_graph
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+class Doubled(nn.Module):
+    def __init__(self, *, recompute: bool) -> None:
+        super().__init__()
+        self.layer, self.recompute = adapted(row()), recompute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = checkpoint(double, x, use_reentrant=False) if self.recompute else double(x)
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_function_of_others_is_not_vouched_for(recompute: bool, tensor_parallel) -> None:
+    tensor_parallel(1)
+    [after] = capture(Doubled(recompute=recompute), IN).after
+    assert not calls_only_known_functions(after)
+    assert cacheable_functions(after) == {}
