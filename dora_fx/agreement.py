@@ -10,13 +10,16 @@ import datetime
 import hashlib
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import fx
 
 from dora_fx.collectives import resolve_group
+
+T = TypeVar("T")
 
 _graphs_compiled: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
@@ -43,6 +46,24 @@ def check_same_settings(settings: Mapping[str, Any], group: dist.ProcessGroup) -
                     f"{name}: found {theirs.get(name)!r} on tensor-parallel rank {tp_rank} and "
                     f"{found[0].get(name)!r} on rank 0, expected the same on every rank"
                 )
+
+
+def of_all_stages(value: T) -> list[T]:
+    """What every pipeline stage passes, first stage first; every rank calls it."""
+    group = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
+    if group is None or not is_real(group):
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def value_of_first_replica(value: int) -> int:
+    """The value that the first pipeline stage of the first data-parallel replica passes; every rank calls it."""
+    if not parallel_state.model_parallel_is_initialized():
+        return value
+    value = of_all_stages(value)[0]
+    return value_of_first_rank(value, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
 def value_of_first_rank(value: int, group: dist.ProcessGroup) -> int:

@@ -6,7 +6,7 @@ import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -14,8 +14,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import nn
 
 from dora_fx.adapter import ParallelLinearDoRAAdapter
+from dora_fx.agreement import of_all_stages
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import Matches, find_targets, nearest_names, unwrap
+from dora_fx.matching import Matches, NamedModule, find_targets, nearest_names, unwrap
 from dora_fx.placement import Layout, layout_of
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One layer that is about to be wrapped."""
+    """One layer that is about to be wrapped; `path` has its number in the whole model."""
 
     parent: nn.Module
     name: str
@@ -63,12 +64,12 @@ def plan_attachment(dora: DoRA, chunks: Sequence[nn.Module]) -> AttachPlan:
     found = find_targets(models, dora.target_modules, dora.exclude_modules)
     _check_targets_matched(dora, models, found)
     new, existing = [], []
-    for chunk, path, module in found.targets:
-        if isinstance(module, DoRALinear):
-            _check_same_settings(dora, path, module)
-            existing.append(module)
+    for chunk, named in found.targets:
+        if isinstance(named.module, DoRALinear):
+            _check_same_settings(dora, named.whole_path, named.module)
+            existing.append(named.module)
         else:
-            new.append(_plan_site(dora, chunk, path, module))
+            new.append(_plan_site(dora, chunk, named))
     return AttachPlan(new, existing, found.unmatched_linears)
 
 
@@ -120,12 +121,16 @@ def _check_data_parallelism(model: nn.Module) -> None:
 
 
 def _check_targets_matched(dora: DoRA, chunks: Sequence[nn.Module], found: Matches) -> None:
-    if not found.targets:
+    """A target may be met by any pipeline stage, and a stage may have none."""
+    stages = of_all_stages((len(found.targets), found.unmatched_targets))
+    if not any(num_targets for num_targets, _ in stages):
         names = nearest_names(chunks, dora.target_modules[0] if dora.target_modules else "")
         raise ValueError(
             f"DoRA.target_modules: no module matched {list(dora.target_modules)}; the nearest linear layers are {names}"
         )
     for pattern in found.unmatched_targets:
+        if not all(pattern in unmatched for _, unmatched in stages):
+            continue
         message = (
             f"DoRA.target_modules: {pattern!r} matched nothing; "
             f"the nearest linear layers are {nearest_names(chunks, pattern)}"
@@ -144,7 +149,8 @@ def _check_same_settings(dora: DoRA, path: str, site: DoRALinear) -> None:
             )
 
 
-def _plan_site(dora: DoRA, chunk: nn.Module, path: str, linear: Any) -> PlannedSite:
+def _plan_site(dora: DoRA, chunk: nn.Module, named: NamedModule) -> PlannedSite:
+    path, linear = named.whole_path, cast(Any, named.module)
     layout = _supported_layout(path, linear)
     weight = linear.weight if linear.weight is not None else _tied_weight(chunk, path)
     _check_weight(path, weight)
@@ -155,7 +161,7 @@ def _plan_site(dora: DoRA, chunk: nn.Module, path: str, linear: Any) -> PlannedS
         in_features, out_features = linear.input_size, linear.output_size
         tp_group = linear.tp_group.group_name if linear.tp_group.size() > 1 else ""
         _check_divisible(dora, path, linear.tp_group.size(), layout)
-    parent_path, _, name = path.rpartition(".")
+    parent_path, _, name = named.path.rpartition(".")
     return PlannedSite(
         parent=chunk.get_submodule(parent_path),
         name=name,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dora_fx.adapter import INIT_METHODS
-from dora_fx.agreement import check_same_settings, value_of_first_rank
+from dora_fx.agreement import check_same_settings, value_of_first_rank, value_of_first_replica
 from dora_fx.attach import AttachPlan, attach, plan_attachment, rebuild_gradient_buffers
 from dora_fx.collectives import resolve_group
 from dora_fx.dynamo import capture_megatron_whole
@@ -37,7 +37,8 @@ class DoRA:
     Args:
         target_modules: module names (`linear_qkv`), full paths, or patterns over full paths in which `*`
             stands for any text (`*.layers.0.*.linear_qkv`). A name or path must be a linear layer; a
-            pattern adapts the linear layers among what it matches.
+            pattern adapts the linear layers among what it matches. Layers have their numbers in the whole model,
+            whatever the pipeline size.
         exclude_modules: names, paths or patterns that are never adapted.
         dim: rank of the low-rank product.
         alpha: the product is scaled by alpha / dim.
@@ -90,7 +91,7 @@ class DoRA:
         """Freeze the base, wrap the targets in place and return the model that was given.
 
         Everything is checked before anything is changed. A second call with the same settings changes
-        nothing.
+        nothing. Every rank calls it; a pipeline stage may have no target.
 
         Args:
             model: a model or a list of model chunks, bare or wrapped in Megatron's Float16Module and
@@ -131,8 +132,8 @@ class DoRA:
                 parameter.requires_grad_(id(parameter) in adapters)
 
     def _agree(self, plan: AttachPlan) -> int:
-        """Compare configuration and sites with the other tensor-parallel ranks; return the seed of rank 0."""
-        seed = torch.initial_seed()
+        """Compare configuration and sites with the other tensor-parallel ranks; return one seed for all ranks."""
+        seed = value_of_first_replica(torch.initial_seed())
         for tp_group in dict.fromkeys(site.tp_group for site in plan.new if site.tp_group):
             group = resolve_group(tp_group)
             settings = {f"DoRA.{field.name}": getattr(self, field.name) for field in fields(self) if field.init}

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.module import Float16Module
@@ -33,16 +34,45 @@ def looks_like_linear(module: nn.Module) -> bool:
     return not isinstance(module, nn.Embedding) and "linear" in type(module).__name__.lower()
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) for every module; an adapted layer comes as its `DoRALinear`, not as its parts."""
+class NamedModule(NamedTuple):
+    """A module of a model chunk.
 
-    def visit(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        yield path, module
-        if not isinstance(module, DoRALinear):
-            for name, child in module.named_children():
-                yield from visit(f"{path}.{name}" if path else name, child)
+    Attributes:
+        path: in the chunk.
+        whole_path: the same with each layer's number in the whole model in place of its number in the chunk, and so
+            the same at every pipeline size.
+    """
 
-    return visit("", model)
+    path: str
+    whole_path: str
+    module: nn.Module
+
+
+def walk(model: nn.Module) -> Iterator[NamedModule]:
+    """Yield every module of a chunk; an adapted layer comes as its `DoRALinear`, not as its parts."""
+
+    def visit(parent: NamedModule) -> Iterator[NamedModule]:
+        yield parent
+        if not isinstance(parent.module, DoRALinear):
+            for name, whole_name, child in _children(parent.module):
+                yield from visit(NamedModule(_join(parent.path, name), _join(parent.whole_path, whole_name), child))
+
+    return visit(NamedModule("", "", model))
+
+
+def _children(parent: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Children by their names in the parent and in the whole model, where Megatron numbers layers from one."""
+    children = list(parent.named_children())
+    numbers: list[Any] = [getattr(child, "layer_number", None) for _, child in children]
+    # Layers of a list that number otherwise, or not at all, keep their names.
+    in_order = [number - index for index, number in enumerate(numbers) if isinstance(number, int)]
+    is_numbered = isinstance(parent, nn.ModuleList) and len(in_order) == len(numbers) and len(set(in_order)) == 1
+    for (name, child), number in zip(children, numbers, strict=True):
+        yield name, str(number - 1) if is_numbered else name, child
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 @dataclass
@@ -50,18 +80,18 @@ class Matches:
     """What the targets found in one or more model chunks.
 
     Attributes:
-        targets: (chunk, path, module) to adapt or already adapted, in model order.
+        targets: chunks and their modules to adapt or already adapted, in model order.
         unmatched_targets: targets that named no module in any chunk.
         unmatched_linears: paths of the linear layers that no target named.
     """
 
-    targets: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    targets: list[tuple[nn.Module, NamedModule]] = field(default_factory=list)
     unmatched_targets: list[str] = field(default_factory=list)
     unmatched_linears: list[str] = field(default_factory=list)
 
 
 def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: Sequence[str]) -> Matches:
-    """Find the modules that `targets` name and `excluded` does not.
+    """Find the modules that `targets` name and `excluded` does not, by their paths in the whole model.
 
     Raises:
         TypeError: a target names, without a wildcard, a module that is no linear layer.
@@ -69,7 +99,8 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
     found = Matches()
     used: set[str] = set()
     for chunk in chunks:
-        for path, module in walk(chunk):
+        for named in walk(chunk):
+            _, path, module = named
             is_linear = looks_like_linear(module)
             by = [pattern for pattern in targets if matches(pattern, path)]
             if any(matches(pattern, path) for pattern in excluded):
@@ -80,7 +111,7 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
                 raise TypeError(f"{path}: target {exact[0]!r} names a {type(module).__name__}, expected a linear layer")
             if by and is_linear:
                 used.update(by)
-                found.targets.append((chunk, path, module))
+                found.targets.append((chunk, named))
             elif is_linear:
                 found.unmatched_linears.append(path)
     found.unmatched_targets = [pattern for pattern in targets if pattern not in used]
@@ -89,6 +120,7 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
 
 def nearest_names(chunks: Sequence[nn.Module], pattern: str, count: int = 3) -> list[str]:
     """Names of the model's linear layers that are spelled most like `pattern`."""
-    names = {path.rpartition(".")[2] for chunk in chunks for path, module in walk(chunk) if looks_like_linear(module)}
+    linears = [named for chunk in chunks for named in walk(chunk) if looks_like_linear(named.module)]
+    names = {named.path.rpartition(".")[2] for named in linears}
     close = difflib.get_close_matches(pattern.rpartition(".")[2], sorted(names), n=count, cutoff=0.0)
     return close or sorted(names)[:count]

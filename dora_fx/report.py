@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from dora_fx.layers import DoRALinear
+from dora_fx.matching import walk
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One adapted layer: shapes are this rank's shards."""
+    """One adapted layer: shapes are this rank's shards, `path` has its number in the whole model."""
 
     path: str
     layout: str
@@ -62,7 +63,7 @@ def report_on(chunks: Sequence[nn.Module], unmatched_linears: Sequence[str]) -> 
     """Describe every DoRA site of the chunks."""
     sites = []
     for chunk in chunks:
-        for path, module in chunk.named_modules():
+        for _, path, module in walk(chunk):
             if isinstance(module, DoRALinear):
                 adapter = module.adapter
                 a, b = adapter.linear_in.weight, adapter.linear_out.weight

@@ -20,7 +20,7 @@ class NamedLinear:
     Attributes:
         chunk: unwrapped.
         path: in the chunk.
-        whole_path: with the layer's number in the whole model in place of its number in the chunk.
+        whole_path: see `matching.NamedModule`.
         module: a `DoRALinear`, or a linear layer that is not adapted.
     """
 
@@ -34,9 +34,7 @@ def named_linears(chunks: Sequence[nn.Module]) -> list[NamedLinear]:
     """Every linear layer of the chunks in model order."""
     found = []
     for chunk in map(unwrap, chunks):
-        for path, module in walk(chunk):
-            if looks_like_linear(module):
-                found.append(NamedLinear(chunk, path, _whole_path(chunk, path), module))
+        found += [NamedLinear(chunk, *named) for named in walk(chunk) if looks_like_linear(named.module)]
     return found
 
 
@@ -78,11 +76,3 @@ def whole_sizes(linear: Any) -> tuple[int, int]:
         linear.input_size - getattr(linear, "padded_in_features", 0),
         linear.output_size - getattr(linear, "padded_out_features", 0),
     )
-
-
-def _whole_path(chunk: Any, path: str) -> str:
-    first, layers, index, *rest = [*path.split("."), "", "", ""]
-    if (first, layers) != ("decoder", "layers") or not index.isdigit():
-        return path
-    number = chunk.decoder.layers[int(index)].layer_number - 1
-    return ".".join(["decoder", "layers", str(number), *filter(None, rest)])

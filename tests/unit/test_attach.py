@@ -230,3 +230,13 @@ def test_data_parallel_buffers_hold_the_adapters_alone() -> None:
     dora_fx.DoRA(["second"], dim=2)(model)
     buffered = sum(buffer.numel_unpadded for buffer in model.buffers if buffer is not None)
     assert buffered == sum(parameter.numel() for parameter in trainable(model).values()) == 2 * (8 + 4) + 4
+
+
+def test_layers_that_count_in_another_way_keep_their_names() -> None:
+    for numbers in ([1, 1], [2, 1], [3, None]):
+        layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in numbers)
+        for layer, number in zip(layers, numbers, strict=True):
+            layer.layer_number = number
+        dora = dora_fx.DoRA(["0.q"], dim=2)
+        dora(layers)
+        assert [site.path for site in dora.report.sites] == ["0.q"]
