@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace, device: str) -> Table:
         peak = peak_bytes(steps[name], device)
         memory[name] = {
             "saved MiB": saved_bytes(lambda call=call: call(x)[0], model) / 2**20,
-            "peak MiB": None if peak is None else peak / 2**20,
+            "peak MiB": peak / 2**20,
         }
     table = ratios(interleaved(steps, options.rounds, device), REFERENCE)
     return {name: row | memory[name] for name, row in table.items()}

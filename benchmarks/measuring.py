@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
 Table = dict[str, dict[str, float]]
 
@@ -68,40 +68,20 @@ def saved_bytes(function: Callable[[], Any], model: torch.nn.Module) -> int:
     return sum(saved.values())
 
 
-class Allocations(TorchDispatchMode):
-    """Within the context, the bytes of new tensors that are alive at once, at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive, self.peak = 0, 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.untyped_storage()._cdata not in given | self._seen:
-            self._note(result.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        self._seen.add(storage._cdata)
-        self.alive += storage.nbytes()
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
-
-    def _forget(self, address: int, num_bytes: int) -> None:
-        self._seen.discard(address)
-        self.alive -= num_bytes
-
-
-def peak_bytes(function: Callable[[], Any], device: str) -> int | None:
-    """The most memory that a call has allocated at once on a CUDA device; None on a CPU, which does not count it."""
-    if device != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+def peak_bytes(function: Callable[[], Any], device: str) -> int:
+    """The most memory that a call has allocated at once, beyond what was there before it."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    # The profiler notes what the allocator gives out and takes back, compiled code's requests included.
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def show(table: Table, reference: str) -> None:
