@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from dora_fx.hf.layers import NamedLinear, adapted_linears, gpt_config
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
 from dora_fx.models.hf_parts import HeadShape, hf_rows
+from dora_fx.placement import ADAPTER_TENSORS
 from dora_fx.whole_tensors import AdapterShards
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_TENSORS = ("linear_in.weight", "linear_out.weight", "weight_magnitude")
 
 
 def export_hf(
@@ -54,7 +53,7 @@ def export_hf(
     target = Path(folder)
     sites = adapted_linears(chunks)
     raise_on_every_rank(_problem_maybe(chunks, sites, target), world_group())
-    dropout = _one_dropout(sites)
+    dropout = _dropout_of_all_ranks(sites)
     config = gpt_config(chunks)
     modules: dict[str, PeftModule] = {}
     for part in _layer_by_layer(sites, HeadShape.of(config), config.num_layers):
@@ -93,6 +92,14 @@ def split_adapter(path: str, tensors: Mapping[str, Tensor], alpha: float, heads:
     }
 
 
+def one_dropout(dropouts: Iterable[float]) -> float:
+    """The dropout that all adapters have; raises ValueError if there are several: PEFT's files have one."""
+    found = sorted(set(dropouts))
+    if len(found) > 1:
+        raise ValueError(f"found adapters with dropout {found}, expected one for all: PEFT's files have one")
+    return float(found[0])
+
+
 def _layer_by_layer(sites: Sequence[NamedLinear], heads: HeadShape, num_layers: int) -> Iterator[dict[str, PeftModule]]:
     """On global rank 0 the adapters of each layer of the whole model in turn; nothing on the others."""
     shards = {id(site.chunk): AdapterShards(site.chunk) for site in sites}
@@ -125,18 +132,16 @@ def _data_parallel_rank() -> int:
     return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
 
 
-def _one_dropout(sites: Sequence[NamedLinear]) -> float:
+def _dropout_of_all_ranks(sites: Sequence[NamedLinear]) -> float:
     """The dropout of all adapters on all ranks; a pipeline stage may have none of its own."""
     found: list[Any] = [[site.module.adapter.dropout for site in sites]]
     if dist.is_initialized() and dist.get_world_size() > 1:
         own, found = found[0], [None] * dist.get_world_size()
         dist.all_gather_object(found, own)
-    dropouts = sorted({dropout for part in found for dropout in part})
+    dropouts = [dropout for part in found for dropout in part]
     if not dropouts:
         raise ValueError("found no adapted layer, expected a model that DoRA was called on")
-    if len(dropouts) > 1:
-        raise ValueError(f"found adapters with dropout {dropouts}, expected one for all: PEFT's files have one")
-    return float(dropouts[0])
+    return one_dropout(dropouts)
 
 
 def world_group() -> dist.ProcessGroup | None:
