@@ -48,7 +48,9 @@ def check_base(directory: Path, manifest: Manifest, found: Mapping[str, str], *,
         return
     message = f"{directory}: was trained on another base model than this one: {_listed(differing)} differ"
     if not any_base:
-        raise CheckpointError(f"{message}. Load the base that it was trained on, or pass any_base=True to use this one")
+        raise CheckpointError(
+            f"{message}. Load the base that it was trained on; load_checkpoint(..., any_base=True) takes this one"
+        )
     if dist.get_rank() == 0:
         logger.warning("%s", message)
 

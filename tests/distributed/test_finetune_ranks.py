@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.hf_models import finetune_inputs
+from tests.hf_models import adapter_of, finetune_inputs
 
 # Three query groups: two ranks need a fourth, which is padding.
 GROUPS = 3
@@ -54,7 +53,7 @@ def one_process(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def assert_same_run(found: Path, expected: Path) -> None:
     torch.testing.assert_close(losses(found), losses(expected), rtol=0, atol=1e-5)
-    adapters = load_file(found / "adapter.safetensors"), load_file(expected / "adapter.safetensors")
+    adapters = adapter_of(found), adapter_of(expected)
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(tensor, adapters[1][name], rtol=0, atol=1e-4)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
+from dora_fx.checkpoint.plain import read_adapters
 from dora_fx.cli.main import main
-from tests.hf_models import finetune_inputs
+from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,11 @@ def rows(run: Path, key: str = "loss") -> dict[int, float]:
     found = [(line["step"], line[key]) for line in lines if key in line]
     assert len(dict(found)) == len(found)
     return dict(found)
+
+
+def step_of(run: Path) -> int:
+    """The step that a run would go on after."""
+    return torch.load(run / "checkpoint" / "common.pt", weights_only=True)["extra"]["step"]
 
 
 def stop_after(run: Path, step: int, signal_number: int) -> threading.Thread:
@@ -65,14 +72,12 @@ def test_a_run_writes_its_folder_and_learns(
     options = ["--compile", "layer", "--inner-compiler", "eager", "--gradient-accumulation", 2, "--eval-every", 10]
     assert finetune(*inputs, *options, "--run", run, "--steps", 30) == 0
     assert sorted(path.name for path in run.iterdir()) == [
-        "adapter.json",
-        "adapter.safetensors",
+        "checkpoint",
         "config.yaml",
         "loss.png",
         "metrics.jsonl",
         "report.txt",
         "samples.jsonl",
-        "state.pt",
     ]
     assert list(rows(run)) == list(range(1, 31))
     held_out = rows(run, "held_out_loss")
@@ -93,14 +98,14 @@ def test_a_run_writes_its_folder_and_learns(
 def test_the_saved_adapter_is_the_trained_one(inputs: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert finetune(*inputs, "--run", run, "--steps", 2, "--target-modules", "[linear_qkv]", "--dim", 4) == 0
-    adapter = load_file(run / "adapter.safetensors")
+    adapter = adapter_of(run)
     prefix = "decoder.layers.0.self_attention.linear_qkv.adapter."
     shapes = {name.removeprefix(prefix): tuple(t.shape) for name, t in adapter.items() if name.startswith(prefix)}
     assert shapes == {"linear_in.weight": (4, 48), "linear_out.weight": (80, 4), "weight_magnitude": (80,)}
     assert len(adapter) == 6
     assert all(tensor.abs().sum() > 0 for tensor in adapter.values())
-    description = json.loads((run / "adapter.json").read_text())
-    assert (description["dim"], description["target_modules"], description["step"]) == (4, ["linear_qkv"], 2)
+    assert {layer.settings.dim for layer in read_adapters(run / "checkpoint").values()} == {4}
+    assert step_of(run) == 2
 
 
 @pytest.mark.parametrize(
@@ -126,8 +131,7 @@ def test_a_resumed_run_goes_through_the_losses_of_an_uninterrupted_one(
     assert rows(parts) == rows(whole)
     assert rows(parts, "held_out_loss") == rows(whole, "held_out_loss")
     assert rows(parts, "grad_norm") == rows(whole, "grad_norm")
-    for name, tensor in load_file(whole / "adapter.safetensors").items():
-        assert torch.equal(tensor, load_file(parts / "adapter.safetensors")[name]), name
+    torch.testing.assert_close(adapter_of(parts), adapter_of(whole), rtol=0, atol=0)
 
 
 def test_sigterm_saves_and_says_how_to_go_on(
@@ -140,11 +144,11 @@ def test_sigterm_saves_and_says_how_to_go_on(
     step = max(rows(run))
     assert f"stopped by SIGTERM at step {step} of 500; saved" in shown
     assert f"go on with: dora-fx finetune --resume {run}" in shown
-    assert torch.load(run / "state.pt", weights_only=True)["step"] == step
+    assert step_of(run) == step
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_killed_run_resumes_from_its_last_save(inputs: list[str], tmp_path: Path) -> None:
+def test_rows_that_a_killed_run_wrote_after_its_last_save_are_taken_again(inputs: list[str], tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert finetune(*inputs, "--run", whole, "--steps", 5) == 0
     assert finetune(*inputs, "--run", run, "--steps", 3) == 0
@@ -153,6 +157,50 @@ def test_a_killed_run_resumes_from_its_last_save(inputs: list[str], tmp_path: Pa
         file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
     assert finetune("--resume", run, "--steps", 5) == 0
     assert rows(run) == rows(whole)
+
+
+def finetune_and_die(number: int, run: Path, arguments: list[str]) -> None:
+    """Run the command; kill this process before the `number`-th time that it renames a checkpoint."""
+    seen = 0
+
+    def hook(event: str, names: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event == "os.rename" and run / "checkpoint" in map(Path, map(os.fspath, names[:2])):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    sys.addaudithook(hook)
+    sys.exit(finetune(*arguments, "--run", run))
+
+
+def test_a_run_that_is_killed_in_a_save_resumes_from_the_one_before(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One rename puts the first checkpoint in place, two replace it: the old one leaves, the new one comes."""
+    whole = tmp_path / "whole"
+    options = [*inputs, "--steps", "4", "--save-every", "1", "--dropout", "0.1"]
+    assert finetune(*options, "--run", whole) == 0
+    children = multiprocessing.get_context("forkserver")
+    children.set_forkserver_preload(["tests.unit.test_finetune"])
+    for number, saved in ((1, None), (2, 1), (3, 1), (6, 3)):
+        run = tmp_path / f"killed at rename {number}"
+        child = children.Process(target=finetune_and_die, args=(number, run, options))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        capsys.readouterr()
+        if saved is None:
+            assert finetune("--resume", run) == 2
+            assert "there is no checkpoint, the run was stopped before it saved one" in capsys.readouterr().err
+            continue
+        assert max(rows(run)) == saved + 1
+        assert finetune("--resume", run) == 0
+        assert f"resumed at step {saved} of 4" in capsys.readouterr().out
+        assert rows(run) == rows(whole)
+        torch.testing.assert_close(adapter_of(run), adapter_of(whole), rtol=0, atol=0)
+        assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_finished_run_can_be_trained_further_only_with_more_steps(
@@ -181,12 +229,38 @@ def test_a_run_whose_text_changed_is_not_resumed(
     assert "--dim: found 3, but the run to resume was started with 16" in capsys.readouterr().err
 
 
-def test_a_damaged_state_is_named(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
-    assert finetune(*inputs, "--run", run, "--steps", 1) == 0
-    (run / "state.pt").write_bytes(b"half a file")
-    assert finetune("--resume", run, "--steps", 2) == 2
-    assert f"--resume {run}: state.pt cannot be read" in capsys.readouterr().err
+def test_what_cannot_be_resumed_is_named(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, base = tmp_path / "run", Path(inputs[inputs.index("--base") + 1])
+    shutil.copytree(base, tmp_path / "base")
+    assert finetune(*inputs, "--base", tmp_path / "base", "--run", run, "--steps", 1) == 0
+
+    def refuse(message: str) -> None:
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        capsys.readouterr()
+        assert finetune("--resume", run, "--steps", 2) == 2
+        shown = capsys.readouterr().err
+        assert message in shown and shown.count("\n") == 1
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+    shutil.rmtree(tmp_path / "base")
+    save_tiny_checkpoint(tmp_path / "base", seed=4)
+    refuse(f"--resume {run}: {run / 'checkpoint'}: was trained on another base model than this one: decoder.layers.mlp")
+    shutil.rmtree(tmp_path / "base")
+    shutil.copytree(base, tmp_path / "base")
+    data = run / "checkpoint" / "__0_0.distcp"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1])
+    refuse(f"{data}: found {len(whole) - 1} bytes, expected {len(whole)}; the file is damaged")
+    data.unlink()
+    refuse(f"{data}: the file is missing")
+    (run / "checkpoint" / "dora_fx.json").write_text("{")
+    refuse(f"--resume {run / 'checkpoint' / 'dora_fx.json'}: the file is damaged")
+    shutil.rmtree(run / "checkpoint")
+    refuse(f"--resume {run}: there is no checkpoint, the run was stopped before it saved one")
+    (run / "state.pt").touch()
+    refuse(f"--resume {run}: found state.pt and no checkpoint")
+    (run / "config.yaml").unlink()
+    refuse(f"--resume {run}: there is no config.yaml, expected the folder of a saved run")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +293,7 @@ def test_bfloat16_training_follows_float32(inputs: list[str], tmp_path: Path) ->
     fallen = held_out["fp32"][0] - held_out["fp32"][30]
     assert fallen > 0.3
     assert math.isclose(held_out["bf16"][0] - held_out["bf16"][30], fallen, rel_tol=0.1)
-    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "bf16" / "adapter.safetensors").values()}
+    dtypes = {tensor.dtype for tensor in adapter_of(tmp_path / "bf16").values()}
     assert dtypes == {torch.bfloat16, torch.float32}
 
 
@@ -253,3 +327,26 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.strip().endswith("dora-fx: error: --steps: found 0, expected a positive integer")
     assert "Traceback" not in done.stderr
+
+
+def test_weight_decay_is_of_the_factors_alone(inputs: list[str], tmp_path: Path) -> None:
+    """With a learning rate that moves nothing else, decay takes its share of A at every step."""
+    for name, decay in (("plain", 0), ("decayed", 1e5)):
+        options = ["--weight-decay", decay, "--lr", 1e-6, "--steps", 2]
+        assert finetune(*inputs, *options, "--run", tmp_path / name) == 0
+    plain, decayed = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "decayed")
+    for key, tensor in plain.items():
+        share = 0.9**2 if key.endswith("linear_in.weight") else 1.0
+        torch.testing.assert_close(decayed[key], share * tensor, rtol=0, atol=1e-5, msg=key)
+
+
+def test_a_norm_of_zero_clips_nothing_and_the_norm_is_the_one_before_clipping(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    for name in ("0", "1e9", "1e-9"):
+        assert finetune(*inputs, "--max-grad-norm", name, "--steps", 2, "--run", tmp_path / name) == 0
+    found = {name: adapter_of(tmp_path / name) for name in ("0", "1e9", "1e-9")}
+    torch.testing.assert_close(found["0"], found["1e9"], rtol=0, atol=0)
+    assert any(not torch.equal(found["1e-9"][key], tensor) for key, tensor in found["0"].items())
+    norms = [rows(tmp_path / name, "grad_norm")[1] for name in found]
+    assert norms[0] == norms[1] == norms[2] > 0.01
