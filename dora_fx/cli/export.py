@@ -7,7 +7,7 @@ from typing import Any
 
 from dora_fx.cli.progress import Display
 from dora_fx.cli.saved_adapter import add_arguments, open_saved_adapter, or_user_error, write_folder
-from dora_fx.hf.export_adapter import one_dropout
+from dora_fx.hf.export_adapter import one_dropout, warn_of_tied_output
 from dora_fx.hf.peft_files import write_peft_adapter
 
 HELP = "write the adapter of a run or a checkpoint for Hugging Face PEFT"
@@ -48,5 +48,6 @@ def run(parsed: dict[str, Any]) -> int:
         )
 
     write_folder(Path(parsed["to"]), write)
+    warn_of_tied_output(saved.modules, tied=bool(saved.config.tie_word_embeddings))
     Display().say(f"PEFT adapter of {base_name}: {parsed['to']}")
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from dora_fx.agreement import raise_on_every_rank
 from dora_fx.hf.layers import NamedLinear, adapted_linears, gpt_config
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
-from dora_fx.models.hf_parts import HeadShape, hf_rows
+from dora_fx.matching import unwrap
+from dora_fx.models.hf_parts import LM_HEAD, HeadShape, hf_rows
 from dora_fx.placement import ADAPTER_TENSORS
 from dora_fx.whole_tensors import AdapterShards
 
@@ -38,7 +39,7 @@ def export_hf(
 
     Every rank calls it. Whole tensors go to global rank 0 one layer at a time, and it writes the files: the folder
     is whole or absent. A and B keep their dtype, magnitudes stay in float32 (or float64), padding is cut off. An
-    adapted output layer that is tied to the embedding is exported too; PEFT computes with it, and warns about it.
+    adapted output layer that is tied to the embedding is exported too, with a warning: see `warn_of_tied_output`.
 
     Args:
         model: a Megatron GPTModel of the Llama family, or a list of its chunks, bare or wrapped.
@@ -72,6 +73,7 @@ def export_hf(
                 )
         except OSError as error:
             problem = f"{target}: {error}"
+        warn_of_tied_output(modules, tied=bool(unwrap(chunks[0]).share_embeddings_and_output_weights))
         logger.info("exported %d adapters to %s", len(modules), target)
     raise_on_every_rank(problem, world_group())
 
@@ -90,6 +92,20 @@ def split_adapter(path: str, tensors: Mapping[str, Tensor], alpha: float, heads:
         name: PeftModule(lora_a.clone(), lora_b[rows], magnitude[rows], alpha)
         for name, rows in hf_rows(path, magnitude.shape[0], heads).items()
     }
+
+
+def warn_of_tied_output(modules: Container[str], *, tied: bool) -> None:
+    """Log what PEFT does with the adapter of an output layer that is tied to the embedding.
+
+    It computes with it as Megatron does, but merges it into the one weight that both have. PEFT's own option
+    `ensure_weight_tying` would adapt the embedding too, which is another function.
+    """
+    if tied and LM_HEAD in modules:
+        logger.warning(
+            "%s is adapted and tied to the embedding: PEFT computes with the adapter and warns about it, but its "
+            "merge_and_unload would change the embedding too; keep the adapter unmerged",
+            LM_HEAD,
+        )
 
 
 def one_dropout(dropouts: Iterable[float]) -> float:
