@@ -17,7 +17,7 @@ from dora_fx.cli.main import main
 from dora_fx.megatron_world import megatron_world
 from dora_fx.models import load_hf_checkpoint
 from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint
-from tests.models import tiny_gpt
+from tests.models import GPT_TARGETS, randomize_adapters, tiny_gpt
 from tests.peft_models import hf_logits, load_with_peft, megatron_logits, megatron_of
 
 
@@ -140,6 +140,30 @@ def test_what_cannot_be_exported_is_named(
     (damaged / "state.pt").touch()
     refuse(f"{damaged}: found state.pt and no checkpoint", damaged, *base, *new)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("targets", [[*GPT_TARGETS, "output_layer"], ["*.layers.1.*"]], ids=["alike", "unlike"])
+def test_an_adapter_is_merged_into_its_own_base_alone(
+    kind: str, targets: list[str], world: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another base of the same shapes differs in one weight, of an adapted layer."""
+    save_tiny_checkpoint(tmp_path / "own", kind)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
+    model = dora_fx.DoRA(targets, dim=4)(megatron_of(hf))
+    randomize_adapters(model)
+    dora_fx.save_checkpoint(model, tmp_path / "checkpoint")
+    assert dora_fx_command("merge", tmp_path / "checkpoint", "--base", tmp_path / "own", "--to", tmp_path / "new") == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", attn_implementation="eager")
+    torch.testing.assert_close(hf_logits(merged), megatron_logits(model), atol=1e-3, rtol=0)
+    other = shutil.copytree(tmp_path / "own", tmp_path / "other")
+    with torch.no_grad():
+        hf.model.layers[1].mlp.up_proj.weight[0, 0] += 0.01
+    hf.save_pretrained(other)
+    assert dora_fx_command("merge", tmp_path / "checkpoint", "--base", other, "--to", tmp_path / "newer") == 2
+    shown = capsys.readouterr().err
+    assert f"--base {other}: {tmp_path / 'checkpoint'}: was trained on another base model than this one" in shown
+    assert "linear_fc1.weight differ" in shown and not (tmp_path / "newer").exists()
 
 
 def test_adapters_that_one_file_of_peft_cannot_hold_are_named(
