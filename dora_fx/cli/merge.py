@@ -40,7 +40,7 @@ def run(parsed: dict[str, Any]) -> int:
     dtype = next(iter(saved.layers.values())).tensors["linear_in.weight"].dtype
     with display.phase(f"loading {saved.base_path.name}"):
         checkpoint = load_checkpoint(saved.base_path, dtype)
-    or_user_error(f"--base {saved.base}: ", _check_base, saved, checkpoint)
+        or_user_error(f"--base {saved.base}: ", _check_base, saved, checkpoint)
     with display.phase("merging"):
         merged = or_user_error(f"{saved.path}: ", merged_state_dict, checkpoint, saved.modules)
     write_folder(target, lambda into: save_hf_model(checkpoint, merged, into))

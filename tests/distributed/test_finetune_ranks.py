@@ -70,10 +70,11 @@ def test_two_ranks_train_what_one_trains(inputs, one_process, tmp_path, sequence
     assert_same_run(run, one_process)
 
 
-def test_a_run_resumes_at_another_tensor_parallel_size(inputs, one_process, tmp_path):
+@pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_a_run_resumes_at_another_tensor_parallel_size(inputs, one_process, tmp_path, first, then):
     run = tmp_path / "run"
-    finetune(2, *inputs, "--steps", 3, "--run", run, "--tp", 2)
-    finetune(1, "--resume", run, "--steps", 6, "--tp", 1)
+    finetune(first, *inputs, "--steps", 3, "--run", run, "--tp", first)
+    finetune(then, "--resume", run, "--steps", 6, "--tp", then)
     torch.testing.assert_close(losses(run), losses(one_process), rtol=0, atol=1e-5)
 
 
