@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
+# An adapter's A, B and magnitude by their names in its state dict.
+ADAPTER_TENSORS = ("linear_in.weight", "linear_out.weight", "weight_magnitude")
+
 Enter = Literal["none", "copy", "gather_sequence", "split_features"]
 Leave = Literal["none", "all_reduce", "reduce_scatter_sequence", "gather_features"]
 

@@ -1,4 +1,4 @@
-"""Whole adapter tensors out of the ranks' shards, and a rank's shards out of whole tensors.
+"""Whole adapter tensors out of the ranks' shards.
 
 A whole tensor does not depend on the tensor-parallel size: shards are joined as the layout table says, and what
 pads the base model to a size that divides (see `ParallelLinearDoRAAdapter`) is cut off.
@@ -34,28 +34,12 @@ class AdapterShards:
                     self._owners[f"{path}.{name}"] = (module, module.placements[name])
                     self.parameters[f"{path}.{name}"] = parameter
 
-    def is_sharded(self, name: str) -> bool:
-        """Whether the ranks hold different parts of a parameter; otherwise every rank holds it whole."""
-        adapter, placement = self._owners[name]
-        return adapter.tp_size > 1 and placement.dim is not None
-
     def gather(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """The whole of a tensor that is sharded as parameter `name` is. Every rank of the group calls it."""
         adapter, placement = self._owners[name]
         local = local.detach().contiguous()
         parts = [local]
-        if self.is_sharded(name):
+        if adapter.tp_size > 1 and placement.dim is not None:
             parts = [torch.empty_like(local) for _ in range(adapter.tp_size)]
             dist.all_gather(parts, local, group=resolve_group(adapter.tp_group))
         return placement.unshard_and_cut(parts)
-
-    def scatter(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's part of a whole tensor, for parameter `name`.
-
-        Raises:
-            ValueError: the tensor has another shape than the whole parameter.
-        """
-        adapter, placement = self._owners[name]
-        if tuple(whole.shape) != placement.shape:
-            raise ValueError(f"{name}: found a tensor of shape {tuple(whole.shape)}, expected {placement.shape}")
-        return placement.pad_and_shard(whole, adapter.tp_rank, adapter.tp_size)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+from dora_fx.checkpoint.plain import read_adapters
+
 _SHAPE: dict[str, Any] = dict(
     vocab_size=64,
     hidden_size=48,
@@ -79,7 +81,13 @@ def finetune_inputs(folder: Path, *options: object, kind: str = "llama", **overr
     return [str(part) for part in (*inputs, *sizes, *options)]
 
 
-def save_tiny_checkpoint(folder: Path, kind: str = "llama", **overrides: Any) -> Path:
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    """The whole adapter tensors of a run's checkpoint, by their names in the Megatron model."""
+    layers = read_adapters(run / "checkpoint")
+    return {f"{path}.adapter.{name}": value for path, layer in layers.items() for name, value in layer.tensors.items()}
+
+
+def save_tiny_checkpoint(folder: Path, kind: str = "llama", seed: int = 3, **overrides: Any) -> Path:
     """Write a tiny model and a tokenizer whose tokens are the 64 commonest ASCII characters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -89,5 +97,5 @@ def save_tiny_checkpoint(folder: Path, kind: str = "llama", **overrides: Any) ->
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", unk_token="?")
     fast.save_pretrained(folder)
-    tiny_hf_model(kind, **overrides).save_pretrained(folder)
+    tiny_hf_model(kind, seed, **overrides).save_pretrained(folder)
     return folder

@@ -48,7 +48,7 @@ def check_base(directory: Path, manifest: Manifest, found: Mapping[str, str], *,
         return
     message = f"{directory}: was trained on another base model than this one: {_listed(differing)} differ"
     if not any_base:
-        raise CheckpointError(f"{message}. Load the base that it was trained on, or pass any_base=True to use this one")
+        raise CheckpointError(f"{message}; load the base that it was trained on")
     if dist.get_rank() == 0:
         logger.warning("%s", message)
 

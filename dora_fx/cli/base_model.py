@@ -36,14 +36,14 @@ def resolve_base(base: str) -> Path:
     return path
 
 
-def load_checkpoint(path: Path, dtype: str) -> HFCheckpoint:
+def load_checkpoint(path: Path, dtype: torch.dtype) -> HFCheckpoint:
     """Read config, weights and tokenizer; raises UserError for files that are unreadable or unsupported."""
     import transformers  # noqa: F401  its log handler must take the real stderr, so it comes before the redirection
 
     try:
         # transformers and gguf draw bars of their own, which would run through the command's.
         with contextlib.redirect_stderr(io.StringIO()):
-            return load_hf_checkpoint(path, DTYPES[dtype])
+            return load_hf_checkpoint(path, dtype)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"--base {path}: {error}") from error
 

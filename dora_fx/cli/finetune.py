@@ -12,7 +12,7 @@ import yaml
 
 import dora_fx
 from dora_fx import DoRA
-from dora_fx.cli.base_model import build_base_model, load_checkpoint, resolve_base
+from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base
 from dora_fx.cli.compilation import compile_in_place
 from dora_fx.cli.data import TokenBlocks, cut_blocks, demo_documents, read_documents, tokenize
 from dora_fx.cli.errors import UserError
@@ -65,7 +65,7 @@ def run(parsed: dict[str, Any]) -> int:
     with stop.installed(), ranks.world(device, options.seed, options.tp):
         path = _resolve_base(options, display, ranks)
         with display.phase(f"loading {path.name}"):
-            checkpoint = load_checkpoint(path, options.dtype)
+            checkpoint = load_checkpoint(path, DTYPES[options.dtype])
         _check_sequence_length(options, checkpoint.config)
         blocks = _blocks(options, documents, checkpoint.tokenizer)
         ranks.check_agreement(saved_options(options) | {"text": blocks.fingerprint, **_versions()})
@@ -110,7 +110,7 @@ def _run_folder(options: FinetuneOptions) -> RunFolder:
     """The folder to create, checked not to exist, or the folder to resume, checked against the options."""
     if options.resume is not None:
         folder = RunFolder(options.resume)
-        check_resumable(options, yaml.safe_load(folder.config_file().read_text(encoding="utf-8")))
+        check_resumable(options, yaml.safe_load(folder.resumable_config().read_text(encoding="utf-8")))
         return folder
     name = options.data.stem if options.data is not None else "demo"
     folder = RunFolder(options.run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")

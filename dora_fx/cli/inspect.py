@@ -14,6 +14,7 @@ from dora_fx.checkpoint.directory import open_checkpoint
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import Manifest, StoredTensor, check_file
 from dora_fx.cli.errors import UserError
+from dora_fx.cli.run_folder import checkpoint_in
 
 HELP = "show what a checkpoint holds and whether it is whole"
 DAMAGED_EXIT_CODE = 1
@@ -26,7 +27,9 @@ def parser() -> Any:
     import jsonargparse
 
     command = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
-    command.add_argument("checkpoint", type=Path, help="directory that dora_fx.save_checkpoint wrote")
+    command.add_argument(
+        "checkpoint", type=Path, help="what dora_fx.save_checkpoint wrote, or the folder of a run of dora-fx finetune"
+    )
     return command
 
 
@@ -36,7 +39,7 @@ def run(parsed: dict[str, Any]) -> int:
     Raises:
         UserError: there is no checkpoint, or the file that describes it is damaged.
     """
-    path = Path(os.path.abspath(parsed["checkpoint"]))
+    path = checkpoint_in(Path(os.path.abspath(parsed["checkpoint"])))
     try:
         directory, manifest = open_checkpoint(path)
     except CheckpointError as error:

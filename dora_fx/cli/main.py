@@ -41,7 +41,7 @@ def _run(argv: list[str]) -> int:
     import jsonargparse
 
     import dora_fx
-    from dora_fx.cli import export, finetune, inspect
+    from dora_fx.cli import export, finetune, inspect, merge
 
     parser = jsonargparse.ArgumentParser(
         prog="dora-fx",
@@ -50,7 +50,7 @@ def _run(argv: list[str]) -> int:
         version=dora_fx.__version__,
     )
     commands = parser.add_subcommands(required=True, dest="command")
-    modules: dict[str, Any] = {"finetune": finetune, "export": export, "inspect": inspect}
+    modules: dict[str, Any] = {"finetune": finetune, "export": export, "merge": merge, "inspect": inspect}
     for name, module in modules.items():
         commands.add_subcommand(name, module.parser(), help=module.HELP)
     if argv[:1] == ["finetune"]:
@@ -60,8 +60,12 @@ def _run(argv: list[str]) -> int:
 
 
 def _quieten_libraries() -> None:
-    """Hide warnings about what a single process does without, and Dynamo's about Megatron's cached rotary table."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")
+    """Hide warnings about what a single process does without, and others that are no business of the user's.
+
+    Dynamo's are about Megatron's cached rotary table, torch's about how Megatron calls it to read a checkpoint.
+    """
+    for module in (r"megatron\.", r"torch\.distributed\.checkpoint\."):
+        warnings.filterwarnings("ignore", module=module)
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -218,7 +218,7 @@ def options_in_order(argv: list[str]) -> list[str]:
         if name == "--config":
             configs.append(f"--config={value}")
         else:
-            resumed.append(f"--config={RunFolder(Path(value)).config_file()}")
+            resumed.append(f"--config={RunFolder(Path(value)).resumable_config()}")
             others.append(f"--resume={value}")
     return [*resumed, *configs, *others]
 

@@ -1,13 +1,11 @@
 """The folder of a run: what is in it, written so that a reader never sees half a file.
 
-config.yaml          the options of the run
-report.txt           the adapted layers
-metrics.jsonl        one line per step, and one per held-out loss
-samples.jsonl        text generated before and after training
-loss.png             both as curves
-adapter.safetensors  the trained parameters
-adapter.json         what they are: base, DoRA's settings, step
-state.pt             what `--resume` needs
+config.yaml      the options of the run
+report.txt       the adapted layers
+metrics.jsonl    one line per step, and one per held-out loss
+samples.jsonl    text generated before and after training
+loss.png         both as curves
+checkpoint/      the trained parameters and all that `--resume` needs, see `dora_fx.save_checkpoint`
 """
 
 from __future__ import annotations
@@ -20,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from torch import Tensor
 
+from dora_fx.checkpoint import CheckpointError
+from dora_fx.checkpoint.directory import open_checkpoint, previous_of
 from dora_fx.cli.errors import UserError
 from dora_fx.durable_files import give_default_mode, sync
 
@@ -53,8 +51,12 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
-    def adapter(self) -> Path:
-        return self.path / "adapter.safetensors"
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
 
     def check_new(self) -> None:
         """Raise UserError if the folder, or anything else of its name, exists."""
@@ -72,14 +74,17 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        write_atomically(self.path / "config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(self.config_file, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def config_file(self) -> Path:
+    def resumable_config(self) -> Path:
         """The config of a run to resume; raises UserError if this folder is none."""
-        for name in ("config.yaml", "state.pt"):
-            if not (self.path / name).is_file():
-                raise UserError(f"--resume {self.path}: there is no {name}, expected the folder of a saved run")
-        return self.path / "config.yaml"
+        if not self.config_file.is_file():
+            raise UserError(f"--resume {self.path}: there is no config.yaml, expected the folder of a saved run")
+        try:
+            open_checkpoint(checkpoint_in(self.path))
+        except (CheckpointError, UserError) as error:
+            raise UserError(f"--resume {error}") from error
+        return self.config_file
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -102,29 +107,30 @@ class RunFolder:
         """Samples by the step they were taken at."""
         return {row["step"]: row for row in _complete_rows(self.path / "samples.jsonl")}
 
-    def save_state(self, state: Mapping[str, Any]) -> None:
-        write_atomically(self.path / "state.pt", lambda path: torch.save(dict(state), path))
-
-    def load_state(self) -> dict[str, Any]:
-        try:
-            return torch.load(self.path / "state.pt", map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"--resume {self.path}: state.pt cannot be read ({error})") from error
-
-    def save_adapter(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
-        """Write the adapter's tensors by their names in the Megatron model, and what they are."""
-        from safetensors.torch import save_file
-
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(self.adapter, lambda path: save_file(plain, path, metadata={"format": "pt"}))
-        text = json.dumps(dict(description), indent=2) + "\n"
-        write_atomically(self.path / "adapter.json", lambda path: path.write_text(text, encoding="utf-8"))
-
     def draw_loss_curve(self) -> None:
         from dora_fx.cli.loss_curve import draw_loss_curve
 
         rows = self.read_metrics()
         write_atomically(self.loss_curve, lambda path: draw_loss_curve(rows, path))
+
+
+def checkpoint_in(path: Path) -> Path:
+    """The checkpoint that a path means: a run folder's own, or the path itself.
+
+    Raises:
+        UserError: a run folder without a checkpoint.
+    """
+    folder = RunFolder(path)
+    if not folder.config_file.is_file():
+        return path
+    if os.path.lexists(folder.checkpoint) or previous_of(folder.checkpoint).exists():
+        return folder.checkpoint
+    if (path / "state.pt").exists():
+        raise UserError(
+            f"{path}: found state.pt and no checkpoint, the folder of a run that an earlier version of dora_fx saved; "
+            "go on with that version, or start a new run"
+        )
+    raise UserError(f"{path}: there is no checkpoint, the run was stopped before it saved one; start it anew")
 
 
 def _complete_rows(path: Path) -> list[dict[str, Any]]:

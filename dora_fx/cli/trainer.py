@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dora_fx.checkpoint import load_checkpoint, save_checkpoint
 from dora_fx.cli.data import TokenBlocks, training_batch
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
 from dora_fx.cli.options import FinetuneOptions
 from dora_fx.models import causal_mask
-from dora_fx.whole_tensors import AdapterShards
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,22 @@ class StepMetrics:
 
 
 class Trainer:
-    """Trains the parameters of `model` that require gradients on `blocks`; `step` is the number of steps done."""
+    """Trains the adapters of `model` on `blocks`.
+
+    Attributes:
+        step: the number of steps done.
+        is_updating: whether the optimizer is in the middle of a step, or failed there, so that parameters and
+            moments belong together no more.
+    """
 
     def __init__(self, model: Any, blocks: TokenBlocks, options: FinetuneOptions, device: str) -> None:
         self.model = model
         self.step = 0
+        self.is_updating = False
         self._blocks = blocks
         self._options = options
         self._device = device
-        self._shards = AdapterShards(model)
-        self._optimizer = AdapterOptimizer(self._shards, options.weight_decay)
+        self._optimizer = AdapterOptimizer(model, options, device)
         length = options.sequence_length
         self._mask = causal_mask(length, device)
         self._positions = torch.arange(length, device=device).expand(options.batch_size, length)
@@ -51,20 +58,22 @@ class Trainer:
         options, start = self._options, time.perf_counter()
         self._generators = self._generator_states()
         self.model.train()
+        self._optimizer.clear_gradients()
         total = torch.zeros((), device=self._device)
         for micro_batch in range(options.gradient_accumulation):
             index = self.step * options.gradient_accumulation + micro_batch
             batch = training_batch(self._blocks.train, options.batch_size, index, options.seed)
             loss = self._token_losses(batch).mean() / options.gradient_accumulation
             loss.backward()
-            self._optimizer.accumulate()
             total += loss.detach()
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss of step {self.step + 1} is {total.item()}")
         lr = learning_rate(self.step, options)
-        grad_norm = self._optimizer.step(lr, options.max_grad_norm)
+        self.is_updating = True
+        grad_norm = self._optimizer.step(lr)
         self.step += 1
         self._generators = self._generator_states()
+        self.is_updating = False
         tokens = options.gradient_accumulation * options.batch_size * options.sequence_length
         return StepMetrics(self.step, total.item(), lr, grad_norm, tokens, time.perf_counter() - start)
 
@@ -94,28 +103,27 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             self._token_losses(self._blocks.train[: self._options.batch_size])
 
-    def adapter(self) -> dict[str, Tensor]:
-        """The adapter's whole tensors by their names in the model; every rank calls it."""
-        return {name: self._shards.gather(name, parameter) for name, parameter in self._shards.parameters.items()}
+    def save(self, checkpoint: Path) -> None:
+        """Save the state after the last complete step; every rank calls it. Raises CheckpointError."""
+        extra = {"step": self.step, "generators": self._generators, "text": self._blocks.fingerprint}
+        save_checkpoint(self.model, checkpoint, self._optimizer.megatron, extra=extra)
 
-    def state_dict(self) -> dict[str, Any]:
-        """State after the last complete step, for `load_state_dict`; every rank calls it."""
-        return {
-            "step": self.step,
-            "optimizer": self._optimizer.state_dict(),
-            "generators": self._generators,
-            "text": self._blocks.fingerprint,
-        }
+    def load(self, checkpoint: Path) -> None:
+        """Go on where `save` was called, at any tensor-parallel size; every rank calls it.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; raises ValueError if the text or the parameters are others."""
-        if state["text"] != self._blocks.fingerprint:
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another model.
+            ValueError: the text is another one, or the checkpoint is not of a training run.
+        """
+        extra = load_checkpoint(self.model, checkpoint, self._optimizer.megatron)
+        if not isinstance(extra, dict) or extra.keys() != {"step", "generators", "text"}:
+            raise ValueError(f"{checkpoint}: has no step, generators and text in its extra, expected what a run saves")
+        if extra["text"] != self._blocks.fingerprint:
             raise ValueError("the text is not the one the run was started with")
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        torch.set_rng_state(state["generators"]["cpu"])
-        if "cuda" in state["generators"] and self._device == "cuda":
-            torch.cuda.set_rng_state(state["generators"]["cuda"])
+        self.step = extra["step"]
+        torch.set_rng_state(extra["generators"]["cpu"])
+        if "cuda" in extra["generators"] and self._device == "cuda":
+            torch.cuda.set_rng_state(extra["generators"]["cuda"])
         self._generators = self._generator_states()
 
     def _token_losses(self, batch: Tensor) -> Tensor:

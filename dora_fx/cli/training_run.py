@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_fx import __version__
+from dora_fx.checkpoint import CheckpointError
 from dora_fx.cli.errors import Interrupted, UserError
 from dora_fx.cli.options import FinetuneOptions, saved_options
 from dora_fx.cli.progress import Display, TrainingDisplay
@@ -27,7 +27,10 @@ _PROMPT_TOKENS = 16
 
 @dataclass
 class TrainingRun:
-    """Everything one run works with; `run` does it. Rank 0 keeps the folder, and the others follow it."""
+    """Everything one run works with; `run` does it. Rank 0 keeps the folder, and the others follow it.
+
+    `saved_step` is the step of the checkpoint in the folder, None before this run saved or resumed one.
+    """
 
     options: FinetuneOptions
     ranks: Ranks
@@ -37,12 +40,15 @@ class TrainingRun:
     trainer: Trainer
     tokenizer: Any
     device: str
+    saved_step: int | None = None
 
     def run(self, held_out: Tensor) -> int:
         """Train to the last step, or until a signal; return the exit code.
 
         Raises:
-            Interrupted: by a second signal to one of several ranks, with nothing saved since the last save.
+            UserError: a checkpoint cannot be loaded or saved, or a loss is not finite.
+            Interrupted: by a second signal to one of several ranks, or in the middle of an update, with nothing saved
+                since the last save.
         """
         if self.options.resume is not None:
             self._restore()
@@ -54,8 +60,7 @@ class TrainingRun:
                 self._train()
                 self._measure(prompt)
         except Interrupted as interrupted:
-            if self.ranks.world_size > 1 and not interrupted.on_every_process:
-                # Saving gathers the shards, and nobody knows where the other ranks are.
+            if not self._can_save_after(interrupted):
                 raise
             self._save()
             self.display.say(f"{interrupted} at step {self.trainer.step} of {self.options.steps}; saved")
@@ -65,10 +70,15 @@ class TrainingRun:
         self._say_results()
         return 0
 
+    def _can_save_after(self, interrupted: Interrupted) -> bool:
+        # Every rank takes part in a save, and after a second signal nobody knows where the others are.
+        ranks_are_here = self.ranks.world_size == 1 or interrupted.on_every_process
+        return ranks_are_here and not self.trainer.is_updating
+
     def _restore(self) -> None:
         try:
-            self.trainer.load_state_dict(self.ranks.from_main(self.folder.load_state))
-        except (ValueError, KeyError) as error:
+            self.trainer.load(self.folder.checkpoint)
+        except (CheckpointError, ValueError) as error:
             raise UserError(f"--resume {self.folder.path}: {error}") from error
         step, steps = self.trainer.step, self.options.steps
         if step > steps or (step == steps and step in self._held_out_losses()):
@@ -76,6 +86,7 @@ class TrainingRun:
         if self.ranks.is_main:
             self.folder.drop_metrics_after(step)
             self.folder.write_config(saved_options(self.options))
+        self.saved_step = step
         self.display.say(f"resumed at step {step} of {steps}")
 
     def _train(self) -> None:
@@ -157,24 +168,15 @@ class TrainingRun:
         return self.tokenizer.decode(tokens.tolist())
 
     def _save(self) -> None:
-        options, step = self.options, self.trainer.step
-        state, adapter = self.trainer.state_dict(), self.trainer.adapter()
-        if not self.ranks.is_main:
-            return
-        self.folder.save_state(state)
-        description = {
-            "format": "dora_fx adapter",
-            "dora_fx_version": __version__,
-            "base": options.base,
-            "target_modules": options.target_modules,
-            "exclude_modules": options.exclude_modules,
-            "dim": options.dim,
-            "alpha": options.alpha,
-            "dropout": options.dropout,
-            "step": step,
-        }
-        self.folder.save_adapter(adapter, description)
-        self.folder.draw_loss_curve()
+        """Save the state unless it is saved already, and draw the curve; every rank calls it."""
+        if self.saved_step != self.trainer.step:
+            try:
+                self.trainer.save(self.folder.checkpoint)
+            except CheckpointError as error:
+                raise UserError(str(error)) from error
+            self.saved_step = self.trainer.step
+        if self.ranks.is_main:
+            self.folder.draw_loss_curve()
 
     def _say_results(self) -> None:
         say, folder = self.display.say, self.folder
@@ -184,5 +186,5 @@ class TrainingRun:
         if self.options.sample_tokens:
             first, last = samples[0], samples[self.options.steps]
             say(f"prompt:  {first['prompt']!r}\nbefore:  {first['text']!r}\nafter:   {last['text']!r}")
-        say(f"\nrun folder: {folder.path}\n  loss curve: {folder.loss_curve.name}   adapter: {folder.adapter.name}")
+        say(f"\nrun folder: {folder.path}\n  loss curve: {folder.loss_curve.name}   adapter: {folder.checkpoint.name}")
         say(f"train on with: dora-fx finetune --resume {folder.path} --steps {2 * self.options.steps}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from dora_fx.agreement import raise_on_every_rank
 from dora_fx.hf.layers import NamedLinear, adapted_linears, gpt_config
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
-from dora_fx.models.hf_parts import HeadShape, hf_rows
+from dora_fx.matching import unwrap
+from dora_fx.models.hf_parts import LM_HEAD, HeadShape, hf_rows
+from dora_fx.placement import ADAPTER_TENSORS
 from dora_fx.whole_tensors import AdapterShards
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_TENSORS = ("linear_in.weight", "linear_out.weight", "weight_magnitude")
 
 
 def export_hf(
@@ -39,7 +39,7 @@ def export_hf(
 
     Every rank calls it. Whole tensors go to global rank 0 one layer at a time, and it writes the files: the folder
     is whole or absent. A and B keep their dtype, magnitudes stay in float32 (or float64), padding is cut off. An
-    adapted output layer that is tied to the embedding is exported too; PEFT computes with it, and warns about it.
+    adapted output layer that is tied to the embedding is exported too, with a warning: see `warn_of_tied_output`.
 
     Args:
         model: a Megatron GPTModel of the Llama family, or a list of its chunks, bare or wrapped.
@@ -54,7 +54,7 @@ def export_hf(
     target = Path(folder)
     sites = adapted_linears(chunks)
     raise_on_every_rank(_problem_maybe(chunks, sites, target), world_group())
-    dropout = _one_dropout(sites)
+    dropout = _dropout_of_all_ranks(sites)
     config = gpt_config(chunks)
     modules: dict[str, PeftModule] = {}
     for part in _layer_by_layer(sites, HeadShape.of(config), config.num_layers):
@@ -73,6 +73,7 @@ def export_hf(
                 )
         except OSError as error:
             problem = f"{target}: {error}"
+        warn_of_tied_output(modules, tied=bool(unwrap(chunks[0]).share_embeddings_and_output_weights))
         logger.info("exported %d adapters to %s", len(modules), target)
     raise_on_every_rank(problem, world_group())
 
@@ -91,6 +92,28 @@ def split_adapter(path: str, tensors: Mapping[str, Tensor], alpha: float, heads:
         name: PeftModule(lora_a.clone(), lora_b[rows], magnitude[rows], alpha)
         for name, rows in hf_rows(path, magnitude.shape[0], heads).items()
     }
+
+
+def warn_of_tied_output(modules: Container[str], *, tied: bool) -> None:
+    """Log what PEFT does with the adapter of an output layer that is tied to the embedding.
+
+    It computes with it as Megatron does, but merges it into the one weight that both have. PEFT's own option
+    `ensure_weight_tying` would adapt the embedding too, which is another function.
+    """
+    if tied and LM_HEAD in modules:
+        logger.warning(
+            "%s is adapted and tied to the embedding: PEFT computes with the adapter and warns about it, but its "
+            "merge_and_unload would change the embedding too; keep the adapter unmerged",
+            LM_HEAD,
+        )
+
+
+def one_dropout(dropouts: Iterable[float]) -> float:
+    """The dropout that all adapters have; raises ValueError if there are several: PEFT's files have one."""
+    found = sorted(set(dropouts))
+    if len(found) > 1:
+        raise ValueError(f"found adapters with dropout {found}, expected one for all: PEFT's files have one")
+    return float(found[0])
 
 
 def _layer_by_layer(sites: Sequence[NamedLinear], heads: HeadShape, num_layers: int) -> Iterator[dict[str, PeftModule]]:
@@ -125,18 +148,16 @@ def _data_parallel_rank() -> int:
     return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
 
 
-def _one_dropout(sites: Sequence[NamedLinear]) -> float:
+def _dropout_of_all_ranks(sites: Sequence[NamedLinear]) -> float:
     """The dropout of all adapters on all ranks; a pipeline stage may have none of its own."""
     found: list[Any] = [[site.module.adapter.dropout for site in sites]]
     if dist.is_initialized() and dist.get_world_size() > 1:
         own, found = found[0], [None] * dist.get_world_size()
         dist.all_gather_object(found, own)
-    dropouts = sorted({dropout for part in found for dropout in part})
+    dropouts = [dropout for part in found for dropout in part]
     if not dropouts:
         raise ValueError("found no adapted layer, expected a model that DoRA was called on")
-    if len(dropouts) > 1:
-        raise ValueError(f"found adapters with dropout {dropouts}, expected one for all: PEFT's files have one")
-    return float(dropouts[0])
+    return one_dropout(dropouts)
 
 
 def world_group() -> dist.ProcessGroup | None:

@@ -186,7 +186,7 @@ def _some(names: set[str]) -> str:
     return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
 
 
-def _full_tensors(
+def full_tensors(
     architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], layer_indices: Mapping[int, int]
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter name, full tensor) for the whole model, a layer at a time."""
@@ -207,7 +207,7 @@ def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     layer_indices = {local: layer.layer_number - 1 for local, layer in enumerate(model.decoder.layers)}
     parameters = dict(model.named_parameters())
-    for name, full in _full_tensors(architecture, state_dict, layer_indices):
+    for name, full in full_tensors(architecture, state_dict, layer_indices):
         parameter = parameters.pop(name)
         if getattr(parameter, "tensor_model_parallel", False):
             full = shard_of(name, full, parameter.partition_dim, tp_rank, tp_size)

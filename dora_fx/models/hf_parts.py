@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_fx.models.architecture import GPTArchitecture
+
 HF_NAMES: dict[str, tuple[str, ...]] = {
     "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attention.linear_proj": ("self_attn.o_proj",),
@@ -53,6 +55,27 @@ def hf_paths(path: str) -> tuple[str, ...]:
         return (LM_HEAD,)
     match = _LAYER_PATH.fullmatch(path)
     return tuple(f"model.layers.{match[1]}.{name}" for name in HF_NAMES.get(match[2], ())) if match else ()
+
+
+def check_size(path: str, found: tuple[int, int], architecture: GPTArchitecture) -> None:
+    """Raise ValueError unless a model has the Megatron layer `path`, with so many rows and columns."""
+    match = _LAYER_PATH.fullmatch(path)
+    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
+    hidden, head = architecture.hidden_size, architecture.kv_channels
+    sizes = {
+        "self_attention.linear_qkv": ((heads + 2 * groups) * head, hidden),
+        "self_attention.linear_proj": (hidden, heads * head),
+        "mlp.linear_fc1": (2 * architecture.ffn_hidden_size, hidden),
+        "mlp.linear_fc2": (hidden, architecture.ffn_hidden_size),
+        OUTPUT_LAYER: (architecture.vocab_size, hidden),
+    }
+    expected = sizes.get(match[2] if match else path)
+    if expected is None:
+        raise ValueError(f"{path}: found no Hugging Face layer that it stands for, expected one of {', '.join(sizes)}")
+    if match and int(match[1]) >= architecture.num_layers:
+        raise ValueError(f"{path}: found an adapter of it, expected one of the {architecture.num_layers} layers")
+    if found != expected:
+        raise ValueError(f"{path}: found an adapter for a weight of shape {found}, the base's has {expected}")
 
 
 def hf_rows(path: str, out_features: int, heads: HeadShape) -> dict[str, Tensor]:

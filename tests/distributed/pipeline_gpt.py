@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +16,21 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import nn
 
 import dora_fx
+from dora_fx.cpu_runtime import cuda_means_cpu
 from dora_fx.megatron_world import megatron_world
 from dora_fx.models import causal_mask
 from dora_fx.models.gpt_model import FrozenRMSNorm
-from tests.distributed.megatron_on_cpu import cuda_means_cpu
 from tests.distributed.zoo import Sharding, shardings, sites_of, split, tensors_of, whole_values
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCAB, DIM = 4, 32, 48, 8, 4, 64, 4
+MICRO_BATCHES = 4
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
@@ -97,6 +99,7 @@ def build_base(layout: Layout, kind: Kind, num_layers: int = LAYERS) -> list[GPT
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         pipeline_dtype=kind.dtype,
+        batch_p2p_comm=False,
         params_dtype=kind.dtype,
         bf16=kind.dtype is torch.bfloat16,
         sequence_parallel=kind.sequence_parallel and layout.tp > 1,
@@ -220,22 +223,33 @@ class Training:
             self.optimizer = get_megatron_optimizer(settings, self.chunks)
 
     def train(self, number: int) -> float:
-        """One update by the loss of a batch, of which each data-parallel rank takes its part; returns the loss."""
-        tokens = torch.randint(0, VOCAB, (4, 17), generator=torch.Generator().manual_seed(number))
+        """One update by the loss of a batch, in micro-batches through Megatron's pipeline schedule.
+
+        Each data-parallel rank takes its part of the batch. Returns the loss of the whole batch, on every rank.
+        """
+        tokens = torch.randint(0, VOCAB, (8, 17), generator=torch.Generator().manual_seed(number))
         own = tokens.chunk(self.layout.dp)[parallel_state.get_data_parallel_rank()]
-        length = own.shape[1] - 1
-        positions, mask = torch.arange(length).expand(len(own), length), causal_mask(length, "cpu")
-        [chunk] = self.chunks
-        chunk.zero_grad_buffer()
+        micro_batches = own.chunk(MICRO_BATCHES)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = chunk(own[:, :-1], positions, mask, labels=own[:, 1:]).mean()
-        loss.backward()
+        data = [iter(micro_batches) for _ in self.chunks]
         with cuda_means_cpu():
-            finalize_model_grads([chunk])
+            found = get_forward_backward_func()(
+                forward_step_func=_forward_step,
+                data_iterator=data if self.layout.vpp > 1 else data[0],
+                model=self.chunks if self.layout.vpp > 1 else self.chunks[0],
+                num_microbatches=MICRO_BATCHES,
+                seq_length=tokens.shape[1] - 1,
+                micro_batch_size=len(micro_batches[0]),
+                forward_only=False,
+            )
+            finalize_model_grads(self.chunks)
             self.optimizer.step()
-        total = loss.detach().clone()
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        return float(total) / self.layout.dp
+        # The last stages have losses, the same on all ranks of a tensor-parallel group.
+        total = torch.tensor(sum(map(float, found)), dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total) / (MICRO_BATCHES * self.layout.dp * self.layout.tp)
 
     def step(self, number: int) -> None:
         """One update by gradients that are the same at every layout."""
@@ -244,6 +258,15 @@ class Training:
             parameter.main_grad.copy_(value)
         with cuda_means_cpu():
             self.optimizer.step()
+
+
+def _forward_step(batches: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """Megatron's forward step: a chunk's output for the next micro-batch, and the loss of the last chunk's."""
+    tokens = next(batches)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    output = chunk(inputs, positions, causal_mask(inputs.shape[1], "cpu"), labels=targets)
+    return output, lambda losses: (losses.mean(), losses.detach().mean())
 
 
 def linear_sizes(kind: Kind) -> dict[str, tuple[int, int]]:

@@ -8,6 +8,7 @@ import torch
 
 import dora_fx
 from dora_fx.checkpoint.manifest import read_manifest
+from dora_fx.checkpoint.plain import read_adapters
 from dora_fx.models import build_gpt_model
 from dora_fx.whole_tensors import AdapterShards
 from tests.distributed.launch import visit_worlds
@@ -26,8 +27,15 @@ def build(salt: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     with torch.no_grad():
         for name, parameter in shards.parameters.items():
             wholes[name] = whole_values(tuple(shards.gather(name, parameter).shape), f"{name}{salt}", 1.0).float()
-            parameter.copy_(shards.scatter(name, wholes[name]))
+            parameter.copy_(own_part(model, name, wholes[name]))
     return model, wholes
+
+
+def own_part(model: torch.nn.Module, name: str, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a whole tensor, with zeros for the padding."""
+    path, _, own_name = name.partition(".adapter.")
+    adapter = model.get_submodule(path).adapter
+    return adapter.placements[own_name].pad_and_shard(whole, adapter.tp_rank, adapter.tp_size)
 
 
 def save(layout: Layout, folder: Path) -> None:
@@ -42,8 +50,11 @@ def load(layout: Layout, folder: Path) -> None:
         shards = AdapterShards(model)
         for name, parameter in shards.parameters.items():
             assert torch.equal(shards.gather(name, parameter), expected[name]), name
-            own = shards.scatter(name, expected[name])
+            own = own_part(model, name, expected[name])
             assert torch.equal(parameter, own), f"{name}: padding"
+        layers = read_adapters(folder / str(source))
+        plain = {f"{path}.adapter.{name}": t for path, layer in layers.items() for name, t in layer.tensors.items()}
+        torch.testing.assert_close(plain, expected, rtol=0, atol=0)
 
 
 def test_one_rank_and_two(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 import dora_fx
 from dora_fx import parameter_cache
+from dora_fx.cpu_runtime import cuda_means_cpu
 from dora_fx.parameter_cache import StaleParametersError
 from tests.distributed.launch import run_ranks
-from tests.distributed.megatron_on_cpu import cuda_means_cpu
 from tests.distributed.mutations import Mutation, planted
 from tests.distributed.zoo import BATCH, LAYERS, SEQUENCE, Topology, Zoo, make_config, set_adapter_values, whole_values
 

@@ -4,58 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from dora_fx.cli.main import main
-from tests.hf_models import finetune_inputs
+from dora_fx.checkpoint.plain import read_adapters
+from tests.finetune_runs import finetune, rows, step_of
+from tests.hf_models import adapter_of, finetune_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options that every run here has: a tiny base, a text, short sequences."""
     return finetune_inputs(tmp_path_factory.mktemp("inputs"), "--lr", 0.01, "--compile", "none")
-
-
-def finetune(*arguments: object) -> int:
-    """Run the command in this process, with nothing compiled left of an earlier run."""
-    torch._dynamo.reset()
-    return main(["finetune", *map(str, arguments)])
-
-
-def rows(run: Path, key: str = "loss") -> dict[int, float]:
-    """Steps and values of one kind of row of metrics.jsonl, each step at most once."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [(line["step"], line[key]) for line in lines if key in line]
-    assert len(dict(found)) == len(found)
-    return dict(found)
-
-
-def stop_after(run: Path, step: int, signal_number: int) -> threading.Thread:
-    """Send this process a signal once the metrics of `step` are written."""
-
-    def watch() -> None:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            if (run / "metrics.jsonl").exists() and step in rows(run):
-                os.kill(os.getpid(), signal_number)
-                return
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
 
 
 def test_a_run_writes_its_folder_and_learns(
@@ -65,14 +31,12 @@ def test_a_run_writes_its_folder_and_learns(
     options = ["--compile", "layer", "--inner-compiler", "eager", "--gradient-accumulation", 2, "--eval-every", 10]
     assert finetune(*inputs, *options, "--run", run, "--steps", 30) == 0
     assert sorted(path.name for path in run.iterdir()) == [
-        "adapter.json",
-        "adapter.safetensors",
+        "checkpoint",
         "config.yaml",
         "loss.png",
         "metrics.jsonl",
         "report.txt",
         "samples.jsonl",
-        "state.pt",
     ]
     assert list(rows(run)) == list(range(1, 31))
     held_out = rows(run, "held_out_loss")
@@ -93,100 +57,14 @@ def test_a_run_writes_its_folder_and_learns(
 def test_the_saved_adapter_is_the_trained_one(inputs: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert finetune(*inputs, "--run", run, "--steps", 2, "--target-modules", "[linear_qkv]", "--dim", 4) == 0
-    adapter = load_file(run / "adapter.safetensors")
+    adapter = adapter_of(run)
     prefix = "decoder.layers.0.self_attention.linear_qkv.adapter."
     shapes = {name.removeprefix(prefix): tuple(t.shape) for name, t in adapter.items() if name.startswith(prefix)}
     assert shapes == {"linear_in.weight": (4, 48), "linear_out.weight": (80, 4), "weight_magnitude": (80,)}
     assert len(adapter) == 6
     assert all(tensor.abs().sum() > 0 for tensor in adapter.values())
-    description = json.loads((run / "adapter.json").read_text())
-    assert (description["dim"], description["target_modules"], description["step"]) == (4, ["linear_qkv"], 2)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(["--compile", "layer", "--inner-compiler", "aot_eager"], id="compiled"),
-        pytest.param(["--dropout", 0.2, "--gradient-accumulation", 2], id="dropout"),
-        pytest.param(["--dtype", "bf16", "--schedule", "cosine", "--warmup-steps", 2], id="bf16"),
-    ],
-)
-def test_a_resumed_run_goes_through_the_losses_of_an_uninterrupted_one(
-    options: list[Any], inputs: list[str], tmp_path: Path
-) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    # Eight sequences a step of some fifty: the interrupted run crosses epochs on both sides of the stop.
-    options = [*options, "--batch-size", 8, "--steps", 14]
-    assert finetune(*inputs, *options, "--run", whole) == 0
-    stop_after(parts, 5, signal.SIGINT)
-    assert finetune(*inputs, *options, "--run", parts) == 130
-    stopped_at = max(rows(parts))
-    assert 5 <= stopped_at < 14
-    assert finetune("--resume", parts) == 0
-    assert rows(parts) == rows(whole)
-    assert rows(parts, "held_out_loss") == rows(whole, "held_out_loss")
-    assert rows(parts, "grad_norm") == rows(whole, "grad_norm")
-    for name, tensor in load_file(whole / "adapter.safetensors").items():
-        assert torch.equal(tensor, load_file(parts / "adapter.safetensors")[name]), name
-
-
-def test_sigterm_saves_and_says_how_to_go_on(
-    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    stop_after(run, 2, signal.SIGTERM)
-    assert finetune(*inputs, "--run", run, "--steps", 500) == 143
-    shown = capsys.readouterr().out
-    step = max(rows(run))
-    assert f"stopped by SIGTERM at step {step} of 500; saved" in shown
-    assert f"go on with: dora-fx finetune --resume {run}" in shown
-    assert torch.load(run / "state.pt", weights_only=True)["step"] == step
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_a_killed_run_resumes_from_its_last_save(inputs: list[str], tmp_path: Path) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    assert finetune(*inputs, "--run", whole, "--steps", 5) == 0
-    assert finetune(*inputs, "--run", run, "--steps", 3) == 0
-    # What a kill leaves behind: steps after the save, and half a line.
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
-    assert finetune("--resume", run, "--steps", 5) == 0
-    assert rows(run) == rows(whole)
-
-
-def test_a_finished_run_can_be_trained_further_only_with_more_steps(
-    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    assert finetune(*inputs, "--run", run, "--steps", 2) == 0
-    capsys.readouterr()
-    assert finetune("--resume", run) == 2
-    assert f"--resume {run}: all of its 2 steps are done; more with --steps" in capsys.readouterr().err
-    assert finetune("--resume", run, "--steps", 3) == 0
-    assert list(rows(run)) == [1, 2, 3]
-
-
-def test_a_run_whose_text_changed_is_not_resumed(
-    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, text = tmp_path / "run", tmp_path / "text.txt"
-    original = Path(inputs[inputs.index("--data") + 1]).read_text()
-    text.write_text(original)
-    assert finetune(*inputs, "--data", text, "--run", run, "--steps", 1) == 0
-    text.write_text(original + "More of it.")
-    assert finetune("--resume", run, "--steps", 2) == 2
-    assert "the text is not the one the run was started with" in capsys.readouterr().err
-    assert finetune("--resume", run, "--dim", 3, "--steps", 2) == 2
-    assert "--dim: found 3, but the run to resume was started with 16" in capsys.readouterr().err
-
-
-def test_a_damaged_state_is_named(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "run"
-    assert finetune(*inputs, "--run", run, "--steps", 1) == 0
-    (run / "state.pt").write_bytes(b"half a file")
-    assert finetune("--resume", run, "--steps", 2) == 2
-    assert f"--resume {run}: state.pt cannot be read" in capsys.readouterr().err
+    assert {layer.settings.dim for layer in read_adapters(run / "checkpoint").values()} == {4}
+    assert step_of(run) == 2
 
 
 @pytest.mark.parametrize(
@@ -219,7 +97,7 @@ def test_bfloat16_training_follows_float32(inputs: list[str], tmp_path: Path) ->
     fallen = held_out["fp32"][0] - held_out["fp32"][30]
     assert fallen > 0.3
     assert math.isclose(held_out["bf16"][0] - held_out["bf16"][30], fallen, rel_tol=0.1)
-    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "bf16" / "adapter.safetensors").values()}
+    dtypes = {tensor.dtype for tensor in adapter_of(tmp_path / "bf16").values()}
     assert dtypes == {torch.bfloat16, torch.float32}
 
 
@@ -253,3 +131,26 @@ def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.strip().endswith("dora-fx: error: --steps: found 0, expected a positive integer")
     assert "Traceback" not in done.stderr
+
+
+def test_weight_decay_is_of_the_factors_alone(inputs: list[str], tmp_path: Path) -> None:
+    """With a learning rate that moves nothing else, decay takes its share of A at every step."""
+    for name, decay in (("plain", 0), ("decayed", 1e5)):
+        options = ["--weight-decay", decay, "--lr", 1e-6, "--steps", 2]
+        assert finetune(*inputs, *options, "--run", tmp_path / name) == 0
+    plain, decayed = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "decayed")
+    for key, tensor in plain.items():
+        share = 0.9**2 if key.endswith("linear_in.weight") else 1.0
+        torch.testing.assert_close(decayed[key], share * tensor, rtol=0, atol=1e-5, msg=key)
+
+
+def test_a_norm_of_zero_clips_nothing_and_the_norm_is_the_one_before_clipping(
+    inputs: list[str], tmp_path: Path
+) -> None:
+    for name in ("0", "1e9", "1e-9"):
+        assert finetune(*inputs, "--max-grad-norm", name, "--steps", 2, "--run", tmp_path / name) == 0
+    found = {name: adapter_of(tmp_path / name) for name in ("0", "1e9", "1e-9")}
+    torch.testing.assert_close(found["0"], found["1e9"], rtol=0, atol=0)
+    assert any(not torch.equal(found["1e-9"][key], tensor) for key, tensor in found["0"].items())
+    norms = [rows(tmp_path / name, "grad_norm")[1] for name in found]
+    assert norms[0] == norms[1] == norms[2] > 0.01

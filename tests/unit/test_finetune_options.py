@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dora_fx.checkpoint.manifest import Manifest
 from dora_fx.cli.main import main
 from dora_fx.cli.optimizer import learning_rate
 from dora_fx.cli.options import FinetuneOptions, check_resumable, options_in_order, saved_options
@@ -113,8 +114,9 @@ def test_the_command_line_wins_wherever_the_config_stands(
 
 
 def test_configs_come_before_options_and_a_resumed_run_before_both(tmp_path: Path) -> None:
-    for name in ("config.yaml", "state.pt"):
-        (tmp_path / name).touch()
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoint").mkdir()
+    Manifest("id", {}, {}, False, {}, {}, {}, False, False, {}).write(tmp_path / "checkpoint")
     arguments = ["--steps", "3", "--config=mine.yaml", "--resume", str(tmp_path)]
     assert options_in_order(arguments) == [
         f"--config={tmp_path / 'config.yaml'}",

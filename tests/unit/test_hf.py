@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,6 +69,26 @@ def test_an_untied_output_layer_is_exported(tmp_path: Path) -> None:
     assert config_of(tmp_path / "adapter")["target_modules"] == ["lm_head", "o_proj"]
     peft_model = load_with_peft(hf, tmp_path / "adapter")
     torch.testing.assert_close(hf_logits(peft_model), megatron_logits(model), atol=1e-5, rtol=0)
+
+
+def test_a_tied_output_layer_is_exported_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """PEFT computes with it, and warns by itself; merged there, it would change the embedding too."""
+    hf = tiny_hf_model("llama_tied")
+    model = adapted_megatron(hf, ["linear_proj", "output_layer"])
+    dora_fx.export_hf(model, tmp_path / "adapter")
+    assert "lm_head is adapted and tied to the embedding" in caplog.text
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
+        peft_model = peft.PeftModel.from_pretrained(copy.deepcopy(hf), str(tmp_path / "adapter"))
+    expected = megatron_logits(model)
+    assert (hf_logits(hf) - expected).abs().max() > 0.1
+    torch.testing.assert_close(hf_logits(peft_model), expected, atol=1e-5, rtol=0)
+    imported = dora_fx.import_hf(megatron_of(hf), tmp_path / "adapter")
+    torch.testing.assert_close(megatron_logits(imported), expected, atol=0, rtol=0)
+    embedding = hf.get_input_embeddings().weight
+    assert not torch.equal(peft_model.merge_and_unload().get_input_embeddings().weight, embedding)
+    caplog.clear()
+    dora_fx.export_hf(adapted_megatron(hf, ["linear_proj"]), tmp_path / "another")
+    assert "tied" not in caplog.text
 
 
 def test_layers_that_differ_in_rank_and_target(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,17 @@ def test_an_interrupted_save(checkpoint: Path, capsys: pytest.CaptureFixture[str
     checkpoint.rename(checkpoint.with_name(".checkpoint.previous"))
     assert main(["inspect", str(checkpoint)]) == 0
     assert "this is the checkpoint that it was replacing" in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint.parent / "config.yaml").write_text("base: smollm2\n")
+    assert main(["inspect", str(checkpoint)]) == 0
+    expected = capsys.readouterr().out
+    assert main(["inspect", str(checkpoint.parent)]) == 0
+    assert capsys.readouterr().out == expected
+    checkpoint.rename(checkpoint.with_name(".checkpoint.previous"))
+    assert main(["inspect", str(checkpoint.parent)]) == 0
+    assert capsys.readouterr().out.startswith(expected.partition("\n\nall files")[0])
+    shutil.rmtree(checkpoint.with_name(".checkpoint.previous"))
+    assert main(["inspect", str(checkpoint.parent)]) == 2
+    assert f"{checkpoint.parent}: there is no checkpoint" in capsys.readouterr().err

@@ -1,0 +1,59 @@
+"""`dora-fx merge`: the base model with the adapter of a run or a checkpoint merged in, for transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dora_fx.checkpoint.checks import check_base
+from dora_fx.checkpoint.directory import open_checkpoint
+from dora_fx.cli.base_model import load_checkpoint
+from dora_fx.cli.progress import Display
+from dora_fx.cli.saved_adapter import SavedAdapter, add_arguments, open_saved_adapter, or_user_error, write_folder
+from dora_fx.models.base_digests import base_digests
+from dora_fx.models.hf_checkpoint import HFCheckpoint
+from dora_fx.models.hf_merged import merged_state_dict, save_hf_model
+
+HELP = "write the base with the adapter of a run or a checkpoint merged in, as a Hugging Face model"
+
+
+def parser() -> Any:
+    """The command's jsonargparse parser."""
+    import jsonargparse
+
+    command = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
+    add_arguments(command)
+    return command
+
+
+def run(parsed: dict[str, Any]) -> int:
+    """Check everything, then load the base, merge and write; return the exit code.
+
+    The weights are written in the dtype that the adapter was trained on, which A and B have.
+
+    Raises:
+        UserError: for folders, files and models that the command cannot work with, and for another base than the one
+            that the adapter was trained on.
+    """
+    target, display = Path(parsed["to"]), Display()
+    saved = open_saved_adapter(parsed)
+    dtype = next(iter(saved.layers.values())).tensors["linear_in.weight"].dtype
+    with display.phase(f"loading {saved.base_path.name}"):
+        checkpoint = load_checkpoint(saved.base_path, dtype)
+        or_user_error(f"--base {saved.base}: ", _check_base, saved, checkpoint)
+    with display.phase("merging"):
+        merged = or_user_error(f"{saved.path}: ", merged_state_dict, checkpoint, saved.modules)
+    write_folder(target, lambda into: save_hf_model(checkpoint, merged, into))
+    display.say(f"merged model: {target}")
+    return 0
+
+
+def _check_base(saved: SavedAdapter, checkpoint: HFCheckpoint) -> None:
+    directory, manifest = open_checkpoint(saved.path)
+    found = base_digests(
+        checkpoint.config,
+        checkpoint.state_dict,
+        manifest.base,
+        non_homogeneous_layers=manifest.non_homogeneous_layers,
+    )
+    check_base(directory, manifest, found, any_base=False)

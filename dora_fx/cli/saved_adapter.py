@@ -1,0 +1,115 @@
+"""What `export` and `merge` start from: a run or a checkpoint, and the base that its adapters belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dora_fx.checkpoint import CheckpointError
+from dora_fx.checkpoint.plain import WholeAdapter, read_adapters
+from dora_fx.cli.base_model import resolve_base
+from dora_fx.cli.errors import UserError
+from dora_fx.cli.run_folder import RunFolder, checkpoint_in
+from dora_fx.hf.export_adapter import split_adapter
+from dora_fx.hf.new_folder import check_new_folder, new_folder
+from dora_fx.hf.peft_files import PeftModule
+from dora_fx.models.architecture import architecture_of
+from dora_fx.models.hf_checkpoint import load_hf_config
+from dora_fx.models.hf_parts import HeadShape, check_size
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A saved adapter in terms of its base's Hugging Face layers.
+
+    Attributes:
+        path: of the checkpoint.
+        base, base_path: as the user or the run names the base, and where it lies.
+        config: the base's transformers config.
+        layers: adapters by the paths of Megatron layers.
+        modules: the same by the paths of Hugging Face layers.
+    """
+
+    path: Path
+    base: str
+    base_path: Path
+    config: Any
+    layers: dict[str, WholeAdapter]
+    modules: dict[str, PeftModule]
+
+
+def add_arguments(command: Any) -> None:
+    """The arguments that say what to read and where to write, for a jsonargparse parser."""
+    command.add_argument(
+        "checkpoint", type=Path, help="folder of a run of dora-fx finetune, or what dora_fx.save_checkpoint wrote"
+    )
+    command.add_argument("--to", type=Path, required=True, help="folder to write; it must not exist, or be empty")
+    command.add_argument(
+        "--base",
+        type=str | None,
+        default=None,
+        help="the adapter's base: a Hugging Face directory, a GGUF file, or smollm2; a run knows its own",
+    )
+
+
+def open_saved_adapter(parsed: dict[str, Any]) -> SavedAdapter:
+    """Check the arguments of `add_arguments` and read what they name; the base's weights are not read.
+
+    Raises:
+        UserError: the target is taken, there is no whole checkpoint, no base, or the adapter does not fit the base.
+    """
+    or_user_error("--to ", check_new_folder, Path(parsed["to"]))
+    source = Path(parsed["checkpoint"])
+    base = parsed["base"] or _base_of(source)
+    path = checkpoint_in(source)
+    layers = or_user_error("", read_adapters, path)
+    base_path = resolve_base(base)
+    config = or_user_error(f"--base {base}: ", load_hf_config, base_path)
+    modules = or_user_error(f"{path} on --base {base}: ", _modules, config, layers)
+    return SavedAdapter(path, base, base_path, config, layers, modules)
+
+
+def write_folder(target: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder that then appears as `target`; raises UserError if that fails."""
+
+    def fill() -> None:
+        with new_folder(target) as temporary:
+            write(temporary)
+
+    or_user_error(f"--to {target}: ", fill)
+
+
+def or_user_error(prefix: str, function: Callable[..., T], *args: Any) -> T:
+    """Call a function; what it raises about files and values is the user's to put right."""
+    try:
+        return function(*args)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def _base_of(source: Path) -> str:
+    """The base that a run was started with."""
+    folder = RunFolder(source)
+    if not folder.config_file.is_file():
+        raise UserError(f"{source}: no folder of a run, whose config.yaml names the base; give --base")
+    try:
+        return str(yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))["base"])
+    except (yaml.YAMLError, TypeError, KeyError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder.config_file}: cannot be read, or names no base ({error!r}); give --base") from error
+
+
+def _modules(config: Any, layers: Mapping[str, WholeAdapter]) -> dict[str, PeftModule]:
+    """The adapters of the Hugging Face layers; raises ValueError for layers that the base has not."""
+    architecture = architecture_of(config)
+    modules: dict[str, PeftModule] = {}
+    for path, adapter in layers.items():
+        columns, rows = adapter.tensors["linear_in.weight"].shape[1], adapter.tensors["linear_out.weight"].shape[0]
+        check_size(path, (rows, columns), architecture)
+        modules |= split_adapter(path, adapter.tensors, adapter.settings.alpha, HeadShape.of(architecture))
+    return modules

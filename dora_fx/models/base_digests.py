@@ -1,0 +1,40 @@
+"""Digests of a Hugging Face model's weights as a checkpoint has them of the base that it was trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from dora_fx.checkpoint.tensor_digests import add_digests, shard_digests
+from dora_fx.models.architecture import architecture_of
+from dora_fx.models.gpt_model import full_tensors
+
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+
+
+def base_digests(
+    config: Any, state_dict: Mapping[str, Tensor], keys: Collection[str], *, non_homogeneous_layers: bool
+) -> dict[str, str]:
+    """Digests of whole Megatron tensors by key, in one process without groups.
+
+    Args:
+        config, state_dict: of the checkpoint, in the dtype that was trained on.
+        keys: the tensors to take.
+        non_homogeneous_layers: whether keys carry layer numbers, as a checkpoint's manifest says.
+    """
+    architecture = architecture_of(config)
+
+    def shards() -> Iterator[ShardedTensor]:
+        for name, tensor in full_tensors(architecture, state_dict, {i: i for i in range(architecture.num_layers)}):
+            match = None if non_homogeneous_layers else _LAYER.fullmatch(name)
+            key = match[1] + match[3] if match else name
+            if key in keys:
+                # Without numbers in the keys the layers of a kind are one tensor, with an axis of layers in front.
+                offsets = [(0, int(match[2]), architecture.num_layers)] if match else []
+                yield ShardedTensor.from_rank_offsets(key, tensor, *offsets, prepend_axis_num=len(offsets))
+
+    return add_digests([shard_digests(shards())])
