@@ -16,7 +16,7 @@ from torch import nn
 from dora_fx.adapter import ParallelLinearDoRAAdapter
 from dora_fx.agreement import of_all_stages
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import Matches, NamedModule, find_targets, nearest_names, unwrap
+from dora_fx.matching import NamedModule, find_targets, nearest_names, unwrap
 from dora_fx.placement import Layout, layout_of
 
 if TYPE_CHECKING:
@@ -45,15 +45,16 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class AttachPlan:
-    """What a call of `DoRA` will do: layers to wrap, sites that exist, linears that no target named."""
+    """What a call of `DoRA` will do: layers to wrap, sites that exist, targets and linears that have no counterpart."""
 
     new: list[PlannedSite]
     existing: list[DoRALinear]
+    unmatched_targets: list[str]
     unmatched_linears: list[str]
 
 
 def plan_attachment(dora: DoRA, chunks: Sequence[nn.Module]) -> AttachPlan:
-    """Find and check every target of bare or wrapped model chunks. Changes nothing.
+    """Find and check every target of bare or wrapped model chunks, on this rank alone. Changes nothing.
 
     Raises:
         ValueError, TypeError: as `DoRA.__call__` documents.
@@ -62,7 +63,6 @@ def plan_attachment(dora: DoRA, chunks: Sequence[nn.Module]) -> AttachPlan:
         _check_data_parallelism(chunk)
     models = [unwrap(chunk) for chunk in chunks]
     found = find_targets(models, dora.target_modules, dora.exclude_modules)
-    _check_targets_matched(dora, models, found)
     new, existing = [], []
     for chunk, named in found.targets:
         if isinstance(named.module, DoRALinear):
@@ -70,7 +70,28 @@ def plan_attachment(dora: DoRA, chunks: Sequence[nn.Module]) -> AttachPlan:
             existing.append(named.module)
         else:
             new.append(_plan_site(dora, chunk, named))
-    return AttachPlan(new, existing, found.unmatched_linears)
+    return AttachPlan(new, existing, found.unmatched_targets, found.unmatched_linears)
+
+
+def check_targets_matched(dora: DoRA, chunks: Sequence[nn.Module], plan: AttachPlan) -> None:
+    """Raise ValueError for a target that no pipeline stage has; every rank calls it. A stage may have none at all."""
+    stages = of_all_stages((len(plan.new) + len(plan.existing), plan.unmatched_targets))
+    models = [unwrap(chunk) for chunk in chunks]
+    if not any(num_targets for num_targets, _ in stages):
+        names = nearest_names(models, dora.target_modules[0] if dora.target_modules else "")
+        raise ValueError(
+            f"DoRA.target_modules: no module matched {list(dora.target_modules)}; the nearest linear layers are {names}"
+        )
+    for pattern in plan.unmatched_targets:
+        if not all(pattern in unmatched for _, unmatched in stages):
+            continue
+        message = (
+            f"DoRA.target_modules: {pattern!r} matched nothing; "
+            f"the nearest linear layers are {nearest_names(models, pattern)}"
+        )
+        if not dora.allow_unmatched:
+            raise ValueError(f"{message}. Pass allow_unmatched=True to make this a warning")
+        logger.warning("%s", message)
 
 
 def attach(dora: DoRA, plan: AttachPlan, seed: int) -> None:
@@ -118,26 +139,6 @@ def _check_data_parallelism(model: nn.Module) -> None:
             "DistributedDataParallel: found overlap_param_gather=True, expected False: the norms of a step need the "
             "parameters before the forward pass begins"
         )
-
-
-def _check_targets_matched(dora: DoRA, chunks: Sequence[nn.Module], found: Matches) -> None:
-    """A target may be met by any pipeline stage, and a stage may have none."""
-    stages = of_all_stages((len(found.targets), found.unmatched_targets))
-    if not any(num_targets for num_targets, _ in stages):
-        names = nearest_names(chunks, dora.target_modules[0] if dora.target_modules else "")
-        raise ValueError(
-            f"DoRA.target_modules: no module matched {list(dora.target_modules)}; the nearest linear layers are {names}"
-        )
-    for pattern in found.unmatched_targets:
-        if not all(pattern in unmatched for _, unmatched in stages):
-            continue
-        message = (
-            f"DoRA.target_modules: {pattern!r} matched nothing; "
-            f"the nearest linear layers are {nearest_names(chunks, pattern)}"
-        )
-        if not dora.allow_unmatched:
-            raise ValueError(f"{message}. Pass allow_unmatched=True to make this a warning")
-        logger.warning("%s", message)
 
 
 def _check_same_settings(dora: DoRA, path: str, site: DoRALinear) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from dora_fx.adapter import INIT_METHODS
 from dora_fx.agreement import check_same_settings, value_of_first_rank, value_of_first_replica
-from dora_fx.attach import AttachPlan, attach, plan_attachment, rebuild_gradient_buffers
+from dora_fx.attach import AttachPlan, attach, check_targets_matched, plan_attachment, rebuild_gradient_buffers
 from dora_fx.collectives import resolve_group
 from dora_fx.dynamo import capture_megatron_whole
 from dora_fx.layers import DoRALinear
@@ -110,6 +110,7 @@ class DoRA:
         self._check()
         chunks = model if isinstance(model, list) else [model]
         plan = plan_attachment(self, chunks)
+        check_targets_matched(self, chunks, plan)
         seed = self._agree(plan)
         capture_megatron_whole()
         self._freeze(chunks)

@@ -113,7 +113,7 @@ def _is_adapted(imports: Sequence[PlannedImport]) -> bool:
 
 def _check_fits(folder: Path, planned: PlannedImport) -> None:
     """Raise ValueError unless a layer of an adapted model is adapted as the files say."""
-    site, joined, path = planned.linear.module, planned.joined, planned.linear.path
+    site, joined, path = planned.linear.module, planned.joined, planned.linear.whole_path
     if isinstance(site, DoRALinear) != (joined is not None):
         found, expected = ("", "no ") if joined is None else ("no ", "")
         raise ValueError(f"{path}: found {found}adapter in the model, expected {expected}adapter as in {folder}")
@@ -162,7 +162,7 @@ def _plan_attachments(imports: Sequence[PlannedImport], dropout: float) -> list[
         if planned.joined is not None:
             chunk, joined = planned.linear.chunk, planned.joined
             _, paths = groups.setdefault((id(chunk), joined.dim, joined.alpha), (chunk, []))
-            paths.append(planned.linear.path)
+            paths.append(planned.linear.whole_path)
     plans = []
     for (_, dim, alpha), (chunk, paths) in groups.items():
         dora = DoRA(target_modules=paths, dim=dim, alpha=alpha, dropout=dropout, lora_A_init_method="zero")
