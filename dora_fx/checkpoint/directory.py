@@ -19,14 +19,19 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from dora_fx.durable_files import give_default_mode, sync
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_ATTEMPTS = 5
 
 
 def previous_of(path: Path) -> Path:
@@ -47,6 +52,43 @@ def open_checkpoint(path: Path) -> tuple[Path, Manifest]:
         # A save that ends between two looks moves the checkpoint from the second place to the first.
         directory = _find_checkpoint(path)
         return directory, read_manifest(directory)
+
+
+def read_unreplaced(
+    path: Path,
+    find: Callable[[Path], tuple[Path, Manifest]],
+    read: Callable[[Path, Manifest], T],
+    was_replaced: Callable[[Path, Manifest], bool],
+) -> T:
+    """Find and read a checkpoint, anew if a save replaced it meanwhile.
+
+    Args:
+        path: the checkpoint.
+        find, was_replaced: `open_checkpoint` and `was_replaced`, or what has all ranks agree on what they say.
+        read: from the directory and manifest that were found.
+
+    Raises:
+        CheckpointError: what `read` raises about a checkpoint that is still there, or every attempt met a save.
+    """
+    for attempt in range(_ATTEMPTS):
+        directory, manifest = find(path)
+        try:
+            found = read(directory, manifest)
+        except CheckpointError:
+            if attempt == _ATTEMPTS - 1 or not was_replaced(path, manifest):
+                raise
+            continue
+        if not was_replaced(path, manifest):
+            return found
+    raise CheckpointError(f"{path}: replaced {_ATTEMPTS} times while it was being read; try again")
+
+
+def was_replaced(path: Path, manifest: Manifest) -> bool:
+    """Whether another save took the place of the checkpoint of this manifest."""
+    try:
+        return open_checkpoint(path)[1].save_id != manifest.save_id
+    except CheckpointError:
+        return False
 
 
 def _find_checkpoint(path: Path) -> Path:

@@ -14,13 +14,10 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dora_fx.checkpoint.directory import open_checkpoint
+from dora_fx.checkpoint.directory import open_checkpoint, read_unreplaced, was_replaced
 from dora_fx.checkpoint.failing_together import CheckpointError, describe_error
 from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
 from dora_fx.placement import ADAPTER_TENSORS
-
-# Reading starts anew when a save replaces what is being read.
-_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -44,25 +41,7 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, WholeAdapter]:
     Raises:
         CheckpointError: there is no checkpoint, or a file of it is damaged.
     """
-    path = Path(os.path.abspath(path))
-    for attempt in range(_ATTEMPTS):
-        directory, manifest = open_checkpoint(path)
-        try:
-            adapters = _read(directory, manifest)
-        except CheckpointError:
-            if attempt == _ATTEMPTS - 1 or not _was_replaced(path, manifest):
-                raise
-            continue
-        if not _was_replaced(path, manifest):
-            return adapters
-    raise CheckpointError(f"{path}: replaced {_ATTEMPTS} times while it was being read; try again")
-
-
-def _was_replaced(path: Path, manifest: Manifest) -> bool:
-    try:
-        return open_checkpoint(path)[1].save_id != manifest.save_id
-    except CheckpointError:
-        return False
+    return read_unreplaced(Path(os.path.abspath(path)), open_checkpoint, _read, was_replaced)
 
 
 def _read(directory: Path, manifest: Manifest) -> dict[str, WholeAdapter]:

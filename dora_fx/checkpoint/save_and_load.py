@@ -28,7 +28,13 @@ from torch import nn
 
 from dora_fx.checkpoint.checks import check_base, check_files, check_sites, check_tensors
 from dora_fx.checkpoint.contents import ModelContents, all_shards, layout_of_world, model_contents
-from dora_fx.checkpoint.directory import new_directory, open_checkpoint, put_in_place
+from dora_fx.checkpoint.directory import (
+    new_directory,
+    open_checkpoint,
+    put_in_place,
+    read_unreplaced,
+    was_replaced,
+)
 from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, from_first_rank, gather
 from dora_fx.checkpoint.manifest import Manifest, StoredFile, describe_file
 from dora_fx.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state_dict
@@ -41,9 +47,6 @@ Model = nn.Module | Sequence[nn.Module]
 
 # Megatron's file for what is not sharded. Versions from 0.17 on read it, but no longer write it.
 _COMMON = "common.pt"
-
-# Reading starts anew when a save replaces what is being read.
-_ATTEMPTS = 5
 
 
 def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
@@ -151,17 +154,11 @@ def _read_until_unreplaced(
     model: Model, optimizer: Any, path: Path, any_base: bool
 ) -> tuple[ModelContents, dict[str, Any]]:
     """Check and read the checkpoint, anew if a save replaced it meanwhile."""
-    for attempt in range(_ATTEMPTS):
-        directory, manifest = _find(path)
-        try:
-            found = _read(model, optimizer, directory, manifest, any_base=any_base)
-        except CheckpointError:
-            if attempt == _ATTEMPTS - 1 or not _was_replaced(path, manifest):
-                raise
-            continue
-        if not _was_replaced(path, manifest):
-            return found
-    raise CheckpointError(f"{path}: replaced {_ATTEMPTS} times while it was being read; try again")
+
+    def read(directory: Path, manifest: Manifest) -> tuple[ModelContents, dict[str, Any]]:
+        return _read(model, optimizer, directory, manifest, any_base=any_base)
+
+    return read_unreplaced(path, _find, read, _was_replaced)
 
 
 def _find(path: Path) -> tuple[Path, Manifest]:
@@ -178,12 +175,7 @@ def _find(path: Path) -> tuple[Path, Manifest]:
 
 def _was_replaced(path: Path, manifest: Manifest) -> bool:
     """Whether another save took the checkpoint's place; every rank calls it."""
-    replaced = None
-    if dist.get_rank() == 0:
-        try:
-            replaced = open_checkpoint(path)[1].save_id != manifest.save_id
-        except CheckpointError:
-            replaced = False
+    replaced = was_replaced(path, manifest) if dist.get_rank() == 0 else None
     return from_first_rank(replaced, f"loading {path}")
 
 
