@@ -1,8 +1,8 @@
 r"""What does compilation cost: 30 layers beside one, and a second start beside the first?
 
 A Llama-shaped Megatron GPT, compiled layer by layer, in a new process for every figure. Seconds are those of the first
-training step (and evaluation) less those of the second. The first start finds torch's caches empty, the second what
-the first left. Ratios are to one layer at the first start.
+training step (and evaluation) less those of the quicker of the next two. The first start finds torch's caches empty,
+the second what the first left. Ratios are to one layer at the first start.
 
     python benchmarks/bench_compile.py
 """
