@@ -18,8 +18,9 @@ from dora_fx.collectives import (
     gathered_rows_together,
     reduce_from_group_together,
 )
+from dora_fx.dropout import DropoutFactors
 from dora_fx.placement import LAYOUTS, Layout
-from dora_fx.weight_norm import norm_dtype, norm_of_terms, norm_terms
+from dora_fx.weight_norm import base_norm_squared, norm_dtype, norm_of_terms, norm_terms
 
 
 class StoredParameters(NamedTuple):
@@ -27,20 +28,22 @@ class StoredParameters(NamedTuple):
 
     Attributes:
         weight, lora_a, lora_b, magnitude: shards, see `placement.LAYOUTS`.
-        base_norm_sq: `[out]` or this rank's `[out/tp]`, from `weight_norm.base_norm_squared`.
-        scaling: alpha / dim.
-        dropout_p: of this call, 0 outside training.
+        base_norm_sq: `[out]` or this rank's `[out/tp]`, from `weight_norm.base_norm_squared`: partial sums in a row
+            layout. None to have it computed with the norm.
+        scaling: alpha / dim, a tensor `[1]`.
+        dropout_threshold, dropout_rescale: of this call, see `dropout.DropoutFactors`; None without dropout.
         layout, tp_group: names of the layout and of the process group; "" for a layer that is not parallel.
         dtype: of the weight and the low-rank factors.
     """
 
     weight: torch.Tensor
-    base_norm_sq: torch.Tensor
+    base_norm_sq: torch.Tensor | None
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     magnitude: torch.Tensor
-    scaling: float
-    dropout_p: float
+    scaling: torch.Tensor
+    dropout_threshold: torch.Tensor | None
+    dropout_rescale: torch.Tensor | None
     layout: str
     tp_group: str
     dtype: torch.dtype
@@ -49,6 +52,13 @@ class StoredParameters(NamedTuple):
     def table(self) -> Layout:
         """The site's row in the layout table."""
         return LAYOUTS[self.layout]
+
+    @property
+    def dropout(self) -> DropoutFactors | None:
+        """The factors of this call's dropout, None without dropout."""
+        if self.dropout_threshold is None or self.dropout_rescale is None:
+            return None
+        return DropoutFactors(self.dropout_threshold, self.dropout_rescale)
 
 
 class CompleteParameters(NamedTuple):
@@ -124,19 +134,20 @@ def _row_norms(
     requests = []
     for site, a, b in zip(sites, lora_a, lora_b, strict=True):
         dtype = norm_dtype(site.dtype)
-        terms = norm_terms(site.weight, a, b, dtype)
+        base_norm_sq = base_norm_squared(site.weight) if site.base_norm_sq is None else site.base_norm_sq
+        terms = norm_terms(base_norm_sq, site.weight, a, b, scaling=site.scaling, dtype=dtype)
         requests += [_Request(terms[i], site.table.shards_input_features, site.tp_group, dtype) for i in (0, 1)]
     whole = _together(reduce_from_group_together, requests)
     return [
-        norm_of_terms(site.base_norm_sq, cross, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
-        for site, cross, gram, b in zip(sites, whole[::2], whole[1::2], lora_b, strict=True)
+        norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
+        for site, linear_terms, gram, b in zip(sites, whole[::2], whole[1::2], lora_b, strict=True)
     ]
 
 
 def _magnitudes(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
     requests = []
     for site in sites:
-        is_partial = site.table.magnitude_grad_is_partial(dropout=site.dropout_p > 0)
+        is_partial = site.table.magnitude_grad_is_partial(dropout=site.dropout is not None)
         requests.append(_Request(site.magnitude, is_partial, site.tp_group, norm_dtype(site.dtype)))
     return _together(copy_to_group_together, requests)
 

@@ -2,7 +2,7 @@
 
     example graph                                         its `SiteInputs`
     placeholders  weight, x, lora_a, lora_b, ...          stored {"weight": 0, "lora_a": 2, "lora_b": 3, ...}
-    %y = dora_linear(%base, x, weight, ...)               constants {"scaling": 2.0, "layout": "row", ...}
+    %y = dora_linear(%base, x, weight, ...)               constants {"layout": "row", "tp_group": "3", ...}
 
 A site in the body of a checkpoint reads placeholders of the body; they are followed out to the graph's own.
 
@@ -56,15 +56,14 @@ def find_site_inputs(gm: fx.GraphModule) -> list[SiteInputs]:
 def site_inputs_maybe(gm: fx.GraphModule, site: DoRASite) -> SiteInputs | None:
     """The inputs of `gm` that hold a site's tensors; None if one of those is computed in the graph."""
     operands = site.operands
-    positions = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     stored = {name: operands[name] for name in StoredParameters._fields if name != "dtype"}
     cached = {name: operands[f"cached_{name}"] for name in CachedParameters._fields}
     sources = {}
     for node in (value for value in (*stored.values(), *cached.values()) if isinstance(value, fx.Node)):
-        source = _outermost_maybe(gm, node)
-        if source not in positions:
+        position = input_position_maybe(gm, node)
+        if position is None:
             return None
-        sources[node] = positions[source]
+        sources[node] = position
     constants = {name: value for name, value in stored.items() if not isinstance(value, fx.Node)}
     return SiteInputs(
         site.path,
@@ -72,6 +71,13 @@ def site_inputs_maybe(gm: fx.GraphModule, site: DoRASite) -> SiteInputs | None:
         {name: sources[value] for name, value in cached.items() if isinstance(value, fx.Node)},
         constants | {"dtype": fake_value(operands["weight"]).dtype},
     )
+
+
+def input_position_maybe(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """Position among the inputs of `gm` of a node's value; None if it is computed in the graph."""
+    source = _outermost_maybe(gm, node)
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    return placeholders.index(source) if source in placeholders else None
 
 
 def _outermost_maybe(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:

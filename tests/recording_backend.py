@@ -29,7 +29,7 @@ class RecordingBackend:
         site_inputs = find_site_inputs(gm)
         gm = run_passes(gm, example_inputs, self.passes)
         self.after.append(gm)
-        return RefreshingGraph(gm, site_inputs, checked=False)
+        return RefreshingGraph(gm, site_inputs)
 
 
 # What Dynamo names the operands of a site in a model whose one layer is `linear`, and what golden text calls them.
@@ -43,6 +43,9 @@ SHORT_NAMES = {
     "modules_adapter_modules_linear_in_parameters_weight_": "lora_a",
     "modules_adapter_modules_linear_out_parameters_weight_": "lora_b",
     "modules_adapter_parameters_weight_magnitude_": "magnitude",
+    "modules_adapter_buffers_scaling_factor_": "scaling",
+    "modules_adapter_buffers_dropout_threshold_": "threshold",
+    "modules_adapter_buffers_dropout_rescale_": "rescale",
 }
 
 

@@ -41,13 +41,13 @@ MUTATIONS = [
     Mutation(
         "magnitude's gradient left partial",
         site_parameters._magnitudes,
-        "site.table.magnitude_grad_is_partial(dropout=site.dropout_p > 0)",
+        "site.table.magnitude_grad_is_partial(dropout=site.dropout is not None)",
         "False",
     ),
     Mutation(
         "magnitude's gradient left partial under dropout",
         site_parameters._magnitudes,
-        "dropout=site.dropout_p > 0",
+        "dropout=site.dropout is not None",
         "dropout=False",
     ),
     Mutation(
@@ -62,7 +62,7 @@ MUTATIONS = [
         functional.adapted_linear,
         "change = dropped_product",
         "other = draw_dropout_key(x, tp_group)\n        "
-        "change = F.linear(dropout(x, other, stored.dropout_p, table.shards_input_features), weight)",
+        "change = F.linear(dropout(x, other, *stored.dropout, table.shards_input_features), weight)",
     ),
     Mutation("input gradient not reduced", functional.adapted_linear, "table.enter in ENTER", 'table.enter == "x"'),
     Mutation("low-rank product not scaled", functional.adapted_linear, "(delta + 1.0)", "1.0"),
@@ -95,17 +95,13 @@ MUTATIONS = [
     Mutation("norm's scaling not squared", weight_norm.norm_of_terms, "scaling**2", "scaling"),
     Mutation(
         "stale norm",
-        weight_norm.norm_of_terms,
-        "return squared.clamp(min=0.0).sqrt()",
-        "return _stale.setdefault(base_norm_sq.data_ptr(), squared.clamp(min=0.0).sqrt())",
+        site_parameters._row_norms,
+        "norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))",
+        "_stale.setdefault(site.weight.data_ptr(),"
+        " norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype)))",
     ),
-    Mutation(
-        "norms reduced instead of squares",
-        weight_norm.base_norm_squared,
-        "reduce_from_group(squares, tp_group)",
-        "reduce_from_group(squares.sqrt(), tp_group).square()",
-    ),
-    Mutation("base norm not reduced", weight_norm.base_norm_squared, "reduce_from_group(squares, tp_group)", "squares"),
+    Mutation("norms summed instead of squares", weight_norm.base_norm_squared, ".square()", ""),
+    Mutation("base norm left out", weight_norm.norm_terms, "base_norm_sq + torch.cat(cross)", "torch.cat(cross)"),
     Mutation(
         "weight gradients not reduced",
         collectives._reduce_scatter_rows,
@@ -131,7 +127,7 @@ MUTATIONS = [
     Mutation("group of one rank", attach._plan_site, "linear.tp_group.size() > 1", "linear.tp_group.size() > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),
     Mutation("mask differs between replicas", dropout.keep_mask, "tokens ^ key[0]", "tokens ^ key[0] ^ key[2]"),
-    Mutation("dropout without rescaling", dropout.dropout, "x * (1.0 / (1.0 - p))", "x"),
+    Mutation("dropout without rescaling", dropout.dropout, "x * rescale", "x"),
     Mutation("shards not marked", Adapter._mark_sharded_parameters, "placement.dim is not None", "False"),
     Mutation("magnitude marked as a shard", Adapter._mark_sharded_parameters, "placement.dim is not None", "True"),
     Mutation("A drawn per rank", attach.seed_for, "(seed +", "(seed + _rank() +"),
@@ -182,4 +178,5 @@ def planted(mutation: Mutation) -> Iterator[None]:
     finally:
         target.__code__ = original
         for name in names:
-            del target.__globals__[name]
+            # Another fault in the same module may have taken it out already.
+            target.__globals__.pop(name, None)

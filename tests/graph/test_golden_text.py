@@ -21,12 +21,12 @@ def test_column_before():
         graph_text(capture(adapted(column()), IN, grad=False).before[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", scaling: "f32[1]"):
 
         t: "f32[48, 80]" = weight.t()
         output: "f32[6, 2, 80]" = torch.matmul(x, t)
 
-        output_1: "f32[6, 2, 80]" = dora_fx_ops_dora_linear(output, x, weight, None, base_norm_sq, lora_a, lora_b, magnitude, norm, None, None, scaling = 2.0, dropout_p = 0.0, layout = 'column', tp_group = '')
+        output_1: "f32[6, 2, 80]" = dora_fx_ops_dora_linear(output, x, weight, None, base_norm_sq, lora_a, lora_b, magnitude, norm, None, None, scaling, None, None, layout = 'column', tp_group = '')
         return (output_1,)
 """,
     )
@@ -37,15 +37,16 @@ def test_column():
         graph_text(capture(adapted(column()), IN).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", scaling: "f32[1]"):
 
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
         sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        view: "f32[]" = scaling.view(())
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul: "f32[6, 2, 16]" = linear * 2.0
+        mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + linear_1
@@ -63,15 +64,16 @@ def test_column_with_bias():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]", scaling: "f32[1]"):
 
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
         sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        view: "f32[]" = scaling.view(())
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul: "f32[6, 2, 16]" = linear * 2.0
+        mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + bias
@@ -91,15 +93,16 @@ def test_row_with_bias():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]", scaling: "f32[1]"):
 
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
         sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        view: "f32[]" = scaling.view(())
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul: "f32[6, 2, 16]" = linear * 2.0
+        mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add_1: "f32[6, 2, 80]" = linear_2 + bias
@@ -119,17 +122,18 @@ def test_linear_with_dropout():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]"):
 
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
         sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        view: "f32[]" = scaling.view(())
         draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, '')
-        dropout: "f32[6, 2, 48]" = dora_fx_dropout_dropout(x, draw_dropout_key, 0.25, False)
+        dropout: "f32[6, 2, 48]" = dora_fx_dropout_dropout(x, draw_dropout_key, threshold, rescale, False)
         linear_1: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
-        mul: "f32[6, 2, 16]" = linear_1 * 2.0
+        mul: "f32[6, 2, 16]" = linear_1 * view
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         cat: "f32[12, 2, 48]" = torch.cat((x, dropout))
         linear_3: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
@@ -153,28 +157,30 @@ def test_checkpointed_column():
         graph_text(capture(adapted(column()), IN, recompute=True).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, x: "f32[6, 2, 48]", L_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", L_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", L_model_modules_linear_buffers_base_norm_sq_: "f32[80]", L_model_modules_linear_buffers_cached_norm_: "f32[80]"):
+    def forward(self, x: "f32[6, 2, 48]", L_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", L_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", L_model_modules_linear_buffers_base_norm_sq_: "f32[80]", L_model_modules_linear_buffers_cached_norm_: "f32[80]", L_model_modules_linear_modules_adapter_buffers_scaling_factor_: "f32[1]"):
         l_model_modules_linear_modules_to_wrap_parameters_weight_ = L_model_modules_linear_modules_to_wrap_parameters_weight_
         l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_ = L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_
         l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_ = L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_
         l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ = L_model_modules_linear_modules_adapter_parameters_weight_magnitude_
         l_model_modules_linear_buffers_base_norm_sq_ = L_model_modules_linear_buffers_base_norm_sq_
         l_model_modules_linear_buffers_cached_norm_ = L_model_modules_linear_buffers_cached_norm_
+        l_model_modules_linear_modules_adapter_buffers_scaling_factor_ = L_model_modules_linear_modules_adapter_buffers_scaling_factor_
 
         wrap_body_0 = self.wrap_body_0
-        tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, l_model_modules_linear_modules_to_wrap_parameters_weight_, l_model_modules_linear_buffers_base_norm_sq_, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_norm_, use_reentrant = False)
+        tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, l_model_modules_linear_modules_to_wrap_parameters_weight_, l_model_modules_linear_buffers_base_norm_sq_, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_norm_, l_model_modules_linear_modules_adapter_buffers_scaling_factor_, use_reentrant = False)
         getitem: "f32[6, 2, 80]" = tag_activation_checkpoint[0]
         return (getitem,)
 
     class wrap_body_0(torch.nn.Module):
-        def forward(self, x: "f32[6, 2, 48]", l_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", l_model_modules_linear_buffers_base_norm_sq_: "f32[80]", l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", l_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", l_model_modules_linear_buffers_cached_norm_: "f32[80]"):
+        def forward(self, x: "f32[6, 2, 48]", l_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", l_model_modules_linear_buffers_base_norm_sq_: "f32[80]", l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", l_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", l_model_modules_linear_buffers_cached_norm_: "f32[80]", l_model_modules_linear_modules_adapter_buffers_scaling_factor_: "f32[1]"):
             eq: "b8[80]" = l_model_modules_linear_buffers_cached_norm_ == 0
             where: "f32[80]" = torch.where(eq, 1.0, l_model_modules_linear_buffers_cached_norm_)
             sub: "f32[80]" = l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ - l_model_modules_linear_buffers_cached_norm_
             truediv: "f32[80]" = sub / where
             where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+            view: "f32[]" = l_model_modules_linear_modules_adapter_buffers_scaling_factor_.view(())
             linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_)
-            mul: "f32[6, 2, 16]" = linear * 2.0
+            mul: "f32[6, 2, 16]" = linear * view
             linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_)
             linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, l_model_modules_linear_modules_to_wrap_parameters_weight_, None)
             add: "f32[6, 2, 80]" = linear_2 + linear_1

@@ -16,7 +16,7 @@ def test_column_on_two_ranks(tensor_parallel):
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[40, 48]", x: "f32[6, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]", norm: "f32[40]", whole_lora_a: "f32[16, 48]"):
+    def forward(self, weight: "f32[40, 48]", x: "f32[6, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]", norm: "f32[40]", whole_lora_a: "f32[16, 48]", scaling: "f32[1]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
         getitem_1: "f32[16, 48]" = gathered_rows_together[0]
@@ -25,9 +25,10 @@ class GraphModule(torch.nn.Module):
         sub: "f32[40]" = magnitude - norm
         truediv: "f32[40]" = sub / where
         where_1: "f32[40]" = torch.where(eq, 0.0, truediv)
+        view: "f32[]" = scaling.view(())
         copy_to_group: "f32[6, 2, 48]" = dora_fx_collectives_copy_to_group(x, 'tp')
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(copy_to_group, getitem_1)
-        mul: "f32[6, 2, 16]" = linear * 2.0
+        mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 40]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[6, 2, 40]" = torch._C._nn.linear(copy_to_group, weight, None)
         add: "f32[6, 2, 40]" = linear_2 + linear_1
@@ -46,7 +47,7 @@ def test_row_on_two_ranks(tensor_parallel):
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
+    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]", scaling: "f32[1]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
@@ -55,8 +56,9 @@ class GraphModule(torch.nn.Module):
         sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        view: "f32[]" = scaling.view(())
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul: "f32[6, 2, 16]" = linear * 2.0
+        mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + linear_1
@@ -76,7 +78,7 @@ def test_row_sequence_parallel_with_dropout_on_two_ranks(tensor_parallel):
         graph_text(capture(model, IN // 2).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
+    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
@@ -87,10 +89,11 @@ class GraphModule(torch.nn.Module):
         sub: "f32[80]" = getitem_3 - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        view: "f32[]" = scaling.view(())
         draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, 'tp')
-        dropout: "f32[6, 2, 24]" = dora_fx_dropout_dropout(x, draw_dropout_key, 0.25, True)
+        dropout: "f32[6, 2, 24]" = dora_fx_dropout_dropout(x, draw_dropout_key, threshold, rescale, True)
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
-        mul: "f32[6, 2, 16]" = linear * 2.0
+        mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
         cat: "f32[12, 2, 24]" = torch.cat((x, dropout))
         linear_2: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
@@ -116,7 +119,7 @@ def test_column_sequence_parallel_on_eight_ranks(tensor_parallel):
         graph_text(capture(model, IN, sequence=1).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[10, 48]", x: "f32[1, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]", norm: "f32[10]", whole_lora_a: "f32[16, 48]"):
+    def forward(self, weight: "f32[10, 48]", x: "f32[1, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]", norm: "f32[10]", whole_lora_a: "f32[16, 48]", scaling: "f32[1]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
         getitem_2: "f32[16, 48]" = gathered_rows_together[0]
@@ -125,9 +128,10 @@ class GraphModule(torch.nn.Module):
         sub: "f32[10]" = magnitude - norm
         truediv: "f32[10]" = sub / where
         where_1: "f32[10]" = torch.where(eq, 0.0, truediv)
+        view: "f32[]" = scaling.view(())
         gather_sequence: "f32[8, 2, 48]" = dora_fx_collectives_gather_sequence(x, 'tp')
         linear: "f32[8, 2, 16]" = torch._C._nn.linear(gather_sequence, getitem_2)
-        mul: "f32[8, 2, 16]" = linear * 2.0
+        mul: "f32[8, 2, 16]" = linear * view
         linear_1: "f32[8, 2, 10]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[8, 2, 10]" = torch._C._nn.linear(gather_sequence, weight, None)
         add: "f32[8, 2, 10]" = linear_2 + linear_1
@@ -146,7 +150,7 @@ def test_row_sequence_parallel_on_eight_ranks(tensor_parallel):
         graph_text(capture(model, IN // 8, sequence=8).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
+    def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]", scaling: "f32[1]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
@@ -157,8 +161,9 @@ class GraphModule(torch.nn.Module):
         sub: "f32[80]" = getitem_3 - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        view: "f32[]" = scaling.view(())
         linear: "f32[8, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul: "f32[8, 2, 16]" = linear * 2.0
+        mul: "f32[8, 2, 16]" = linear * view
         linear_1: "f32[8, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
         linear_2: "f32[8, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[8, 2, 80]" = linear_2 + linear_1
