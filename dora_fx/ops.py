@@ -11,8 +11,8 @@ import torch
 
 from dora_fx.functional import adapted_linear
 from dora_fx.parameter_cache import measure_base
-from dora_fx.site_paths import path_of
 from dora_fx.site_parameters import StoredParameters, complete_parameters
+from dora_fx.site_paths import path_of
 
 
 @torch.compiler.allow_in_graph
