@@ -124,11 +124,6 @@ _records = WeakTensorKeyDictionary()
 _questions: list[_Question] = []
 
 
-def forget(value: torch.Tensor) -> None:
-    """Make `value` stale."""
-    _records.pop(value, None)
-
-
 def record_fresh(
     value: torch.Tensor,
     sources: Sequence[torch.Tensor],
