@@ -22,9 +22,8 @@ from dora_fx.dynamo import allow_many_graphs, capture_megatron_whole
 from dora_fx.parameter_cache import check, refresh
 from dora_fx.passes import default_passes
 from dora_fx.passes.cacheable_functions import cacheable_functions, calls_only_known_functions
-from dora_fx.passes.dora_sites import tensor_parallel_groups
 from dora_fx.passes.pipeline import run_passes
-from dora_fx.passes.site_inputs import SiteInputs, find_site_inputs
+from dora_fx.passes.site_inputs import SiteInputs, site_inputs_of, tensor_parallel_groups
 
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 WEIGHT_NORMS = ("once_per_step", "every_call", "checked")
@@ -72,17 +71,29 @@ def dora_fx(
     settings = _inductor_settings(mode, options)
     if inner_compiler != "inductor" and settings:
         raise ValueError(f"inner_compiler {inner_compiler!r} takes no Inductor settings; found {sorted(settings)}")
-    tp_groups = tensor_parallel_groups(gm)
-    cached = weight_norm != "every_call"
-    site_inputs = find_site_inputs(gm) if cached else []
-    gm = run_passes(gm, example_inputs, default_passes(cached_parameters=cached, unmatched=unmatched))
-    for tp_group in tp_groups:
+    passes = default_passes(cached_parameters=weight_norm != "every_call", unmatched=unmatched)
+    gm = run_passes(gm, example_inputs, passes)
+    for tp_group in tensor_parallel_groups(gm):
         check_same_graph(gm, tp_group, _shapes_of_activations(example_inputs), rank_timeout)
     counters["dora_fx"]["graphs_compiled"] += 1
     compiled = _compile(gm, example_inputs, inner_compiler, settings, name)
+    return with_refresh(compiled, gm, checked=weight_norm == "checked", rank_timeout=rank_timeout)
+
+
+def with_refresh(
+    compiled: Callable[..., Any], gm: fx.GraphModule, *, checked: bool = False, rank_timeout: float = 300.0
+) -> Callable[..., Any]:
+    """Put the refresh of the sites' buffers in front of what a graph was compiled to, if the graph reads any.
+
+    Args:
+        compiled: takes the graph's inputs, one by one.
+        gm: the graph after the passes.
+        checked, rank_timeout: see `RefreshingGraph`.
+    """
+    site_inputs = site_inputs_of(gm)
     if not site_inputs:
         return compiled
-    return RefreshingGraph(compiled, site_inputs, checked=weight_norm == "checked", rank_timeout=rank_timeout)
+    return RefreshingGraph(compiled, site_inputs, checked=checked, rank_timeout=rank_timeout)
 
 
 class RefreshingGraph:
@@ -103,8 +114,8 @@ class RefreshingGraph:
         compiled: Callable[..., Any],
         site_inputs: Sequence[SiteInputs],
         *,
-        checked: bool = False,
-        rank_timeout: float = 300.0,
+        checked: bool,
+        rank_timeout: float,
     ) -> None:
         self.compiled, self.site_inputs = compiled, site_inputs
         self.checked, self.rank_timeout = checked, rank_timeout

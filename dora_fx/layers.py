@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dora_fx.adapter import ParallelLinearDoRAAdapter
 from dora_fx.collectives import group_size
-from dora_fx.ops import dora_linear
+from dora_fx.ops import MarkedSite, mark
 from dora_fx.parameter_cache import CachedSite, empty_base_norm, empty_cache, measure_base
 from dora_fx.placement import LAYOUTS, Layout
 from dora_fx.site_parameters import CachedParameters, StoredParameters, complete_parameters
@@ -105,25 +105,15 @@ class DoRALinear(nn.Module):
         self._check_call(x, weight)
         _check_group_exists(self.adapter.tp_group)
         adapter = self.adapter
-        drops = self.training and adapter.has_dropout
         returned = self.to_wrap(x, *args, **kwargs)
-        output = dora_linear(
-            returned[0] if isinstance(returned, tuple) else returned,
-            x,
-            weight,
-            None if getattr(self.to_wrap, "skip_bias_add", False) else self.to_wrap.bias,
-            self.base_norm_sq,
-            adapter.linear_in.weight,
-            adapter.linear_out.weight,
-            adapter.weight_magnitude,
-            self.cached_norm,
-            self.cached_lora_a,
-            self.cached_lora_b,
-            adapter.scaling_factor,
-            adapter.dropout_threshold if drops else None,
-            adapter.dropout_rescale if drops else None,
-            layout=self._call_layout(*args, **kwargs),
-            tp_group=adapter.tp_group,
+        output = mark(
+            MarkedSite(
+                base_output=returned[0] if isinstance(returned, tuple) else returned,
+                x=x,
+                bias=None if getattr(self.to_wrap, "skip_bias_add", False) else self.to_wrap.bias,
+                stored=self._stored(weight, self._call_layout(*args, **kwargs), self.training and adapter.has_dropout),
+                cached=self._cached(),
+            )
         )
         return (output, *returned[1:]) if isinstance(returned, tuple) else output
 
@@ -206,8 +196,11 @@ class DoRALinear(nn.Module):
 
     def cached_site(self) -> CachedSite:
         """What `parameter_cache.refresh` takes: the parameters outside any call, and the buffers made of them."""
-        adapter, weight = self.adapter, self.base_weight
-        stored = StoredParameters(
+        return CachedSite(self.path, self._stored(self.base_weight, self.adapter.layout, False), self._cached())
+
+    def _stored(self, weight: torch.Tensor, layout: str, drops: bool) -> StoredParameters:
+        adapter = self.adapter
+        return StoredParameters(
             weight=weight,
             base_norm_sq=self.base_norm_sq,
             lora_a=adapter.linear_in.weight,
@@ -215,13 +208,15 @@ class DoRALinear(nn.Module):
             # Nothing that is cached depends on the magnitude, which does not exist yet when it is initialised.
             magnitude=getattr(adapter, "weight_magnitude", self.base_norm_sq),
             scaling=adapter.scaling_factor,
-            dropout_threshold=None,
-            dropout_rescale=None,
-            layout=adapter.layout,
+            dropout_threshold=adapter.dropout_threshold if drops else None,
+            dropout_rescale=adapter.dropout_rescale if drops else None,
+            layout=layout,
             tp_group=adapter.tp_group,
             dtype=weight.dtype,
         )
-        return CachedSite(self.path, stored, CachedParameters(self.cached_norm, self.cached_lora_a, self.cached_lora_b))
+
+    def _cached(self) -> CachedParameters:
+        return CachedParameters(self.cached_norm, self.cached_lora_a, self.cached_lora_b)
 
     def enable_adapter_layers(self) -> None:
         """Let the adapter take part in the forward pass."""

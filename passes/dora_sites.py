@@ -3,7 +3,7 @@
     example graph                                              a `DoRASite` of it
     %t = weight.t()                                            base_call = (t, matmul)
     %matmul = torch.matmul(x, %t)
-    %dora_linear = dora_linear(%matmul, x, weight, ...)        marker, operands
+    %dora_linear = dora_linear(%matmul, x, None, weight, ...)  marker, marked
 
 Megatron's call has many shapes: one or two `autograd_function_apply` higher-order ops with their `getitem`s,
 plain ops where no gradient is needed, a collective before or after the product, a bias inside or outside. All of
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from dora_fx.ops import dora_linear
+from dora_fx.ops import MarkedSite, dora_linear, unpack
 from dora_fx.passes.graph_utils import module_path, referenced_graph_maybe, source_line, subgraph_modules
 
 logger = logging.getLogger(__name__)
@@ -79,32 +79,24 @@ class DoRASite:
     problem: str | None = None
 
     @property
-    def operands(self) -> dict[str, Any]:
-        """The marker's arguments by name: nodes, constants, or None for a missing bias."""
-        names = dora_linear.__code__.co_varnames[: len(self.marker.args)]
-        return {**dict(zip(names, self.marker.args, strict=True)), **self.marker.kwargs}
+    def marked(self) -> MarkedSite:
+        """The marker's arguments by name: nodes, constants, or None."""
+        return unpack(self.marker.args)
 
 
 def find_dora_sites(gm: fx.GraphModule) -> list[DoRASite]:
     """Return every DoRA site of a graph and of the subgraphs it calls, in graph order."""
-    return [_describe_site(marker) for marker in _markers(gm)]
-
-
-def tensor_parallel_groups(gm: fx.GraphModule) -> list[str]:
-    """Names of the process groups that the DoRA sites of a graph communicate over, sorted."""
-    return sorted({str(marker.kwargs["tp_group"]) for marker in _markers(gm)} - {""})
-
-
-def _markers(gm: fx.GraphModule) -> Iterator[fx.Node]:
-    for module in subgraph_modules(gm):
-        yield from module.graph.find_nodes(op="call_function", target=dora_linear)
+    return [
+        _describe_site(marker)
+        for module in subgraph_modules(gm)
+        for marker in module.graph.find_nodes(op="call_function", target=dora_linear)
+    ]
 
 
 def _describe_site(marker: fx.Node) -> DoRASite:
-    base_output, x, weight, bias = marker.args[:4]
-    assert isinstance(base_output, fx.Node)
-    boundary = {node for node in (x, weight, bias) if isinstance(node, fx.Node)}
-    call = _nodes_between(boundary, base_output)
+    marked: Any = unpack(marker.args)
+    boundary = {node for node in (marked.x, marked.stored.weight, marked.bias) if isinstance(node, fx.Node)}
+    call = _nodes_between(boundary, marked.base_output)
     call -= _sizes_used_outside(call, marker)
     ops = list(_tensor_ops(sorted(call)))
     path, names = module_path(marker), tuple(map(_op_name, ops))

@@ -10,10 +10,9 @@ from typing import Any
 from torch import fx
 from torch._dynamo.testing import normalize_gm
 
-from dora_fx.backend import RefreshingGraph
+from dora_fx.backend import with_refresh
 from dora_fx.passes import default_passes
 from dora_fx.passes.pipeline import GraphPass, run_passes
-from dora_fx.passes.site_inputs import find_site_inputs
 
 
 class RecordingBackend:
@@ -26,10 +25,9 @@ class RecordingBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.before.append(copy.deepcopy(gm))
-        site_inputs = find_site_inputs(gm)
         gm = run_passes(gm, example_inputs, self.passes)
         self.after.append(gm)
-        return RefreshingGraph(gm, site_inputs)
+        return with_refresh(gm, gm)
 
 
 # What Dynamo names the operands of a site in a model whose one layer is `linear`, and what golden text calls them.

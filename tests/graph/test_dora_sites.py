@@ -37,8 +37,8 @@ def test_one_rank(tensor_parallel, layer, op_names):
     (site,) = sites_of(capture(adapted(layer()), IN))
     assert sorted(set(site.op_names) - {"getitem", "_set_grad_enabled"}) == op_names
     assert site.path == "linear"
-    assert site.operands["scaling"].name.endswith("scaling_factor_")
-    assert site.operands["tp_group"] == ""
+    assert site.marked.stored.scaling.name.endswith("scaling_factor_")
+    assert site.marked.stored.tp_group == ""
 
 
 def test_flat_call_without_gradients(tensor_parallel):
@@ -50,10 +50,10 @@ def test_flat_call_without_gradients(tensor_parallel):
 def test_bias_operand_is_the_one_the_layer_adds(tensor_parallel):
     tensor_parallel(1)
     (added,) = sites_of(capture(adapted(row(bias=True, skip_bias_add=False)), IN))
-    assert added.operands["bias"].name.endswith("bias_")
+    assert added.marked.bias.name.endswith("bias_")
     torch._dynamo.reset()
     (returned,) = sites_of(capture(adapted(row(bias=True)), IN))
-    assert returned.operands["bias"] is None
+    assert returned.marked.bias is None
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_tensor_parallel(tensor_parallel, layer, features, sequence, layout, col
     tensor_parallel(2)
     model = adapted(layer(tensor_model_parallel_size=2))
     (site,) = sites_of(capture(model, features, sequence=sequence))
-    assert site.operands["layout"] == layout
+    assert site.marked.stored.layout == layout
     assert [name for name in site.op_names if name.startswith(("all_", "reduce_scatter"))] == collectives
 
 
@@ -87,7 +87,7 @@ def test_sequence_parallel(tensor_parallel, layer, features, sequence, collectiv
     tensor_parallel(2)
     model = adapted(layer(tensor_model_parallel_size=2, sequence_parallel=True))
     (site,) = sites_of(capture(model, features, sequence=sequence))
-    assert site.operands["layout"].endswith("_sequence_parallel")
+    assert site.marked.stored.layout.endswith("_sequence_parallel")
     assert collective in site.op_names
 
 
@@ -137,7 +137,7 @@ def test_a_base_call_that_is_not_understood(tensor_parallel, hook, problem):
     tensor_parallel(1)
     (site,) = sites_of(capture(with_hook(hook), IN, grad=False))
     assert re.search(problem, site.problem)
-    assert "layers.py" in site.problem
+    assert "sites.py" in site.problem
     assert site.base_call == ()
 
 

@@ -21,12 +21,12 @@ def test_column_before():
         graph_text(capture(adapted(column()), IN, grad=False).before[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", scaling: "f32[1]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", norm: "f32[80]"):
 
         t: "f32[48, 80]" = weight.t()
         output: "f32[6, 2, 80]" = torch.matmul(x, t)
 
-        output_1: "f32[6, 2, 80]" = dora_fx_ops_dora_linear(output, x, weight, None, base_norm_sq, lora_a, lora_b, magnitude, norm, None, None, scaling, None, None, layout = 'column', tp_group = '')
+        output_1: "f32[6, 2, 80]" = dora_fx_ops_dora_linear(output, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, norm, None, None)
         return (output_1,)
 """,
     )
@@ -37,7 +37,7 @@ def test_column():
         graph_text(capture(adapted(column()), IN).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", scaling: "f32[1]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", norm: "f32[80]"):
 
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
@@ -64,7 +64,7 @@ def test_column_with_bias():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]", scaling: "f32[1]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", norm: "f32[80]"):
 
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
@@ -93,7 +93,7 @@ def test_row_with_bias():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]", scaling: "f32[1]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", norm: "f32[80]"):
 
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
@@ -122,7 +122,7 @@ def test_linear_with_dropout():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]", norm: "f32[80]"):
 
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
@@ -157,22 +157,22 @@ def test_checkpointed_column():
         graph_text(capture(adapted(column()), IN, recompute=True).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, x: "f32[6, 2, 48]", L_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", L_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", L_model_modules_linear_buffers_base_norm_sq_: "f32[80]", L_model_modules_linear_buffers_cached_norm_: "f32[80]", L_model_modules_linear_modules_adapter_buffers_scaling_factor_: "f32[1]"):
+    def forward(self, x: "f32[6, 2, 48]", L_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", L_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", L_model_modules_linear_buffers_base_norm_sq_: "f32[80]", L_model_modules_linear_modules_adapter_buffers_scaling_factor_: "f32[1]", L_model_modules_linear_buffers_cached_norm_: "f32[80]"):
         l_model_modules_linear_modules_to_wrap_parameters_weight_ = L_model_modules_linear_modules_to_wrap_parameters_weight_
         l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_ = L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_
         l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_ = L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_
         l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ = L_model_modules_linear_modules_adapter_parameters_weight_magnitude_
         l_model_modules_linear_buffers_base_norm_sq_ = L_model_modules_linear_buffers_base_norm_sq_
-        l_model_modules_linear_buffers_cached_norm_ = L_model_modules_linear_buffers_cached_norm_
         l_model_modules_linear_modules_adapter_buffers_scaling_factor_ = L_model_modules_linear_modules_adapter_buffers_scaling_factor_
+        l_model_modules_linear_buffers_cached_norm_ = L_model_modules_linear_buffers_cached_norm_
 
         wrap_body_0 = self.wrap_body_0
-        tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, l_model_modules_linear_modules_to_wrap_parameters_weight_, l_model_modules_linear_buffers_base_norm_sq_, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_norm_, l_model_modules_linear_modules_adapter_buffers_scaling_factor_, use_reentrant = False)
+        tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, l_model_modules_linear_modules_to_wrap_parameters_weight_, l_model_modules_linear_buffers_base_norm_sq_, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_modules_adapter_buffers_scaling_factor_, l_model_modules_linear_buffers_cached_norm_, use_reentrant = False)
         getitem: "f32[6, 2, 80]" = tag_activation_checkpoint[0]
         return (getitem,)
 
     class wrap_body_0(torch.nn.Module):
-        def forward(self, x: "f32[6, 2, 48]", l_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", l_model_modules_linear_buffers_base_norm_sq_: "f32[80]", l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", l_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", l_model_modules_linear_buffers_cached_norm_: "f32[80]", l_model_modules_linear_modules_adapter_buffers_scaling_factor_: "f32[1]"):
+        def forward(self, x: "f32[6, 2, 48]", l_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", l_model_modules_linear_buffers_base_norm_sq_: "f32[80]", l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", l_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", l_model_modules_linear_modules_adapter_buffers_scaling_factor_: "f32[1]", l_model_modules_linear_buffers_cached_norm_: "f32[80]"):
             eq: "b8[80]" = l_model_modules_linear_buffers_cached_norm_ == 0
             where: "f32[80]" = torch.where(eq, 1.0, l_model_modules_linear_buffers_cached_norm_)
             sub: "f32[80]" = l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ - l_model_modules_linear_buffers_cached_norm_

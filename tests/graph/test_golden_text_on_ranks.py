@@ -16,7 +16,7 @@ def test_column_on_two_ranks(tensor_parallel):
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[40, 48]", x: "f32[6, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]", norm: "f32[40]", whole_lora_a: "f32[16, 48]", scaling: "f32[1]"):
+    def forward(self, weight: "f32[40, 48]", x: "f32[6, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]", scaling: "f32[1]", norm: "f32[40]", whole_lora_a: "f32[16, 48]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
         getitem_1: "f32[16, 48]" = gathered_rows_together[0]
@@ -47,7 +47,7 @@ def test_row_on_two_ranks(tensor_parallel):
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]", scaling: "f32[1]"):
+    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
@@ -78,7 +78,7 @@ def test_row_sequence_parallel_with_dropout_on_two_ranks(tensor_parallel):
         graph_text(capture(model, IN // 2).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]"):
+    def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
@@ -119,7 +119,7 @@ def test_column_sequence_parallel_on_eight_ranks(tensor_parallel):
         graph_text(capture(model, IN, sequence=1).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[10, 48]", x: "f32[1, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]", norm: "f32[10]", whole_lora_a: "f32[16, 48]", scaling: "f32[1]"):
+    def forward(self, weight: "f32[10, 48]", x: "f32[1, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]", scaling: "f32[1]", norm: "f32[10]", whole_lora_a: "f32[16, 48]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
         getitem_2: "f32[16, 48]" = gathered_rows_together[0]
@@ -150,7 +150,7 @@ def test_row_sequence_parallel_on_eight_ranks(tensor_parallel):
         graph_text(capture(model, IN // 8, sequence=8).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]", whole_lora_b: "f32[80, 16]", scaling: "f32[1]"):
+    def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", norm: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]

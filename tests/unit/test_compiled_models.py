@@ -94,7 +94,7 @@ def test_an_unmatched_layer_is_an_error_on_request(hook: Callable[[nn.Module], A
     zoo = adapt_zoo(LinearZoo(["row_bias_added"]).double())
     hook(zoo.row_bias_added.to_wrap)
     compiled = torch.compile(zoo, backend="dora_fx", options=OPTIONS | {"unmatched": "error"})
-    with pytest.raises(BackendCompilerFailed, match=r"row_bias_added: DoRA cannot be joined .*layers.py"):
+    with pytest.raises(BackendCompilerFailed, match=r"row_bias_added: DoRA cannot be joined .*"):
         run_and_differentiate(compiled, zoo)
 
 
