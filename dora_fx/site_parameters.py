@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from dora_fx.collectives import (
+    REDUCE,
     copy_to_group_together,
     gather_rows_together,
     gathered_rows_together,
@@ -52,6 +53,11 @@ class StoredParameters(NamedTuple):
     def table(self) -> Layout:
         """The site's row in the layout table."""
         return LAYOUTS[self.layout]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the products are partial sums, which the layout's own collective adds up."""
+        return bool(self.tp_group) and self.table.leave in REDUCE
 
     @property
     def dropout(self) -> DropoutFactors | None:

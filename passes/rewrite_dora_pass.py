@@ -34,7 +34,6 @@ from typing import Any, Literal
 from torch import fx
 from torch._dynamo.utils import counters
 
-from dora_fx.collectives import REDUCE
 from dora_fx.functional import adapted_linear
 from dora_fx.passes.dora_sites import DoRASite, UnmatchedDoRASiteError, find_dora_sites
 from dora_fx.passes.graph_utils import call_like, erase_nodes, fake_value
@@ -130,8 +129,7 @@ def _report_unmatched(sites: Sequence[DoRASite], paths: Sequence[str], unmatched
         message = f"{path}: DoRA cannot be joined with its base layer: {site.problem}"
         if unmatched == "error":
             raise UnmatchedDoRASiteError(message)
-        reduces = site.marked.stored.tp_group and site.marked.stored.table.leave in REDUCE
-        cost = " and a collective of the size of its output" if reduces else ""
+        cost = " and a collective of the size of its output" if site.marked.stored.reduces else ""
         _warn_once(
             f"{message}. It runs beside it, which is exact and costs passes over its output{cost}; "
             'options={"unmatched": "error"} makes this an error'

@@ -37,7 +37,7 @@ WRONG_GROUP = Mutation(
 )
 MUTATIONS = [
     WRONG_GROUP,
-    Mutation("bias scaled", functional.adapted_linear, "output if bias is None else output - bias", "output"),
+    Mutation("bias scaled", functional._scaled, "output if bias is None else output - bias", "output"),
     Mutation(
         "magnitude's gradient left partial",
         site_parameters._magnitudes,
@@ -52,33 +52,39 @@ MUTATIONS = [
     ),
     Mutation(
         "gain applied before the reduce, magnitude's gradient left partial",
-        functional.adapted_linear,
-        "output = join(F.linear(x, weight, gemm_bias) if base_output is None else None, low_rank)",
-        "output, delta = join(F.linear(x, weight, gemm_bias) * (delta + 1.0), low_rank * (delta + 1.0)), 0.0",
+        functional._scaled,
+        "output = _join(_base_product(x, stored, bias), low_rank, stored, bias)",
+        "delta = magnitude_delta(complete.magnitude, complete.norm)\n        "
+        "return _join(_base_product(x, stored, bias) * (delta + 1.0), low_rank * (delta + 1.0), stored, bias)",
     ),
-    Mutation("no dropout correction", functional.adapted_linear, "dropped_product * delta +", ""),
+    Mutation("no dropout correction", functional._scaled_under_dropout, "dropped_product * delta +", ""),
     Mutation(
         "two dropout masks",
-        functional.adapted_linear,
+        functional._scaled_under_dropout,
         "change = dropped_product",
-        "other = draw_dropout_key(x, tp_group)\n        "
-        "change = F.linear(dropout(x, other, *stored.dropout, table.shards_input_features), weight)",
+        "other = dropout(x, draw_dropout_key(x, stored.tp_group), *stored.dropout, stored.table.shards_input_features)\n"
+        "    change = F.linear(other, stored.weight)",
     ),
     Mutation("input gradient not reduced", functional.adapted_linear, "table.enter in ENTER", 'table.enter == "x"'),
-    Mutation("low-rank product not scaled", functional.adapted_linear, "(delta + 1.0)", "1.0"),
+    Mutation("low-rank product not scaled", functional._scaled_under_dropout, "(delta + 1.0)", "1.0"),
     Mutation("gain without minus norm", functional.magnitude_delta, "(magnitude - norm)", "magnitude"),
-    Mutation("low-rank product not reduced", functional._join_base, "else reduce(addend, tp_group)", "else addend"),
+    Mutation(
+        "low-rank product not reduced",
+        functional._scaled,
+        "base_output + _reduce(low_rank, stored)",
+        "base_output + low_rank",
+    ),
     Mutation(
         "low-rank product joined after the reduce",
-        functional._join_base,
-        "reduce(product + addend, tp_group)",
-        "reduce(product, tp_group) + addend",
+        functional._join,
+        "_reduce(product + addend, stored)",
+        "_reduce(product, stored) + addend",
     ),
     Mutation(
         "base collective run twice",
-        functional._join_base,
-        "output = reduce(product + addend, tp_group)",
-        "output = reduce(reduce(product + addend, tp_group), tp_group)",
+        functional._join,
+        "_reduce(product + addend, stored)",
+        "_reduce(_reduce(product + addend, stored), stored)",
     ),
     Mutation("alpha and dim swapped", Adapter.scaling.fget, "self.alpha / self.dim", "self.dim / self.alpha"),
     Mutation(

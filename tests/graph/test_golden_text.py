@@ -39,17 +39,17 @@ def test_column():
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", norm: "f32[80]"):
 
+        linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        view: "f32[]" = scaling.view(())
+        mul: "f32[6, 2, 16]" = linear * view
+        linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
+        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
+        add: "f32[6, 2, 80]" = linear_2 + linear_1
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
         sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        view: "f32[]" = scaling.view(())
-        linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul: "f32[6, 2, 16]" = linear * view
-        linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
-        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
-        add: "f32[6, 2, 80]" = linear_2 + linear_1
         mul_1: "f32[6, 2, 80]" = add * where_1
         add_1: "f32[6, 2, 80]" = add + mul_1
         to: "f32[6, 2, 80]" = add_1.to(torch.float32)
@@ -66,20 +66,20 @@ def test_column_with_bias():
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", norm: "f32[80]"):
 
-        eq: "b8[80]" = norm == 0
-        where: "f32[80]" = torch.where(eq, 1.0, norm)
-        sub: "f32[80]" = magnitude - norm
-        truediv: "f32[80]" = sub / where
-        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        view: "f32[]" = scaling.view(())
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        view: "f32[]" = scaling.view(())
         mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + bias
         add_1: "f32[6, 2, 80]" = add + linear_1
-        sub_1: "f32[6, 2, 80]" = add_1 - bias
-        mul_1: "f32[6, 2, 80]" = sub_1 * where_1
+        sub: "f32[6, 2, 80]" = add_1 - bias
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub_1: "f32[80]" = magnitude - norm
+        truediv: "f32[80]" = sub_1 / where
+        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        mul_1: "f32[6, 2, 80]" = sub * where_1
         add_2: "f32[6, 2, 80]" = add_1 + mul_1
         to: "f32[6, 2, 80]" = add_2.to(torch.float32)
         return (to,)
@@ -95,20 +95,20 @@ def test_row_with_bias():
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", norm: "f32[80]"):
 
-        eq: "b8[80]" = norm == 0
-        where: "f32[80]" = torch.where(eq, 1.0, norm)
-        sub: "f32[80]" = magnitude - norm
-        truediv: "f32[80]" = sub / where
-        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        view: "f32[]" = scaling.view(())
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        view: "f32[]" = scaling.view(())
         mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add_1: "f32[6, 2, 80]" = linear_2 + bias
         add_2: "f32[6, 2, 80]" = add_1 + linear_1
-        sub_1: "f32[6, 2, 80]" = add_2 - bias
-        mul_1: "f32[6, 2, 80]" = sub_1 * where_1
+        sub: "f32[6, 2, 80]" = add_2 - bias
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub_1: "f32[80]" = magnitude - norm
+        truediv: "f32[80]" = sub_1 / where
+        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        mul_1: "f32[6, 2, 80]" = sub * where_1
         add_3: "f32[6, 2, 80]" = add_2 + mul_1
         to: "f32[6, 2, 80]" = add_3.to(torch.float32)
         return (to,)
@@ -124,29 +124,29 @@ def test_linear_with_dropout():
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]", norm: "f32[80]"):
 
+        draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, '')
+        dropout: "f32[6, 2, 48]" = dora_fx_dropout_dropout(x, draw_dropout_key, threshold, rescale, False)
+        cat: "f32[12, 2, 48]" = torch.cat((x, dropout))
+        linear_1: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
+        chunk = linear_1.chunk(2)
+        getitem: "f32[6, 2, 80]" = chunk[0]
+        getitem_1: "f32[6, 2, 80]" = chunk[1]
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
         sub: "f32[80]" = magnitude - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        mul: "f32[6, 2, 80]" = getitem_1 * where_1
+        linear_2: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
         view: "f32[]" = scaling.view(())
-        draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, '')
-        dropout: "f32[6, 2, 48]" = dora_fx_dropout_dropout(x, draw_dropout_key, threshold, rescale, False)
-        linear_1: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
-        mul: "f32[6, 2, 16]" = linear_1 * view
-        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
-        cat: "f32[12, 2, 48]" = torch.cat((x, dropout))
-        linear_3: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
-        chunk = linear_3.chunk(2)
-        getitem: "f32[6, 2, 80]" = chunk[0]
-        add: "f32[6, 2, 80]" = getitem + bias
-        getitem_1: "f32[6, 2, 80]" = chunk[1]
-        mul_1: "f32[6, 2, 80]" = getitem_1 * where_1
-        add_1: "f32[80]" = where_1 + 1.0
-        mul_2: "f32[6, 2, 80]" = linear_2 * add_1
-        add_2: "f32[6, 2, 80]" = mul_1 + mul_2
-        to: "f32[6, 2, 80]" = add_2.to(torch.float32)
-        add_3: "f32[6, 2, 80]" = add + to
+        mul_1: "f32[6, 2, 16]" = linear_2 * view
+        linear_3: "f32[6, 2, 80]" = torch._C._nn.linear(mul_1, lora_b)
+        add: "f32[80]" = where_1 + 1.0
+        mul_2: "f32[6, 2, 80]" = linear_3 * add
+        add_1: "f32[6, 2, 80]" = mul + mul_2
+        to: "f32[6, 2, 80]" = add_1.to(torch.float32)
+        add_2: "f32[6, 2, 80]" = getitem + bias
+        add_3: "f32[6, 2, 80]" = add_2 + to
         return (add_3,)
 """,
     )
@@ -173,17 +173,17 @@ class GraphModule(torch.nn.Module):
 
     class wrap_body_0(torch.nn.Module):
         def forward(self, x: "f32[6, 2, 48]", l_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", l_model_modules_linear_buffers_base_norm_sq_: "f32[80]", l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", l_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", l_model_modules_linear_modules_adapter_buffers_scaling_factor_: "f32[1]", l_model_modules_linear_buffers_cached_norm_: "f32[80]"):
+            linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_)
+            view: "f32[]" = l_model_modules_linear_modules_adapter_buffers_scaling_factor_.view(())
+            mul: "f32[6, 2, 16]" = linear * view
+            linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_)
+            linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, l_model_modules_linear_modules_to_wrap_parameters_weight_, None)
+            add: "f32[6, 2, 80]" = linear_2 + linear_1
             eq: "b8[80]" = l_model_modules_linear_buffers_cached_norm_ == 0
             where: "f32[80]" = torch.where(eq, 1.0, l_model_modules_linear_buffers_cached_norm_)
             sub: "f32[80]" = l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ - l_model_modules_linear_buffers_cached_norm_
             truediv: "f32[80]" = sub / where
             where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-            view: "f32[]" = l_model_modules_linear_modules_adapter_buffers_scaling_factor_.view(())
-            linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_)
-            mul: "f32[6, 2, 16]" = linear * view
-            linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_)
-            linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, l_model_modules_linear_modules_to_wrap_parameters_weight_, None)
-            add: "f32[6, 2, 80]" = linear_2 + linear_1
             mul_1: "f32[6, 2, 80]" = add * where_1
             add_1: "f32[6, 2, 80]" = add + mul_1
             to: "f32[6, 2, 80]" = add_1.to(torch.float32)

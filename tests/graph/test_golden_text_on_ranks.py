@@ -20,18 +20,18 @@ class GraphModule(torch.nn.Module):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
         getitem_1: "f32[16, 48]" = gathered_rows_together[0]
+        copy_to_group: "f32[6, 2, 48]" = dora_fx_collectives_copy_to_group(x, 'tp')
+        linear: "f32[6, 2, 16]" = torch._C._nn.linear(copy_to_group, getitem_1)
+        view: "f32[]" = scaling.view(())
+        mul: "f32[6, 2, 16]" = linear * view
+        linear_1: "f32[6, 2, 40]" = torch._C._nn.linear(mul, lora_b)
+        linear_2: "f32[6, 2, 40]" = torch._C._nn.linear(copy_to_group, weight, None)
+        add: "f32[6, 2, 40]" = linear_2 + linear_1
         eq: "b8[40]" = norm == 0
         where: "f32[40]" = torch.where(eq, 1.0, norm)
         sub: "f32[40]" = magnitude - norm
         truediv: "f32[40]" = sub / where
         where_1: "f32[40]" = torch.where(eq, 0.0, truediv)
-        view: "f32[]" = scaling.view(())
-        copy_to_group: "f32[6, 2, 48]" = dora_fx_collectives_copy_to_group(x, 'tp')
-        linear: "f32[6, 2, 16]" = torch._C._nn.linear(copy_to_group, getitem_1)
-        mul: "f32[6, 2, 16]" = linear * view
-        linear_1: "f32[6, 2, 40]" = torch._C._nn.linear(mul, lora_b)
-        linear_2: "f32[6, 2, 40]" = torch._C._nn.linear(copy_to_group, weight, None)
-        add: "f32[6, 2, 40]" = linear_2 + linear_1
         mul_1: "f32[6, 2, 40]" = add * where_1
         add_1: "f32[6, 2, 40]" = add + mul_1
         to: "f32[6, 2, 40]" = add_1.to(torch.float32)
@@ -51,18 +51,18 @@ class GraphModule(torch.nn.Module):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
-        eq: "b8[80]" = norm == 0
-        where: "f32[80]" = torch.where(eq, 1.0, norm)
-        sub: "f32[80]" = magnitude - norm
-        truediv: "f32[80]" = sub / where
-        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        view: "f32[]" = scaling.view(())
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        view: "f32[]" = scaling.view(())
         mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + linear_1
         reduce_from_group: "f32[6, 2, 80]" = dora_fx_collectives_reduce_from_group(add, 'tp')
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = magnitude - norm
+        truediv: "f32[80]" = sub / where
+        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
         mul_1: "f32[6, 2, 80]" = reduce_from_group * where_1
         add_1: "f32[6, 2, 80]" = reduce_from_group + mul_1
         to: "f32[6, 2, 80]" = add_1.to(torch.float32)
@@ -84,26 +84,26 @@ class GraphModule(torch.nn.Module):
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
         copy_to_group_together = dora_fx_collectives_copy_to_group_together([magnitude], 'tp')
         getitem_3: "f32[80]" = copy_to_group_together[0]
+        draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, 'tp')
+        dropout: "f32[6, 2, 24]" = dora_fx_dropout_dropout(x, draw_dropout_key, threshold, rescale, True)
+        cat: "f32[12, 2, 24]" = torch.cat((x, dropout))
+        linear: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
+        chunk = linear.chunk(2)
+        getitem_4: "f32[6, 2, 80]" = chunk[0]
+        getitem_5: "f32[6, 2, 80]" = chunk[1]
         eq: "b8[80]" = norm == 0
         where: "f32[80]" = torch.where(eq, 1.0, norm)
         sub: "f32[80]" = getitem_3 - norm
         truediv: "f32[80]" = sub / where
         where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        mul: "f32[6, 2, 80]" = getitem_5 * where_1
+        linear_1: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
         view: "f32[]" = scaling.view(())
-        draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, 'tp')
-        dropout: "f32[6, 2, 24]" = dora_fx_dropout_dropout(x, draw_dropout_key, threshold, rescale, True)
-        linear: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
-        mul: "f32[6, 2, 16]" = linear * view
-        linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
-        cat: "f32[12, 2, 24]" = torch.cat((x, dropout))
-        linear_2: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
-        chunk = linear_2.chunk(2)
-        getitem_4: "f32[6, 2, 80]" = chunk[0]
-        getitem_5: "f32[6, 2, 80]" = chunk[1]
-        mul_1: "f32[6, 2, 80]" = getitem_5 * where_1
+        mul_1: "f32[6, 2, 16]" = linear_1 * view
+        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(mul_1, getitem_2)
         add: "f32[80]" = where_1 + 1.0
-        mul_2: "f32[6, 2, 80]" = linear_1 * add
-        add_1: "f32[6, 2, 80]" = mul_1 + mul_2
+        mul_2: "f32[6, 2, 80]" = linear_2 * add
+        add_1: "f32[6, 2, 80]" = mul + mul_2
         to: "f32[6, 2, 80]" = add_1.to(torch.float32)
         add_2: "f32[6, 2, 80]" = getitem_4 + to
         reduce_scatter_sequence: "f32[3, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add_2, 'tp')
@@ -123,18 +123,18 @@ class GraphModule(torch.nn.Module):
 
         gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
         getitem_2: "f32[16, 48]" = gathered_rows_together[0]
+        gather_sequence: "f32[8, 2, 48]" = dora_fx_collectives_gather_sequence(x, 'tp')
+        linear: "f32[8, 2, 16]" = torch._C._nn.linear(gather_sequence, getitem_2)
+        view: "f32[]" = scaling.view(())
+        mul: "f32[8, 2, 16]" = linear * view
+        linear_1: "f32[8, 2, 10]" = torch._C._nn.linear(mul, lora_b)
+        linear_2: "f32[8, 2, 10]" = torch._C._nn.linear(gather_sequence, weight, None)
+        add: "f32[8, 2, 10]" = linear_2 + linear_1
         eq: "b8[10]" = norm == 0
         where: "f32[10]" = torch.where(eq, 1.0, norm)
         sub: "f32[10]" = magnitude - norm
         truediv: "f32[10]" = sub / where
         where_1: "f32[10]" = torch.where(eq, 0.0, truediv)
-        view: "f32[]" = scaling.view(())
-        gather_sequence: "f32[8, 2, 48]" = dora_fx_collectives_gather_sequence(x, 'tp')
-        linear: "f32[8, 2, 16]" = torch._C._nn.linear(gather_sequence, getitem_2)
-        mul: "f32[8, 2, 16]" = linear * view
-        linear_1: "f32[8, 2, 10]" = torch._C._nn.linear(mul, lora_b)
-        linear_2: "f32[8, 2, 10]" = torch._C._nn.linear(gather_sequence, weight, None)
-        add: "f32[8, 2, 10]" = linear_2 + linear_1
         mul_1: "f32[8, 2, 10]" = add * where_1
         add_1: "f32[8, 2, 10]" = add + mul_1
         to: "f32[8, 2, 10]" = add_1.to(torch.float32)
@@ -156,18 +156,18 @@ class GraphModule(torch.nn.Module):
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
         copy_to_group_together = dora_fx_collectives_copy_to_group_together([magnitude], 'tp')
         getitem_3: "f32[80]" = copy_to_group_together[0]
-        eq: "b8[80]" = norm == 0
-        where: "f32[80]" = torch.where(eq, 1.0, norm)
-        sub: "f32[80]" = getitem_3 - norm
-        truediv: "f32[80]" = sub / where
-        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
-        view: "f32[]" = scaling.view(())
         linear: "f32[8, 2, 16]" = torch._C._nn.linear(x, lora_a)
+        view: "f32[]" = scaling.view(())
         mul: "f32[8, 2, 16]" = linear * view
         linear_1: "f32[8, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
         linear_2: "f32[8, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[8, 2, 80]" = linear_2 + linear_1
         reduce_scatter_sequence: "f32[1, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add, 'tp')
+        eq: "b8[80]" = norm == 0
+        where: "f32[80]" = torch.where(eq, 1.0, norm)
+        sub: "f32[80]" = getitem_3 - norm
+        truediv: "f32[80]" = sub / where
+        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
         mul_1: "f32[1, 2, 80]" = reduce_scatter_sequence * where_1
         add_1: "f32[1, 2, 80]" = reduce_scatter_sequence + mul_1
         to: "f32[1, 2, 80]" = add_1.to(torch.float32)
