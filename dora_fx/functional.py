@@ -7,8 +7,7 @@ with dropout d(x), one mask for both terms:
 
     y = W0 x + delta W0 d(x) + (1 + delta) s B A d(x) + bias
 
-delta replaces m / n because it is exactly zero where m = n: a freshly attached adapter is bitwise the base
-model, and no precision is lost where g = 1 + delta is near one, which is where training lives.
+The scale of the rows and its gradient are in `row_scale.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +17,8 @@ import torch.nn.functional as F
 
 from dora_fx.collectives import ENTER, REDUCE, gather_features, split_features
 from dora_fx.dropout import draw_dropout_key, dropout
+from dora_fx.row_scale import scale_rows, trained_delta
 from dora_fx.site_parameters import CompleteParameters, StoredParameters
-
-
-def magnitude_delta(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """Return (m - n) / n per row, `[out]`, and zero (so g = 1) for a row of zeros."""
-    is_zero = norm == 0
-    safe_norm = torch.where(is_zero, 1.0, norm)
-    return torch.where(is_zero, 0.0, (magnitude - norm) / safe_norm)
 
 
 def adapted_linear(
@@ -76,8 +69,7 @@ def _scaled(
         output = _join(_base_product(x, stored, bias), low_rank, stored, bias)
     else:
         output = base_output + _reduce(low_rank, stored)
-    z = output if bias is None else output - bias
-    return (output + z * magnitude_delta(complete.magnitude, complete.norm)).to(dtype)
+    return scale_rows(output.to(dtype), bias, complete.magnitude, *complete.scale)
 
 
 def _scaled_under_dropout(
@@ -97,7 +89,7 @@ def _scaled_under_dropout(
         product, dropped_product = F.linear(torch.cat((x, dropped)), stored.weight).chunk(2)
     else:
         dropped_product = F.linear(dropped, stored.weight)
-    delta = magnitude_delta(complete.magnitude, complete.norm)
+    delta = trained_delta(complete.magnitude, *complete.scale)
     change = dropped_product * delta + _low_rank_product(dropped, stored, complete) * (delta + 1.0)
     change = change.to(dtype)
     if base_output is not None:

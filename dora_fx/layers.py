@@ -16,9 +16,11 @@ from dora_fx.collectives import group_size
 from dora_fx.ops import MarkedSite, mark
 from dora_fx.parameter_cache import CachedSite, empty_base_norm, empty_cache, measure_base
 from dora_fx.placement import LAYOUTS, Layout
-from dora_fx.site_parameters import CachedParameters, StoredParameters, complete_parameters
+from dora_fx.site_parameters import CachedParameters, StoredParameters, row_norms
 from dora_fx.site_paths import note_path
 from dora_fx.weight_norm import norm_dtype
+
+_CACHE_BUFFERS = tuple(f"cached_{name}" for name in CachedParameters._fields)
 
 
 class DoRALinear(nn.Module):
@@ -35,9 +37,6 @@ class DoRALinear(nn.Module):
 
     to_wrap: Any
     base_norm_sq: torch.Tensor
-    cached_norm: torch.Tensor
-    cached_lora_a: torch.Tensor | None
-    cached_lora_b: torch.Tensor | None
 
     def __init__(
         self,
@@ -54,7 +53,7 @@ class DoRALinear(nn.Module):
         # In a tuple, so that a borrowed parameter is not registered twice.
         self._borrowed_weight = (base_weight,)
         self._adapter_enabled = True
-        for name in ("base_norm_sq", *(f"cached_{name}" for name in CachedParameters._fields)):
+        for name in ("base_norm_sq", *_CACHE_BUFFERS):
             self.register_buffer(name, None, persistent=False)
         self.invalidate_norm()
         if not hasattr(adapter, "weight_magnitude"):
@@ -171,8 +170,8 @@ class DoRALinear(nn.Module):
         cached = empty_cache(
             self.base_norm_sq, adapter.linear_in.weight, adapter.linear_out.weight, adapter.layout, adapter.tp_group
         )
-        for name, buffer in cached._asdict().items():
-            setattr(self, f"cached_{name}", buffer)
+        for name, buffer in zip(_CACHE_BUFFERS, cached, strict=True):
+            setattr(self, name, buffer)
         note_path(adapter.linear_in.weight, self.path)
 
     def _fit_buffers(self) -> None:
@@ -192,7 +191,7 @@ class DoRALinear(nn.Module):
         Every rank of the layer's tensor-parallel group calls it.
         """
         measure_base(self.path, self.base_weight, self.base_norm_sq)
-        return complete_parameters([self.cached_site().stored])[0].norm
+        return row_norms([self.cached_site().stored])[0]
 
     def cached_site(self) -> CachedSite:
         """What `parameter_cache.refresh` takes: the parameters outside any call, and the buffers made of them."""
@@ -205,7 +204,7 @@ class DoRALinear(nn.Module):
             base_norm_sq=self.base_norm_sq,
             lora_a=adapter.linear_in.weight,
             lora_b=adapter.linear_out.weight,
-            # Nothing that is cached depends on the magnitude, which does not exist yet when it is initialised.
+            # A norm does not depend on the magnitude, which is initialised with it.
             magnitude=getattr(adapter, "weight_magnitude", self.base_norm_sq),
             scaling=adapter.scaling_factor,
             dropout_threshold=adapter.dropout_threshold if drops else None,
@@ -216,7 +215,7 @@ class DoRALinear(nn.Module):
         )
 
     def _cached(self) -> CachedParameters:
-        return CachedParameters(self.cached_norm, self.cached_lora_a, self.cached_lora_b)
+        return CachedParameters(*(getattr(self, name) for name in _CACHE_BUFFERS))
 
     def enable_adapter_layers(self) -> None:
         """Let the adapter take part in the forward pass."""

@@ -1,7 +1,7 @@
 """What follows from DoRA's parameters alone is computed once per optimizer step, not once per call.
 
-Row norms, and the factors that a layout gathers, are buffers of each site. `refresh` fills those that are stale, for
-all sites of a graph together: one gather and one reduction per process group, whatever the number of sites.
+The scales of rows, and the factors that a layout gathers, are buffers of each site. `refresh` fills those that are
+stale, for all sites of a graph together: one gather and one reduction per process group, whatever the number of sites.
 Micro-batches, recomputation, evaluation and generation then read them. A buffer that was never filled is NaN, so a
 forgotten refresh shows at once.
 
@@ -27,6 +27,7 @@ from dora_fx.freshness import (
     record_fresh,
 )
 from dora_fx.placement import LAYOUTS
+from dora_fx.row_scale import RowScale
 from dora_fx.site_parameters import CachedParameters, CompleteParameters, StoredParameters, complete_parameters
 from dora_fx.weight_norm import base_norm_squared, norm_dtype
 
@@ -62,8 +63,11 @@ def empty_cache(
         whole_shape = (tp_size * factor.shape[0], factor.shape[1])
         return factor.new_full(whole_shape, torch.nan) if is_gathered and tp_size > 1 else None
 
+    delta, grad_gain, grad_scale = (torch.full_like(base_norm_sq, torch.nan) for _ in RowScale._fields)
     return CachedParameters(
-        torch.full_like(base_norm_sq, torch.nan),
+        delta,
+        grad_gain,
+        grad_scale,
         gathered(lora_a, table.gathers_lora_a),
         gathered(lora_b, table.gathers_lora_b),
     )
@@ -86,7 +90,7 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
         assert site.stored.base_norm_sq is not None
         measure_base(site.path, site.stored.weight, site.stored.base_norm_sq)
     is_stale = [not _is_fresh(site) for site in sites]
-    if any(is_stale) and not any(is_from_earlier_step(site.cached.norm) for site in sites):
+    if any(is_stale) and not any(is_from_earlier_step(site.cached.delta) for site in sites):
         is_stale = _agree(sites, is_stale, rank_timeout)
     stale = [site for site, flag in zip(sites, is_stale, strict=True) if flag]
     if not stale:
@@ -94,7 +98,7 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
     for site, complete in zip(stale, complete_parameters([site.stored for site in stale]), strict=True):
         for buffer, value in _buffers_and_values(site.cached, complete):
             buffer.copy_(value)
-        record_fresh(site.cached.norm, _sources(site), _gathered(site))
+        record_fresh(site.cached.delta, _sources(site), _other_buffers(site))
 
 
 @torch.no_grad()
@@ -109,9 +113,9 @@ def check(sites: Sequence[CachedSite]) -> None:
         for buffer, value in _buffers_and_values(site.cached, complete):
             if not torch.equal(buffer, value):
                 raise StaleParametersError(
-                    f"{site.path}: the cached norm or factor is off by up to {(buffer - value).abs().max():.3e}; its "
-                    "parameters were written in a way that nothing tells: call dora_fx.invalidate_norms(model) after "
-                    "writing"
+                    f"{site.path}: its cached scales or factors are off by up to {(buffer - value).abs().max():.3e}; "
+                    "its parameters were written in a way that nothing tells: call dora_fx.invalidate_norms(model) "
+                    "after writing"
                 )
 
 
@@ -145,22 +149,22 @@ def _agree(sites: Sequence[CachedSite], is_stale: list[bool], rank_timeout: floa
 
 
 def _is_fresh(site: CachedSite) -> bool:
-    return is_fresh(site.path, site.cached.norm, _sources(site), _gathered(site))
+    return is_fresh(site.path, site.cached.delta, _sources(site), _other_buffers(site))
 
 
 def _sources(site: CachedSite) -> list[torch.Tensor]:
     stored = site.stored
     assert stored.base_norm_sq is not None
-    return [stored.lora_a, stored.lora_b, stored.base_norm_sq, stored.scaling]
+    return [stored.lora_a, stored.lora_b, stored.magnitude, stored.base_norm_sq, stored.scaling]
 
 
-def _gathered(site: CachedSite) -> list[torch.Tensor]:
-    return [factor for factor in (site.cached.lora_a, site.cached.lora_b) if factor is not None]
+def _other_buffers(site: CachedSite) -> list[torch.Tensor]:
+    _, *others = site.cached
+    return [buffer for buffer in others if buffer is not None]
 
 
 def _buffers_and_values(
     cached: CachedParameters, complete: CompleteParameters
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for name, buffer in cached._asdict().items():
-        if buffer is not None:
-            yield buffer, getattr(complete, name)
+    values = (*complete.scale, complete.lora_a, complete.lora_b)
+    yield from ((buffer, value) for buffer, value in zip(cached, values, strict=True) if buffer is not None)

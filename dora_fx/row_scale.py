@@ -58,24 +58,35 @@ def row_scale(magnitude: torch.Tensor, norm: torch.Tensor, dtype: torch.dtype) -
 class _ScaleRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, scale: RowScale
+        ctx: Any,
+        output: torch.Tensor,
+        bias: torch.Tensor | None,
+        magnitude: torch.Tensor,
+        delta: torch.Tensor,
+        grad_gain: torch.Tensor,
+        grad_scale: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(output, bias, scale.grad_gain, scale.grad_scale)
+        ctx.save_for_backward(output, bias, grad_gain, grad_scale)
         z = output if bias is None else output - bias
-        return (output + z * scale.delta).to(output.dtype)
+        return (output + z * delta).to(output.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        output, bias, gain, scale = ctx.saved_tensors
+        output, bias, grad_gain, grad_scale = ctx.saved_tensors
         z = output if bias is None else output - bias
-        dz = (grads[0] * gain).to(output.dtype)
-        # In the dtype of magnitudes: a sum over all tokens.
-        summed = (dz.to(scale.dtype) * z).flatten(0, -2).sum(0)
-        return dz, None, summed * scale, None
+        dz = (grads[0] * grad_gain).to(output.dtype)
+        # A sum over all tokens, in the dtype of magnitudes.
+        products = dz.to(grad_scale.dtype) * z
+        return dz, None, products.reshape(-1, products.shape[-1]).sum(0) * grad_scale, None, None, None
 
 
 def scale_rows(
-    output: torch.Tensor, bias: torch.Tensor | None, magnitude: torch.Tensor, scale: RowScale
+    output: torch.Tensor,
+    bias: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    delta: torch.Tensor,
+    grad_gain: torch.Tensor,
+    grad_scale: torch.Tensor,
 ) -> torch.Tensor:
     """Scale the rows of a layer's output, but not the bias that is in it: y = g (output - bias) + bias.
 
@@ -83,26 +94,31 @@ def scale_rows(
         output: `[..., out]`.
         bias: `[out]`, frozen, None if there is none in the output.
         magnitude: m, which takes the gradient; its values are not read.
-        scale: from `row_scale`.
+        delta, grad_gain, grad_scale: a `RowScale`.
     """
     if has_torch_function_unary(output):
-        return handle_torch_function(scale_rows, (output,), output, bias, magnitude, scale)
-    return _ScaleRows.apply(output, bias, magnitude, scale)
+        return handle_torch_function(scale_rows, (output,), output, bias, magnitude, delta, grad_gain, grad_scale)
+    return _ScaleRows.apply(output, bias, magnitude, delta, grad_gain, grad_scale)
 
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, magnitude: torch.Tensor, delta: torch.Tensor, rate: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rate)
+    def forward(
+        ctx: Any, magnitude: torch.Tensor, delta: torch.Tensor, grad_gain: torch.Tensor, grad_scale: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(grad_gain, grad_scale)
         return delta.view_as(delta)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grads[0] * ctx.saved_tensors[0], None, None
+        grad_gain, grad_scale = ctx.saved_tensors
+        return grads[0] * (grad_gain * grad_scale), None, None, None
 
 
-def delta_of(magnitude: torch.Tensor, scale: RowScale) -> torch.Tensor:
-    """delta `[out]`, whose gradient goes to the magnitude."""
+def trained_delta(
+    magnitude: torch.Tensor, delta: torch.Tensor, grad_gain: torch.Tensor, grad_scale: torch.Tensor
+) -> torch.Tensor:
+    """delta `[out]` of a `RowScale`, whose gradient goes to the magnitude: d delta / dm = 1 / n."""
     if has_torch_function_unary(magnitude):
-        return handle_torch_function(delta_of, (magnitude,), magnitude, scale)
-    return _WithGradient.apply(magnitude, scale.delta, scale.grad_gain * scale.grad_scale)
+        return handle_torch_function(trained_delta, (magnitude,), magnitude, delta, grad_gain, grad_scale)
+    return _WithGradient.apply(magnitude, delta, grad_gain, grad_scale)

@@ -21,6 +21,7 @@ from dora_fx.collectives import (
 )
 from dora_fx.dropout import DropoutFactors
 from dora_fx.placement import LAYOUTS, Layout
+from dora_fx.row_scale import RowScale, row_scale
 from dora_fx.weight_norm import base_norm_squared, norm_dtype, norm_of_terms, norm_terms
 
 
@@ -74,24 +75,26 @@ class CompleteParameters(NamedTuple):
         lora_a: `[dim, in]`, or this rank's `[dim, in/tp]` in a row layout.
         lora_b: `[out, dim]`, or this rank's `[out/tp, dim]` in a column layout.
         magnitude: m as stored; its gradient is completed on the way back.
-        norm: row norms of W0 + s B A, detached, one for each magnitude and of its dtype.
+        scale: of the output rows.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     magnitude: torch.Tensor
-    norm: torch.Tensor
+    scale: RowScale
 
 
 class CachedParameters(NamedTuple):
-    """What `complete_parameters` worked out of a site's parameters for all calls until they change.
+    """What `complete_parameters` computed of a site's parameters for all calls until they change.
 
     Attributes:
-        norm: as in `CompleteParameters`.
+        delta, grad_gain, grad_scale: a `RowScale`.
         lora_a, lora_b: the gathered factor where the layout gathers it, None where the stored one serves.
     """
 
-    norm: torch.Tensor
+    delta: torch.Tensor
+    grad_gain: torch.Tensor
+    grad_scale: torch.Tensor
     lora_a: torch.Tensor | None
     lora_b: torch.Tensor | None
 
@@ -108,17 +111,26 @@ class _Request(NamedTuple):
 def complete_parameters(
     sites: Sequence[StoredParameters], cached: Sequence[CachedParameters] | None = None
 ) -> list[CompleteParameters]:
-    """Complete the parameters of several sites: gather factors, work out norms, reduce what is partial.
+    """Complete the parameters of several sites: gather factors, compute norms, reduce what is partial.
 
     Args:
         sites: of one graph.
         cached: what an earlier call for the same parameters gave, one per site. Nothing is gathered and no norm is
-            worked out then; gradients are completed as without it.
+            computed then; gradients are completed as without it.
     """
     lora_a, lora_b = _whole_factors(sites, cached)
-    norms = _row_norms(sites, lora_a, lora_b) if cached is None else [cache.norm for cache in cached]
+    if cached is None:
+        norms = _row_norms(sites, lora_a, lora_b)
+        scales = [row_scale(site.magnitude, n, site.dtype) for site, n in zip(sites, norms, strict=True)]
+    else:
+        scales = [RowScale(cache.delta, cache.grad_gain, cache.grad_scale) for cache in cached]
     magnitudes = _magnitudes(sites)
-    return [CompleteParameters(*parts) for parts in zip(lora_a, lora_b, magnitudes, norms, strict=True)]
+    return [CompleteParameters(*parts) for parts in zip(lora_a, lora_b, magnitudes, scales, strict=True)]
+
+
+def row_norms(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
+    """Row norms of W0 + s B A of several sites, `[out]` or this rank's `[out/tp]`, detached, float32 at least."""
+    return _row_norms(sites, *_whole_factors(sites, None))
 
 
 def _whole_factors(

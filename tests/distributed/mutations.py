@@ -14,7 +14,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from dora_fx import ParallelLinearDoRAAdapter, attach, collectives, dropout, functional, site_parameters, weight_norm
+from dora_fx import (
+    ParallelLinearDoRAAdapter,
+    attach,
+    collectives,
+    dropout,
+    functional,
+    row_scale,
+    site_parameters,
+    weight_norm,
+)
 
 Adapter = ParallelLinearDoRAAdapter
 
@@ -37,7 +46,13 @@ WRONG_GROUP = Mutation(
 )
 MUTATIONS = [
     WRONG_GROUP,
-    Mutation("bias scaled", functional._scaled, "output if bias is None else output - bias", "output"),
+    Mutation("bias scaled", row_scale._ScaleRows.forward, "output if bias is None else output - bias", "output"),
+    Mutation("magnitude's gradient of the bias", row_scale._ScaleRows.backward, "else output - bias", "else output"),
+    Mutation("magnitude's gradient not scaled", row_scale._ScaleRows.backward, "* grad_scale, None", ", None"),
+    Mutation("output gradient not scaled", row_scale._ScaleRows.backward, "grads[0] * grad_gain", "grads[0]"),
+    Mutation(
+        "magnitude's gradient under dropout", row_scale._WithGradient.backward, "(grad_gain * grad_scale)", "grad_scale"
+    ),
     Mutation(
         "magnitude's gradient left partial",
         site_parameters._magnitudes,
@@ -54,7 +69,7 @@ MUTATIONS = [
         "gain applied before the reduce, magnitude's gradient left partial",
         functional._scaled,
         "output = _join(_base_product(x, stored, bias), low_rank, stored, bias)",
-        "delta = magnitude_delta(complete.magnitude, complete.norm)\n        "
+        "delta = trained_delta(complete.magnitude, *complete.scale)\n        "
         "return _join(_base_product(x, stored, bias) * (delta + 1.0), low_rank * (delta + 1.0), stored, bias)",
     ),
     Mutation("no dropout correction", functional._scaled_under_dropout, "dropped_product * delta +", ""),
@@ -62,12 +77,13 @@ MUTATIONS = [
         "two dropout masks",
         functional._scaled_under_dropout,
         "change = dropped_product",
-        "other = dropout(x, draw_dropout_key(x, stored.tp_group), *stored.dropout, stored.table.shards_input_features)\n"
+        "other = draw_dropout_key(x, stored.tp_group)\n"
+        "    other = dropout(x, other, *stored.dropout, stored.table.shards_input_features)\n"
         "    change = F.linear(other, stored.weight)",
     ),
     Mutation("input gradient not reduced", functional.adapted_linear, "table.enter in ENTER", 'table.enter == "x"'),
     Mutation("low-rank product not scaled", functional._scaled_under_dropout, "(delta + 1.0)", "1.0"),
-    Mutation("gain without minus norm", functional.magnitude_delta, "(magnitude - norm)", "magnitude"),
+    Mutation("gain without minus norm", row_scale.magnitude_delta, "(magnitude - norm)", "magnitude"),
     Mutation(
         "low-rank product not reduced",
         functional._scaled,

@@ -86,7 +86,7 @@ def test_a_base_layer_that_cannot_be_read(
     for kind in KINDS:
         [warning] = [line for line in caplog.messages if line.startswith(f"{kind}: ")]
         assert "cannot be joined with its base layer" in warning and "exact and costs" in warning
-    assert [site.cached_norm._version for site in sites(zoo).values()] == [1] * len(KINDS)
+    assert [site.cached_delta._version for site in sites(zoo).values()] == [1] * len(KINDS)
 
 
 @pytest.mark.parametrize("hook", [HOOKS["item"], HOOKS["changed output"]], ids=["item", "changed output"])

@@ -43,7 +43,7 @@ def zoo() -> LinearZoo:
 
 def refreshes(model: nn.Module) -> list[int]:
     """How often each site's norm was written."""
-    return [site.cached_norm._version for site in sites(model).values()]
+    return [site.cached_delta._version for site in sites(model).values()]
 
 
 def assert_equals_eager(run: Callable[..., dict[str, torch.Tensor]], model: LinearZoo) -> None:
@@ -222,7 +222,7 @@ PAST_THE_VERSION_COUNTER: dict[str, Callable[[LinearZoo], None]] = {
     "A": lambda zoo: zoo.row_bias_added.adapter.linear_in.weight.data.mul_(0.5),
     "through numpy": lambda zoo: _factor(zoo).detach().numpy().__imul__(1.5),
     "base": lambda zoo: zoo.row_bias_added.weight.data.mul_(0.5),
-    "the cache itself": lambda zoo: zoo.row_bias_added.cached_norm.mul_(2.0),
+    "the cache itself": lambda zoo: zoo.row_bias_added.cached_delta.mul_(2.0),
 }
 
 
@@ -267,7 +267,7 @@ def test_check_notices_what_nothing_says(zoo: LinearZoo) -> None:
     run = compiled(zoo, "checked")
     run(inputs())
     zoo.row_bias_added.weight.data[1].mul_(1.5)
-    with pytest.raises(StaleParametersError, match=r"row_bias_added: the cached norm or factor is off by up to"):
+    with pytest.raises(StaleParametersError, match=r"row_bias_added: its cached scales or factors are off by up to"):
         run(inputs())
     dora_fx.invalidate_norms(zoo)
     assert_equals_eager(run, zoo)
