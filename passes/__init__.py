@@ -9,6 +9,7 @@ from functools import partial
 
 from dora_fx.passes.pipeline import GraphPass
 from dora_fx.passes.rewrite_dora_pass import Unmatched, rewrite_dora_pass
+from dora_fx.passes.split_scale_pass import split_scale_pass
 
 
 def default_passes(*, cached_parameters: bool = True, unmatched: Unmatched = "warn") -> list[GraphPass]:
@@ -17,7 +18,10 @@ def default_passes(*, cached_parameters: bool = True, unmatched: Unmatched = "wa
     Args:
         cached_parameters, unmatched: see `rewrite_dora_pass`.
     """
-    return [partial(rewrite_dora_pass, cached_parameters=cached_parameters, unmatched=unmatched)]
+    return [
+        partial(rewrite_dora_pass, cached_parameters=cached_parameters, unmatched=unmatched),
+        split_scale_pass,
+    ]
 
 
 __all__ = ["default_passes"]

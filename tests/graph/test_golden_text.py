@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import nn
 
@@ -160,5 +162,51 @@ class GraphModule(torch.nn.Module):
             to: "f32[6, 2, 80]" = add.to(torch.float32)
             scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, None, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_delta_, l_model_modules_linear_buffers_cached_grad_gain_, l_model_modules_linear_buffers_cached_grad_scale_)
             return (scale_rows,)
+""",
+    )
+
+
+class Gated(nn.Module):
+    """A layer whose output is cut into a gate and what it gates, as in a Megatron MLP."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = adapted(linear).linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = torch.chunk(self.linear(x)[0], 2, dim=-1)
+        return F.silu(gate) * up
+
+
+def test_gated_column():
+    [gm] = capture(Gated(column()), IN).after
+    text = graph_text(gm)
+    assert_expected_inline(
+        text[text.index("add: ") :],
+        """\
+add: "f32[6, 2, 80]" = linear_2 + linear_1
+        to: "f32[6, 2, 80]" = add.to(torch.float32)
+
+        chunk_1 = torch.chunk(to, 2, -1)
+        chunk_2 = magnitude.chunk(2)
+        chunk_3 = delta.chunk(2)
+        chunk_4 = grad_gain.chunk(2)
+        chunk_5 = grad_scale.chunk(2)
+        getitem_4: "f32[6, 2, 40]" = chunk_1[0]
+        getitem_5: "f32[40]" = chunk_2[0]
+        getitem_6: "f32[40]" = chunk_3[0]
+        getitem_7: "f32[40]" = chunk_4[0]
+        getitem_8: "f32[40]" = chunk_5[0]
+        scale_rows_1: "f32[6, 2, 40]" = dora_fx_row_scale_scale_rows(getitem_4, None, getitem_5, getitem_6, getitem_7, getitem_8)
+        getitem_9: "f32[6, 2, 40]" = chunk_1[1]
+        getitem_10: "f32[40]" = chunk_2[1]
+        getitem_11: "f32[40]" = chunk_3[1]
+        getitem_12: "f32[40]" = chunk_4[1]
+        getitem_13: "f32[40]" = chunk_5[1]
+        scale_rows_2: "f32[6, 2, 40]" = dora_fx_row_scale_scale_rows(getitem_9, None, getitem_10, getitem_11, getitem_12, getitem_13)
+
+        silu: "f32[6, 2, 40]" = torch.nn.functional.silu(scale_rows_1)
+        mul: "f32[6, 2, 40]" = silu * scale_rows_2
+        return (mul,)
 """,
     )
