@@ -29,8 +29,9 @@ def factored_in_blocks(
     weight: torch.Tensor, base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> torch.Tensor:
     dtype = norm_dtype(weight.dtype)
-    cross, gram = norm_terms(weight, lora_a, lora_b, dtype)
-    return norm_of_terms(base_norm_sq, cross, gram, lora_b, scaling=SCALING, dtype=dtype)
+    scaling = torch.tensor([SCALING], dtype=dtype, device=weight.device)
+    linear_terms, gram = norm_terms(base_norm_sq, weight, lora_a, lora_b, scaling=scaling, dtype=dtype)
+    return norm_of_terms(linear_terms, gram, lora_b, scaling=scaling, dtype=dtype)
 
 
 def factored_in_float32(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dora_fx.collectives import group_rank, group_size
+from dora_fx.dropout import DropoutFactors
 from dora_fx.placement import LAYOUTS
 from dora_fx.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.weight_norm import norm_dtype
@@ -50,9 +51,9 @@ class ParallelLinearDoRAAdapter(nn.Module):
     Args:
         in_features, out_features: sizes of the whole layer.
         dim: rank of the low-rank product, over all tensor-parallel ranks.
-        alpha: the product is scaled by alpha / dim.
-        dropout: probability of dropping an element of the input in training, for the low-rank product and
-            the magnitude's part of the base product.
+        alpha: the product is scaled by alpha / dim. May be set later.
+        dropout: probability in [0, 1) of dropping an element of the input in training, for the low-rank product and
+            the magnitude's part of the base product. May be set later.
         layout: name in `placement.LAYOUTS`.
         tp_group: name of the tensor-parallel process group; "" for a layer that is not parallel.
         row_blocks: blocks of output rows that are sharded each on its own (2 for a gated linear_fc1).
@@ -63,7 +64,20 @@ class ParallelLinearDoRAAdapter(nn.Module):
             matrix is drawn in float32 and sharded, so it is the same at every tensor-parallel size.
         seed: seed of that draw.
         dtype, device: of A and B.
+
+    Attributes:
+        scaling_factor: `scaling` as a tensor `[1]`, of the magnitude's dtype.
+        dropout_threshold, dropout_rescale: see `dropout.DropoutFactors`.
+        has_dropout: whether `dropout` is above zero.
+
+        The tensors are buffers that are not saved. Compiled code takes tensors as inputs but numbers as constants, so
+        layers that differ in alpha or dropout share a graph. They have a dimension because Dynamo reads a symbol out of
+        a float64 without one, and compiles twice.
     """
+
+    scaling_factor: torch.Tensor
+    dropout_threshold: torch.Tensor
+    dropout_rescale: torch.Tensor
 
     def __init__(
         self,
@@ -86,7 +100,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.dim, self.alpha, self.dropout = dim, alpha, dropout
+        self.dim, self._alpha, self._dropout = dim, alpha, dropout
         self.layout, self.tp_group, self.row_blocks = layout, tp_group, row_blocks
         self.placements = LAYOUTS[layout].adapter_parameters(
             in_features,
@@ -109,11 +123,44 @@ class ParallelLinearDoRAAdapter(nn.Module):
         self.linear_in = draw("linear_in.weight", column_init_method)
         self.linear_out = draw("linear_out.weight", row_init_method)
         self.weight_magnitude: nn.Parameter
+        for name in ("scaling_factor", "dropout_threshold", "dropout_rescale"):
+            self.register_buffer(name, None, persistent=False)
+        self._set_factors()
+
+    @property
+    def alpha(self) -> float:
+        """Numerator of `scaling`."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._alpha = value
+        self._set_factors()
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an element of the input in training."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"dropout: found {value!r}, expected a probability in [0, 1)")
+        self._dropout = value
+        self._set_factors()
 
     @property
     def scaling(self) -> float:
         """alpha / dim, the factor of the low-rank product."""
         return self.alpha / self.dim
+
+    def _set_factors(self) -> None:
+        """Make the buffers of alpha and dropout anew, beside A and in the dtype of norms and magnitudes."""
+        lora_a = self.linear_in.weight
+        dtype = norm_dtype(lora_a.dtype)
+        self.scaling_factor = torch.tensor([self.scaling], dtype=dtype, device=lora_a.device)
+        self.dropout_threshold, self.dropout_rescale = DropoutFactors.of(self.dropout, dtype, lora_a.device)
+        self.has_dropout = self.dropout > 0
 
     def init_weight_magnitude(self, value: torch.Tensor) -> None:
         """Set m, `[out]` or this rank's `[out/tp]`, and mark all parameters for Megatron's optimizer."""
@@ -145,6 +192,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
             magnitude.data = precise.to(device=magnitude.device, dtype=wide)
             if precise_grad is not None:
                 magnitude.grad = precise_grad.to(device=magnitude.device, dtype=wide)
+        self._set_factors()
         return self
 
     def sharded_state_dict(

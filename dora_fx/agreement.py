@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import weakref
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +23,7 @@ from dora_fx.collectives import resolve_group
 
 T = TypeVar("T")
 
-_graphs_compiled: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
+_exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()
 
 
 def is_real(group: dist.ProcessGroup) -> bool:
@@ -98,9 +100,6 @@ def graph_fingerprint(gm: fx.GraphModule) -> str:
 def check_same_graph(gm: fx.GraphModule, tp_group: str, description: str, timeout_s: float) -> None:
     """Wait until every rank of a group compiles a graph, and compare.
 
-    Goes through the process group's store and not through a collective, so that a rank which compiles alone finds
-    out while the others are in the middle of another graph.
-
     Args:
         gm: the graph after the passes.
         tp_group: name of the tensor-parallel group.
@@ -113,28 +112,78 @@ def check_same_graph(gm: fx.GraphModule, tp_group: str, description: str, timeou
     group = resolve_group(tp_group)
     if not is_real(group):
         return
-    number = _graphs_compiled[group] = _graphs_compiled.get(group, 0) + 1
-    store = dist.distributed_c10d._get_default_store()
-    ranks = range(group.size())
-    keys = [f"dora_fx/{tp_group}/{dist.get_process_group_ranks(group)[0]}/graph {number}/{rank}" for rank in ranks]
     own = f"{graph_fingerprint(gm)} {description}"
-    store.set(keys[group.rank()], own)
-    try:
-        store.wait(keys, datetime.timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        missing = [rank for rank in ranks if not store.check([keys[rank]])]
-        raise RuntimeError(
+
+    def explain(number: int, missing: list[int]) -> str:
+        return (
             f"tensor-parallel rank {group.rank()} compiles graph {number} ({description}), and ranks {missing} did not "
             f"follow within {timeout_s:.0f} s: something that Dynamo guards on, such as an input's shape, differs "
             "between the ranks. TORCH_LOGS=recompiles shows what"
-        ) from error
-    for rank in ranks:
-        theirs = store.get(keys[rank]).decode()
+        )
+
+    for rank, theirs in enumerate(_exchange_through_store(group, "graph", own, timeout_s, explain)):
         if theirs != own:
             raise RuntimeError(
                 f"tensor-parallel ranks {group.rank()} and {rank} compile different graphs: {own!r} and {theirs!r}; "
                 "expected the same model, configuration and input shapes on every rank"
             )
+
+
+def stale_on_any_rank(paths: Mapping[int, str], stale: Sequence[int], tp_group: str, timeout_s: float) -> list[int]:
+    """Add up the sites that ranks of a group are about to refresh outside an optimizer's step.
+
+    Args:
+        paths: of all sites of a graph in the group, by their numbers, the same on every rank.
+        stale: those that are stale on this rank, at least one.
+        tp_group: name of the tensor-parallel group.
+        timeout_s: how long the other ranks may take to find a stale site too, in seconds.
+
+    Raises:
+        RuntimeError: another rank has no stale site, and runs its graph with norms of other values.
+    """
+    group = resolve_group(tp_group)
+    if not is_real(group):
+        return list(stale)
+
+    def explain(number: int, missing: list[int]) -> str:
+        return (
+            f"{paths[stale[0]]}: parameters of {len(stale)} layers were written on tensor-parallel rank "
+            f"{group.rank()} outside an optimizer's step, and ranks {missing} found no change of theirs within "
+            f"{timeout_s:.0f} s; write on every rank, or call dora_fx.invalidate_norms(model) on every rank"
+        )
+
+    texts = _exchange_through_store(group, "refresh", json.dumps(list(stale)), timeout_s, explain)
+    return sorted({index for text in texts for index in json.loads(text)})
+
+
+def _exchange_through_store(
+    group: dist.ProcessGroup, topic: str, value: str, timeout_s: float, explain: Callable[[int, list[int]], str]
+) -> list[str]:
+    """Bring together what every rank of a group says on its n-th exchange about a topic.
+
+    Goes through the process group's store and not through a collective, so that a rank which comes alone finds out
+    while the others are in the middle of something else.
+
+    Args:
+        explain: makes the error message, from the exchange's number and the ranks that did not come.
+
+    Raises:
+        RuntimeError: a rank did not come within the timeout.
+    """
+    counts = _exchanges.setdefault(group, Counter())
+    counts[topic] += 1
+    number = counts[topic]
+    store = dist.distributed_c10d._get_default_store()
+    members = dist.get_process_group_ranks(group)
+    prefix = f"dora_fx/{group.group_name}/{members[0]}/{topic} {number}"
+    keys = [f"{prefix}/{rank}" for rank in range(group.size())]
+    store.set(keys[group.rank()], value)
+    try:
+        store.wait(keys, datetime.timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise RuntimeError(explain(number, missing)) from error
+    return [store.get(key).decode() for key in keys]
 
 
 def raise_on_every_rank(problem: str | None, group: dist.ProcessGroup | None) -> None:

@@ -18,18 +18,19 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
 from dora_fx.agreement import check_same_graph
-from dora_fx.dynamo import capture_megatron_whole
+from dora_fx.dynamo import allow_many_graphs, capture_megatron_whole
 from dora_fx.parameter_cache import check, refresh
 from dora_fx.passes import default_passes
 from dora_fx.passes.cacheable_functions import cacheable_functions, calls_only_known_functions
-from dora_fx.passes.dora_sites import tensor_parallel_groups
 from dora_fx.passes.pipeline import run_passes
-from dora_fx.passes.site_inputs import SiteInputs, find_site_inputs
+from dora_fx.passes.site_inputs import SiteInputs, site_inputs_of, tensor_parallel_groups
 
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 WEIGHT_NORMS = ("once_per_step", "every_call", "checked")
+UNMATCHED = ("warn", "error")
 
 capture_megatron_whole()
+allow_many_graphs()
 
 
 def dora_fx(
@@ -47,35 +48,52 @@ def dora_fx(
         mode: Inductor's, as in `torch.compile`.
         options: `inner_compiler`, one of `INNER_COMPILERS` ("inductor" by default); `weight_norm`, one of
             "once_per_step" (by default: norms and gathered factors are refreshed when parameters changed),
-            "every_call" (worked out in the graph) and "checked" (once per step, and compared bit by bit with
-            what every call would give); `rank_timeout`, how many seconds the other tensor-parallel ranks may take
-            to compile the same graph (300.0 by default); any other key is an option of Inductor.
+            "every_call" (computed in the graph) and "checked" (once per step, and compared bit by bit with what
+            every call would give); `unmatched`, what to do about an adapted layer whose base call cannot be read from
+            the graph, "warn" (by default: it runs beside its base layer) or "error"; `rank_timeout`, how many seconds
+            the other tensor-parallel ranks may take to compile the same graph, or to agree on a refresh outside an
+            optimizer's step (300.0 by default); any other key is an option of Inductor.
         name: of the compiled region, in logs; torch passes it from 2.15 on.
 
     Raises:
         ValueError: an option, a mode or an inner compiler that does not exist, or Inductor's settings with
             another inner compiler.
-        UnsupportedDoRASiteError: an adapted layer that cannot be rewritten.
+        UnmatchedDoRASiteError: `unmatched` is "error", and there is such a layer.
         RuntimeError: another tensor-parallel rank compiles another graph, or none.
     """
     options = dict(options or {})
     inner_compiler = _pop_choice(options, "inner_compiler", INNER_COMPILERS)
     weight_norm = _pop_choice(options, "weight_norm", WEIGHT_NORMS)
+    unmatched = _pop_choice(options, "unmatched", UNMATCHED)
     rank_timeout = options.pop("rank_timeout", 300.0)
     if not isinstance(rank_timeout, (int, float)) or not rank_timeout > 0:
         raise ValueError(f"rank_timeout: found {rank_timeout!r}, expected a positive number of seconds")
     settings = _inductor_settings(mode, options)
     if inner_compiler != "inductor" and settings:
         raise ValueError(f"inner_compiler {inner_compiler!r} takes no Inductor settings; found {sorted(settings)}")
-    tp_groups = tensor_parallel_groups(gm)
-    cached = weight_norm != "every_call"
-    site_inputs = find_site_inputs(gm) if cached else []
-    gm = run_passes(gm, example_inputs, default_passes(cached_parameters=cached))
-    for tp_group in tp_groups:
+    passes = default_passes(cached_parameters=weight_norm != "every_call", unmatched=unmatched)
+    gm = run_passes(gm, example_inputs, passes)
+    for tp_group in tensor_parallel_groups(gm):
         check_same_graph(gm, tp_group, _shapes_of_activations(example_inputs), rank_timeout)
     counters["dora_fx"]["graphs_compiled"] += 1
     compiled = _compile(gm, example_inputs, inner_compiler, settings, name)
-    return RefreshingGraph(compiled, site_inputs, checked=weight_norm == "checked") if site_inputs else compiled
+    return with_refresh(compiled, gm, checked=weight_norm == "checked", rank_timeout=rank_timeout)
+
+
+def with_refresh(
+    compiled: Callable[..., Any], gm: fx.GraphModule, *, checked: bool = False, rank_timeout: float = 300.0
+) -> Callable[..., Any]:
+    """Put the refresh of the sites' buffers in front of what a graph was compiled to, if the graph reads any.
+
+    Args:
+        compiled: takes the graph's inputs, one by one.
+        gm: the graph after the passes.
+        checked, rank_timeout: see `RefreshingGraph`.
+    """
+    site_inputs = site_inputs_of(gm)
+    if not site_inputs:
+        return compiled
+    return RefreshingGraph(compiled, site_inputs, checked=checked, rank_timeout=rank_timeout)
 
 
 class RefreshingGraph:
@@ -84,18 +102,27 @@ class RefreshingGraph:
     Args:
         compiled: takes the graph's inputs, one by one.
         site_inputs: where the sites' tensors are among them.
-        checked: work everything out again at each call, and raise if a buffer differs; for debugging.
+        checked: compute everything again at each call, and raise if a buffer differs; for debugging.
+        rank_timeout: see `parameter_cache.refresh`.
 
     Raises:
-        StaleParametersError: when called, with `checked`.
+        StaleParametersError, RuntimeError: when called, as `parameter_cache.refresh` and, with `checked`, `check` do.
     """
 
-    def __init__(self, compiled: Callable[..., Any], site_inputs: Sequence[SiteInputs], *, checked: bool) -> None:
-        self.compiled, self.site_inputs, self.checked = compiled, site_inputs, checked
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        site_inputs: Sequence[SiteInputs],
+        *,
+        checked: bool,
+        rank_timeout: float,
+    ) -> None:
+        self.compiled, self.site_inputs = compiled, site_inputs
+        self.checked, self.rank_timeout = checked, rank_timeout
 
     def __call__(self, *inputs: Any) -> Any:
         sites = [where.site(inputs) for where in self.site_inputs]
-        refresh(sites)
+        refresh(sites, self.rank_timeout)
         if self.checked:
             check(sites)
         return self.compiled(*inputs)
@@ -122,7 +149,7 @@ def _cached_by_torch(gm: fx.GraphModule, settings: Mapping[str, Any]) -> Iterato
         yield {**settings, key: known} if known else dict(settings)
 
 
-def _pop_choice(options: dict[str, Any], name: str, choices: Sequence[str]) -> str:
+def _pop_choice(options: dict[str, Any], name: str, choices: Sequence[str]) -> Any:
     """Take an option out of `options`; the first choice is its default."""
     found = options.pop(name, choices[0])
     if found not in choices:

@@ -13,6 +13,8 @@ of MurmurHash3 and the lowbias32 family, in int64 with multipliers below 2**31 s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -46,19 +48,39 @@ def draw_dropout_key(like: torch.Tensor, tp_group: str) -> torch.Tensor:
     return _draw_dropout_key(like.detach(), tp_group)
 
 
+class DropoutFactors(NamedTuple):
+    """A probability p of dropping an element, as the tensors that compiled code computes with.
+
+    Attributes:
+        threshold: int64 `[1]`, 2**32 p: random 32-bit numbers below it drop an element.
+        rescale: 1 / (1 - p), `[1]`, in the dtype of norms and magnitudes.
+    """
+
+    threshold: torch.Tensor
+    rescale: torch.Tensor
+
+    @classmethod
+    def of(cls, p: float, dtype: torch.dtype, device: torch.device | str) -> DropoutFactors:
+        """The factors of p, in [0, 1)."""
+        return cls(
+            torch.tensor([int(p * 2**32)], dtype=torch.int64, device=device),
+            torch.tensor([1.0 / (1.0 - p)], dtype=dtype, device=device),
+        )
+
+
 def _scramble(h: torch.Tensor) -> torch.Tensor:
     h = ((h ^ (h >> 16)) * _FIRST_MULTIPLIER) & _MASK32
     h = ((h ^ (h >> 15)) * _SECOND_MULTIPLIER) & _MASK32
     return h ^ (h >> 15)
 
 
-def keep_mask(x: torch.Tensor, key: torch.Tensor, p: float, sharded_features: bool) -> torch.Tensor:
+def keep_mask(x: torch.Tensor, key: torch.Tensor, threshold: torch.Tensor, sharded_features: bool) -> torch.Tensor:
     """Return the boolean mask of the elements that survive, of x's shape.
 
     Args:
         x: `[..., features]`; only its shape and device are read.
         key: from `draw_dropout_key`.
-        p: probability of dropping an element, in [0, 1).
+        threshold: see `DropoutFactors`.
         sharded_features: x holds this rank's slice of the features, so its indices start at
             `tp_rank * features`.
     """
@@ -68,11 +90,14 @@ def keep_mask(x: torch.Tensor, key: torch.Tensor, p: float, sharded_features: bo
     tokens = torch.arange(x.numel() // max(x.shape[-1], 1), device=x.device)
     rows = _scramble(_scramble(tokens ^ key[0]) ^ key[1])
     bits = _scramble(rows.unsqueeze(-1) ^ _scramble(features + key[1] & _MASK32))
-    return (bits >= int(p * 2**32)).view(x.shape)
+    return (bits >= threshold).view(x.shape)
 
 
-def dropout(x: torch.Tensor, key: torch.Tensor, p: float, sharded_features: bool) -> torch.Tensor:
-    """Zero elements of `x` with probability p and scale the rest by `1 / (1 - p)`; see `keep_mask`."""
+def dropout(
+    x: torch.Tensor, key: torch.Tensor, threshold: torch.Tensor, rescale: torch.Tensor, sharded_features: bool
+) -> torch.Tensor:
+    """Zero the elements of `x` outside `keep_mask` and scale the rest; see `DropoutFactors`."""
     if has_torch_function_unary(x):
-        return handle_torch_function(dropout, (x,), x, key, p, sharded_features)
-    return torch.where(keep_mask(x, key, p, sharded_features), x * (1.0 / (1.0 - p)), 0.0)
+        return handle_torch_function(dropout, (x,), x, key, threshold, rescale, sharded_features)
+    # Without a dimension the factor leaves x's dtype alone.
+    return torch.where(keep_mask(x, key, threshold, sharded_features), x * rescale.view(()), 0.0)

@@ -24,3 +24,12 @@ def capture_megatron_whole() -> None:
     ignored.update({warnings.warn, _warnings.warn})
     if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
+def allow_many_graphs() -> None:
+    """Let one function have as many graphs as a model has kinds of adapted layers, times the ways of running them.
+
+    A graph is of one rank of the low-rank product, and Dynamo gives up at 8 graphs of a function by default. Layers
+    compiled one by one are all the same function.
+    """
+    config.recompile_limit = max(config.recompile_limit, 64)

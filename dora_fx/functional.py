@@ -7,28 +7,18 @@ with dropout d(x), one mask for both terms:
 
     y = W0 x + delta W0 d(x) + (1 + delta) s B A d(x) + bias
 
-delta replaces m / n because it is exactly zero where m = n: a freshly attached adapter is bitwise the base
-model, and no precision is lost where g = 1 + delta is near one, which is where training lives.
+The scale of the rows and its gradient are in `row_scale.py`.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from dora_fx.collectives import ENTER, REDUCE, gather_features, split_features
 from dora_fx.dropout import draw_dropout_key, dropout
-from dora_fx.placement import Layout
+from dora_fx.row_scale import scale_rows, trained_delta
 from dora_fx.site_parameters import CompleteParameters, StoredParameters
-
-
-def magnitude_delta(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """Return (m - n) / n per row, `[out]`, and zero (so g = 1) for a row of zeros."""
-    is_zero = norm == 0
-    safe_norm = torch.where(is_zero, 1.0, norm)
-    return torch.where(is_zero, 0.0, (magnitude - norm) / safe_norm)
 
 
 def adapted_linear(
@@ -56,52 +46,80 @@ def adapted_linear(
         the adapted output, shaped and sharded like the base layer's.
     """
     table, tp_group = stored.table, stored.tp_group
-    weight, lora_a, lora_b = stored.weight, complete.lora_a, complete.lora_b
-    delta = magnitude_delta(complete.magnitude, complete.norm)
     if table.enter in ENTER:
         x = ENTER[table.enter](x, tp_group)
-
     if base_output is not None and table.leave == "gather_features":
         base_output = split_features(base_output, tp_group)
-    # nn.Linear adds its bias inside the GEMM, Megatron after it. Rounding alike keeps a fresh adapter bitwise silent.
-    gemm_bias, late_bias = (bias, None) if table.weight_dim is None else (None, bias)
-    join = partial(_join_base, bias=late_bias, base_output=base_output, table=table, tp_group=tp_group)
-
-    if stored.dropout_p > 0:
-        dropped = dropout(x, draw_dropout_key(x, tp_group), stored.dropout_p, table.shards_input_features)
-        low_rank = F.linear(F.linear(dropped, lora_a) * stored.scaling, lora_b)
-        if base_output is None:
-            # One GEMM reads the weight once: 0.7 to 0.9 of the time of two, from 8 to 1024 tokens.
-            both = F.linear(torch.cat((x, dropped)), weight).chunk(2)
-            product = both[0] if gemm_bias is None else both[0] + gemm_bias
-            dropped_product = both[1]
-        else:
-            product, dropped_product = None, F.linear(dropped, weight)
-        change = dropped_product * delta + low_rank * (delta + 1.0)
-        output = join(product, change.to(dtype))
-    else:
-        low_rank = F.linear(F.linear(x, lora_a) * stored.scaling, lora_b)
-        output = join(F.linear(x, weight, gemm_bias) if base_output is None else None, low_rank)
-        z = output if bias is None else output - bias
-        output = (output + z * delta).to(dtype)
+    scaled = _scaled if stored.dropout is None else _scaled_under_dropout
+    output = scaled(x, stored, complete, bias, dtype, base_output)
     return gather_features(output, tp_group) if table.leave == "gather_features" else output
 
 
-def _join_base(
-    product: torch.Tensor | None,
-    addend: torch.Tensor,
-    *,
+def _scaled(
+    x: torch.Tensor,
+    stored: StoredParameters,
+    complete: CompleteParameters,
     bias: torch.Tensor | None,
+    dtype: torch.dtype,
     base_output: torch.Tensor | None,
-    table: Layout,
-    tp_group: str,
 ) -> torch.Tensor:
-    """Return base output + addend, both summed over the group where the layout's products are partial."""
-    reduce = REDUCE.get(table.leave) if tp_group else None
-    if product is None:
-        assert base_output is not None
-        return base_output + (addend if reduce is None else reduce(addend, tp_group))
-    if reduce is not None:
-        output = reduce(product + addend, tp_group)
-        return output if bias is None else output + bias
-    return (product if bias is None else product + bias) + addend
+    """y = z + delta z + bias."""
+    low_rank = _low_rank_product(x, stored, complete)
+    if base_output is None:
+        output = _join(_base_product(x, stored, bias), low_rank, stored, bias)
+    else:
+        output = base_output + _reduce(low_rank, stored)
+    return scale_rows(output.to(dtype), bias, complete.magnitude, *complete.scale)
+
+
+def _scaled_under_dropout(
+    x: torch.Tensor,
+    stored: StoredParameters,
+    complete: CompleteParameters,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    base_output: torch.Tensor | None,
+) -> torch.Tensor:
+    """y = W0 x + delta W0 d(x) + (1 + delta) s B A d(x) + bias."""
+    assert stored.dropout is not None
+    key = draw_dropout_key(x, stored.tp_group)
+    dropped = dropout(x, key, *stored.dropout, stored.table.shards_input_features)
+    if base_output is None:
+        # One GEMM reads the weight once: 0.7 to 0.9 of the time of two, from 8 to 1024 tokens.
+        product, dropped_product = F.linear(torch.cat((x, dropped)), stored.weight).chunk(2)
+    else:
+        dropped_product = F.linear(dropped, stored.weight)
+    delta = trained_delta(complete.magnitude, *complete.scale)
+    change = dropped_product * delta + _low_rank_product(dropped, stored, complete) * (delta + 1.0)
+    change = change.to(dtype)
+    if base_output is not None:
+        return base_output + _reduce(change, stored)
+    if bias is not None and stored.table.adds_bias_in_product:
+        product = product + bias
+    return _join(product, change, stored, bias)
+
+
+def _base_product(x: torch.Tensor, stored: StoredParameters, bias: torch.Tensor | None) -> torch.Tensor:
+    """W0 x, with the bias where the base layer adds it inside the product: rounding alike keeps an adapter silent."""
+    return F.linear(x, stored.weight, bias if stored.table.adds_bias_in_product else None)
+
+
+def _low_rank_product(x: torch.Tensor, stored: StoredParameters, complete: CompleteParameters) -> torch.Tensor:
+    """s B A x; without a dimension the factor leaves the product's dtype alone."""
+    return F.linear(F.linear(x, complete.lora_a) * stored.scaling.view(()), complete.lora_b)
+
+
+def _join(
+    product: torch.Tensor, addend: torch.Tensor, stored: StoredParameters, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Base product + addend + bias, summed over the group where the layout's products are partial."""
+    late_bias = None if stored.table.adds_bias_in_product else bias
+    if stored.reduces:
+        output = _reduce(product + addend, stored)
+        return output if late_bias is None else output + late_bias
+    return (product if late_bias is None else product + late_bias) + addend
+
+
+def _reduce(partial: torch.Tensor, stored: StoredParameters) -> torch.Tensor:
+    """Sum over the group where the layout's products are partial."""
+    return REDUCE[stored.table.leave](partial, stored.tp_group) if stored.reduces else partial

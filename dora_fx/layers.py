@@ -13,12 +13,14 @@ from torch.utils.hooks import RemovableHandle
 
 from dora_fx.adapter import ParallelLinearDoRAAdapter
 from dora_fx.collectives import group_size
-from dora_fx.freshness import record_fresh
-from dora_fx.ops import dora_linear
-from dora_fx.parameter_cache import CachedSite, empty_cache, remeasure_base_if_written
+from dora_fx.ops import MarkedSite, mark
+from dora_fx.parameter_cache import CachedSite, empty_base_norm, empty_cache, measure_base
 from dora_fx.placement import LAYOUTS, Layout
-from dora_fx.site_parameters import CachedParameters, StoredParameters, complete_parameters
-from dora_fx.weight_norm import base_norm_squared
+from dora_fx.site_parameters import CachedParameters, StoredParameters, row_norms
+from dora_fx.site_paths import note_path
+from dora_fx.weight_norm import norm_dtype
+
+_CACHE_BUFFERS = tuple(f"cached_{name}" for name in CachedParameters._fields)
 
 
 class DoRALinear(nn.Module):
@@ -35,9 +37,6 @@ class DoRALinear(nn.Module):
 
     to_wrap: Any
     base_norm_sq: torch.Tensor
-    cached_norm: torch.Tensor
-    cached_lora_a: torch.Tensor | None
-    cached_lora_b: torch.Tensor | None
 
     def __init__(
         self,
@@ -54,9 +53,8 @@ class DoRALinear(nn.Module):
         # In a tuple, so that a borrowed parameter is not registered twice.
         self._borrowed_weight = (base_weight,)
         self._adapter_enabled = True
-        self.register_buffer("base_norm_sq", None, persistent=False)
-        for name in CachedParameters._fields:
-            self.register_buffer(f"cached_{name}", None, persistent=False)
+        for name in ("base_norm_sq", *_CACHE_BUFFERS):
+            self.register_buffer(name, None, persistent=False)
         self.invalidate_norm()
         if not hasattr(adapter, "weight_magnitude"):
             adapter.init_weight_magnitude(self._get_weight_norm())
@@ -106,25 +104,15 @@ class DoRALinear(nn.Module):
         self._check_call(x, weight)
         _check_group_exists(self.adapter.tp_group)
         adapter = self.adapter
-        if not torch.compiler.is_compiling():
-            remeasure_base_if_written(weight, self.base_norm_sq, adapter.layout, adapter.tp_group)
         returned = self.to_wrap(x, *args, **kwargs)
-        output = dora_linear(
-            returned[0] if isinstance(returned, tuple) else returned,
-            x,
-            weight,
-            None if getattr(self.to_wrap, "skip_bias_add", False) else self.to_wrap.bias,
-            self.base_norm_sq,
-            adapter.linear_in.weight,
-            adapter.linear_out.weight,
-            adapter.weight_magnitude,
-            self.cached_norm,
-            self.cached_lora_a,
-            self.cached_lora_b,
-            scaling=adapter.scaling,
-            dropout_p=adapter.dropout if self.training else 0.0,
-            layout=self._call_layout(*args, **kwargs),
-            tp_group=adapter.tp_group,
+        output = mark(
+            MarkedSite(
+                base_output=returned[0] if isinstance(returned, tuple) else returned,
+                x=x,
+                bias=None if getattr(self.to_wrap, "skip_bias_add", False) else self.to_wrap.bias,
+                stored=self._stored(weight, self._call_layout(*args, **kwargs), self.training and adapter.has_dropout),
+                cached=self._cached(),
+            )
         )
         return (output, *returned[1:]) if isinstance(returned, tuple) else output
 
@@ -172,40 +160,62 @@ class DoRALinear(nn.Module):
             raise ValueError(f"{self.path}: the layer has no weight of its own and none was passed")
         return weight
 
-    @torch.no_grad()
     def invalidate_norm(self) -> None:
-        """Measure the base weight again, and empty the buffers that the backend fills before it runs a graph."""
+        """Forget the norms of the base weight and all that is cached of the adapter, on this rank alone.
+
+        The next forward pass, where all ranks are, computes them.
+        """
         adapter, weight = self.adapter, self.base_weight
-        self.base_norm_sq = base_norm_squared(weight, adapter.layout, adapter.tp_group)
-        record_fresh(self.base_norm_sq, [weight])
+        self.base_norm_sq = empty_base_norm(weight)
         cached = empty_cache(
             self.base_norm_sq, adapter.linear_in.weight, adapter.linear_out.weight, adapter.layout, adapter.tp_group
         )
-        for name, buffer in cached._asdict().items():
-            setattr(self, f"cached_{name}", buffer)
+        for name, buffer in zip(_CACHE_BUFFERS, cached, strict=True):
+            setattr(self, name, buffer)
+        note_path(adapter.linear_in.weight, self.path)
+
+    def _fit_buffers(self) -> None:
+        """Forget what is cached if parameters have got another dtype or device than the buffers.
+
+        Values that merely moved moved with the buffers; `freshness.py` finds out.
+        """
+        weight = self.base_weight
+        note_path(self.adapter.linear_in.weight, self.path)
+        if self.base_norm_sq.dtype != norm_dtype(weight.dtype) or self.base_norm_sq.device != weight.device:
+            self.invalidate_norm()
 
     @torch.no_grad()
     def _get_weight_norm(self) -> torch.Tensor:
-        """Row norms of W0 + scaling * B A, `[out]` or this rank's `[out/tp]`, float32 at least, detached."""
-        return complete_parameters([self.cached_site().stored])[0].norm
+        """Row norms of W0 + scaling * B A, `[out]` or this rank's `[out/tp]`, float32 at least, detached.
+
+        Every rank of the layer's tensor-parallel group calls it.
+        """
+        measure_base(self.path, self.base_weight, self.base_norm_sq)
+        return row_norms([self.cached_site().stored])[0]
 
     def cached_site(self) -> CachedSite:
         """What `parameter_cache.refresh` takes: the parameters outside any call, and the buffers made of them."""
-        adapter, weight = self.adapter, self.base_weight
-        stored = StoredParameters(
+        return CachedSite(self.path, self._stored(self.base_weight, self.adapter.layout, False), self._cached())
+
+    def _stored(self, weight: torch.Tensor, layout: str, drops: bool) -> StoredParameters:
+        adapter = self.adapter
+        return StoredParameters(
             weight=weight,
             base_norm_sq=self.base_norm_sq,
             lora_a=adapter.linear_in.weight,
             lora_b=adapter.linear_out.weight,
-            # Nothing that is cached depends on the magnitude, which does not exist yet when it is initialised.
+            # A norm does not depend on the magnitude, which is initialised with it.
             magnitude=getattr(adapter, "weight_magnitude", self.base_norm_sq),
-            scaling=adapter.scaling,
-            dropout_p=0.0,
-            layout=adapter.layout,
+            scaling=adapter.scaling_factor,
+            dropout_threshold=adapter.dropout_threshold if drops else None,
+            dropout_rescale=adapter.dropout_rescale if drops else None,
+            layout=layout,
             tp_group=adapter.tp_group,
             dtype=weight.dtype,
         )
-        return CachedSite(self.path, stored, CachedParameters(self.cached_norm, self.cached_lora_a, self.cached_lora_b))
+
+    def _cached(self) -> CachedParameters:
+        return CachedParameters(*(getattr(self, name) for name in _CACHE_BUFFERS))
 
     def enable_adapter_layers(self) -> None:
         """Let the adapter take part in the forward pass."""
@@ -235,8 +245,7 @@ class DoRALinear(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        if not self.base_weight.is_meta:
-            self.invalidate_norm()
+        self._fit_buffers()
         return self
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -272,14 +281,16 @@ def _check_group_exists(tp_group: str) -> int:
 def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:
     for keys in incompatible_keys:
         keys[:] = [key.replace(".to_wrap.", ".").removeprefix("to_wrap.") for key in keys]
-    module.invalidate_norm()
+    module._fit_buffers()
 
 
 def invalidate_norms(model: nn.Module | Sequence[nn.Module]) -> None:
     """Have everything that is cached of a model's adapters, and the base's norms, worked out again.
 
-    Needed only after writing into parameters in a way that PyTorch does not notice: through `.data` outside an
-    optimizer's step. Steps, in-place writes, loads and casts are noticed.
+    Needed only after writes that nothing tells: on an accelerator those past PyTorch's version counter (through
+    `.data`, say) outside an optimizer's step, which raise StaleParametersError in a later forward pass; everywhere such
+    writes into a few rows of a base weight. Steps, in-place writes, loads, casts and moves are noticed, on a CPU every
+    write into an adapter.
 
     Args:
         model: a model or a list of model chunks. Every rank of a tensor-parallel group calls it.

@@ -20,9 +20,9 @@ from torch import nn
 from dora_fx.agreement import raise_on_every_rank
 from dora_fx.attach import rebuild_gradient_buffers
 from dora_fx.collectives import gather_rows_together, resolve_group
-from dora_fx.functional import magnitude_delta
 from dora_fx.layers import DoRALinear
 from dora_fx.matching import unwrap
+from dora_fx.row_scale import magnitude_delta
 from dora_fx.weight_norm import norm_dtype
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ def merge_tensors(
     Args:
         weight: W0 `[out, in]`.
         lora_a, lora_b: A `[dim, in]` and B `[out, dim]`.
-        delta: `[out]`, from `functional.magnitude_delta`.
+        delta: `[out]`, from `row_scale.magnitude_delta`.
     """
     wide = norm_dtype(weight.dtype)
     merged = torch.addmm(weight.to(wide), lora_b.to(wide), lora_a.to(wide), alpha=scaling)

@@ -53,6 +53,11 @@ class Layout:
         return self.weight_dim == 1
 
     @property
+    def adds_bias_in_product(self) -> bool:
+        """nn.Linear adds its bias inside the product, Megatron's layers after it."""
+        return self.weight_dim is None
+
+    @property
     def gathers_lora_a(self) -> bool:
         """lora_a is stored in row blocks and needed whole: gathered, its gradient reduce-scattered."""
         return self.lora_a_dim == 0

@@ -13,13 +13,16 @@ from typing import NamedTuple
 import torch
 
 from dora_fx.collectives import (
+    REDUCE,
     copy_to_group_together,
     gather_rows_together,
     gathered_rows_together,
     reduce_from_group_together,
 )
+from dora_fx.dropout import DropoutFactors
 from dora_fx.placement import LAYOUTS, Layout
-from dora_fx.weight_norm import norm_dtype, norm_of_terms, norm_terms
+from dora_fx.row_scale import RowScale, row_scale
+from dora_fx.weight_norm import base_norm_squared, norm_dtype, norm_of_terms, norm_terms
 
 
 class StoredParameters(NamedTuple):
@@ -27,20 +30,22 @@ class StoredParameters(NamedTuple):
 
     Attributes:
         weight, lora_a, lora_b, magnitude: shards, see `placement.LAYOUTS`.
-        base_norm_sq: `[out]` or this rank's `[out/tp]`, from `weight_norm.base_norm_squared`.
-        scaling: alpha / dim.
-        dropout_p: of this call, 0 outside training.
+        base_norm_sq: `[out]` or this rank's `[out/tp]`, from `weight_norm.base_norm_squared`: partial sums in a row
+            layout. None to have it computed with the norm.
+        scaling: alpha / dim, a tensor `[1]`.
+        dropout_threshold, dropout_rescale: of this call, see `dropout.DropoutFactors`; None without dropout.
         layout, tp_group: names of the layout and of the process group; "" for a layer that is not parallel.
         dtype: of the weight and the low-rank factors.
     """
 
     weight: torch.Tensor
-    base_norm_sq: torch.Tensor
+    base_norm_sq: torch.Tensor | None
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     magnitude: torch.Tensor
-    scaling: float
-    dropout_p: float
+    scaling: torch.Tensor
+    dropout_threshold: torch.Tensor | None
+    dropout_rescale: torch.Tensor | None
     layout: str
     tp_group: str
     dtype: torch.dtype
@@ -50,6 +55,18 @@ class StoredParameters(NamedTuple):
         """The site's row in the layout table."""
         return LAYOUTS[self.layout]
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the products are partial sums, which the layout's own collective adds up."""
+        return bool(self.tp_group) and self.table.leave in REDUCE
+
+    @property
+    def dropout(self) -> DropoutFactors | None:
+        """The factors of this call's dropout, None without dropout."""
+        if self.dropout_threshold is None or self.dropout_rescale is None:
+            return None
+        return DropoutFactors(self.dropout_threshold, self.dropout_rescale)
+
 
 class CompleteParameters(NamedTuple):
     """What the products of one site take.
@@ -58,24 +75,26 @@ class CompleteParameters(NamedTuple):
         lora_a: `[dim, in]`, or this rank's `[dim, in/tp]` in a row layout.
         lora_b: `[out, dim]`, or this rank's `[out/tp, dim]` in a column layout.
         magnitude: m as stored; its gradient is completed on the way back.
-        norm: row norms of W0 + s B A, detached, one for each magnitude and of its dtype.
+        scale: of the output rows.
     """
 
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     magnitude: torch.Tensor
-    norm: torch.Tensor
+    scale: RowScale
 
 
 class CachedParameters(NamedTuple):
-    """What `complete_parameters` worked out of a site's parameters for all calls until they change.
+    """What `complete_parameters` computed of a site's parameters for all calls until they change.
 
     Attributes:
-        norm: as in `CompleteParameters`.
+        delta, grad_gain, grad_scale: a `RowScale`.
         lora_a, lora_b: the gathered factor where the layout gathers it, None where the stored one serves.
     """
 
-    norm: torch.Tensor
+    delta: torch.Tensor
+    grad_gain: torch.Tensor
+    grad_scale: torch.Tensor
     lora_a: torch.Tensor | None
     lora_b: torch.Tensor | None
 
@@ -92,17 +111,26 @@ class _Request(NamedTuple):
 def complete_parameters(
     sites: Sequence[StoredParameters], cached: Sequence[CachedParameters] | None = None
 ) -> list[CompleteParameters]:
-    """Complete the parameters of several sites: gather factors, work out norms, reduce what is partial.
+    """Complete the parameters of several sites: gather factors, compute norms, reduce what is partial.
 
     Args:
         sites: of one graph.
         cached: what an earlier call for the same parameters gave, one per site. Nothing is gathered and no norm is
-            worked out then; gradients are completed as without it.
+            computed then; gradients are completed as without it.
     """
     lora_a, lora_b = _whole_factors(sites, cached)
-    norms = _row_norms(sites, lora_a, lora_b) if cached is None else [cache.norm for cache in cached]
+    if cached is None:
+        norms = _row_norms(sites, lora_a, lora_b)
+        scales = [row_scale(site.magnitude, n, site.dtype) for site, n in zip(sites, norms, strict=True)]
+    else:
+        scales = [RowScale(cache.delta, cache.grad_gain, cache.grad_scale) for cache in cached]
     magnitudes = _magnitudes(sites)
-    return [CompleteParameters(*parts) for parts in zip(lora_a, lora_b, magnitudes, norms, strict=True)]
+    return [CompleteParameters(*parts) for parts in zip(lora_a, lora_b, magnitudes, scales, strict=True)]
+
+
+def row_norms(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
+    """Row norms of W0 + s B A of several sites, `[out]` or this rank's `[out/tp]`, detached, float32 at least."""
+    return _row_norms(sites, *_whole_factors(sites, None))
 
 
 def _whole_factors(
@@ -124,19 +152,20 @@ def _row_norms(
     requests = []
     for site, a, b in zip(sites, lora_a, lora_b, strict=True):
         dtype = norm_dtype(site.dtype)
-        terms = norm_terms(site.weight, a, b, dtype)
+        base_norm_sq = base_norm_squared(site.weight) if site.base_norm_sq is None else site.base_norm_sq
+        terms = norm_terms(base_norm_sq, site.weight, a, b, scaling=site.scaling, dtype=dtype)
         requests += [_Request(terms[i], site.table.shards_input_features, site.tp_group, dtype) for i in (0, 1)]
     whole = _together(reduce_from_group_together, requests)
     return [
-        norm_of_terms(site.base_norm_sq, cross, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
-        for site, cross, gram, b in zip(sites, whole[::2], whole[1::2], lora_b, strict=True)
+        norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
+        for site, linear_terms, gram, b in zip(sites, whole[::2], whole[1::2], lora_b, strict=True)
     ]
 
 
 def _magnitudes(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
     requests = []
     for site in sites:
-        is_partial = site.table.magnitude_grad_is_partial(dropout=site.dropout_p > 0)
+        is_partial = site.table.magnitude_grad_is_partial(dropout=site.dropout is not None)
         requests.append(_Request(site.magnitude, is_partial, site.tp_group, norm_dtype(site.dtype)))
     return _together(copy_to_group_together, requests)
 

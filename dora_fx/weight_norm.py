@@ -2,6 +2,9 @@
 
     ||W0 + s B A||^2 = ||W0||^2 + 2 s rowsum((W0 A^T) * B) + s^2 rowsum((B (A A^T)) * B)
 
+The first two terms and A A^T are sums over the input features. A rank that holds a slice of those features computes
+its part of them and never needs another rank before the parts are added up, in `site_parameters.py`.
+
 Rows are taken in blocks, so that temporaries take 32 MiB at most whatever the layer's size. Products and
 sums accumulate in float32 (float64 in a float64 model): a float16 square overflows above 65504, and a bfloat16 cross
 term would carry its rounding into the norm. The norm is a constant for the gradient (DoRA, arXiv 2402.09353,
@@ -14,9 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dora_fx.collectives import reduce_from_group
-from dora_fx.placement import LAYOUTS
-
 _BLOCK_BYTES = 32 * 2**20
 
 
@@ -25,34 +25,42 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def base_norm_squared(weight: torch.Tensor, layout: str, tp_group: str) -> torch.Tensor:
-    """Squared row norms of the frozen weight, complete on every rank.
+def base_norm_squared(weight: torch.Tensor) -> torch.Tensor:
+    """Squared row norms of the frozen weight, or this rank's part of them.
 
     Args:
         weight: W0 `[out, in]`, or this rank's shard of it.
 
     Returns:
-        `[out]` (this rank's rows in a column layout), float32 or float64.
+        `[out]` (this rank's rows in a column layout), float32 or float64, summed over the input features that this
+        rank holds.
     """
-    dtype = norm_dtype(weight.dtype)
-    squares = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=dtype).square()
-    return reduce_from_group(squares, tp_group) if LAYOUTS[layout].shards_input_features else squares
+    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=norm_dtype(weight.dtype)).square()
 
 
 def norm_terms(
-    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, dtype: torch.dtype
+    base_norm_sq: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    *,
+    scaling: torch.Tensor,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rowsum((W0 A^T) * B) `[out]` and A A^T `[dim, dim]`, detached.
+    """Return ||W0||^2 + 2 s rowsum((W0 A^T) * B) `[out]` and A A^T `[dim, dim]`, detached.
 
     Both are sums over the input features, so a rank that holds a slice of those gets partial sums.
 
     Args:
+        base_norm_sq: from `base_norm_squared`.
         weight: W0 `[out, in]`, or this rank's shard.
         lora_a, lora_b: A `[dim, in]` and B `[out, dim]` as the products use them, see `site_parameters.py`.
+        scaling: s, alpha / dim, `[1]`.
         dtype: accumulation dtype, `norm_dtype(weight.dtype)`.
     """
-    if has_torch_function((weight, lora_a, lora_b)):
-        return handle_torch_function(norm_terms, (weight, lora_a, lora_b), weight, lora_a, lora_b, dtype)
+    operands = (base_norm_sq, weight, lora_a, lora_b)
+    if has_torch_function(operands):
+        return handle_torch_function(norm_terms, operands, *operands, scaling=scaling, dtype=dtype)
     weight, lora_a, lora_b = weight.detach(), lora_a.detach(), lora_b.detach()
     wide_a = lora_a.to(dtype)
     copies_weight = weight.dtype != dtype and not weight.is_cuda
@@ -61,36 +69,29 @@ def norm_terms(
         (_wide_linear(weight[rows], lora_a, wide_a) * lora_b[rows]).sum(1)
         for rows in _row_blocks(weight.shape[0], wide_per_row, dtype)
     ]
-    return torch.cat(cross), F.linear(wide_a, wide_a)
+    return base_norm_sq + torch.cat(cross) * (2.0 * scaling), F.linear(wide_a, wide_a)
 
 
 def norm_of_terms(
-    base_norm_sq: torch.Tensor,
-    cross: torch.Tensor,
-    gram: torch.Tensor,
-    lora_b: torch.Tensor,
-    *,
-    scaling: float,
-    dtype: torch.dtype,
+    linear_terms: torch.Tensor, gram: torch.Tensor, lora_b: torch.Tensor, *, scaling: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Row norms of W0 + scaling * B A, from terms that are sums over all input features.
 
     Args:
-        base_norm_sq: `[out]`, from `base_norm_squared`.
-        cross, gram, dtype: from and of `norm_terms`.
-        lora_b: as given to `norm_terms`.
+        linear_terms, gram: from `norm_terms`, summed over the ranks that hold slices of the input features.
+        lora_b, scaling, dtype: as given to `norm_terms`.
 
     Returns:
         `[out]` in `dtype`: this rank's rows in a column layout, all rows on every rank otherwise.
     """
-    operands = (base_norm_sq, cross, gram, lora_b)
+    operands = (linear_terms, gram, lora_b)
     if has_torch_function(operands):
         return handle_torch_function(norm_of_terms, operands, *operands, scaling=scaling, dtype=dtype)
     own = []
     for rows in _row_blocks(lora_b.shape[0], 3 * lora_b.shape[1], dtype):
         wide_b = lora_b.detach()[rows].to(dtype)
         own.append((F.linear(wide_b, gram) * wide_b).sum(1))
-    squared = base_norm_sq + cross * (2.0 * scaling) + torch.cat(own) * scaling**2
+    squared = linear_terms + torch.cat(own) * scaling**2
     # Rounding can push a vanishing row below zero.
     return squared.clamp(min=0.0).sqrt()
 

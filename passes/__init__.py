@@ -8,16 +8,20 @@ if __name__ != "dora_fx.passes":
 from functools import partial
 
 from dora_fx.passes.pipeline import GraphPass
-from dora_fx.passes.rewrite_dora_pass import rewrite_dora_pass
+from dora_fx.passes.rewrite_dora_pass import Unmatched, rewrite_dora_pass
+from dora_fx.passes.split_scale_pass import split_scale_pass
 
 
-def default_passes(*, cached_parameters: bool = True) -> list[GraphPass]:
+def default_passes(*, cached_parameters: bool = True, unmatched: Unmatched = "warn") -> list[GraphPass]:
     """The passes that `backend="dora_fx"` runs, in order.
 
     Args:
-        cached_parameters: see `rewrite_dora_pass`.
+        cached_parameters, unmatched: see `rewrite_dora_pass`.
     """
-    return [partial(rewrite_dora_pass, cached_parameters=cached_parameters)]
+    return [
+        partial(rewrite_dora_pass, cached_parameters=cached_parameters, unmatched=unmatched),
+        split_scale_pass,
+    ]
 
 
 __all__ = ["default_passes"]

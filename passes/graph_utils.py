@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
+
+import dora_fx
+
+_PACKAGE = Path(dora_fx.__file__).parent
 
 
 def subgraph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -47,10 +52,10 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The line of user code that a node was traced from; "" if none was recorded."""
+    """The line outside this package that a node was traced from; "" if none was recorded."""
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
     places = [line.strip() for line in lines if line.lstrip().startswith("File ")]
-    return places[-1] if places else ""
+    return next((place for place in reversed(places) if str(_PACKAGE) not in place), "")
 
 
 def call_like(

@@ -1,81 +1,123 @@
 """Which inputs of a compiled graph hold a DoRA site's parameters and buffers, so that they can be found at run time.
 
     example graph                                         its `SiteInputs`
-    placeholders  weight, x, lora_a, lora_b, ...          stored {"weight": 0, "lora_a": 2, "lora_b": 3, ...}
-    %y = dora_linear(%base, x, weight, ...)               constants {"scaling": 2.0, "layout": "row", ...}
+    placeholders  weight, x, lora_a, lora_b, ...          stored (Input(0), ..., Input(2), Input(3), ..., "row", "3")
+    %y = dora_linear(%base, x, bias, weight, ...)
 
-A site in the body of a checkpoint reads placeholders of the body; they are followed out to the graph's own.
+A site in the body of a checkpoint reads placeholders of the body; they are followed out to the graph's own. What was
+found is kept with the graph as nodes while passes run, and becomes positions at the end, so any pass may add or drop
+placeholders of its own.
 
 Looks only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 from dora_fx.parameter_cache import CachedSite
-from dora_fx.passes.dora_sites import DoRASite, find_dora_sites
-from dora_fx.passes.graph_utils import fake_value, referenced_graph_maybe
+from dora_fx.passes.dora_sites import DoRASite
+from dora_fx.passes.graph_utils import referenced_graph_maybe
 from dora_fx.site_parameters import CachedParameters, StoredParameters
+
+_META = "dora_fx_sites"
+
+ParametersT = TypeVar("ParametersT", StoredParameters, CachedParameters)
+
+
+@dataclass(frozen=True)
+class Input:
+    """Stands for the input of a graph at a position."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class SiteSources:
+    """One rewritten site of a graph, and where its tensors come from.
+
+    Attributes:
+        path: module path, for messages.
+        stored, cached: placeholders of the whole graph in place of tensors; None where one is computed in the graph.
+    """
+
+    path: str
+    tp_group: str
+    stored: StoredParameters | None
+    cached: CachedParameters | None
 
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """Where one site's tensors are among a graph's inputs.
+    """Where one site's tensors are among a graph's inputs: `Input`s in place of tensors.
 
     Attributes:
         path: module path, for messages.
-        stored, cached: field of `StoredParameters` or `CachedParameters` -> position.
-        constants: the other fields of `StoredParameters`.
     """
 
     path: str
-    stored: Mapping[str, int]
-    cached: Mapping[str, int]
-    constants: Mapping[str, Any]
+    stored: StoredParameters
+    cached: CachedParameters
 
     def site(self, inputs: Sequence[Any]) -> CachedSite:
         """The site's tensors among the inputs of one call."""
-        stored = StoredParameters(**{name: inputs[i] for name, i in self.stored.items()}, **self.constants)
-        cached: dict[str, Any] = dict.fromkeys(CachedParameters._fields)
-        cached.update((name, inputs[position]) for name, position in self.cached.items())
-        return CachedSite(self.path, stored, CachedParameters(**cached))
+        return CachedSite(self.path, _fill(self.stored, inputs), _fill(self.cached, inputs))
 
 
-def find_site_inputs(gm: fx.GraphModule) -> list[SiteInputs]:
-    """The inputs of every site of a graph, before it is rewritten, as far as all of them are inputs."""
-    found = [site_inputs_maybe(gm, site) for site in find_dora_sites(gm)]
-    return [inputs for inputs in found if inputs is not None]
+def find_sources(gm: fx.GraphModule, site: DoRASite, path: str) -> SiteSources:
+    """Follow a site's tensors to the placeholders of `gm`."""
+    stored, cached = site.marked.stored, site.marked.cached
+    nodes: list[Any] = [value for value in (*stored, *cached) if isinstance(value, fx.Node)]
+    sources = {node: _outermost_maybe(gm, node) for node in nodes}
+    if None in sources.values():
+        return SiteSources(path, stored.tp_group, None, None)
+    return SiteSources(path, stored.tp_group, _replace_nodes(stored, sources), _replace_nodes(cached, sources))
 
 
-def site_inputs_maybe(gm: fx.GraphModule, site: DoRASite) -> SiteInputs | None:
-    """The inputs of `gm` that hold a site's tensors; None if one of those is computed in the graph."""
-    operands = site.operands
-    positions = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    stored = {name: operands[name] for name in StoredParameters._fields if name != "dtype"}
-    cached = {name: operands[f"cached_{name}"] for name in CachedParameters._fields}
-    sources = {}
-    for node in (value for value in (*stored.values(), *cached.values()) if isinstance(value, fx.Node)):
-        source = _outermost_maybe(gm, node)
-        if source not in positions:
-            return None
-        sources[node] = positions[source]
-    constants = {name: value for name, value in stored.items() if not isinstance(value, fx.Node)}
-    return SiteInputs(
-        site.path,
-        {name: sources[value] for name, value in stored.items() if isinstance(value, fx.Node)},
-        {name: sources[value] for name, value in cached.items() if isinstance(value, fx.Node)},
-        constants | {"dtype": fake_value(operands["weight"]).dtype},
-    )
+def keep_sources(gm: fx.GraphModule, sources: Sequence[SiteSources]) -> None:
+    """Leave word of the sites that a pass rewrote for whoever runs the graph."""
+    gm.meta[_META] = [*gm.meta.get(_META, ()), *sources]
+
+
+def site_inputs_of(gm: fx.GraphModule) -> list[SiteInputs]:
+    """The inputs of every rewritten site of a graph that reads its buffers, after all passes."""
+    positions = {node: Input(index) for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    return [
+        SiteInputs(sources.path, _replace_nodes(sources.stored, positions), _replace_nodes(sources.cached, positions))
+        for sources in gm.meta.get(_META, ())
+        if sources.stored is not None and sources.cached is not None
+    ]
+
+
+def tensor_parallel_groups(gm: fx.GraphModule) -> list[str]:
+    """Names of the process groups that the rewritten sites of a graph communicate over, sorted."""
+    return sorted({sources.tp_group for sources in gm.meta.get(_META, ())} - {""})
+
+
+def input_position_maybe(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """Position among the inputs of `gm` of a node's value; None if it is computed in the graph."""
+    source = _outermost_maybe(gm, node)
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    return placeholders.index(source) if source in placeholders else None
+
+
+def _replace_nodes(parameters: ParametersT, by: Mapping[Any, Any]) -> ParametersT:
+    values: Iterable[Any] = parameters
+    return type(parameters)._make(by[value] if isinstance(value, fx.Node) else value for value in values)
+
+
+def _fill(parameters: ParametersT, inputs: Sequence[Any]) -> ParametersT:
+    values: Iterable[Any] = parameters
+    return type(parameters)._make(inputs[value.position] if type(value) is Input else value for value in values)
 
 
 def _outermost_maybe(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The node of `gm` itself whose value a placeholder of a checkpoint's body has; None if there is no such one."""
+    """The placeholder of `gm` itself whose value a node has; None if there is no such one."""
     while node.graph is not gm.graph:
         caller = _caller_maybe(gm, node.graph)
         if node.op != "placeholder" or caller is None:
@@ -86,7 +128,7 @@ def _outermost_maybe(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         if not isinstance(operand, fx.Node):
             return None
         node = operand
-    return node
+    return node if node.op == "placeholder" else None
 
 
 def _caller_maybe(gm: fx.GraphModule, body: fx.Graph) -> fx.Node | None:

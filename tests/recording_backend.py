@@ -10,10 +10,9 @@ from typing import Any
 from torch import fx
 from torch._dynamo.testing import normalize_gm
 
-from dora_fx.backend import RefreshingGraph
+from dora_fx.backend import with_refresh
 from dora_fx.passes import default_passes
 from dora_fx.passes.pipeline import GraphPass, run_passes
-from dora_fx.passes.site_inputs import find_site_inputs
 
 
 class RecordingBackend:
@@ -26,10 +25,9 @@ class RecordingBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.before.append(copy.deepcopy(gm))
-        site_inputs = find_site_inputs(gm)
         gm = run_passes(gm, example_inputs, self.passes)
         self.after.append(gm)
-        return RefreshingGraph(gm, site_inputs, checked=False)
+        return with_refresh(gm, gm)
 
 
 # What Dynamo names the operands of a site in a model whose one layer is `linear`, and what golden text calls them.
@@ -37,12 +35,17 @@ SHORT_NAMES = {
     "modules_to_wrap_parameters_weight_": "weight",
     "modules_to_wrap_parameters_bias_": "bias",
     "buffers_base_norm_sq_": "base_norm_sq",
-    "buffers_cached_norm_": "norm",
+    "buffers_cached_delta_": "delta",
+    "buffers_cached_grad_gain_": "grad_gain",
+    "buffers_cached_grad_scale_": "grad_scale",
     "buffers_cached_lora_a_": "whole_lora_a",
     "buffers_cached_lora_b_": "whole_lora_b",
     "modules_adapter_modules_linear_in_parameters_weight_": "lora_a",
     "modules_adapter_modules_linear_out_parameters_weight_": "lora_b",
     "modules_adapter_parameters_weight_magnitude_": "magnitude",
+    "modules_adapter_buffers_scaling_factor_": "scaling",
+    "modules_adapter_buffers_dropout_threshold_": "threshold",
+    "modules_adapter_buffers_dropout_rescale_": "rescale",
 }
 
 

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
+from dora_fx.fingerprint import mix
+
 _ROWS_AT_ONCE = 1 << 22
 
 
@@ -60,15 +62,15 @@ def _digest(shard: ShardedTensor) -> int:
     start_row, *start_column = offsets[shard.prepend_axis_num :]
     # A bias counts as one column.
     matrix = tensor.reshape(tensor.shape[0], -1)
-    column = _mix(start_column[0] if start_column else 0, matrix.shape[1], tensor.device)
+    column = mix(start_column[0] if start_column else 0, matrix.shape[1], tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     step = max(_ROWS_AT_ONCE // max(matrix.shape[1], 1), 1)
     for first in range(0, matrix.shape[0], step):
         rows = matrix[first : first + step]
-        row = _mix(start_row + first, rows.shape[0], tensor.device)
+        row = mix(start_row + first, rows.shape[0], tensor.device)
         total += ((_bits(rows) * column).sum(1) * row).sum()
     for layer in prepended:
-        total *= _mix(layer, 1, tensor.device)[0]
+        total *= mix(layer, 1, tensor.device)[0]
     return int(total)
 
 
@@ -77,11 +79,3 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype != torch.float64:
         return (tensor.float() + 0.0).view(torch.int32).to(torch.int64)
     return (tensor + 0.0).view(torch.int64)
-
-
-def _mix(start: int, count: int, device: torch.device) -> torch.Tensor:
-    """Odd 64-bit numbers, without visible order, for the indices from `start`."""
-    index = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
-    mixed = index * -7046029254386353131
-    mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
-    return (mixed ^ (mixed >> 32)) | 1

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_fx.functional import magnitude_delta
 from dora_fx.hf.peft_files import PeftModule
 from dora_fx.merge import merge_tensors
 from dora_fx.models.hf_checkpoint import HFCheckpoint
 from dora_fx.models.hf_parts import LM_HEAD
+from dora_fx.row_scale import magnitude_delta
 from dora_fx.weight_norm import norm_dtype
 
 

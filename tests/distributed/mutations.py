@@ -14,7 +14,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from dora_fx import ParallelLinearDoRAAdapter, attach, collectives, dropout, functional, site_parameters, weight_norm
+from dora_fx import (
+    ParallelLinearDoRAAdapter,
+    attach,
+    collectives,
+    dropout,
+    functional,
+    row_scale,
+    site_parameters,
+    weight_norm,
+)
 
 Adapter = ParallelLinearDoRAAdapter
 
@@ -37,48 +46,61 @@ WRONG_GROUP = Mutation(
 )
 MUTATIONS = [
     WRONG_GROUP,
-    Mutation("bias scaled", functional.adapted_linear, "output if bias is None else output - bias", "output"),
+    Mutation("bias scaled", row_scale._ScaleRows.forward, "output if bias is None else output - bias", "output"),
+    Mutation("magnitude's gradient of the bias", row_scale._ScaleRows.backward, "else output - bias", "else output"),
+    Mutation("magnitude's gradient not scaled", row_scale._ScaleRows.backward, "* grad_scale, None", ", None"),
+    Mutation("output gradient not scaled", row_scale._ScaleRows.backward, "grads[0] * grad_gain", "grads[0]"),
+    Mutation(
+        "magnitude's gradient under dropout", row_scale._WithGradient.backward, "(grad_gain * grad_scale)", "grad_scale"
+    ),
     Mutation(
         "magnitude's gradient left partial",
         site_parameters._magnitudes,
-        "site.table.magnitude_grad_is_partial(dropout=site.dropout_p > 0)",
+        "site.table.magnitude_grad_is_partial(dropout=site.dropout is not None)",
         "False",
     ),
     Mutation(
         "magnitude's gradient left partial under dropout",
         site_parameters._magnitudes,
-        "dropout=site.dropout_p > 0",
+        "dropout=site.dropout is not None",
         "dropout=False",
     ),
     Mutation(
         "gain applied before the reduce, magnitude's gradient left partial",
-        functional.adapted_linear,
-        "output = join(F.linear(x, weight, gemm_bias) if base_output is None else None, low_rank)",
-        "output, delta = join(F.linear(x, weight, gemm_bias) * (delta + 1.0), low_rank * (delta + 1.0)), 0.0",
+        functional._scaled,
+        "output = _join(_base_product(x, stored, bias), low_rank, stored, bias)",
+        "delta = trained_delta(complete.magnitude, *complete.scale)\n        "
+        "return _join(_base_product(x, stored, bias) * (delta + 1.0), low_rank * (delta + 1.0), stored, bias)",
     ),
-    Mutation("no dropout correction", functional.adapted_linear, "dropped_product * delta +", ""),
+    Mutation("no dropout correction", functional._scaled_under_dropout, "dropped_product * delta +", ""),
     Mutation(
         "two dropout masks",
-        functional.adapted_linear,
+        functional._scaled_under_dropout,
         "change = dropped_product",
-        "other = draw_dropout_key(x, tp_group)\n        "
-        "change = F.linear(dropout(x, other, stored.dropout_p, table.shards_input_features), weight)",
+        "other = draw_dropout_key(x, stored.tp_group)\n"
+        "    other = dropout(x, other, *stored.dropout, stored.table.shards_input_features)\n"
+        "    change = F.linear(other, stored.weight)",
     ),
     Mutation("input gradient not reduced", functional.adapted_linear, "table.enter in ENTER", 'table.enter == "x"'),
-    Mutation("low-rank product not scaled", functional.adapted_linear, "(delta + 1.0)", "1.0"),
-    Mutation("gain without minus norm", functional.magnitude_delta, "(magnitude - norm)", "magnitude"),
-    Mutation("low-rank product not reduced", functional._join_base, "else reduce(addend, tp_group)", "else addend"),
+    Mutation("low-rank product not scaled", functional._scaled_under_dropout, "(delta + 1.0)", "1.0"),
+    Mutation("gain without minus norm", row_scale.magnitude_delta, "(magnitude - norm)", "magnitude"),
+    Mutation(
+        "low-rank product not reduced",
+        functional._scaled,
+        "base_output + _reduce(low_rank, stored)",
+        "base_output + low_rank",
+    ),
     Mutation(
         "low-rank product joined after the reduce",
-        functional._join_base,
-        "reduce(product + addend, tp_group)",
-        "reduce(product, tp_group) + addend",
+        functional._join,
+        "_reduce(product + addend, stored)",
+        "_reduce(product, stored) + addend",
     ),
     Mutation(
         "base collective run twice",
-        functional._join_base,
-        "output = reduce(product + addend, tp_group)",
-        "output = reduce(reduce(product + addend, tp_group), tp_group)",
+        functional._join,
+        "_reduce(product + addend, stored)",
+        "_reduce(_reduce(product + addend, stored), stored)",
     ),
     Mutation("alpha and dim swapped", Adapter.scaling.fget, "self.alpha / self.dim", "self.dim / self.alpha"),
     Mutation(
@@ -95,17 +117,13 @@ MUTATIONS = [
     Mutation("norm's scaling not squared", weight_norm.norm_of_terms, "scaling**2", "scaling"),
     Mutation(
         "stale norm",
-        weight_norm.norm_of_terms,
-        "return squared.clamp(min=0.0).sqrt()",
-        "return _stale.setdefault(base_norm_sq.data_ptr(), squared.clamp(min=0.0).sqrt())",
+        site_parameters._row_norms,
+        "norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))",
+        "_stale.setdefault(site.weight.data_ptr(),"
+        " norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype)))",
     ),
-    Mutation(
-        "norms reduced instead of squares",
-        weight_norm.base_norm_squared,
-        "reduce_from_group(squares, tp_group)",
-        "reduce_from_group(squares.sqrt(), tp_group).square()",
-    ),
-    Mutation("base norm not reduced", weight_norm.base_norm_squared, "reduce_from_group(squares, tp_group)", "squares"),
+    Mutation("norms summed instead of squares", weight_norm.base_norm_squared, ".square()", ""),
+    Mutation("base norm left out", weight_norm.norm_terms, "base_norm_sq + torch.cat(cross)", "torch.cat(cross)"),
     Mutation(
         "weight gradients not reduced",
         collectives._reduce_scatter_rows,
@@ -131,7 +149,7 @@ MUTATIONS = [
     Mutation("group of one rank", attach._plan_site, "linear.tp_group.size() > 1", "linear.tp_group.size() > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),
     Mutation("mask differs between replicas", dropout.keep_mask, "tokens ^ key[0]", "tokens ^ key[0] ^ key[2]"),
-    Mutation("dropout without rescaling", dropout.dropout, "x * (1.0 / (1.0 - p))", "x"),
+    Mutation("dropout without rescaling", dropout.dropout, "x * rescale", "x"),
     Mutation("shards not marked", Adapter._mark_sharded_parameters, "placement.dim is not None", "False"),
     Mutation("magnitude marked as a shard", Adapter._mark_sharded_parameters, "placement.dim is not None", "True"),
     Mutation("A drawn per rank", attach.seed_for, "(seed +", "(seed + _rank() +"),
@@ -182,4 +200,5 @@ def planted(mutation: Mutation) -> Iterator[None]:
     finally:
         target.__code__ = original
         for name in names:
-            del target.__globals__[name]
+            # Another fault in the same module may have taken it out already.
+            target.__globals__.pop(name, None)

@@ -69,7 +69,9 @@ def reference_for(site: Any) -> ReferenceLinear:
         scaling=site.scaling,
         dropout_p=dropout,
         returns=lambda output: (output, returned_bias),
-        draw_mask=(lambda x: keep_mask(x, draw_dropout_key(x, ""), dropout, False)) if dropout else None,
+        draw_mask=(lambda x: keep_mask(x, draw_dropout_key(x, ""), site.adapter.dropout_threshold, False))
+        if dropout
+        else None,
     )
 
 

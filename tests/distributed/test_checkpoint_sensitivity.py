@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import dora_fx
-from dora_fx import CheckpointError, sharded_state_dict, weight_norm
+from dora_fx import CheckpointError, sharded_state_dict, site_parameters
 from tests.distributed.launch import visit_worlds
 from tests.distributed.mutations import Mutation, planted
 from tests.distributed.pipeline_gpt import (
@@ -28,9 +28,9 @@ describe = sharded_state_dict.adapter_sharded_state_dict
 MUTATIONS = [
     Mutation(
         "row magnitude of each rank's own columns",
-        weight_norm.base_norm_squared,
-        "reduce_from_group(squares, tp_group)",
-        "squares",
+        site_parameters._row_norms,
+        "site.table.shards_input_features",
+        "False",
     ),
     Mutation("gated magnitude in one block", describe, "blocks == 2]", 'blocks == 2 and "out" in name]'),
     Mutation("gated B in one block", describe, "blocks == 2]", 'blocks == 2 and "out" not in name]'),

@@ -46,6 +46,7 @@ def test_inductor_option_and_mode_reach_inductor(model):
         ({"options": {"inner_compiler": "tvm"}}, r"found 'tvm', expected one of"),
         ({"options": {"fallback_randm": True}}, r"unknown option 'fallback_randm'; the nearest are .*fallback_random"),
         ({"options": {"fallback_random": "yes"}}, r"found 'yes', expected a bool"),
+        ({"options": {"unmatched": "ignore"}}, r"unmatched: found 'ignore', expected one of \['warn', 'error'\]"),
         ({"options": {"rank_timeout": 0}}, r"rank_timeout: found 0, expected a positive number of seconds"),
         ({"mode": "fastest"}, r"mode: found 'fastest', expected one of"),
         ({"options": {"inner_compiler": "eager", "fallback_random": True}}, r"takes no Inductor settings"),
@@ -60,5 +61,5 @@ def test_counters_and_logs(model, caplog):
     counters.clear()
     with caplog.at_level(logging.INFO, logger="dora_fx"):
         run(model, options={"inner_compiler": "eager"})
-    assert dict(counters["dora_fx"]) == {"sites_rewritten": 1, "graphs_compiled": 1}
-    assert "rewrote 1 DoRA sites: linear" in caplog.text
+    assert dict(counters["dora_fx"]) == {"sites_rewritten": 1, "sites_unmatched": 0, "graphs_compiled": 1}
+    assert "rewrote 1 of 1 DoRA sites: linear" in caplog.text

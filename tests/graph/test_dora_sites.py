@@ -1,12 +1,17 @@
-"""The finder sees every shape of a Megatron linear call and refuses what it does not know."""
+"""The finder sees every shape of a Megatron linear call and says what it does not know."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dora_fx.passes.dora_sites import UnsupportedDoRASiteError, find_dora_sites
+from dora_fx.ops import dora_linear
+from dora_fx.passes.dora_sites import find_dora_sites
 from tests.graph.capture import SEQUENCE, capture
 from tests.graph.sites import IN, OneLinear, adapted, column, row
 from tests.recording_backend import RecordingBackend
@@ -32,8 +37,8 @@ def test_one_rank(tensor_parallel, layer, op_names):
     (site,) = sites_of(capture(adapted(layer()), IN))
     assert sorted(set(site.op_names) - {"getitem", "_set_grad_enabled"}) == op_names
     assert site.path == "linear"
-    assert site.operands["scaling"] == 2.0
-    assert site.operands["tp_group"] == ""
+    assert site.marked.stored.scaling.name.endswith("scaling_factor_")
+    assert site.marked.stored.tp_group == ""
 
 
 def test_flat_call_without_gradients(tensor_parallel):
@@ -45,10 +50,10 @@ def test_flat_call_without_gradients(tensor_parallel):
 def test_bias_operand_is_the_one_the_layer_adds(tensor_parallel):
     tensor_parallel(1)
     (added,) = sites_of(capture(adapted(row(bias=True, skip_bias_add=False)), IN))
-    assert added.operands["bias"].name.endswith("bias_")
+    assert added.marked.bias.name.endswith("bias_")
     torch._dynamo.reset()
     (returned,) = sites_of(capture(adapted(row(bias=True)), IN))
-    assert returned.operands["bias"] is None
+    assert returned.marked.bias is None
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def test_tensor_parallel(tensor_parallel, layer, features, sequence, layout, col
     tensor_parallel(2)
     model = adapted(layer(tensor_model_parallel_size=2))
     (site,) = sites_of(capture(model, features, sequence=sequence))
-    assert site.operands["layout"] == layout
+    assert site.marked.stored.layout == layout
     assert [name for name in site.op_names if name.startswith(("all_", "reduce_scatter"))] == collectives
 
 
@@ -82,7 +87,7 @@ def test_sequence_parallel(tensor_parallel, layer, features, sequence, collectiv
     tensor_parallel(2)
     model = adapted(layer(tensor_model_parallel_size=2, sequence_parallel=True))
     (site,) = sites_of(capture(model, features, sequence=sequence))
-    assert site.operands["layout"].endswith("_sequence_parallel")
+    assert site.marked.stored.layout.endswith("_sequence_parallel")
     assert collective in site.op_names
 
 
@@ -99,29 +104,106 @@ def test_nested_in_a_checkpointed_region(tensor_parallel):
     assert site.marker.graph is not backend.before[0].graph
 
 
-def test_unknown_op_in_the_base_call_is_refused_by_name(tensor_parallel):
-    tensor_parallel(1)
+def with_hook(hook: Callable[..., Any]) -> OneLinear:
     model = adapted(nn.Linear(IN, IN))
-    model.linear.to_wrap.register_forward_hook(lambda module, args, output: torch.tanh(output))
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"linear: cannot rewrite .*'tanh'") as error:
-        capture(model, IN)
-    assert isinstance(error.value.inner_exception, UnsupportedDoRASiteError)
-    assert "layers.py" in str(error.value)
+    model.linear.to_wrap.register_forward_hook(hook)
+    return model
 
 
-def test_base_output_used_elsewhere_is_refused(tensor_parallel):
+def scaled_by_hand(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return torch.mul(output, 2)
+
+
+@torch.library.custom_op("dora_fx_tests::linear", mutates_args=())
+def linear(x: torch.Tensor) -> torch.Tensor:
+    """An op of another library whose bare name is that of a product."""
+    return x.clone()
+
+
+linear.register_fake(torch.empty_like)
+
+
+@pytest.mark.parametrize(
+    ("hook", "problem"),
+    [
+        (lambda module, args, output: torch.tanh(output), r"ops that no Megatron linear has: \['tanh'\]"),
+        (scaled_by_hand, r"ops that no Megatron linear has: \['mul'\]"),
+        (lambda module, args, output: linear(output), r"ops that no Megatron linear has: \['linear'\]"),
+        (lambda module, args, output: output @ torch.eye(IN), "2 matrix products, expected 1"),
+        (lambda module, args, output: output + module.weight.sum(), r"ops that no Megatron linear has: \['sum'\]"),
+    ],
+)
+def test_a_base_call_that_is_not_understood(tensor_parallel, hook, problem):
     tensor_parallel(1)
-    model = adapted(nn.Linear(IN, IN))
+    (site,) = sites_of(capture(with_hook(hook), IN, grad=False))
+    assert re.search(problem, site.problem)
+    assert "sites.py" in site.problem
+    assert site.base_call == ()
+
+
+def test_base_output_used_elsewhere(tensor_parallel):
+    tensor_parallel(1)
     outputs: list[torch.Tensor] = []
-    model.linear.to_wrap.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model = with_hook(lambda module, args, output: outputs.append(output))
 
     def both(x: torch.Tensor) -> torch.Tensor:
         outputs.clear()
         return model(x) + outputs[0]
 
     backend = RecordingBackend()
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="base output is also used by"):
-        torch.compile(both, backend=backend, fullgraph=True)(torch.randn(3, IN))
+    torch.compile(both, backend=backend, fullgraph=True)(torch.randn(3, IN))
+    (site,) = sites_of(backend)
+    assert "base output is also used by" in site.problem
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        column,
+        lambda **cfg: column(bias=True, skip_bias_add=False, **cfg),
+        lambda **cfg: column(gather_output=True, **cfg),
+        row,
+        lambda **cfg: row(bias=True, skip_bias_add=False, **cfg),
+        lambda **cfg: row(input_is_parallel=False, **cfg),
+    ],
+    ids=["column", "column_bias", "column_gather", "row", "row_bias", "row_split"],
+)
+def test_symbolic_sizes_are_no_work_on_tensors(tensor_parallel, layer, sequence_parallel, grad):
+    """The ops of a site are the same whether lengths are numbers or symbols."""
+    tensor_parallel(2)
+    try:
+        model = adapted(layer(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    features = model.linear.base_weight.shape[1] * (2 if model.linear.layout.enter == "split_features" else 1)
+    backend = RecordingBackend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.set_grad_enabled(grad):
+        for length in (4, 8, 6):
+            compiled(torch.randn(length, 2, features, requires_grad=grad))
+    static, dynamic = map(find_dora_sites, backend.before)
+    assert "Sym(" in backend.before[1].print_readable(print_output=False)
+    assert [site.problem for site in (*static, *dynamic)] == [None, None]
+    assert static[0].op_names == dynamic[0].op_names
+    assert all(dora_linear not in {node.target for node in after.graph.nodes} for after in backend.after)
+
+
+def test_a_size_that_others_use_stays(tensor_parallel):
+    tensor_parallel(1)
+    model = adapted(column())
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = model(x)[0]
+        return y * (2 * x.shape[0])
+
+    backend = RecordingBackend()
+    compiled = torch.compile(forward, backend=backend, fullgraph=True, dynamic=True)
+    x = torch.randn(5, 2, IN)
+    torch.testing.assert_close(compiled(x), forward(x))
+    (site,) = sites_of(backend)
+    assert site.problem is None
 
 
 def test_unadapted_layers_are_no_sites(tensor_parallel):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from torch import nn
 
@@ -21,12 +23,12 @@ def test_column_before():
         graph_text(capture(adapted(column()), IN, grad=False).before[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
         t: "f32[48, 80]" = weight.t()
         output: "f32[6, 2, 80]" = torch.matmul(x, t)
 
-        output_1: "f32[6, 2, 80]" = dora_fx_ops_dora_linear(output, x, weight, None, base_norm_sq, lora_a, lora_b, magnitude, norm, None, None, scaling = 2.0, dropout_p = 0.0, layout = 'column', tp_group = '')
+        output_1: "f32[6, 2, 80]" = dora_fx_ops_dora_linear(output, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, delta, grad_gain, grad_scale, None, None)
         return (output_1,)
 """,
     )
@@ -37,22 +39,17 @@ def test_column():
         graph_text(capture(adapted(column()), IN).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
-        eq: "b8[80]" = norm == 0
-        where: "f32[80]" = torch.where(eq, 1.0, norm)
-        sub: "f32[80]" = magnitude - norm
-        truediv: "f32[80]" = sub / where
-        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul: "f32[6, 2, 16]" = linear * 2.0
+        view: "f32[]" = scaling.view(())
+        mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + linear_1
-        mul_1: "f32[6, 2, 80]" = add * where_1
-        add_1: "f32[6, 2, 80]" = add + mul_1
-        to: "f32[6, 2, 80]" = add_1.to(torch.float32)
-        return (to,)
+        to: "f32[6, 2, 80]" = add.to(torch.float32)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        return (scale_rows,)
 """,
     )
 
@@ -63,24 +60,18 @@ def test_column_with_bias():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
-        eq: "b8[80]" = norm == 0
-        where: "f32[80]" = torch.where(eq, 1.0, norm)
-        sub: "f32[80]" = magnitude - norm
-        truediv: "f32[80]" = sub / where
-        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul: "f32[6, 2, 16]" = linear * 2.0
+        view: "f32[]" = scaling.view(())
+        mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + bias
         add_1: "f32[6, 2, 80]" = add + linear_1
-        sub_1: "f32[6, 2, 80]" = add_1 - bias
-        mul_1: "f32[6, 2, 80]" = sub_1 * where_1
-        add_2: "f32[6, 2, 80]" = add_1 + mul_1
-        to: "f32[6, 2, 80]" = add_2.to(torch.float32)
-        return (to,)
+        to: "f32[6, 2, 80]" = add_1.to(torch.float32)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
+        return (scale_rows,)
 """,
     )
 
@@ -91,24 +82,18 @@ def test_row_with_bias():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
-        eq: "b8[80]" = norm == 0
-        where: "f32[80]" = torch.where(eq, 1.0, norm)
-        sub: "f32[80]" = magnitude - norm
-        truediv: "f32[80]" = sub / where
-        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
-        mul: "f32[6, 2, 16]" = linear * 2.0
+        view: "f32[]" = scaling.view(())
+        mul: "f32[6, 2, 16]" = linear * view
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add_1: "f32[6, 2, 80]" = linear_2 + bias
         add_2: "f32[6, 2, 80]" = add_1 + linear_1
-        sub_1: "f32[6, 2, 80]" = add_2 - bias
-        mul_1: "f32[6, 2, 80]" = sub_1 * where_1
-        add_3: "f32[6, 2, 80]" = add_2 + mul_1
-        to: "f32[6, 2, 80]" = add_3.to(torch.float32)
-        return (to,)
+        to: "f32[6, 2, 80]" = add_2.to(torch.float32)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
+        return (scale_rows,)
 """,
     )
 
@@ -119,30 +104,27 @@ def test_linear_with_dropout():
         graph_text(backend.after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
-        eq: "b8[80]" = norm == 0
-        where: "f32[80]" = torch.where(eq, 1.0, norm)
-        sub: "f32[80]" = magnitude - norm
-        truediv: "f32[80]" = sub / where
-        where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
         draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, '')
-        dropout: "f32[6, 2, 48]" = dora_fx_dropout_dropout(x, draw_dropout_key, 0.25, False)
-        linear_1: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
-        mul: "f32[6, 2, 16]" = linear_1 * 2.0
-        linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(mul, lora_b)
+        dropout: "f32[6, 2, 48]" = dora_fx_dropout_dropout(x, draw_dropout_key, threshold, rescale, False)
         cat: "f32[12, 2, 48]" = torch.cat((x, dropout))
-        linear_3: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
-        chunk = linear_3.chunk(2)
+        linear_1: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
+        chunk = linear_1.chunk(2)
         getitem: "f32[6, 2, 80]" = chunk[0]
-        add: "f32[6, 2, 80]" = getitem + bias
         getitem_1: "f32[6, 2, 80]" = chunk[1]
-        mul_1: "f32[6, 2, 80]" = getitem_1 * where_1
-        add_1: "f32[80]" = where_1 + 1.0
-        mul_2: "f32[6, 2, 80]" = linear_2 * add_1
-        add_2: "f32[6, 2, 80]" = mul_1 + mul_2
-        to: "f32[6, 2, 80]" = add_2.to(torch.float32)
-        add_3: "f32[6, 2, 80]" = add + to
+        trained_delta: "f32[80]" = dora_fx_row_scale_trained_delta(magnitude, delta, grad_gain, grad_scale)
+        mul: "f32[6, 2, 80]" = getitem_1 * trained_delta
+        linear_2: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
+        view: "f32[]" = scaling.view(())
+        mul_1: "f32[6, 2, 16]" = linear_2 * view
+        linear_3: "f32[6, 2, 80]" = torch._C._nn.linear(mul_1, lora_b)
+        add: "f32[80]" = trained_delta + 1.0
+        mul_2: "f32[6, 2, 80]" = linear_3 * add
+        add_1: "f32[6, 2, 80]" = mul + mul_2
+        to: "f32[6, 2, 80]" = add_1.to(torch.float32)
+        add_2: "f32[6, 2, 80]" = getitem + bias
+        add_3: "f32[6, 2, 80]" = add_2 + to
         return (add_3,)
 """,
     )
@@ -153,34 +135,78 @@ def test_checkpointed_column():
         graph_text(capture(adapted(column()), IN, recompute=True).after[0]),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, x: "f32[6, 2, 48]", L_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", L_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", L_model_modules_linear_buffers_base_norm_sq_: "f32[80]", L_model_modules_linear_buffers_cached_norm_: "f32[80]"):
+    def forward(self, x: "f32[6, 2, 48]", L_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", L_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", L_model_modules_linear_buffers_base_norm_sq_: "f32[80]", L_model_modules_linear_modules_adapter_buffers_scaling_factor_: "f32[1]", L_model_modules_linear_buffers_cached_delta_: "f32[80]", L_model_modules_linear_buffers_cached_grad_gain_: "f32[80]", L_model_modules_linear_buffers_cached_grad_scale_: "f32[80]"):
         l_model_modules_linear_modules_to_wrap_parameters_weight_ = L_model_modules_linear_modules_to_wrap_parameters_weight_
         l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_ = L_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_
         l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_ = L_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_
         l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ = L_model_modules_linear_modules_adapter_parameters_weight_magnitude_
         l_model_modules_linear_buffers_base_norm_sq_ = L_model_modules_linear_buffers_base_norm_sq_
-        l_model_modules_linear_buffers_cached_norm_ = L_model_modules_linear_buffers_cached_norm_
+        l_model_modules_linear_modules_adapter_buffers_scaling_factor_ = L_model_modules_linear_modules_adapter_buffers_scaling_factor_
+        l_model_modules_linear_buffers_cached_delta_ = L_model_modules_linear_buffers_cached_delta_
+        l_model_modules_linear_buffers_cached_grad_gain_ = L_model_modules_linear_buffers_cached_grad_gain_
+        l_model_modules_linear_buffers_cached_grad_scale_ = L_model_modules_linear_buffers_cached_grad_scale_
 
         wrap_body_0 = self.wrap_body_0
-        tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, l_model_modules_linear_modules_to_wrap_parameters_weight_, l_model_modules_linear_buffers_base_norm_sq_, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_norm_, use_reentrant = False)
+        tag_activation_checkpoint = torch.ops.higher_order.tag_activation_checkpoint(wrap_body_0, x, l_model_modules_linear_modules_to_wrap_parameters_weight_, l_model_modules_linear_buffers_base_norm_sq_, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_modules_adapter_buffers_scaling_factor_, l_model_modules_linear_buffers_cached_delta_, l_model_modules_linear_buffers_cached_grad_gain_, l_model_modules_linear_buffers_cached_grad_scale_, use_reentrant = False)
         getitem: "f32[6, 2, 80]" = tag_activation_checkpoint[0]
         return (getitem,)
 
     class wrap_body_0(torch.nn.Module):
-        def forward(self, x: "f32[6, 2, 48]", l_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", l_model_modules_linear_buffers_base_norm_sq_: "f32[80]", l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", l_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", l_model_modules_linear_buffers_cached_norm_: "f32[80]"):
-            eq: "b8[80]" = l_model_modules_linear_buffers_cached_norm_ == 0
-            where: "f32[80]" = torch.where(eq, 1.0, l_model_modules_linear_buffers_cached_norm_)
-            sub: "f32[80]" = l_model_modules_linear_modules_adapter_parameters_weight_magnitude_ - l_model_modules_linear_buffers_cached_norm_
-            truediv: "f32[80]" = sub / where
-            where_1: "f32[80]" = torch.where(eq, 0.0, truediv)
+        def forward(self, x: "f32[6, 2, 48]", l_model_modules_linear_modules_to_wrap_parameters_weight_: "f32[80, 48]", l_model_modules_linear_buffers_base_norm_sq_: "f32[80]", l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_: "f32[16, 48]", l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_: "f32[80, 16]", l_model_modules_linear_modules_adapter_parameters_weight_magnitude_: "f32[80]", l_model_modules_linear_modules_adapter_buffers_scaling_factor_: "f32[1]", l_model_modules_linear_buffers_cached_delta_: "f32[80]", l_model_modules_linear_buffers_cached_grad_gain_: "f32[80]", l_model_modules_linear_buffers_cached_grad_scale_: "f32[80]"):
             linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, l_model_modules_linear_modules_adapter_modules_linear_in_parameters_weight_)
-            mul: "f32[6, 2, 16]" = linear * 2.0
+            view: "f32[]" = l_model_modules_linear_modules_adapter_buffers_scaling_factor_.view(())
+            mul: "f32[6, 2, 16]" = linear * view
             linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, l_model_modules_linear_modules_adapter_modules_linear_out_parameters_weight_)
             linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, l_model_modules_linear_modules_to_wrap_parameters_weight_, None)
             add: "f32[6, 2, 80]" = linear_2 + linear_1
-            mul_1: "f32[6, 2, 80]" = add * where_1
-            add_1: "f32[6, 2, 80]" = add + mul_1
-            to: "f32[6, 2, 80]" = add_1.to(torch.float32)
-            return (to,)
+            to: "f32[6, 2, 80]" = add.to(torch.float32)
+            scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, None, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_delta_, l_model_modules_linear_buffers_cached_grad_gain_, l_model_modules_linear_buffers_cached_grad_scale_)
+            return (scale_rows,)
+""",
+    )
+
+
+class Gated(nn.Module):
+    """A layer whose output is cut into a gate and what it gates, as in a Megatron MLP."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = adapted(linear).linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = torch.chunk(self.linear(x)[0], 2, dim=-1)
+        return F.silu(gate) * up
+
+
+def test_gated_column():
+    [gm] = capture(Gated(column()), IN).after
+    text = graph_text(gm)
+    assert_expected_inline(
+        text[text.index("add: ") :],
+        """\
+add: "f32[6, 2, 80]" = linear_2 + linear_1
+        to: "f32[6, 2, 80]" = add.to(torch.float32)
+
+        chunk_1 = torch.chunk(to, 2, -1)
+        chunk_2 = magnitude.chunk(2)
+        chunk_3 = delta.chunk(2)
+        chunk_4 = grad_gain.chunk(2)
+        chunk_5 = grad_scale.chunk(2)
+        getitem_4: "f32[6, 2, 40]" = chunk_1[0]
+        getitem_5: "f32[40]" = chunk_2[0]
+        getitem_6: "f32[40]" = chunk_3[0]
+        getitem_7: "f32[40]" = chunk_4[0]
+        getitem_8: "f32[40]" = chunk_5[0]
+        scale_rows_1: "f32[6, 2, 40]" = dora_fx_row_scale_scale_rows(getitem_4, None, getitem_5, getitem_6, getitem_7, getitem_8)
+        getitem_9: "f32[6, 2, 40]" = chunk_1[1]
+        getitem_10: "f32[40]" = chunk_2[1]
+        getitem_11: "f32[40]" = chunk_3[1]
+        getitem_12: "f32[40]" = chunk_4[1]
+        getitem_13: "f32[40]" = chunk_5[1]
+        scale_rows_2: "f32[6, 2, 40]" = dora_fx_row_scale_scale_rows(getitem_9, None, getitem_10, getitem_11, getitem_12, getitem_13)
+
+        silu: "f32[6, 2, 40]" = torch.nn.functional.silu(scale_rows_1)
+        mul: "f32[6, 2, 40]" = silu * scale_rows_2
+        return (mul,)
 """,
     )

@@ -16,10 +16,10 @@ from tests.graph.triton_source import compile_for_h100, kernel_kinds, kernel_sou
 TOKENS, IN, DIM = 4096, 1024, 16
 
 
-def dora(x, weight, lora_a, lora_b, magnitude, norm, base_norm_sq):
+def dora(x, weight, lora_a, lora_b, magnitude, delta, grad_gain, grad_scale, scaling):
     """A column site on one rank, from its cache, as the rewritten graph computes it."""
-    stored = StoredParameters(weight, base_norm_sq, lora_a, lora_b, magnitude, 2.0, 0.0, "column", "", weight.dtype)
-    [complete] = complete_parameters([stored], [CachedParameters(norm, None, None)])
+    stored = StoredParameters(weight, None, lora_a, lora_b, magnitude, scaling, None, None, "column", "", weight.dtype)
+    [complete] = complete_parameters([stored], [CachedParameters(delta, grad_gain, grad_scale, None, None)])
     return adapted_linear(x, stored, complete, None, dtype=x.dtype)
 
 
@@ -38,6 +38,8 @@ def operands(out_features: int) -> tuple[torch.Tensor, ...]:
         torch.empty_like(row, requires_grad=True),
         torch.empty_like(row),
         torch.empty_like(row),
+        torch.empty_like(row),
+        torch.empty(1, device="cpu"),
     )
 
 

@@ -7,11 +7,20 @@ import math
 import pytest
 import torch
 
-from dora_fx.dropout import draw_dropout_key, dropout, keep_mask
+from dora_fx import dropout as dora_dropout
+from dora_fx.dropout import DropoutFactors, draw_dropout_key, dropout
 
 pytestmark = pytest.mark.usefixtures("world")
 
 TOKENS, FEATURES = 512, 384
+
+
+def factors(p: float) -> DropoutFactors:
+    return DropoutFactors.of(p, torch.float32, "cpu")
+
+
+def keep_mask(x: torch.Tensor, key: torch.Tensor, p: float, sharded_features: bool) -> torch.Tensor:
+    return dora_dropout.keep_mask(x, key, factors(p).threshold, sharded_features)
 
 
 def mask(p: float, seed: int = 0, *, sharded: bool = False, key: torch.Tensor | None = None) -> torch.Tensor:
@@ -93,7 +102,7 @@ def test_mask_depends_on_position_not_on_shape() -> None:
 
 def test_kept_elements_are_scaled_and_the_mean_stays() -> None:
     x = torch.full((TOKENS, FEATURES), 3.0)
-    dropped = dropout(x, torch.tensor([1, 2, 0]), 0.25, False)
+    dropped = dropout(x, torch.tensor([1, 2, 0]), *factors(0.25), False)
     assert set(dropped.unique().tolist()) == {0.0, 4.0}
     assert abs(dropped.mean() - 3.0) < 0.05
 

@@ -11,6 +11,8 @@ from torch import nn
 
 import dora_fx
 from dora_fx import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter
+from dora_fx.row_scale import row_scale, scale_rows
+from dora_fx.weight_norm import norm_dtype
 from tests.models import (
     DIM,
     IN,
@@ -150,9 +152,9 @@ def test_casting_a_model_does_not_round_the_magnitude(cast: Any) -> None:
         assert site.adapter.linear_in.weight.dtype == site.base_weight.dtype != torch.float32
         assert site.adapter.weight_magnitude.dtype == site.base_norm_sq.dtype == torch.float32
         assert torch.equal(site.adapter.weight_magnitude, before[kind])
-        measured = site.base_weight.float().square().sum(1)
-        torch.testing.assert_close(site.base_norm_sq, measured)
     outputs = zoo({kind: x.to(zoo.row.weight.dtype) for kind, x in inputs.items()})
+    for site in sites(zoo).values():
+        torch.testing.assert_close(site.base_norm_sq, site.base_weight.float().square().sum(1))
     torch.stack([output.float().sum() for output in outputs.values()]).sum().backward()
     assert all(parameter.grad.dtype == parameter.dtype for parameter in trainable(zoo).values())
 
@@ -237,3 +239,37 @@ def test_copies_are_independent() -> None:
 def test_adapter_computes_nothing_itself() -> None:
     with pytest.raises(TypeError, match="DoRALinear"):
         ParallelLinearDoRAAdapter(8, 6, 2)(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradient_of_a_magnitude_at_and_near_zero(dtype: torch.dtype) -> None:
+    """dm is the sum of dy z / n whatever m is, although it is taken from g dy."""
+    torch.manual_seed(5)
+    wide = norm_dtype(dtype)
+    norm = torch.rand(9, dtype=wide) + 0.5
+    gain = torch.tensor([0.0, -0.0, 1e-30, -1e-12, 1e-5, -1e-3, 0.1, 1.0, -2.0], dtype=wide)
+    magnitude = (gain * norm).requires_grad_()
+    z, dy = (torch.randn(300, 9, dtype=wide).to(dtype) for _ in range(2))
+    z.requires_grad_()
+    y = scale_rows(z, None, magnitude, *row_scale(magnitude, norm, dtype))
+    dz, dm = torch.autograd.grad(y, [z, magnitude], dy)
+    eps = torch.finfo(dtype).eps
+    z, dy, gain = z.double(), dy.double(), gain.double()
+    # delta and g have one rounding of a number up to 1 + |g|, their products with z and dy another one.
+    size = 2 * eps * (1.0 + gain.abs())
+    assert ((y.double() - z * gain).abs() <= size * z.abs()).all()
+    assert ((dz.double() - dy * gain).abs() <= size * dy.abs()).all()
+    # Each of the 300 terms has the rounding of its dz, of which float16 keeps the fewer bits the smaller it is.
+    terms = dy * z / norm.double()
+    smallest = torch.finfo(dtype).smallest_normal * eps * (z.abs().sum(0) / norm.double())
+    floor = torch.finfo(dtype).eps / 16
+    assert ((dm.double() - terms.sum(0)).abs() <= 2 * eps * terms.abs().sum(0) + smallest / floor).all()
+
+
+def test_gradient_of_the_magnitude_of_a_row_of_zeros() -> None:
+    """Such a row has no direction to scale."""
+    norm, magnitude = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    z = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
+    y = scale_rows(z, None, magnitude, *row_scale(magnitude, norm, torch.float64))
+    dz, dm = torch.autograd.grad(y.sum(), [z, magnitude])
+    assert torch.equal(dz, torch.ones_like(z)) and torch.equal(dm, torch.zeros(3, dtype=torch.float64))

@@ -81,6 +81,7 @@ def test_base_checkpoint_into_an_adapted_model() -> None:
     assert all(torch.equal(parameter, adapters[name]) for name, parameter in trainable(model).items())
     with disable_adapter(model):
         assert torch.equal(logits_of(model, token_ids()), expected)
+    logits_of(model, token_ids())
     for site in sites(model).values():
         torch.testing.assert_close(site.base_norm_sq, site.base_weight.square().sum(1))
 

@@ -14,9 +14,10 @@ SCALING = 2.0
 
 def factored(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
     dtype = norm_dtype(weight.dtype)
-    base_norm_sq = weight_norm.base_norm_squared(weight, "replicated", "")
-    cross, gram = norm_terms(weight, lora_a, lora_b, dtype)
-    return norm_of_terms(base_norm_sq, cross, gram, lora_b, scaling=SCALING, dtype=dtype)
+    scaling = torch.tensor([SCALING], dtype=dtype)
+    base_norm_sq = weight_norm.base_norm_squared(weight)
+    linear_terms, gram = norm_terms(base_norm_sq, weight, lora_a, lora_b, scaling=scaling, dtype=dtype)
+    return norm_of_terms(linear_terms, gram, lora_b, scaling=scaling, dtype=dtype)
 
 
 def dense(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:

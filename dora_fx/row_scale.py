@@ -1,0 +1,124 @@
+"""The scale of each output row, g = m / n, and how a product takes it.
+
+    y = g z = z + delta z           delta = (m - n) / n
+    dz = g dy                       dm = sum_t dy z / n = sum_t dz z / (g n)
+
+delta is exactly zero where m = n, so a freshly attached adapter is bitwise the base model, and no precision is lost
+where g is near one, which is where training lives. The gradient of m is written in terms of dz, which the products need
+anyway: dy itself is never stored. That divides by g, so g is kept away from zero there, by less than rounding of the
+products' dtype can show.
+
+All of it is constant between two steps of the optimizer but for the gradient of m, so it is cached with the norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+
+class RowScale(NamedTuple):
+    """What follows from m and n for each output row, `[out]` or this rank's `[out/tp]`, float32 at least, detached.
+
+    Attributes:
+        delta: (m - n) / n, and zero (so g = 1) for a row of zeros.
+        grad_gain: g, but no nearer to zero than a sixteenth of the products' rounding.
+        grad_scale: 1 / (grad_gain n), and zero for a row of zeros.
+    """
+
+    delta: torch.Tensor
+    grad_gain: torch.Tensor
+    grad_scale: torch.Tensor
+
+
+def magnitude_delta(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """Return (m - n) / n per row, `[out]`, and zero (so g = 1) for a row of zeros."""
+    is_zero = norm == 0
+    safe_norm = torch.where(is_zero, 1.0, norm)
+    return torch.where(is_zero, 0.0, (magnitude - norm) / safe_norm)
+
+
+def row_scale(magnitude: torch.Tensor, norm: torch.Tensor, dtype: torch.dtype) -> RowScale:
+    """Compute the scale of each row.
+
+    Args:
+        magnitude, norm: m and n, `[out]`.
+        dtype: of the products.
+    """
+    magnitude = magnitude.detach()
+    delta = magnitude_delta(magnitude, norm)
+    gain, floor = delta + 1.0, torch.finfo(dtype).eps / 16
+    gain = torch.where(gain.abs() < floor, torch.where(gain < 0, -floor, floor), gain)
+    is_zero = norm == 0
+    return RowScale(delta, gain, torch.where(is_zero, 0.0, 1.0 / (gain * torch.where(is_zero, 1.0, norm))))
+
+
+class _ScaleRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: torch.Tensor,
+        bias: torch.Tensor | None,
+        magnitude: torch.Tensor,
+        delta: torch.Tensor,
+        grad_gain: torch.Tensor,
+        grad_scale: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(output, bias, grad_gain, grad_scale)
+        z = output if bias is None else output - bias
+        return (output + z * delta).to(output.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        output, bias, grad_gain, grad_scale = ctx.saved_tensors
+        z = output if bias is None else output - bias
+        dz = (grads[0] * grad_gain).to(output.dtype)
+        # A sum over all tokens, in the dtype of magnitudes.
+        products = dz.to(grad_scale.dtype) * z
+        return dz, None, products.reshape(-1, products.shape[-1]).sum(0) * grad_scale, None, None, None
+
+
+def scale_rows(
+    output: torch.Tensor,
+    bias: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    delta: torch.Tensor,
+    grad_gain: torch.Tensor,
+    grad_scale: torch.Tensor,
+) -> torch.Tensor:
+    """Scale the rows of a layer's output, but not the bias that is in it: y = g (output - bias) + bias.
+
+    Args:
+        output: `[..., out]`.
+        bias: `[out]`, frozen, None if there is none in the output.
+        magnitude: m, which takes the gradient; its values are not read.
+        delta, grad_gain, grad_scale: a `RowScale`.
+    """
+    if has_torch_function_unary(output):
+        return handle_torch_function(scale_rows, (output,), output, bias, magnitude, delta, grad_gain, grad_scale)
+    return _ScaleRows.apply(output, bias, magnitude, delta, grad_gain, grad_scale)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, magnitude: torch.Tensor, delta: torch.Tensor, grad_gain: torch.Tensor, grad_scale: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(grad_gain, grad_scale)
+        return delta.view_as(delta)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_gain, grad_scale = ctx.saved_tensors
+        return grads[0] * (grad_gain * grad_scale), None, None, None
+
+
+def trained_delta(
+    magnitude: torch.Tensor, delta: torch.Tensor, grad_gain: torch.Tensor, grad_scale: torch.Tensor
+) -> torch.Tensor:
+    """delta `[out]` of a `RowScale`, whose gradient goes to the magnitude: d delta / dm = 1 / n."""
+    if has_torch_function_unary(magnitude):
+        return handle_torch_function(trained_delta, (magnitude,), magnitude, delta, grad_gain, grad_scale)
+    return _WithGradient.apply(magnitude, delta, grad_gain, grad_scale)
