@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +18,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factories, apply_factory_merges
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch import nn
 
-from dora_fx.checkpoint.checks import check_base, check_files, check_sites, check_tensors
+from dora_fx.checkpoint.checks import check_base, check_files, check_sites, check_stored, check_tensors
 from dora_fx.checkpoint.contents import ModelContents, all_shards, layout_of_world, model_contents
 from dora_fx.checkpoint.directory import (
     new_directory,
@@ -38,8 +36,11 @@ from dora_fx.checkpoint.directory import (
 from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, from_first_rank, gather
 from dora_fx.checkpoint.manifest import Manifest, StoredFile, describe_file
 from dora_fx.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state_dict
-from dora_fx.checkpoint.strategy import LoadStrategy, SaveStrategy
+from dora_fx.checkpoint.reader import CheckedReader
+from dora_fx.checkpoint.strategy import SaveStrategy, read_state
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
+from dora_fx.safe_files.regular_file import UnsafeFileError, read_regular
+from dora_fx.safe_files.torch_file import load_torch_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ Model = nn.Module | Sequence[nn.Module]
 
 # Megatron's file for what is not sharded. Versions from 0.17 on read it, but no longer write it.
 _COMMON = "common.pt"
+_MOST_COMMON = 16 << 30
 
 
 def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
@@ -198,28 +200,28 @@ def _read(
         wanted = _without_data(_split(state)[0])
     everyone = gather(wanted, f"loading {directory}")
     with failing_together(f"loading {directory}"):
-        check_tensors(directory, manifest, contents.stored_tensors(everyone), with_optimizer=optimizer is not None)
+        described = contents.stored_tensors(everyone)
+        check_tensors(directory, manifest, described, with_optimizer=optimizer is not None)
     with failing_together(f"reading {directory}{_other_versions(manifest)}"):
-        return contents, _load(state, directory)
-
-
-def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """As `dist_checkpointing.load`, which from Megatron 0.17 on warns of the file that earlier ones must find."""
-    common = _read_common(directory)
-    sharded, own, factories = load_preprocess(state)
-    merge(common, own)
-    merge(common, LoadStrategy().load(extract_sharded_base(sharded)[0], directory))
-    return apply_factory_merges(common, factories)
+        reader = CheckedReader(directory)
+        check_stored(reader, described)
+        return contents, read_state(state, reader, _read_common(directory))
 
 
 def _read_common(directory: Path) -> dict[str, Any]:
+    path = directory / _COMMON
+    common = load_torch_bytes(read_regular(path, at_most=_MOST_COMMON), str(path))
+    if not isinstance(common, dict):
+        raise CheckpointError(f"{path}: found a {type(common).__name__}, expected a dict; load another checkpoint")
+    return common
+
+
+def _check_common(directory: Path) -> None:
+    """Raise CheckpointError, while the one that it would replace is still there, if the file would not be loaded."""
     try:
-        return torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{directory / _COMMON}: `extra` holds objects that would not be loaded again ({error}); "
-            "expected numbers, text, tensors, lists and dicts"
-        ) from error
+        _read_common(directory)
+    except UnsafeFileError as error:
+        raise CheckpointError(f"`extra` holds objects that would not be loaded again ({error})") from error
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -246,7 +248,7 @@ def _write(sharded: dict[str, Any], common: dict[str, Any], directory: Path, wha
         )
         if dist.get_rank() == 0:
             torch.save(common, directory / _COMMON)
-            _read_common(directory)
+            _check_common(directory)
     with failing_together(what):
         names = sorted(os.listdir(directory))
         share = names[dist.get_rank() :: dist.get_world_size()]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dora_fx.checkpoint.directory import open_checkpoint
 from dora_fx.checkpoint.failing_together import CheckpointError
-from dora_fx.checkpoint.manifest import Manifest, StoredTensor, check_file
+from dora_fx.checkpoint.manifest import Manifest, check_file
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.run_folder import checkpoint_in
 
@@ -75,12 +72,12 @@ def describe(manifest: Manifest) -> str:
     ]
     tensors: Rows = [("tensor", "shape", "dtype", "bytes")]
     tensors += [
-        (key, "x".join(map(str, tensor.shape)), tensor.dtype, f"{_bytes_of(tensor):,}")
+        (key, "x".join(map(str, tensor.shape)), tensor.dtype, f"{tensor.num_bytes:,}")
         for key, tensor in manifest.tensors.items()
     ]
     files: Rows = [("file", "bytes")]
     files += [(name, f"{file.size:,}") for name, file in sorted(manifest.files.items())]
-    whole, on_disk = sum(map(_bytes_of, manifest.tensors.values())), sum(f.size for f in manifest.files.values())
+    whole, on_disk = sum(t.num_bytes for t in manifest.tensors.values()), sum(f.size for f in manifest.files.values())
     facts: Rows = [
         ("written by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         ("at layout", sizes + ", sequence parallel" * layout["sequence_parallel"]),
@@ -90,10 +87,6 @@ def describe(manifest: Manifest) -> str:
         ("bytes", f"{whole:,} in tensors, {on_disk:,} in files"),
     ]
     return "\n\n".join(map(_table, (facts, sites, tensors, files)))
-
-
-def _bytes_of(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape) * getattr(torch, tensor.dtype).itemsize
 
 
 def _table(rows: Rows) -> str:
