@@ -22,6 +22,8 @@ MANIFEST = "dora_fx.json"
 FORMAT = "dora_fx checkpoint"
 FORMAT_VERSION = 1
 
+_LONGEST_NAME = 1000
+
 
 @dataclass(frozen=True)
 class SiteSettings:
@@ -101,8 +103,9 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); load another checkpoint") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(
-            f"{path}: the file is damaged or not dora_fx's ({error}); load another checkpoint"
+            f"{path}: the file is damaged or not dora_fx's ({reason}); load another checkpoint"
         ) from error
     if found_format != FORMAT or version != FORMAT_VERSION:
         raise CheckpointError(
@@ -165,7 +168,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
             raise ValueError(f"{name} is {shortened(value)}, expected an object of {', '.join(hints)}")
         return kind(**{field: _typed(hints[field], value[field], f"{name}.{field}") for field in hints})
     if get_origin(kind) is dict:
-        if not isinstance(value, dict) or not all(map(str.isprintable, value)):
+        if not isinstance(value, dict) or not all(map(_is_name, value)):
             raise ValueError(f"{name} is {shortened(value)}, expected an object with printable names")
         return {key: _typed(get_args(kind)[1], part, f"{name}.{key}") for key, part in value.items()}
     if get_origin(kind) is tuple:
@@ -182,11 +185,16 @@ _PLAIN = {str: "printable text", bool: "true or false", int: "a number from 0", 
 
 def _is_plain(kind: type, value: Any) -> bool:
     if kind is str:
-        return isinstance(value, str) and value.isprintable()
+        return isinstance(value, str) and _is_name(value)
     if kind is bool:
         return isinstance(value, bool)
     is_whole = isinstance(value, int) and 0 <= value < 2**63
     return is_whole if kind is int else is_whole or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text can be shown: a terminal obeys what is not printable."""
+    return text.isprintable() and len(text) <= _LONGEST_NAME
 
 
 def _check_values(directory: Path, manifest: Manifest) -> None:

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.validation import validate_sharding_integr
 from torch import nn
 
 from dora_fx.checkpoint.checks import check_base, check_files, check_sites, check_stored, check_tensors
+from dora_fx.checkpoint.common import COMMON, check_common, read_common
 from dora_fx.checkpoint.contents import ModelContents, all_shards, layout_of_world, model_contents
 from dora_fx.checkpoint.directory import (
     new_directory,
@@ -39,16 +40,10 @@ from dora_fx.checkpoint.optimizer import load_optimizer_state, optimizer_sharded
 from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.checkpoint.strategy import SaveStrategy, read_state
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
-from dora_fx.safe_files.regular_file import UnsafeFileError, read_regular
-from dora_fx.safe_files.torch_file import load_torch_bytes
 
 logger = logging.getLogger(__name__)
 
 Model = nn.Module | Sequence[nn.Module]
-
-# Megatron's file for what is not sharded. Versions from 0.17 on read it, but no longer write it.
-_COMMON = "common.pt"
-_MOST_COMMON = 16 << 30
 
 
 def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
@@ -205,23 +200,7 @@ def _read(
     with failing_together(f"reading {directory}{_other_versions(manifest)}"):
         reader = CheckedReader(directory)
         check_stored(reader, described)
-        return contents, read_state(state, reader, _read_common(directory))
-
-
-def _read_common(directory: Path) -> dict[str, Any]:
-    path = directory / _COMMON
-    common = load_torch_bytes(read_regular(path, at_most=_MOST_COMMON), str(path))
-    if not isinstance(common, dict):
-        raise CheckpointError(f"{path}: found a {type(common).__name__}, expected a dict; load another checkpoint")
-    return common
-
-
-def _check_common(directory: Path) -> None:
-    """Raise CheckpointError, while the one that it would replace is still there, if the file would not be loaded."""
-    try:
-        _read_common(directory)
-    except UnsafeFileError as error:
-        raise CheckpointError(f"`extra` holds objects that would not be loaded again ({error})") from error
+        return contents, read_state(state, reader, read_common(directory))
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -247,8 +226,8 @@ def _write(sharded: dict[str, Any], common: dict[str, Any], directory: Path, wha
             sharded, str(directory), sharded_strategy=SaveStrategy(), validate_access_integrity=False
         )
         if dist.get_rank() == 0:
-            torch.save(common, directory / _COMMON)
-            _check_common(directory)
+            torch.save(common, directory / COMMON)
+            check_common(directory)
     with failing_together(what):
         names = sorted(os.listdir(directory))
         share = names[dist.get_rank() :: dist.get_world_size()]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dora_fx.checkpoint.checks import check_stored
+from dora_fx.checkpoint.common import read_common
 from dora_fx.checkpoint.directory import open_checkpoint
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import Manifest, check_file
+from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.run_folder import checkpoint_in
 
@@ -52,12 +56,19 @@ def run(parsed: dict[str, Any]) -> int:
 
 
 def problems_of(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with a checkpoint's files, one message for each that is missing or damaged."""
+    """What is wrong with a checkpoint's files, one message for each that is missing, damaged or not to be trusted."""
     problems = []
     for name, expected in manifest.files.items():
         try:
             check_file(directory, name, expected)
         except CheckpointError as error:
+            problems.append(str(error))
+    # Whoever writes a file writes its checksum too, so what whole files hold is looked at as a load does.
+    for check in (partial(check_stored, CheckedReader(directory), manifest.tensors), partial(read_common, directory)):
+        try:
+            if not problems:
+                check()
+        except (CheckpointError, ValueError, OSError) as error:
             problems.append(str(error))
     return problems
 
@@ -80,7 +91,7 @@ def describe(manifest: Manifest) -> str:
     whole, on_disk = sum(t.num_bytes for t in manifest.tensors.values()), sum(f.size for f in manifest.files.values())
     facts: Rows = [
         ("written by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
-        ("at layout", sizes + ", sequence parallel" * layout["sequence_parallel"]),
+        ("at layout", sizes + ", sequence parallel" * bool(layout["sequence_parallel"])),
         ("keys", "with layer numbers" if manifest.non_homogeneous_layers else "without layer numbers, layers in front"),
         ("optimizer", "yes" if manifest.has_optimizer else "no"),
         ("extra", "yes" if manifest.has_extra else "no"),

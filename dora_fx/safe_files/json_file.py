@@ -26,4 +26,4 @@ def read_json(path: Path, *, follow_link: bool = False) -> Any:
     except RecursionError:
         raise UnsafeFileError(f"{path}: found values nested too deeply, expected a plain JSON file") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        raise ValueError(f"{path}: cannot be read ({error})") from error
