@@ -246,7 +246,11 @@ def _copy_into_parameters(contents: ModelContents, state: dict[str, Any]) -> Non
 def _other_versions(manifest: Manifest) -> str:
     """Which packages were others when the checkpoint was written; torch reads no checkpoint of a later torch."""
     own = _versions()
-    others = [f"{name} {saved} (here {own[name]})" for name, saved in manifest.versions.items() if saved != own[name]]
+    others = [
+        f"{name} {saved} (here {own.get(name, 'none')})"
+        for name, saved in manifest.versions.items()
+        if saved != own.get(name)
+    ]
     return f", written with {', '.join(others)}" if others else ""
 
 

@@ -5,7 +5,9 @@ Every attack is first shown to work on the reader of torch or Megatron that woul
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,3 +171,25 @@ def test_code_in_the_common_file_does_not_run(
     assert main(["inspect", str(checkpoint)]) == 1
     assert "found posix.mkdir in it" in capsys.readouterr().err
     assert not marker.exists()
+
+
+def test_a_file_that_is_swapped_after_its_checksum(checkpoint: Path, tmp_path: Path) -> None:
+    """What is loaded is what was looked at: the bytes that were read once."""
+    marker = tmp_path / "marker"
+    whole, opened = (checkpoint / METADATA).read_bytes(), [0]
+
+    def plant_at_the_second_opening(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]) == str(checkpoint / METADATA) and opened[0] < 2:
+            opened[0] += 1
+            if opened[0] == 2:
+                planted = os.open(tmp_path / "planted", os.O_WRONLY | os.O_CREAT)
+                os.write(planted, pickle.dumps(Payload(marker)))
+                os.close(planted)
+                os.replace(tmp_path / "planted", checkpoint / METADATA)
+
+    sys.addaudithook(plant_at_the_second_opening)
+    with pytest.raises(CheckpointError, match=r"\.metadata: found 'posix\.mkdir' in it"):
+        dora_fx.load_checkpoint(adapted(2), checkpoint)
+    assert opened == [2] and not marker.exists()
+    (checkpoint / METADATA).write_bytes(whole)
+    assert dora_fx.load_checkpoint(adapted(2), checkpoint) == {"step": 3}

@@ -164,6 +164,15 @@ def test_values_of_other_types(checkpoint: Path, path: str, value: object, messa
     refused(checkpoint, message)
 
 
+def test_versions_of_other_packages_are_only_told(checkpoint: Path) -> None:
+    edit_manifest(checkpoint, lambda content: content["versions"].update({"another": "1.0"}))
+    assert dora_fx.load_checkpoint(adapted(2), checkpoint) == {"step": 3}
+    (checkpoint / METADATA).write_bytes(b"")
+    recompute_checksums(checkpoint)
+    with pytest.raises(CheckpointError, match=r"another 1\.0 \(here none\): .*\.metadata: found no whole pickle"):
+        dora_fx.load_checkpoint(adapted(2), checkpoint)
+
+
 def edit_metadata(checkpoint: Path, edit: Callable[[Any], object]) -> None:
     """Change what torch's metadata says of the tensor `KEY`, and of the piece of a file that has it."""
     metadata = metadata_of(checkpoint)
