@@ -44,6 +44,7 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of its elements; raises ValueError for a dtype that torch has not."""
         return math.prod(self.shape) * dtype_of(self.dtype).itemsize
 
 

@@ -62,7 +62,15 @@ class CheckedReader(FileSystemReader):
         Returns:
             What is said of each tensor.
         """
-        return {key: self._checked(key) for key in keys}
+        described = {key: self._stored(key) for key in keys}
+        in_pieces = sum(self._check_chunks(key, stored) for key, stored in described.items())
+        # Else one piece could stand for any number of chunks.
+        in_files = sum(self._sizes.values())
+        if in_pieces > in_files:
+            raise UnsafeFileError(
+                f"{self.directory / METADATA}: found tensors in {in_pieces:,} bytes, where the files have {in_files:,}"
+            )
+        return described
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what a plan asks for, each piece as bytes that are checked and then given to torch."""
@@ -105,18 +113,19 @@ class CheckedReader(FileSystemReader):
             raise UnsafeFileError(f"{self.directory / METADATA}: found {found} as {key}, expected a tensor")
         return stored
 
-    def _checked(self, key: str) -> TensorStorageMetadata:
-        stored = self._stored(key)
-        covered = sum(self._check_chunk(key, stored, chunk) for chunk in stored.chunks)
+    def _check_chunks(self, key: str, stored: TensorStorageMetadata) -> int:
+        """The number of bytes of the files that have a tensor, once they are known to have all of it."""
+        pieces = [self._piece(key, stored, chunk) for chunk in stored.chunks]
+        covered = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
         if covered < math.prod(stored.size):
             raise UnsafeFileError(
                 f"{self.directory / METADATA}: found {covered:,} elements of {key} in the files, expected "
                 f"{math.prod(stored.size):,} for its shape {tuple(stored.size)}"
             )
-        return stored
+        return sum(piece.length for piece in pieces)
 
-    def _check_chunk(self, key: str, stored: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> int:
-        """The number of elements of a chunk, once it is known to be in a file."""
+    def _piece(self, key: str, stored: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> StoredPiece:
+        """Where a chunk is, once it is known to be in a file."""
         where = f"{self.directory / METADATA}: {key}"
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=False)]
         if not len(chunk.offsets) == len(chunk.sizes) == len(stored.size) or any(
@@ -128,13 +137,12 @@ class CheckedReader(FileSystemReader):
             raise UnsafeFileError(f"{where} has a chunk at {tuple(chunk.offsets)} that no file has")
         path = plain_name(self.directory, piece.name)
         _check_inside(path, self._size_of(path), piece)
-        elements = math.prod(chunk.sizes)
-        if elements * stored.properties.dtype.itemsize > piece.length:
+        if math.prod(chunk.sizes) * stored.properties.dtype.itemsize > piece.length:
             raise UnsafeFileError(
                 f"{where} has a chunk of shape {tuple(chunk.sizes)}, for which {piece.length:,} bytes of {path.name} "
                 "are too few"
             )
-        return elements
+        return piece
 
     def _size_of(self, path: Path) -> int:
         if path.name not in self._sizes:

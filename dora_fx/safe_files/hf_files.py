@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +70,20 @@ def _files_of_index(path: Path) -> Iterator[Path]:
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict):
         raise UnsafeFileError(f"{path}: found no object weight_map, expected the index of a model's files")
-    for name in dict.fromkeys(map(_text, names.values())):
+    for name in _distinct(path, names.values()):
         file = plain_name(path.parent, name)
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file, although {path.name} names it")
         yield file
 
 
-def _text(name: object) -> str:
-    if not isinstance(name, str):
-        raise UnsafeFileError(f"found {shortened(name)} in the index of a model's files, expected names")
-    return name
+def _distinct(path: Path, names: Iterable[object]) -> list[str]:
+    found: dict[str, None] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise UnsafeFileError(f"{path}: found {shortened(name)} in weight_map, expected names of files")
+        found[name] = None
+    return list(found)
 
 
 def _check_config(path: Path, config: Any, elements: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from dora_fx.safe_files.regular_file import UnsafeFileError, read_regular
 
 # Far above what any file of a checkpoint, an adapter or a model has.
-_MOST_BYTES = 256 << 20
+_MOST_BYTES = 64 << 20
 
 
 def read_json(path: Path, *, follow_link: bool = False) -> Any:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import dora_fx
 from dora_fx import CheckpointError
@@ -274,6 +275,25 @@ def test_a_tensor_that_is_not_the_one_described(checkpoint: Path, change: Callab
     recompute_checksums(checkpoint)
     with pytest.raises(CheckpointError, match=rf"{DATA}, {KEY}: "):
         read_adapters(checkpoint)
+
+
+def test_one_piece_for_many_chunks(checkpoint: Path) -> None:
+    """Each name of a piece takes some bytes, and would stand for as many elements as the piece has."""
+    count = 512
+
+    def edit(metadata: Any) -> None:
+        shared = piece(metadata)
+        stored(metadata).size = torch.Size([1, 4 * count, 32])
+        for row in range(4, 4 * count, 4):
+            offset = torch.Size([0, row, 0])
+            stored(metadata).chunks.append(ChunkStorageMetadata(offset, torch.Size([1, 4, 32])))
+            metadata.storage_data[MetadataIndex(KEY, offset)] = shared
+
+    edit_metadata(checkpoint, edit)
+    tensor = torch.zeros(1, 4 * count, 32)
+    dcp.load({KEY: tensor}, storage_reader=FileSystemReader(checkpoint), no_dist=True)
+    assert tensor.count_nonzero() == tensor.numel()
+    refused(checkpoint, r"\.metadata: found tensors in .* bytes, where the files have")
 
 
 def test_one_opcode_that_makes_room_for_gigabytes(checkpoint: Path) -> None:
