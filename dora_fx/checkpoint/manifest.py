@@ -194,7 +194,7 @@ def _is_plain(kind: type, value: Any) -> bool:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a text can be shown: a terminal obeys what is not printable."""
+    """True for a text that can be shown: a terminal obeys what is not printable."""
     return text.isprintable() and len(text) <= _LONGEST_NAME
 
 

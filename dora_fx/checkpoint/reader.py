@@ -48,7 +48,7 @@ class CheckedReader(FileSystemReader):
 
     @cached_property
     def metadata(self) -> Metadata:
-        """What `.metadata` says, read once."""
+        """The contents of `.metadata`, read once."""
         path = self.directory / METADATA
         return read_dcp_metadata(read_regular(path, at_most=_MOST_METADATA), str(path))
 
@@ -60,7 +60,7 @@ class CheckedReader(FileSystemReader):
         """Check that tensors lie in the files as they are described, before anybody makes room for them.
 
         Returns:
-            What is said of each tensor.
+            The description of each tensor.
         """
         described = {key: self._stored(key) for key in keys}
         in_pieces = sum(self._check_chunks(key, stored) for key, stored in described.items())

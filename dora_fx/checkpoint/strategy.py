@@ -93,7 +93,7 @@ def read_shards(sharded_state_dict: dict[str, Any], reader: CheckedReader) -> di
 
 
 def _read_requests(requests: dict[str, ShardedBase], reader: CheckedReader) -> dict[str, Any]:
-    """What each shard asks for: `TorchDistLoadShardedStrategy.load` with a reader that checks."""
+    """Read what each shard asks for: `TorchDistLoadShardedStrategy.load` with a reader that checks."""
     tensors = {shard.key: shard for shard in requests.values() if isinstance(shard, ShardedTensor)}
     reader.check(tensors)
     by_key, _, names = _replace_state_dict_keys_with_sharded_keys(requests)

@@ -56,7 +56,7 @@ def run(parsed: dict[str, Any]) -> int:
 
 
 def problems_of(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with a checkpoint's files, one message for each that is missing, damaged or not to be trusted."""
+    """List what is wrong with the files, one message for each that is missing, damaged or not to be trusted."""
     problems = []
     for name, expected in manifest.files.items():
         try:

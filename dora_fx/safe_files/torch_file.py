@@ -44,7 +44,7 @@ _CLASSES = frozenset(
 
 
 def load_torch_bytes(data: bytes, where: str) -> Any:
-    """What `torch.save` wrote into `data`, on the CPU: numbers, text, bytes, tensors, lists, tuples, sets and dicts.
+    """Read what `torch.save` wrote, onto the CPU: numbers, text, bytes, tensors, lists, tuples, sets and dicts.
 
     Args:
         data: the whole archive.

@@ -34,7 +34,7 @@ class Payload:
 
 
 def ran(marker: Path, call: Callable[[], object]) -> bool:
-    """Whether a call runs the payload, whatever becomes of the call."""
+    """Make a call; true if it runs the payload, whatever becomes of it."""
     with contextlib.suppress(BaseException):
         call()
     if marker.exists():
@@ -44,7 +44,7 @@ def ran(marker: Path, call: Callable[[], object]) -> bool:
 
 
 def archive_with(pickled: bytes, **records: bytes) -> bytes:
-    """What `torch.save` would have written for a pickle, and records by their names below `data/`."""
+    """The archive that `torch.save` would have written: a pickle, and records by their names below `data/`."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -101,7 +101,7 @@ def recompute_checksums(checkpoint: Path) -> None:
 
 
 def is_endless(code: str, *arguments: object, seconds: int = 2, mebibytes: int = 1024, patience: int = 100) -> bool:
-    """Whether Python code, in a process of its own, needs more than that of the processor, of memory or of patience.
+    """Run Python code in a process of its own; true if it needs more of the processor, memory or patience than this.
 
     Args:
         code: imports, a line `pass`, and what is tried; limits count from the `pass`.

@@ -1,6 +1,6 @@
 """A base model or a PEFT adapter that somebody planted files in is refused before transformers opens it.
 
-What transformers, or a reader that it uses, does without the check is shown beside it.
+Beside it stands what transformers, or a reader that it uses, does without the check.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def call_a_tensor_an_object(checkpoint: Path, marker: Path) -> None:
 
 @dataclass(frozen=True)
 class Attack:
-    """What is planted, whom it works on, and what the refusal says."""
+    """One planted file, whom it works on, and the refusal's words."""
 
     plant: Callable[[Path, Path], None]
     works_on: Callable[[Path], object]
@@ -174,7 +174,7 @@ def test_code_in_the_common_file_does_not_run(
 
 
 def test_a_file_that_is_swapped_after_its_checksum(checkpoint: Path, tmp_path: Path) -> None:
-    """What is loaded is what was looked at: the bytes that were read once."""
+    """The bytes that are loaded are those that were looked at, read once."""
     marker = tmp_path / "marker"
     whole, opened = (checkpoint / METADATA).read_bytes(), [0]
 

@@ -119,7 +119,7 @@ def test_code_in_a_config(run: Path, name: str, tmp_path: Path, capsys: pytest.C
 
 
 def save_bridge(folder: Path) -> Path:
-    """What Megatron-Bridge writes on one rank: Megatron's own format, and no manifest."""
+    """Save as Megatron-Bridge does on one rank: Megatron's own format, and no manifest."""
     path = folder / "iter_0000001"
     path.mkdir()
     with saving_on_cpu():

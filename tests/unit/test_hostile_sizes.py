@@ -1,6 +1,6 @@
 """A checkpoint whose files are named, counted or described as they cannot be is refused before anybody believes it.
 
-What a reader without the check does is shown beside it: it opens other files, waits, or makes room without end.
+Beside it stands what a reader without the check does: it opens other files, waits, or makes room without end.
 """
 
 from __future__ import annotations
