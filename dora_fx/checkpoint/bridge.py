@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import TensorStorageMetadata
 
 from dora_fx.agreement import raise_on_every_rank
+from dora_fx.checkpoint.reader import METADATA, CheckedReader
+from dora_fx.checkpoint.strategy import read_state
 from dora_fx.hf.export_adapter import world_group
 from dora_fx.layers import DoRALinear
 from dora_fx.matching import unwrap
@@ -97,35 +99,35 @@ def load_bridge_checkpoint(
     chunks = model if isinstance(model, list) else [model]
     problem: str | None = None
     try:
-        stored = _read_metadata(Path(path))
-        shards = [list(_requests(unwrap(chunk), stored)) for chunk in chunks]
-        wanted = [shard for part in shards for shard in part]
+        reader = CheckedReader(Path(path))
+        stored = _adapter_tensors(reader)
+        wanted = [shard for chunk in chunks for shard in _requests(unwrap(chunk), stored)]
         _check_keys_and_shapes(Path(path), stored, wanted)
         _check_size(Path(path), stored, wanted, tensor_parallel_size)
         _check_row_magnitudes(wanted, tensor_parallel_size, rebuild_row_magnitudes)
+        loaded = read_state({str(index): shard.request for index, shard in enumerate(wanted)}, reader)
+        values = [loaded[str(index)] for index in range(len(wanted))]
+        _check_finite(Path(path), wanted, values)
     except (ValueError, OSError) as error:
         problem = str(error)
     raise_on_every_rank(problem, world_group())
-    requests = {
-        str(index): {str(i): shard.request for i, shard in enumerate(part)} for index, part in enumerate(shards)
-    }
-    loaded = dist_checkpointing.load(requests, str(path))
-    values = [loaded[str(index)][str(i)] for index, part in enumerate(shards) for i in range(len(part))]
-    broken = [shard.key for shard, value in zip(wanted, values, strict=True) if not torch.isfinite(value).all()]
-    raise_on_every_rank(
-        f"{path}: {broken[0]} has NaN or inf, expected finite values" if broken else None, world_group()
-    )
     _copy(wanted, values, tensor_parallel_size)
     logger.info("loaded %d adapters from %s", len(wanted) // 3, path)
     return model
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _adapter_tensors(reader: CheckedReader) -> dict[str, TensorStorageMetadata]:
     """What torch's checkpoint format says of every adapter tensor: size, and the chunks it was saved in."""
-    if not (path / ".metadata").is_file():
-        raise ValueError(f"{path}: there is no .metadata, expected a torch_dist checkpoint such as iter_0000100")
-    metadata = FileSystemReader(path).read_metadata().state_dict_metadata
-    return {key: value for key, value in metadata.items() if ".adapter." in key and hasattr(value, "chunks")}
+    if not (reader.directory / METADATA).exists():
+        raise ValueError(
+            f"{reader.directory}: there is no .metadata, expected a torch_dist checkpoint such as iter_0000100"
+        )
+    described = reader.metadata.state_dict_metadata
+    return {
+        key: value
+        for key, value in described.items()
+        if ".adapter." in key and isinstance(value, TensorStorageMetadata)
+    }
 
 
 def _requests(chunk: Any, stored: dict[str, Any]) -> Iterator[StoredShard]:
@@ -208,6 +210,12 @@ def _check_row_magnitudes(wanted: Sequence[StoredShard], tensor_parallel_size: i
             "not of the whole weight; the trained magnitudes are lost. Pass rebuild_row_magnitudes=True to set them "
             "to the norm of W + s B A"
         )
+
+
+def _check_finite(path: Path, wanted: Sequence[StoredShard], values: Sequence[Tensor]) -> None:
+    for shard, value in zip(wanted, values, strict=True):
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path}: {shard.key} has NaN or inf, expected finite values")
 
 
 @torch.no_grad()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from operator import le
 from pathlib import Path
 
 import torch.distributed as dist
 
 from dora_fx.checkpoint.failing_together import CheckpointError
-from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
+from dora_fx.checkpoint.manifest import MANIFEST, Manifest, SiteSettings, StoredTensor, check_file, dtype_of
+from dora_fx.checkpoint.reader import CheckedReader
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,18 @@ def check_tensors(
             raise CheckpointError(
                 f"{directory}: {key} is a {tensor.dtype} tensor of shape {tensor.shape}, the model's is "
                 f"{wanted[key].dtype} of shape {wanted[key].shape}; load it into a model of the same sizes and dtype"
+            )
+
+
+def check_stored(reader: CheckedReader, described: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError unless the files hold tensors of the dtypes and, but for padding, the shapes described."""
+    for key, stored in reader.check(described).items():
+        shape, dtype = tuple(stored.size), dtype_of(described[key].dtype)
+        is_inside = len(shape) == len(described[key].shape) and all(map(le, described[key].shape, shape))
+        if not is_inside or stored.properties.dtype != dtype:
+            raise CheckpointError(
+                f"{reader.directory}: {key} is a {stored.properties.dtype} tensor of shape {shape} in its files, "
+                f"expected {dtype} of shape {described[key].shape} as in {MANIFEST}; load another checkpoint"
             )
 
 

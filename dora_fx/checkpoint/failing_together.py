@@ -9,6 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dora_fx.safe_files.regular_file import UnsafeFileError
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or cannot be loaded; nothing was changed."""
@@ -46,6 +48,8 @@ def describe_error(error: BaseException) -> str:
         rank, wrapped = min(error.failures.items())
         return f"{describe_error(wrapped[0])} (on rank {rank})"
     text = str(error).strip()
+    if isinstance(error, UnsafeFileError):
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -5,16 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
 
 from dora_fx.checkpoint.failing_together import CheckpointError
+from dora_fx.safe_files.json_file import read_json
+from dora_fx.safe_files.regular_file import open_regular, plain_name, shortened, size_of
 
 MANIFEST = "dora_fx.json"
 FORMAT = "dora_fx checkpoint"
 FORMAT_VERSION = 1
+
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,11 @@ class StoredTensor:
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its elements; raises ValueError for a dtype that torch has not."""
+        return math.prod(self.shape) * dtype_of(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class Manifest:
 
     save_id: str
     versions: dict[str, str]
-    layout: dict[str, Any]
+    layout: dict[str, int]
     non_homogeneous_layers: bool
     sites: dict[str, SiteSettings]
     tensors: dict[str, StoredTensor]
@@ -85,55 +98,119 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         found_format, version, checksum = (content.pop(key) for key in ("format", "format_version", "checksum"))
+        own_checksum = _checksum({"format": found_format, "format_version": version} | content)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); load another checkpoint") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise CheckpointError(
-            f"{path}: the file is damaged or not dora_fx's ({error}); load another checkpoint"
+            f"{path}: the file is damaged or not dora_fx's ({reason}); load another checkpoint"
         ) from error
     if found_format != FORMAT or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: found format {found_format!r} of version {version!r}, expected {FORMAT!r} of version "
-            f"{FORMAT_VERSION}; load it with the version of dora_fx that wrote it"
+            f"{path}: found format {shortened(found_format)} of version {shortened(version)}, expected {FORMAT!r} of "
+            f"version {FORMAT_VERSION}; load it with the version of dora_fx that wrote it"
         )
-    if checksum != _checksum({"format": found_format, "format_version": version} | content):
+    if checksum != own_checksum:
         raise CheckpointError(f"{path}: the file is damaged, its checksum does not match; load another checkpoint")
-    return Manifest(
-        **content
-        | {
-            "sites": {key: SiteSettings(**value) for key, value in content["sites"].items()},
-            "tensors": {
-                key: StoredTensor(tuple(value["shape"]), value["dtype"]) for key, value in content["tensors"].items()
-            },
-            "files": {name: StoredFile(**value) for name, value in content["files"].items()},
-        }
-    )
+    try:
+        manifest: Manifest = _typed(Manifest, content, "it")
+        _check_values(directory, manifest)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; it is not what dora_fx writes, load another checkpoint") from error
+    return manifest
 
 
 def describe_file(path: Path) -> StoredFile:
-    """Size and checksum of a file as it is."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return StoredFile(file.tell(), digest)
+    """Size and checksum of a regular file as it is."""
+    with open_regular(path) as file:
+        return StoredFile(size_of(file), hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def check_file(directory: Path, name: str, expected: StoredFile) -> None:
-    """Raise CheckpointError, naming the file, unless it is there with the size and checksum of the manifest."""
+    """Raise CheckpointError, naming the file, unless it is there with the size and checksum of the manifest.
+
+    Its bytes are looked at if it is a regular file of that size alone.
+    """
     path = directory / name
     try:
-        found = describe_file(path)
+        with open_regular(plain_name(directory, name)) as file:
+            found = size_of(file)
+            is_whole = found == expected.size and hashlib.file_digest(file, "sha256").hexdigest() == expected.sha256
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing; load another checkpoint") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); load another checkpoint") from error
-    if found.size != expected.size:
+    except ValueError as error:
+        raise CheckpointError(f"{error}; load another checkpoint") from error
+    if found != expected.size:
         raise CheckpointError(
-            f"{path}: found {found.size} bytes, expected {expected.size}; the file is damaged, load another checkpoint"
+            f"{path}: found {found} bytes, expected {expected.size}; the file is damaged, load another checkpoint"
         )
-    if found.sha256 != expected.sha256:
+    if not is_whole:
         raise CheckpointError(f"{path}: the file is damaged, its checksum does not match; load another checkpoint")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype of a name such as `bfloat16`; raises ValueError for any other."""
+    dtype = vars(torch).get(name)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"found the dtype {shortened(name)}, expected one of torch's")
+    return dtype
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """A value of JSON as the type of a field of the manifest; raises ValueError where it is none."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            raise ValueError(f"{name} is {shortened(value)}, expected an object of {', '.join(hints)}")
+        return kind(**{field: _typed(hints[field], value[field], f"{name}.{field}") for field in hints})
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict) or not all(map(_is_name, value)):
+            raise ValueError(f"{name} is {shortened(value)}, expected an object with printable names")
+        return {key: _typed(get_args(kind)[1], part, f"{name}.{key}") for key, part in value.items()}
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {shortened(value)}, expected a list")
+        return tuple(_typed(get_args(kind)[0], part, name) for part in value)
+    if not _is_plain(kind, value):
+        raise ValueError(f"{name} is {shortened(value)}, expected {_PLAIN[kind]}")
+    return value
+
+
+_PLAIN = {str: "printable text", bool: "true or false", int: "a number from 0", float: "a finite number"}
+
+
+def _is_plain(kind: type, value: Any) -> bool:
+    if kind is str:
+        return isinstance(value, str) and _is_name(value)
+    if kind is bool:
+        return isinstance(value, bool)
+    is_whole = isinstance(value, int) and 0 <= value < 2**63
+    return is_whole if kind is int else is_whole or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_name(text: str) -> bool:
+    """True for a text that can be shown: a terminal obeys what is not printable."""
+    return text.isprintable() and len(text) <= _LONGEST_NAME
+
+
+def _check_values(directory: Path, manifest: Manifest) -> None:
+    """Raise ValueError for values that no checkpoint has, although they are of the right types."""
+    for name, file in manifest.files.items():
+        plain_name(directory, name)
+        if not re.fullmatch("[0-9a-f]{64}", file.sha256):
+            raise ValueError(f"files.{name}.sha256 is {shortened(file.sha256)}, expected a SHA-256 in hexadecimal")
+    lacking = {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"} - manifest.layout.keys()
+    if lacking:
+        raise ValueError(f"layout has no {min(lacking)}")
+    in_tensors = sum(tensor.num_bytes for tensor in manifest.tensors.values())
+    in_files = sum(file.size for file in manifest.files.values())
+    if in_tensors > in_files:
+        raise ValueError(f"found {in_tensors:,} bytes in tensors, expected no more than the {in_files:,} in files")
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

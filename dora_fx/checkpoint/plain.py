@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
-from torch.distributed.checkpoint.api import CheckpointException
 
+from dora_fx.checkpoint.checks import check_stored
 from dora_fx.checkpoint.directory import open_checkpoint, read_unreplaced, was_replaced
 from dora_fx.checkpoint.failing_together import CheckpointError, describe_error
 from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
+from dora_fx.checkpoint.reader import CheckedReader, load_checked
 from dora_fx.placement import ADAPTER_TENSORS
 
 
@@ -47,30 +45,42 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, WholeAdapter]:
 def _read(directory: Path, manifest: Manifest) -> dict[str, WholeAdapter]:
     for name, expected in manifest.files.items():
         check_file(directory, name, expected)
-    keys = [f"{site}.adapter.{name}" for site in manifest.sites for name in ADAPTER_TENSORS]
+    described = _described(directory, manifest)
     try:
-        reader = FileSystemReader(directory)
-        found = reader.read_metadata().state_dict_metadata
-        tensors = {key: _empty(directory, key, found.get(key)) for key in keys}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            checkpoint.load(tensors, storage_reader=reader, no_dist=True)
-    except CheckpointError:
-        raise
-    except (Exception, CheckpointException) as error:
+        reader = CheckedReader(directory)
+        check_stored(reader, described)
+        # Zeros, so that an element that no file has would not come from this process's memory.
+        tensors = {
+            key: torch.zeros(stored.size, dtype=stored.properties.dtype)
+            for key, stored in reader.check(described).items()
+        }
+        load_checked(tensors, reader)
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{directory}: cannot be read ({describe_error(error)})") from error
     adapters: dict[str, WholeAdapter] = {}
     for site, settings in manifest.sites.items():
         names = {name: f"{site}.adapter.{name}" for name in ADAPTER_TENSORS}
-        whole = {name: _cut(tensors[key], manifest.tensors[key]) for name, key in names.items()}
+        whole = {name: _cut(tensors[key], described[key]) for name, key in names.items()}
         adapters |= {path: WholeAdapter(parts, settings) for path, parts in _layers(site, whole)}
     return adapters
 
 
-def _empty(directory: Path, key: str, stored: object) -> Tensor:
-    if not isinstance(stored, TensorStorageMetadata):
-        raise CheckpointError(f"{directory}: there is no tensor {key}, which its manifest has; load another checkpoint")
-    return torch.empty(stored.size, dtype=stored.properties.dtype)
+def _described(directory: Path, manifest: Manifest) -> dict[str, StoredTensor]:
+    """The adapters' tensors by key, once the shapes of every site are known to belong together."""
+    described: dict[str, StoredTensor] = {}
+    for site, settings in manifest.sites.items():
+        tensors = {name: manifest.tensors.get(f"{site}.adapter.{name}") for name in ADAPTER_TENSORS}
+        shapes = {name: tensor.shape if tensor else None for name, tensor in tensors.items()}
+        a, b, magnitude = (shapes[name] or () for name in ("linear_in.weight", "linear_out.weight", "weight_magnitude"))
+        layers, dim = magnitude[:-1], settings.dim
+        if len(magnitude) not in (1, 2) or a[:-1] != (*layers, dim) or b != (*magnitude, dim):
+            found = ", ".join(f"{name} {shape or 'missing'}" for name, shape in shapes.items())
+            raise CheckpointError(
+                f"{directory}: the tensors of {site} do not belong together ({found}), expected [layers, {dim}, in], "
+                f"[layers, out, {dim}] and [layers, out]; load another checkpoint"
+            )
+        described |= {f"{site}.adapter.{name}": tensor for name, tensor in tensors.items() if tensor}
+    return described
 
 
 def _cut(stored: Tensor, described: StoredTensor) -> Tensor:

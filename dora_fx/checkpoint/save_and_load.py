@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factories, apply_factory_merges
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch import nn
 
-from dora_fx.checkpoint.checks import check_base, check_files, check_sites, check_tensors
+from dora_fx.checkpoint.checks import check_base, check_files, check_sites, check_stored, check_tensors
+from dora_fx.checkpoint.common import COMMON, check_common, read_common
 from dora_fx.checkpoint.contents import ModelContents, all_shards, layout_of_world, model_contents
 from dora_fx.checkpoint.directory import (
     new_directory,
@@ -38,15 +37,13 @@ from dora_fx.checkpoint.directory import (
 from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, from_first_rank, gather
 from dora_fx.checkpoint.manifest import Manifest, StoredFile, describe_file
 from dora_fx.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state_dict
-from dora_fx.checkpoint.strategy import LoadStrategy, SaveStrategy
+from dora_fx.checkpoint.reader import CheckedReader
+from dora_fx.checkpoint.strategy import SaveStrategy, read_state
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
 
 logger = logging.getLogger(__name__)
 
 Model = nn.Module | Sequence[nn.Module]
-
-# Megatron's file for what is not sharded. Versions from 0.17 on read it, but no longer write it.
-_COMMON = "common.pt"
 
 
 def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
@@ -198,28 +195,12 @@ def _read(
         wanted = _without_data(_split(state)[0])
     everyone = gather(wanted, f"loading {directory}")
     with failing_together(f"loading {directory}"):
-        check_tensors(directory, manifest, contents.stored_tensors(everyone), with_optimizer=optimizer is not None)
+        described = contents.stored_tensors(everyone)
+        check_tensors(directory, manifest, described, with_optimizer=optimizer is not None)
     with failing_together(f"reading {directory}{_other_versions(manifest)}"):
-        return contents, _load(state, directory)
-
-
-def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """As `dist_checkpointing.load`, which from Megatron 0.17 on warns of the file that earlier ones must find."""
-    common = _read_common(directory)
-    sharded, own, factories = load_preprocess(state)
-    merge(common, own)
-    merge(common, LoadStrategy().load(extract_sharded_base(sharded)[0], directory))
-    return apply_factory_merges(common, factories)
-
-
-def _read_common(directory: Path) -> dict[str, Any]:
-    try:
-        return torch.load(directory / _COMMON, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{directory / _COMMON}: `extra` holds objects that would not be loaded again ({error}); "
-            "expected numbers, text, tensors, lists and dicts"
-        ) from error
+        reader = CheckedReader(directory)
+        check_stored(reader, described)
+        return contents, read_state(state, reader, read_common(directory))
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -245,8 +226,8 @@ def _write(sharded: dict[str, Any], common: dict[str, Any], directory: Path, wha
             sharded, str(directory), sharded_strategy=SaveStrategy(), validate_access_integrity=False
         )
         if dist.get_rank() == 0:
-            torch.save(common, directory / _COMMON)
-            _read_common(directory)
+            torch.save(common, directory / COMMON)
+            check_common(directory)
     with failing_together(what):
         names = sorted(os.listdir(directory))
         share = names[dist.get_rank() :: dist.get_world_size()]
@@ -265,7 +246,11 @@ def _copy_into_parameters(contents: ModelContents, state: dict[str, Any]) -> Non
 def _other_versions(manifest: Manifest) -> str:
     """Which packages were others when the checkpoint was written; torch reads no checkpoint of a later torch."""
     own = _versions()
-    others = [f"{name} {saved} (here {own[name]})" for name, saved in manifest.versions.items() if saved != own[name]]
+    others = [
+        f"{name} {saved} (here {own.get(name, 'none')})"
+        for name, saved in manifest.versions.items()
+        if saved != own.get(name)
+    ]
     return f", written with {', '.join(others)}" if others else ""
 
 

@@ -15,17 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_inplace,
+    extract_matching_values,
+    merge,
+    nested_values,
+)
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
     MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
+    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
+
+from dora_fx.checkpoint.reader import CheckedReader, load_checked
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
@@ -45,27 +55,55 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
         )
 
 
-class LoadStrategy(TorchDistLoadShardedStrategy):
-    """Reads into new tensors on the CPU, never into those that the state dict holds.
+def read_state(state: dict[str, Any], reader: CheckedReader, common: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read what a sharded state dict describes, as `dist_checkpointing.load`, but for the files that it trusts.
+
+    Args:
+        state: nested dicts and lists of shards, factories of shards and what is not saved; it is not changed.
+        reader: of the checkpoint.
+        common: what is not sharded, to put the rest into.
+
+    Raises:
+        UnsafeFileError, OSError: a file is not what the format allows, or cannot be read.
+    """
+    loaded = {} if common is None else common
+    sharded, own, factories = load_preprocess(state)
+    merge(loaded, own)
+    merge(loaded, read_shards(extract_sharded_base(sharded)[0], reader))
+    return apply_factory_merges(loaded, factories)
+
+
+def read_shards(sharded_state_dict: dict[str, Any], reader: CheckedReader) -> dict[str, Any]:
+    """Read the shards of a nested state dict into new tensors on the CPU; returns it with tensors in their places.
 
     Global shapes may differ at their ends from the stored ones: what pads a layer for one number of ranks is left out
-    or filled with zeros for another. Shapes without padding are the manifest's to check.
+    or filled with zeros for another. Shapes without padding are the caller's to check.
     """
+    by_key: dict[str, list[ShardedBase]] = {}
+    for shard in nested_values(sharded_state_dict):
+        by_key.setdefault(shard.key, []).append(shard)
+    runs = [run for shards in by_key.values() for run in _runs_of_layers(shards)]
+    loaded = _read_requests({str(index): _request(run) for index, run in enumerate(runs)}, reader)
+    values: dict[int, Any] = {}
+    for index, run in enumerate(runs):
+        parts = loaded[str(index)].unbind(0) if _has_layer_axis(run[0]) else [loaded[str(index)]]
+        values |= {id(shard): part for shard, part in zip(run, parts, strict=True)}
+    copy, _ = extract_matching_values(sharded_state_dict, lambda shard: True)
+    return dict_list_map_inplace(lambda shard: values[id(shard)], copy)
 
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str, *args: Any) -> dict[str, Any]:
-        """Read what the shards of a nested state dict describe; returns it with tensors in their places."""
-        by_key: dict[str, list[ShardedBase]] = {}
-        for shard in nested_values(sharded_state_dict):
-            by_key.setdefault(shard.key, []).append(shard)
-        runs = [run for shards in by_key.values() for run in _runs_of_layers(shards)]
-        requests = {str(index): _request(run) for index, run in enumerate(runs)}
-        loaded = super().load(requests, checkpoint_dir, *args)
-        values: dict[int, Any] = {}
-        for index, run in enumerate(runs):
-            parts = loaded[str(index)].unbind(0) if _has_layer_axis(run[0]) else [loaded[str(index)]]
-            values |= {id(shard): part for shard, part in zip(run, parts, strict=True)}
-        copy, _ = extract_matching_values(sharded_state_dict, lambda shard: True)
-        return dict_list_map_inplace(lambda shard: values[id(shard)], copy)
+
+def _read_requests(requests: dict[str, ShardedBase], reader: CheckedReader) -> dict[str, Any]:
+    """Read what each shard asks for: `TorchDistLoadShardedStrategy.load` with a reader that checks."""
+    tensors = {shard.key: shard for shard in requests.values() if isinstance(shard, ShardedTensor)}
+    reader.check(tensors)
+    by_key, _, names = _replace_state_dict_keys_with_sharded_keys(requests)
+    state = mcore_to_pyt_state_dict(by_key, True)
+    planner = MCoreLoadPlanner(
+        allow_shape_mismatch_sharded_tensors=tensors, flatten_state_dict=False, flatten_sharded_tensors=False
+    )
+    load_checked(state, reader, planner)
+    values = {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
+    return {name: value for key in values for name, value in zip(names[key], values[key], strict=True)}
 
 
 def _has_layer_axis(shard: ShardedBase) -> bool:

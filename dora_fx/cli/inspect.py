@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dora_fx.checkpoint.checks import check_stored
+from dora_fx.checkpoint.common import read_common
 from dora_fx.checkpoint.directory import open_checkpoint
 from dora_fx.checkpoint.failing_together import CheckpointError
-from dora_fx.checkpoint.manifest import Manifest, StoredTensor, check_file
+from dora_fx.checkpoint.manifest import Manifest, check_file
+from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.run_folder import checkpoint_in
 
@@ -55,12 +56,19 @@ def run(parsed: dict[str, Any]) -> int:
 
 
 def problems_of(directory: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with a checkpoint's files, one message for each that is missing or damaged."""
+    """List what is wrong with the files, one message for each that is missing, damaged or not to be trusted."""
     problems = []
     for name, expected in manifest.files.items():
         try:
             check_file(directory, name, expected)
         except CheckpointError as error:
+            problems.append(str(error))
+    # Whoever writes a file writes its checksum too, so what whole files hold is looked at as a load does.
+    for check in (partial(check_stored, CheckedReader(directory), manifest.tensors), partial(read_common, directory)):
+        try:
+            if not problems:
+                check()
+        except (CheckpointError, ValueError, OSError) as error:
             problems.append(str(error))
     return problems
 
@@ -75,25 +83,21 @@ def describe(manifest: Manifest) -> str:
     ]
     tensors: Rows = [("tensor", "shape", "dtype", "bytes")]
     tensors += [
-        (key, "x".join(map(str, tensor.shape)), tensor.dtype, f"{_bytes_of(tensor):,}")
+        (key, "x".join(map(str, tensor.shape)), tensor.dtype, f"{tensor.num_bytes:,}")
         for key, tensor in manifest.tensors.items()
     ]
     files: Rows = [("file", "bytes")]
     files += [(name, f"{file.size:,}") for name, file in sorted(manifest.files.items())]
-    whole, on_disk = sum(map(_bytes_of, manifest.tensors.values())), sum(f.size for f in manifest.files.values())
+    whole, on_disk = sum(t.num_bytes for t in manifest.tensors.values()), sum(f.size for f in manifest.files.values())
     facts: Rows = [
         ("written by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
-        ("at layout", sizes + ", sequence parallel" * layout["sequence_parallel"]),
+        ("at layout", sizes + ", sequence parallel" * bool(layout["sequence_parallel"])),
         ("keys", "with layer numbers" if manifest.non_homogeneous_layers else "without layer numbers, layers in front"),
         ("optimizer", "yes" if manifest.has_optimizer else "no"),
         ("extra", "yes" if manifest.has_extra else "no"),
         ("bytes", f"{whole:,} in tensors, {on_disk:,} in files"),
     ]
     return "\n\n".join(map(_table, (facts, sites, tensors, files)))
-
-
-def _bytes_of(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape) * getattr(torch, tensor.dtype).itemsize
 
 
 def _table(rows: Rows) -> str:

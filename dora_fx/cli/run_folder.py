@@ -24,6 +24,8 @@ from dora_fx.checkpoint import CheckpointError
 from dora_fx.checkpoint.directory import open_checkpoint, previous_of
 from dora_fx.cli.errors import UserError
 from dora_fx.durable_files import give_default_mode, sync
+from dora_fx.safe_files.regular_file import UnsafeFileError
+from dora_fx.safe_files.yaml_file import check_yaml
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -81,8 +83,9 @@ class RunFolder:
         if not self.config_file.is_file():
             raise UserError(f"--resume {self.path}: there is no config.yaml, expected the folder of a saved run")
         try:
+            check_yaml(self.config_file)
             open_checkpoint(checkpoint_in(self.path))
-        except (CheckpointError, UserError) as error:
+        except (CheckpointError, UserError, UnsafeFileError, OSError) as error:
             raise UserError(f"--resume {error}") from error
         return self.config_file
 

@@ -20,6 +20,8 @@ from dora_fx.hf.peft_files import PeftModule
 from dora_fx.models.architecture import architecture_of
 from dora_fx.models.hf_checkpoint import load_hf_config
 from dora_fx.models.hf_parts import HeadShape, check_size
+from dora_fx.safe_files.regular_file import UnsafeFileError
+from dora_fx.safe_files.yaml_file import check_yaml
 
 T = TypeVar("T")
 
@@ -99,8 +101,9 @@ def _base_of(source: Path) -> str:
     if not folder.config_file.is_file():
         raise UserError(f"{source}: no folder of a run, whose config.yaml names the base; give --base")
     try:
+        check_yaml(folder.config_file)
         return str(yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))["base"])
-    except (yaml.YAMLError, TypeError, KeyError, OSError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnsafeFileError, TypeError, KeyError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder.config_file}: cannot be read, or names no base ({error!r}); give --base") from error
 
 

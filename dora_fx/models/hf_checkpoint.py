@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dora_fx.models.architecture import architecture_of
+from dora_fx.safe_files.hf_files import check_base_files
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,20 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
         FileNotFoundError: there is no such file or directory.
         UnsupportedModelError: the config has something that `build_gpt_model` refuses; in a directory, found
             before the weights are read.
+        UnsafeFileError: reading the files could run code, take all memory or never end.
         ValueError, OSError: transformers cannot read the files, or tensors of the config's model are missing.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    source: dict[str, Any] = {"local_files_only": True}
+    check_base_files(path)
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if path.is_dir():
-        architecture_of(AutoConfig.from_pretrained(path, **source))
+        config = AutoConfig.from_pretrained(path, **source)
+        architecture_of(config)
         tokenizer = AutoTokenizer.from_pretrained(path, **source)
-        model = _load_model(path, dtype, source)
+        model = _load_model(path, dtype, source | {"config": config})
     else:
         # A GGUF file's config costs as much time to read as its tokenizer, so it is read once, with the model.
         source["gguf_file"] = path.name
@@ -63,15 +67,20 @@ def load_hf_config(path: Path) -> Any:
 
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
+    check_base_files(path)
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if path.is_dir():
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    return AutoConfig.from_pretrained(path.parent, local_files_only=True, gguf_file=path.name)
+        return AutoConfig.from_pretrained(path, **source)
+    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **source)
 
 
 def _load_model(folder: Path, dtype: torch.dtype, source: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **source)
+    # The config may name an attention to download and run; nothing is computed with this model.
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, **source
+    )
     # transformers draws a missing tensor at random and says so in a warning only.
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:

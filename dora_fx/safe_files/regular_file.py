@@ -1,0 +1,89 @@
+"""Regular files alone are opened: a named pipe would be waited for, a device has no end, a link leads elsewhere."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from io import BufferedReader
+from pathlib import Path
+
+_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISDIR, "directory"),
+    (stat.S_ISFIFO, "named pipe"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+    (stat.S_ISSOCK, "socket"),
+)
+
+
+_MOST_SHOWN = 80
+
+
+class UnsafeFileError(ValueError):
+    """A file is not what its format allows, so that reading on could run code, take all memory or never end."""
+
+
+def plain_name(folder: Path, name: object) -> Path:
+    """The path of a file of a folder, by a name that another file gives.
+
+    Raises:
+        UnsafeFileError: the name leads out of the folder, into a folder of it, or is no name of a file.
+    """
+    is_plain = isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+    if not isinstance(name, str) or not is_plain:
+        raise UnsafeFileError(f"{folder}: found {shortened(name)} as the name of a file, expected one of this folder")
+    return folder / name
+
+
+def open_regular(path: Path, *, follow_link: bool = False) -> BufferedReader:
+    """Open a regular file to read; nothing can take its place between the check and the reading.
+
+    Args:
+        path: of the file.
+        follow_link: open what a symbolic link leads to; caches of models are made of links.
+
+    Raises:
+        UnsafeFileError: it is something else than a regular file.
+        OSError: it is not there or cannot be read.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    if not follow_link and path.is_symlink():
+        raise UnsafeFileError(
+            f"{path}: found a symbolic link, expected a regular file; copy the folder with `cp -rL` if you know it"
+        )
+    handle = os.open(path, flags if follow_link else flags | os.O_NOFOLLOW)
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            raise UnsafeFileError(f"{path}: found a {_kind(mode)}, expected a regular file")
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_regular(path: Path, *, at_most: int, follow_link: bool = False) -> bytes:
+    """All bytes of a regular file; raises UnsafeFileError for more than `at_most`, besides what `open_regular` does."""
+    with open_regular(path, follow_link=follow_link) as file:
+        size = size_of(file)
+        if size > at_most:
+            raise UnsafeFileError(f"{path}: found {size:,} bytes, expected at most {at_most:,} of a file of this kind")
+        return file.read()
+
+
+def size_of(file: BufferedReader) -> int:
+    """Bytes of an open file."""
+    return os.fstat(file.fileno()).st_size
+
+
+def shortened(value: object) -> str:
+    """A value of a file as an error shows it, whatever its size; values in values could have any."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]!r}..."
+    is_short = value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
+    return repr(value) if is_short else f"a value of type {type(value).__name__}"
+
+
+def _kind(mode: int) -> str:
+    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "file of another kind")

@@ -1,0 +1,126 @@
+"""Files that do harm to whoever opens them: each leaves a marker, or takes memory or time without end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import Metadata
+
+MANIFEST, METADATA, COMMON, DATA = "dora_fx.json", ".metadata", "common.pt", "__0_0.distcp"
+_NO_MEMORY = 9
+
+
+class Payload:
+    """Makes a folder when it is unpickled, by a function that any pickle may name."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = str(marker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self._marker,)
+
+
+def ran(marker: Path, call: Callable[[], object]) -> bool:
+    """Make a call; true if it runs the payload, whatever becomes of it."""
+    with contextlib.suppress(BaseException):
+        call()
+    if marker.exists():
+        marker.rmdir()
+        return True
+    return False
+
+
+def archive_with(pickled: bytes, **records: bytes) -> bytes:
+    """The archive that `torch.save` would have written: a pickle, and records by their names below `data/`."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        for name, record in records.items():
+            archive.writestr(f"archive/data/{name}", record)
+        archive.writestr("archive/version", "3\n")
+    return buffer.getvalue()
+
+
+def saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def compressed(archive: bytes) -> bytes:
+    """The same archive, its records compressed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+    return buffer.getvalue()
+
+
+def metadata_of(checkpoint: Path) -> Metadata:
+    return pickle.loads((checkpoint / METADATA).read_bytes())
+
+
+def write_metadata(checkpoint: Path, metadata: Any) -> None:
+    (checkpoint / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def edit_manifest(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest, and its checksum with it, as whoever plants a file would."""
+    path = checkpoint / MANIFEST
+    content = json.loads(path.read_text())
+    content.pop("checksum", None)
+    edit(content)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    path.write_text(json.dumps(content | {"checksum": hashlib.sha256(text.encode()).hexdigest()}))
+
+
+def recompute_checksums(checkpoint: Path) -> None:
+    """Make the manifest say of every file what is there."""
+
+    def edit(content: dict[str, Any]) -> None:
+        for name, described in content["files"].items():
+            if (checkpoint / name).is_file():
+                data = (checkpoint / name).read_bytes()
+                described |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    edit_manifest(checkpoint, edit)
+
+
+def is_endless(code: str, *arguments: object, seconds: int = 2, mebibytes: int = 1024, patience: int = 100) -> bool:
+    """Run Python code in a process of its own; true if it needs more of the processor, memory or patience than this.
+
+    Args:
+        code: imports, a line `pass`, and what is tried; limits count from the `pass`.
+        arguments: `sys.argv[1:]` of the process.
+    """
+    imports, tried = code.split("\npass\n")
+    limits = f"""
+import resource, sys
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + ({mebibytes} << 20),) * 2)
+now = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+resource.setrlimit(resource.RLIMIT_CPU, (now + {seconds}, now + {seconds} + 1))
+"""
+    ended = f"except BaseException as error:\n    sys.exit({_NO_MEMORY} if 'memory' in repr(error).lower() else 0)\n"
+    script = "\n".join((imports, limits, "try:", *(f"    {line}" for line in tried.splitlines()), ended))
+    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
+    except subprocess.TimeoutExpired:
+        return True
+    assert done.returncode in (0, _NO_MEMORY, -signal.SIGXCPU), done.stderr
+    return done.returncode != 0

@@ -1,0 +1,265 @@
+"""A base model that somebody planted files in is refused before transformers opens it.
+
+Beside it stands what transformers, or a reader that it uses, does without the check.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dora_fx.cli.main import main
+from dora_fx.models import load_hf_checkpoint
+from dora_fx.safe_files.hf_files import check_base_files
+from tests.hf_models import save_tiny_checkpoint, tiny_hf_model
+from tests.peft_models import save_peft_adapter
+from tests.unit.hostile_files import Payload, archive_with, compressed, is_endless, ran, saved
+
+READ_GGUF = "import sys\nfrom gguf import GGUFReader\npass\nGGUFReader(sys.argv[1])"
+ENDLESS = 1 << 60
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_tiny_checkpoint(tmp_path / "base")
+
+
+def refused(path: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The library and the command refuse a base, the command in one line."""
+    with pytest.raises((ValueError, OSError), match=message):
+        load_hf_checkpoint(path)
+    text = path.parent / "text.txt"
+    text.write_text("the quick brown fox " * 100)
+    run = path.parent / "run"
+    capsys.readouterr()
+    assert main(["finetune", "--base", str(path), "--data", str(text), "--run", str(run), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("dora-fx: error: --base ")
+    assert not run.exists()
+
+
+def number(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def text(value: str) -> bytes:
+    return number(len(value)) + value.encode()
+
+
+def kind(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+def gguf(num_tensors: int, num_values: int, rest: bytes = b"") -> bytes:
+    return b"GGUF" + kind(3) + number(num_tensors, num_values) + rest
+
+
+GGUF_FILES = {
+    "array": (gguf(0, 1, text("a") + kind(9) + kind(4) + number(ENDLESS)), "elements of 'a' and the arrays before it"),
+    "strings": (gguf(0, 1, text("a") + kind(9) + kind(8) + number(ENDLESS)), "elements of 'a' and the arrays before"),
+    "values": (gguf(0, ENDLESS), "found .* values, expected at most 65,536"),
+    "tensors": (gguf(ENDLESS, 0), "found .* tensors, expected at most 262,144"),
+    "text": (gguf(0, 1, number(ENDLESS)), "a header that goes on for .* bytes at 32, where the file has 0 left"),
+    "dimensions": (gguf(1, 0, text("a") + kind(ENDLESS % 2**32 + 2**31)), "dimensions of 'a', expected at most 8"),
+    "elements": (
+        gguf(1, 0, text("a") + kind(2) + number(1 << 40, 1 << 40) + kind(0) + number(0)),
+        "elements of tensors, expected at most",
+    ),
+    "offset": (gguf(1, 0, text("a") + kind(1) + number(4) + kind(0) + number(ENDLESS)), "as the offset of 'a'"),
+    "kind": (gguf(0, 1, text("a") + kind(77)), "of type 77 as 'a', expected one of GGUF's"),
+    "nested": (gguf(0, 1, text("a") + kind(9) + kind(9) + number(2)), "of type 9 as 'a', expected one of GGUF's"),
+    "layers": (gguf(0, 1, text("llama.block_count") + kind(10) + number(ENDLESS)), "as num_hidden_layers"),
+    "magic": (b"GGML" + number(0, 0, 0), "expected it to begin with GGUF"),
+    "version": (b"GGUF" + struct.pack(">I", 3) + number(0, 0), "expected 2 or 3, little-endian"),
+    "cut": (gguf(1, 1)[:20], "a header that goes on for 8 bytes"),
+    "empty": (b"", "the file is empty"),
+}
+
+
+@pytest.mark.parametrize("name", GGUF_FILES)
+def test_gguf_counts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = GGUF_FILES[name]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    assert len(content) < 100
+    if name == "array":
+        assert is_endless(READ_GGUF, path)
+    refused(path, message, capsys)
+
+
+def test_a_gguf_file_within_its_size(tmp_path: Path) -> None:
+    values = text("a") + kind(9) + kind(8) + number(2) + text("b") + text("c") + text("d") + kind(6) + b"1234"
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf(1, 2, values + text("a") + kind(1) + number(4) + kind(0) + number(0)) + bytes(16))
+    check_base_files(path)
+
+
+def test_a_pipe_among_the_files(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (base / "generation_config.json").unlink()
+    os.mkfifo(base / "generation_config.json")
+    assert is_endless("import sys\npass\nopen(sys.argv[1]).read()", base / "generation_config.json", patience=3)
+    refused(base, "generation_config.json: found no regular file", capsys)
+
+
+def use_pickled_weights(base: Path, content: bytes) -> Path:
+    (base / "model.safetensors").unlink()
+    (base / "pytorch_model.bin").write_bytes(content)
+    return base / "pytorch_model.bin"
+
+
+def test_pickled_weights_are_read(base: Path) -> None:
+    expected = load_hf_checkpoint(base).state_dict
+    use_pickled_weights(base, saved(expected))
+    found = load_hf_checkpoint(base).state_dict
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_code_in_pickled_weights(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marker = tmp_path / "marker"
+    path = use_pickled_weights(base, saved({"a": Payload(marker)}))
+    assert ran(marker, lambda: torch.load(path, weights_only=False))
+    refused(base, r"pytorch_model\.bin: found posix\.mkdir in it", capsys)
+    assert not marker.exists()
+
+
+def test_compressed_weights(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers reads a thousand times as many bytes as the file has."""
+    content = compressed(saved({"a": torch.zeros(1 << 22)}))
+    path = use_pickled_weights(base, content)
+    assert torch.load(path, weights_only=True)["a"].nbytes > 100 * len(content)
+    refused(base, r"pytorch_model\.bin: found compressed records", capsys)
+
+
+def test_a_number_that_takes_memory(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planted = (
+        b"\x80\x02}X\x01\x00\x00\x00acbuiltins\nbytearray\n\x8a\x05" + (1 << 36).to_bytes(5, "little") + b"\x85Rs."
+    )
+    path = use_pickled_weights(base, archive_with(planted))
+    code = "import sys\nfrom transformers.modeling_utils import load_state_dict\npass\nload_state_dict(sys.argv[1])"
+    assert is_endless(code, path)
+    refused(base, r"pytorch_model\.bin: found builtins\.bytearray in it", capsys)
+
+
+def test_weights_of_before_archives(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = base / "old.bin"
+    torch.save(tiny_hf_model().state_dict(), path, _use_new_zipfile_serialization=False)
+    use_pickled_weights(base, path.read_bytes())
+    refused(base, "found no archive of torch.save .*; write it anew, as safetensors if it has weights", capsys)
+
+
+@pytest.mark.parametrize("format", ["model.safetensors", "pytorch_model.bin"])
+def test_an_index_that_names_other_files(base: Path, format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    private = base.parent / format
+    state = load_hf_checkpoint(base).state_dict
+    (base / "model.safetensors").rename(base.parent / "model.safetensors")
+    (base.parent / "pytorch_model.bin").write_bytes(saved(state))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, f"../{format}")}
+    (base / f"{format}.index.json").write_text(json.dumps(index))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    refused(base, f"found '../{format}' as the name of a file, expected one of this folder", capsys)
+    index["weight_map"] = dict.fromkeys(state, str(private))
+    (base / f"{format}.index.json").write_text(json.dumps(index))
+    refused(base, "as the name of a file, expected one of this folder", capsys)
+    index["weight_map"] = dict.fromkeys(state, "missing")
+    (base / f"{format}.index.json").write_text(json.dumps(index))
+    refused(base, f"missing: no such file, although {format}.index.json names it", capsys)
+
+
+def test_links_of_a_cache_are_followed(base: Path) -> None:
+    """huggingface_hub keeps the files of a snapshot as links to others."""
+    blob = base.parent / "blob"
+    (base / "model.safetensors").rename(blob)
+    (base / "model.safetensors").symlink_to(blob)
+    assert load_hf_checkpoint(base).config.num_hidden_layers == 2
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="found no regular file"):
+        load_hf_checkpoint(base)
+
+
+def edit_config(base: Path, **values: Any) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | values))
+
+
+def test_layers_without_end(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_config(base, model_type="qwen2", num_hidden_layers=10**9)
+    code = "import sys\nfrom transformers import AutoConfig, Qwen2Config\npass\nAutoConfig.from_pretrained(sys.argv[1])"
+    assert is_endless(code, base)
+    refused(
+        base, r"config\.json: found 1000000000 as num_hidden_layers, expected what its weights have room for", capsys
+    )
+    edit_config(base, model_type="gemma3", num_hidden_layers=2, text_config={"num_hidden_layers": 10**9})
+    refused(base, r"config\.json: found 1000000000 as num_hidden_layers, expected at most 10,000", capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden_size", 10**6), ("vocab_size", 10**15), ("intermediate_size", -4), ("num_hidden_layers", "2")],
+)
+def test_sizes_that_the_weights_have_not(
+    base: Path, name: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(base, **{name: value})
+    refused(base, r"config\.json: found .* its weights have room for", capsys)
+
+
+def test_code_that_a_config_names(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers asks whether to run it, and takes a `y` that is on its way to something else."""
+    marker = tmp_path / "marker"
+    (base / "planted.py").write_text(
+        f"import os\nos.mkdir({str(marker)!r})\nfrom transformers import LlamaConfig\n\n\nclass Planted(LlamaConfig):\n"
+        "    model_type = 'planted'\n"
+    )
+    edit_config(base, model_type="planted", auto_map={"AutoConfig": "planted.Planted"})
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    assert ran(marker, lambda: transformers.AutoConfig.from_pretrained(base))
+    refused(base, "contains custom code which must be executed", capsys)
+    assert not marker.exists()
+
+
+def test_code_that_a_tokenizer_names(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "marker"
+    (base / "planted.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    planted = {"tokenizer_class": "Planted", "auto_map": {"AutoTokenizer": ["planted.Planted", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(config | planted))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    assert ran(marker, lambda: transformers.AutoTokenizer.from_pretrained(base))
+    # transformers may load one of its own tokenizers in its place.
+    try:
+        load_hf_checkpoint(base)
+    except ValueError as error:
+        assert "custom code" in str(error)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_an_attention_to_download(base: Path, name: str) -> None:
+    """transformers looks for it on the hub, as soon as the package for that is installed."""
+    edit_config(base, **{name: "kernels-community/planted"})
+    with pytest.raises(ImportError, match="kernels"):
+        transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert load_hf_checkpoint(base).config._attn_implementation == "eager"
+
+
+def test_an_adapter_in_the_directory(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers adds it to the model."""
+    save_peft_adapter(tiny_hf_model(), base, use_dora=False)
+    assert (base / "config.json").exists()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    refused(base, "has an adapter_config.json, with which transformers would change the model", capsys)

@@ -1,0 +1,182 @@
+"""A run of `dora-fx finetune`, and a checkpoint of Megatron-Bridge, that somebody planted files in are refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from megatron.core import dist_checkpointing
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader
+
+import dora_fx
+from dora_fx.cli.main import main
+from dora_fx.megatron_world import megatron_world
+from tests.distributed.bridge import adapter_shards, model_to_load_into, saving_on_cpu
+from tests.hf_models import finetune_inputs
+from tests.unit.hostile_files import (
+    COMMON,
+    METADATA,
+    Payload,
+    edit_manifest,
+    is_endless,
+    metadata_of,
+    ran,
+    recompute_checksums,
+    saved,
+    write_metadata,
+)
+
+
+@pytest.fixture(scope="module", name="finished")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    inputs = finetune_inputs(folder, "--compile", "none", "--steps", 1, "--dim", 2, "--sample-tokens", 0)
+    assert main(["finetune", *inputs, "--run", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def commands(run: Path) -> dict[str, list[str]]:
+    to = ["--to", str(run.parent / "to")]
+    return {
+        "inspect": ["inspect", str(run)],
+        "export": ["export", str(run), *to],
+        "merge": ["merge", str(run), *to],
+        "resume": ["finetune", "--resume", str(run), "--steps", "2"],
+    }
+
+
+def refused(run: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(commands(run)[name]) == (1 if name == "inspect" else 2)
+    found = capsys.readouterr().err
+    assert message in found and found.count("\n") == 1
+    assert not (run.parent / "to").exists()
+
+
+@pytest.mark.parametrize("name", ["inspect", "export", "merge", "resume"])
+def test_code_in_the_metadata(run: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, marker = run / "checkpoint", tmp_path / "marker"
+    metadata = metadata_of(checkpoint)
+    metadata.storage_meta = Payload(marker)
+    write_metadata(checkpoint, metadata)
+    recompute_checksums(checkpoint)
+    assert ran(marker, FileSystemReader(checkpoint).read_metadata)
+    refused(run, name, f"{checkpoint / METADATA}: found 'posix.mkdir' in it", capsys)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["inspect", "resume"])
+def test_code_in_the_common_file(run: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exporting and merging do not open it."""
+    path, marker = run / "checkpoint" / COMMON, tmp_path / "marker"
+    common = torch.load(path, weights_only=True)
+    path.write_bytes(saved(common | {"extra": common["extra"] | {"step": Payload(marker)}}))
+    recompute_checksums(run / "checkpoint")
+    assert ran(marker, lambda: torch.load(path, weights_only=False))
+    refused(run, name, f"{path}: found posix.mkdir in it", capsys)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["inspect", "export", "merge", "resume"])
+def test_a_file_without_an_end(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    described = {"size": 0, "sha256": "0" * 64}
+    edit_manifest(run / "checkpoint", lambda content: content["files"].update({"/dev/zero": described}))
+    capsys.readouterr()
+    assert main(commands(run)[name]) == 2
+    assert "found '/dev/zero' as the name of a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["export", "merge", "resume"])
+def test_an_endless_config(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of ten lines names the one before it ten times."""
+    lines = ["a0: &a0 [" + ", ".join(["x"] * 10) + "]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    (run / "config.yaml").write_text("\n".join([*lines, "base: *a9", ""]))
+    assert is_endless("import sys\nimport yaml\npass\nstr(yaml.safe_load(open(sys.argv[1])))", run / "config.yaml")
+    refused(run, name, "found a value given by an alias, expected plain values", capsys)
+
+
+@pytest.mark.parametrize("name", ["export", "resume"])
+def test_code_in_a_config(run: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marker = tmp_path / "marker"
+    path = run / "config.yaml"
+    path.write_text(path.read_text() + f"prompt: !!python/object/apply:os.mkdir [{marker}]\n")
+    assert ran(marker, lambda: yaml.unsafe_load(path.read_text()))
+    refused(run, name, "could not determine a constructor", capsys)
+    assert not marker.exists()
+
+
+def save_bridge(folder: Path) -> Path:
+    """Save as Megatron-Bridge does on one rank: Megatron's own format, and no manifest."""
+    path = folder / "iter_0000001"
+    path.mkdir()
+    with saving_on_cpu():
+        dist_checkpointing.save(adapter_shards(model_to_load_into()), str(path))
+    return path
+
+
+def plant_in_metadata(path: Path, marker: Path) -> None:
+    metadata = metadata_of(path)
+    metadata.planner_data = Payload(marker)
+    write_metadata(path, metadata)
+
+
+def plant_in_common(path: Path, marker: Path) -> None:
+    (path / COMMON).write_bytes(pickle.dumps(Payload(marker)))
+
+
+def load_bridge(path: Path) -> nn.Module:
+    return dora_fx.load_bridge_checkpoint(model_to_load_into(), path, tensor_parallel_size=1)
+
+
+def load_with_megatron(path: Path) -> object:
+    return dist_checkpointing.load(adapter_shards(model_to_load_into()), str(path))
+
+
+@pytest.mark.parametrize("plant", [plant_in_metadata, plant_in_common])
+def test_code_in_a_checkpoint_of_bridge(
+    plant: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "marker"
+    with megatron_world():
+        path = save_bridge(tmp_path)
+        expected = dict(load_bridge(path).named_parameters())
+        plant(path, marker)
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+        assert ran(marker, lambda: load_with_megatron(path))
+        if plant is plant_in_metadata:
+            with pytest.raises(ValueError, match=r"\.metadata: found 'posix\.mkdir' in it"):
+                load_bridge(path)
+        else:
+            # Megatron's file for what is not sharded; nothing of it is needed, so it is never opened.
+            torch.testing.assert_close(dict(load_bridge(path).named_parameters()), expected, rtol=0, atol=0)
+    assert not marker.exists()
+
+
+def test_pieces_and_pipes_in_a_checkpoint_of_bridge(tmp_path: Path) -> None:
+    with megatron_world():
+        path = save_bridge(tmp_path)
+        metadata = metadata_of(path)
+        for piece in metadata.storage_data.values():
+            piece.relative_path = f"../{path.name}/{piece.relative_path}"
+        shutil.copytree(path, tmp_path / "outside")
+        write_metadata(tmp_path / "outside", metadata)
+        load_with_megatron(tmp_path / "outside")
+        with pytest.raises(ValueError, match="as the name of a file, expected one of this folder"):
+            load_bridge(tmp_path / "outside")
+        (path / METADATA).unlink()
+        os.mkfifo(path / METADATA)
+        with pytest.raises(ValueError, match=r"\.metadata: found a named pipe, expected a regular file"):
+            load_bridge(path)
