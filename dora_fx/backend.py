@@ -71,7 +71,9 @@ def dora_fx(
     settings = _inductor_settings(mode, options)
     if inner_compiler != "inductor" and settings:
         raise ValueError(f"inner_compiler {inner_compiler!r} takes no Inductor settings; found {sorted(settings)}")
-    passes = default_passes(cached_parameters=weight_norm != "every_call", unmatched=unmatched)
+    passes = default_passes(
+        cached_parameters=weight_norm != "every_call", unmatched=unmatched, fuses=inner_compiler == "inductor"
+    )
     gm = run_passes(gm, example_inputs, passes)
     for tp_group in tensor_parallel_groups(gm):
         check_same_graph(gm, tp_group, _shapes_of_activations(example_inputs), rank_timeout)

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from torch.utils.hooks import RemovableHandle
 
 from dora_fx.adapter import ParallelLinearDoRAAdapter
@@ -104,17 +106,22 @@ class DoRALinear(nn.Module):
         self._check_call(x, weight)
         _check_group_exists(self.adapter.tp_group)
         adapter = self.adapter
-        returned = self.to_wrap(x, *args, **kwargs)
-        output = mark(
-            MarkedSite(
-                base_output=returned[0] if isinstance(returned, tuple) else returned,
-                x=x,
-                bias=None if getattr(self.to_wrap, "skip_bias_add", False) else self.to_wrap.bias,
-                stored=self._stored(weight, self._call_layout(*args, **kwargs), self.training and adapter.has_dropout),
-                cached=self._cached(),
-            )
-        )
+        layout, drops = self._call_layout(*args, **kwargs), self.training and adapter.has_dropout
+        if not torch.compiler.is_compiling() and _is_product_alone(self.to_wrap):
+            returned = self._returned_without_output()
+            base_output = None
+        else:
+            returned = self.to_wrap(x, *args, **kwargs)
+            base_output = returned[0] if isinstance(returned, tuple) else returned
+        bias = None if getattr(self.to_wrap, "skip_bias_add", False) else self.to_wrap.bias
+        output = mark(MarkedSite(base_output, x, bias, self._stored(weight, layout, drops), self._cached()))
         return (output, *returned[1:]) if isinstance(returned, tuple) else output
+
+    def _returned_without_output(self) -> Any:
+        """What the base layer returns beside its output, with None for the output."""
+        if isinstance(self.to_wrap, nn.Linear):
+            return None
+        return None, self.to_wrap.bias if self.to_wrap.skip_bias_add else None
 
     def _call_layout(
         self, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None, **_: Any
@@ -270,6 +277,23 @@ class DoRALinear(nn.Module):
         children = (f"{prefix}adapter.", f"{prefix}to_wrap.")
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(children)]:
             state_dict[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def _is_product_alone(linear: Any) -> bool:
+    """Tell whether calling a base layer would do nothing but its product, bias and collective."""
+    if type(linear) not in (ColumnParallelLinear, RowParallelLinear, nn.Linear) or "forward" in vars(linear):
+        return False
+    hooks = (
+        *(linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks),
+        *(module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks),
+        *(module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks),
+    )
+    if any(hooks) or torch.is_autocast_enabled(linear.weight.device.type if linear.weight is not None else "cuda"):
+        return False
+    config = getattr(linear, "config", None)
+    offloading = getattr(config, "_cpu_offloading_context", None)
+    defers = getattr(config, "defer_embedding_wgrad_compute", False)
+    return not (defers or (offloading is not None and offloading.inside_context))
 
 
 @torch.compiler.assume_constant_result

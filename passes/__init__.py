@@ -12,16 +12,17 @@ from dora_fx.passes.rewrite_dora_pass import Unmatched, rewrite_dora_pass
 from dora_fx.passes.split_scale_pass import split_scale_pass
 
 
-def default_passes(*, cached_parameters: bool = True, unmatched: Unmatched = "warn") -> list[GraphPass]:
+def default_passes(
+    *, cached_parameters: bool = True, unmatched: Unmatched = "warn", fuses: bool = True
+) -> list[GraphPass]:
     """The passes that `backend="dora_fx"` runs, in order.
 
     Args:
         cached_parameters, unmatched: see `rewrite_dora_pass`.
+        fuses: whether the compiler that takes the graph fuses elementwise ops, for which the later passes prepare it.
     """
-    return [
-        partial(rewrite_dora_pass, cached_parameters=cached_parameters, unmatched=unmatched),
-        split_scale_pass,
-    ]
+    rewrite: GraphPass = partial(rewrite_dora_pass, cached_parameters=cached_parameters, unmatched=unmatched)
+    return [rewrite, split_scale_pass] if fuses else [rewrite]
 
 
 __all__ = ["default_passes"]

@@ -50,16 +50,17 @@ def compiled_counts(model: nn.Module, x: torch.Tensor) -> CollectiveCounts:
     return count_collectives(torch.compile(model, backend="dora_fx", options=options, fullgraph=True), x)
 
 
+@pytest.mark.parametrize("count", [compiled_counts, count_collectives], ids=["compiled", "eager"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("name", CASES)
-def test_collectives_added_to_the_base(tensor_parallel, name, dropout):
+def test_collectives_added_to_the_base(tensor_parallel, name, dropout, count):
     layer, settings, (sequence, features), once_per_step, backward = CASES[name]
     tensor_parallel(TP)
     settings = settings | {"tensor_model_parallel_size": TP}
 
     def counts(wrap):
         x = torch.randn(sequence, BATCH, features, requires_grad=True)
-        return compiled_counts(wrap(layer(**settings)), x)
+        return count(wrap(layer(**settings)), x)
 
     base = counts(lambda linear: OneLinear(linear).requires_grad_(False))
     added = counts(lambda linear: adapted(linear, dropout=dropout)) - base

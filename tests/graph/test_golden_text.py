@@ -113,18 +113,18 @@ class GraphModule(torch.nn.Module):
         chunk = linear_1.chunk(2)
         getitem: "f32[6, 2, 80]" = chunk[0]
         getitem_1: "f32[6, 2, 80]" = chunk[1]
+        add: "f32[6, 2, 80]" = getitem + bias
         trained_delta: "f32[80]" = dora_fx_row_scale_trained_delta(magnitude, delta, grad_gain, grad_scale)
         mul: "f32[6, 2, 80]" = getitem_1 * trained_delta
         linear_2: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
         view: "f32[]" = scaling.view(())
         mul_1: "f32[6, 2, 16]" = linear_2 * view
         linear_3: "f32[6, 2, 80]" = torch._C._nn.linear(mul_1, lora_b)
-        add: "f32[80]" = trained_delta + 1.0
-        mul_2: "f32[6, 2, 80]" = linear_3 * add
-        add_1: "f32[6, 2, 80]" = mul + mul_2
-        to: "f32[6, 2, 80]" = add_1.to(torch.float32)
-        add_2: "f32[6, 2, 80]" = getitem + bias
-        add_3: "f32[6, 2, 80]" = add_2 + to
+        add_1: "f32[80]" = trained_delta + 1.0
+        mul_2: "f32[6, 2, 80]" = linear_3 * add_1
+        add_2: "f32[6, 2, 80]" = mul + mul_2
+        to: "f32[6, 2, 80]" = add_2.to(torch.float32)
+        add_3: "f32[6, 2, 80]" = add + to
         return (add_3,)
 """,
     )
