@@ -72,10 +72,18 @@ def _leaving_a_traceback(rank: int, folder: str) -> Iterator[None]:
         raise
 
 
+def _with_simdlen(rank: int, simdlen: int | None, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch._inductor.config.cpp.simdlen = simdlen
+    function(rank, *args)
+
+
 def _spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, folder: str) -> None:
-    """Run a function in processes; their collectives fail after the first of them, and may be seen to end before it."""
+    """Run a function in processes that compile as this one does, and raise what failed first.
+
+    A process that fails lets the collectives of the others fail after it, and they may be seen to end before it.
+    """
     try:
-        mp.spawn(function, args, nprocs=nprocs)
+        mp.spawn(_with_simdlen, (torch._inductor.config.cpp.simdlen, function, args), nprocs=nprocs)
     except mp.ProcessRaisedException as error:
         first = min(Path(folder).glob("failure *"))
         raise mp.ProcessRaisedException(first.read_text(), int(first.name.split()[-1]), error.error_pid) from None

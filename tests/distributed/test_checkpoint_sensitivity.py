@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -84,7 +83,6 @@ def catch(layout: Layout, folder: Path) -> None:
         torch.save(caught, folder / f"{layout}.pt")
 
 
-@pytest.mark.slow
 def test_every_planted_fault_is_caught(tmp_path: Path) -> None:
     visit_worlds([(catch, layout) for layout in LAYOUTS], tmp_path)
     results = [torch.load(tmp_path / f"{layout}.pt") for layout in LAYOUTS]

@@ -14,16 +14,14 @@ from tests.distributed.test_same_function_everywhere import bound_of, error_of
 from tests.distributed.training import Mode, TrainingRun
 from tests.distributed.zoo import Topology
 
-slow = pytest.mark.slow
 NAMES = ("column_bias_added", "row_bias_added", "gated_mlp")
 MODES = [
     Mode(num_steps=2),
     Mode(dropout=0.3, num_steps=1),
     Mode(compiler="dora_fx_eager", num_steps=1),
 ]
-# One for each kind of thing that can go wrong: terms of the function, its collectives, which products they take, the
-# norm's terms, its gradient, its age, whose gradients are completed, dropout, which shard is whose, how Megatron's
-# optimizer is told, how values are drawn.
+# One of each kind: terms of the function, its collectives, the norm's terms, its gradient and its age, gradients that
+# are completed, masks, which shard is whose, what Megatron's optimizer is told, how values are drawn.
 SAMPLE = [
     "bias scaled",
     "low-rank product not scaled",
@@ -87,7 +85,9 @@ def answers() -> Answers:
     "faults",
     [
         pytest.param(SAMPLE, id="sample"),
-        pytest.param([mutation.name for mutation in MUTATIONS if mutation is not WRONG_GROUP], id="all", marks=slow),
+        pytest.param(
+            [mutation.name for mutation in MUTATIONS if mutation is not WRONG_GROUP], id="all", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_every_planted_fault_is_caught(faults, answers):
@@ -102,7 +102,6 @@ def test_every_planted_fault_is_caught(faults, answers):
     assert not survived, f"{len(survived)} of {len(plain)} planted faults went unnoticed: {survived}"
 
 
-@slow
 def test_the_wrong_group_is_caught(answers):
     # Only where both groups have two ranks do shapes not tell them apart. Data-parallel ranks draw masks of their own.
     without_dropout = [(mode, expected) for mode, expected in answers if not mode.dropout]
