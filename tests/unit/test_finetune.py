@@ -124,6 +124,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_save(
     options = ["--lr", 1e30, "--max-grad-norm", 0, "--save-every", 1, "--steps", 20]
     assert finetune(*inputs, *options, "--run", run) == 2
     assert "a smaller --lr may help" in capsys.readouterr().err
+    assert all(map(math.isfinite, rows(run).values()))
+    assert 1 <= step_of(run) == max(rows(run)) < 20
 
 
 def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
