@@ -27,8 +27,8 @@ MARGINS: dict[str, float] = {}
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """||found - expected|| / ||expected||, in float64; zero where both are zero everywhere."""
     found, expected = found.detach().double(), expected.detach().double()
-    difference = float((found - expected).norm())
-    return 0.0 if difference == 0.0 else difference / float(expected.norm())
+    difference = (found - expected).norm()
+    return 0.0 if difference == 0.0 else float(difference / expected.norm())
 
 
 def rounding(dtype: torch.dtype, roundings: int) -> float:

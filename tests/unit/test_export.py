@@ -152,7 +152,7 @@ def test_an_adapter_is_merged_into_its_own_base_alone(
     """Another base of the same shapes differs in one weight, of an adapted layer."""
     save_tiny_checkpoint(tmp_path / "own", kind)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
-    model = dora_fx.DoRA(targets, dim=4)(megatron_of(hf))
+    model = dora_fx.DoRA(targets, dim=4, alpha=8)(megatron_of(hf))
     randomize_adapters(model)
     dora_fx.save_checkpoint(model, tmp_path / "checkpoint")
     assert dora_fx_command("merge", tmp_path / "checkpoint", "--base", tmp_path / "own", "--to", tmp_path / "new") == 0
