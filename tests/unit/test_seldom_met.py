@@ -22,6 +22,7 @@ from dora_fx.cpu_runtime import cuda_means_cpu
 from dora_fx.models import UnsupportedModelError, architecture_of, build_gpt_model
 from tests.closeness import assert_apart, assert_close
 from tests.finetune_runs import finetune, rows
+from tests.graph.conftest import fake_world
 from tests.hf_models import finetune_inputs, tiny_hf_config, tiny_hf_model
 from tests.models import IN, LinearZoo, adapt_zoo, config, tiny_gpt
 from tests.peft_models import adapted_megatron, megatron_of, save_peft_adapter
@@ -139,6 +140,19 @@ def test_a_tensor_of_another_shape_than_the_config_says_is_named(world: None) ->
     tensors = dict(hf.state_dict()) | {"model.norm.weight": torch.ones(47)}
     with pytest.raises(ValueError, match=r"final_layernorm.weight: the checkpoint has \(47,\), expected \(48,\)"):
         build_gpt_model(hf.config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "ffn_hidden_size is 80, expected a multiple of the tensor-parallel size 3"),
+        (dict(num_query_groups=4), "num_query_groups is 4, expected a multiple of the tensor-parallel size 3"),
+    ],
+)
+def test_a_size_that_does_not_divide_by_the_ranks_is_named(settings: dict[str, Any], message: str) -> None:
+    hf = tiny_hf_model()
+    with fake_world(3), pytest.raises(ValueError, match=message):
+        build_gpt_model(hf.config, hf.state_dict(), **settings)
 
 
 # The command
