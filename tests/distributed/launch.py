@@ -85,5 +85,8 @@ def _spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, fo
     try:
         mp.spawn(_with_simdlen, (torch._inductor.config.cpp.simdlen, function, args), nprocs=nprocs)
     except mp.ProcessRaisedException as error:
-        first = min(Path(folder).glob("failure *"))
-        raise mp.ProcessRaisedException(first.read_text(), int(first.name.split()[-1]), error.error_pid) from None
+        failures = sorted(Path(folder).glob("failure *"))
+        if not failures:
+            raise
+        rank = int(failures[0].name.split()[-1])
+        raise mp.ProcessRaisedException(failures[0].read_text(), rank, error.error_pid) from None
