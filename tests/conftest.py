@@ -1,4 +1,4 @@
-"""Fixtures that every test uses, and the table of the largest errors against the oracle."""
+"""Fixtures and options of every test, and the tables of errors at the end of a run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ import pytest
 import torch
 
 from dora_fx.megatron_world import megatron_world
+from tests.closeness import MARGINS
 
 ErrorKey = tuple[str, str, str]
 ERRORS = pytest.StashKey[dict[ErrorKey, float]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--margins", action="store_true", help="print how near each test came to the bound of its errors")
+    parser.addoption("--simdlen", type=int, help="bits of the vectors in Inductor's kernels; 1 for none")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ERRORS] = {}
+    if config.getoption("simdlen") is not None:
+        torch._inductor.config.cpp.simdlen = config.getoption("simdlen")
     # The tensors of these tests are too small to share among threads; on a busy machine threads cost tenfold.
     torch.set_num_threads(1)
 
@@ -52,6 +60,10 @@ def record_error(request: pytest.FixtureRequest) -> Callable[[str, str, torch.dt
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("margins"):
+        terminalreporter.section("largest error over its bound")
+        for test, margin in sorted(MARGINS.items(), key=lambda item: -item[1]):
+            terminalreporter.write_line(f"{margin:.1e}  {test}")
     errors = config.stash[ERRORS]
     if not errors:
         return

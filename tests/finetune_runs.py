@@ -8,6 +8,11 @@ from pathlib import Path
 import torch
 
 from dora_fx.cli.main import main
+from tests.closeness import roundings_of
+from tests.hf_models import tiny_hf_model
+
+# Forward and backward of the base that `finetune_inputs` writes. Each step adds its own to what it trains.
+ROUNDINGS_OF_A_STEP = 3 * roundings_of(tiny_hf_model())
 
 
 def finetune(*arguments: object) -> int:

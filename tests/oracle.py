@@ -12,14 +12,10 @@ from torch import nn
 from dora_fx import DoRALinear
 from dora_fx.dropout import draw_dropout_key, keep_mask
 from tests import reference
+from tests.closeness import relative_error as relative_error
 from tests.models import LinearZoo, sites
 
 Results = dict[str, torch.Tensor]
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """||found - expected|| / ||expected||, in float64."""
-    return float((found.detach().double() - expected).norm() / expected.norm())
 
 
 def draw_mask(site: DoRALinear, x: torch.Tensor) -> torch.Tensor:

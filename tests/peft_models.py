@@ -13,6 +13,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx.models import build_gpt_model, causal_mask
+from tests.closeness import assert_close, rounding, roundings_of
 from tests.models import GPT_TARGETS, randomize_adapters
 
 HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -54,6 +55,11 @@ def load_with_peft(base: nn.Module, folder: Path) -> nn.Module:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+
+
+def assert_same_logits(found: torch.Tensor, expected: torch.Tensor, *models: nn.Module) -> None:
+    """Compare logits of two float32 models that compute the same; the larger one of the two is among `models`."""
+    assert_close(found, expected, rounding(torch.float32, roundings_of(*models)))
 
 
 def megatron_of(hf: nn.Module, **settings: Any) -> nn.Module:

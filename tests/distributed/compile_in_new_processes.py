@@ -23,6 +23,7 @@ from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 import dora_fx
+from tests.closeness import roundings_of
 from tests.distributed.launch import enter_rank
 from tests.distributed.zoo import BATCH, HIDDEN, Topology, Zoo, set_adapter_values, whole_values
 from tests.models import GPT_TARGETS, SEQUENCE, tiny_gpt, token_ids, trainable
@@ -87,7 +88,8 @@ def compile_and_report(name: str, tp: int, folder: str) -> None:
     with functorch_config.patch(strict_autograd_cache=True):
         compiled = results(model, loss, torch.compile(function, backend="dora_fx", fullgraph=True))
     counted = {key: dict(counters[key]) for key in ("aot_autograd", "inductor")}
-    torch.save({"eager": eager, "compiled": compiled, **counted}, Path(folder) / str(dist.get_rank()))
+    report = {"eager": eager, "compiled": compiled, "roundings": 3 * roundings_of(model), **counted}
+    torch.save(report, Path(folder) / str(dist.get_rank()))
 
 
 def main(name: str, tp: str, cache: str, folder: str) -> None:

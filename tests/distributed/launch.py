@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,10 @@ def enter_rank(
     """Be one rank of a Megatron world; rank 0 leaves what `function` returns in `folder`."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
-    with megatron_world(store=store, global_rank=rank, world_size=world_size, tensor_model_parallel_size=tp):
+    with (
+        _leaving_a_traceback(rank, folder),
+        megatron_world(store=store, global_rank=rank, world_size=world_size, tensor_model_parallel_size=tp),
+    ):
         result = function(*args)
     if rank == 0:
         torch.save(result, Path(folder) / "result")
@@ -33,7 +39,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, tp: int, *args: Any
         torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(enter_rank, (function, world_size, tp, folder, args), nprocs=world_size)
+        _spawn(enter_rank, (function, world_size, tp, folder, args), world_size, folder)
         return torch.load(Path(folder) / "result", weights_only=False)
 
 
@@ -46,12 +52,41 @@ def visit_worlds(visits: Sequence[tuple[Callable[..., Any], Any]], *args: Any) -
         torch.multiprocessing.ProcessRaisedException: with the traceback of the process that failed first.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_visit, (visits, folder, args), nprocs=max(layout.world_size for _, layout in visits))
+        _spawn(_visit, (visits, folder, args), max(layout.world_size for _, layout in visits), folder)
 
 
 def _visit(rank: int, visits: Sequence[tuple[Callable[..., Any], Any]], folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     for number, (function, layout) in enumerate(visits):
         if rank < layout.world_size:
-            with layout.world(rank, Path(folder) / str(number)):
+            with _leaving_a_traceback(rank, folder), layout.world(rank, Path(folder) / str(number)):
                 function(layout, *args)
+
+
+@contextmanager
+def _leaving_a_traceback(rank: int, folder: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        (Path(folder) / f"failure {time.monotonic_ns():020} {rank}").write_text(traceback.format_exc())
+        raise
+
+
+def _with_simdlen(rank: int, simdlen: int | None, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch._inductor.config.cpp.simdlen = simdlen
+    function(rank, *args)
+
+
+def _spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, folder: str) -> None:
+    """Run a function in processes that compile as this one does, and raise what failed first.
+
+    A process that fails lets the collectives of the others fail after it, and they may be seen to end before it.
+    """
+    try:
+        mp.spawn(_with_simdlen, (torch._inductor.config.cpp.simdlen, function, args), nprocs=nprocs)
+    except mp.ProcessRaisedException as error:
+        failures = sorted(Path(folder).glob("failure *"))
+        if not failures:
+            raise
+        rank = int(failures[0].name.split()[-1])
+        raise mp.ProcessRaisedException(failures[0].read_text(), rank, error.error_pid) from None

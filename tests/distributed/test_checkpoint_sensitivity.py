@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 
 import dora_fx
 from dora_fx import CheckpointError, sharded_state_dict, site_parameters
+from tests.closeness import relative_error, rounding
 from tests.distributed.launch import visit_worlds
 from tests.distributed.mutations import Mutation, planted
 from tests.distributed.pipeline_gpt import (
+    FFN,
     Kind,
     Layout,
     attach,
@@ -64,7 +65,7 @@ def first_wrong(layout: Layout, folder: Path) -> str:
     untrained, found = whole_tensors(folder / "untrained"), whole_tensors(folder / "set")
     for key, norms in expected_norms(KIND).items():
         value = untrained[key].double()
-        if value.shape != norms.shape or not torch.allclose(value, norms, rtol=1e-6, atol=0):
+        if value.shape != norms.shape or relative_error(value, norms) > rounding(torch.float32, FFN):
             return f"untrained {key}"
     for key, whole in expected_adapters(KIND).items():
         if not torch.equal(found[key], whole):
@@ -82,7 +83,6 @@ def catch(layout: Layout, folder: Path) -> None:
         torch.save(caught, folder / f"{layout}.pt")
 
 
-@pytest.mark.slow
 def test_every_planted_fault_is_caught(tmp_path: Path) -> None:
     visit_worlds([(catch, layout) for layout in LAYOUTS], tmp_path)
     results = [torch.load(tmp_path / f"{layout}.pt") for layout in LAYOUTS]

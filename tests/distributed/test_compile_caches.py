@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.closeness import assert_close, rounding
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -28,8 +30,7 @@ def start(name: str, tp: int, cache: Path, root: Path = ROOT) -> list[dict[str, 
 
 
 def assert_right(report: dict[str, Any]) -> None:
-    for name, value in report["eager"].items():
-        torch.testing.assert_close(report["compiled"][name], value, rtol=2e-4, atol=1e-5, msg=name)
+    assert_close(report["compiled"], report["eager"], rounding(torch.float32, report["roundings"]))
 
 
 def hits(report: dict[str, Any]) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from dora_fx.models import build_gpt_model, causal_mask
+from tests.closeness import assert_close, rounding, roundings_of
 from tests.distributed.launch import run_ranks
 from tests.hf_models import tiny_hf_model
 
@@ -45,6 +46,7 @@ def logits() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_compute_the_logits_of_transformers(case: str, logits: dict[str, torch.Tensor]) -> None:
     kind, overrides, _ = CASES[case]
+    hf = tiny_hf_model(kind, **overrides)
     with torch.no_grad():
-        expected = tiny_hf_model(kind, **overrides)(TOKENS).logits
-    torch.testing.assert_close(logits[case], expected, atol=2e-5, rtol=0)
+        expected = hf(TOKENS).logits
+    assert_close(logits[case], expected, rounding(torch.float32, roundings_of(hf)))

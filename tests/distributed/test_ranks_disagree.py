@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel.layers import RowParallelLinear
 from torch import nn
 
 import dora_fx
+from dora_fx.backend import dora_fx as dora_fx_backend
 from tests.distributed.launch import enter_rank, run_ranks
 from tests.distributed.zoo import FFN, HIDDEN, Topology, make_config
 
@@ -63,8 +65,14 @@ def load_a_magnitude_of_another_shape() -> None:
 
 def recompile_on_one_rank() -> None:
     model = row_model()
-    options = {"inner_compiler": "eager", "rank_timeout": 2.0}
-    compiled = torch.compile(model, backend="dora_fx", options=options, dynamic=False)
+    timeouts = iter((300.0, 2.0))
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Any:
+        # Both ranks may be slow to compile the first graph; only one compiles the second.
+        options = {"inner_compiler": "eager", "rank_timeout": next(timeouts)}
+        return dora_fx_backend(gm, example_inputs, options=options)
+
+    compiled = torch.compile(model, backend=backend, dynamic=False)
     for tokens in (3, 3 + dist.get_rank()):
         compiled(torch.randn(tokens, 1, FFN // 2))
 

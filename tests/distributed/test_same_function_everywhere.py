@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.closeness import note_margin
 from tests.distributed.launch import run_ranks
 from tests.distributed.oracle import run_oracle
 from tests.distributed.training import Mode, run_rank
@@ -72,6 +73,7 @@ def test_equals_one_rank(topology, modes, record_error):
             if quantity == "replicas differ by":
                 continue
             error, bound = error_of(results[quantity], value, mode.dtype), bound_of(quantity, mode.dtype)
+            note_margin(error, bound)
             if quantity != "grad_norm":
                 site = quantity.removeprefix("layers.").partition(" ")[0]
                 record_error(f"{topology} {site}", mode.compiler, mode.dtype, error)

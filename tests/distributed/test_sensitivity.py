@@ -1,4 +1,4 @@
-"""The harness notices every fault of a list that is planted in the library's own code."""
+"""The harness notices every fault of a list that is planted in the library's own code; by default one of each kind."""
 
 from __future__ import annotations
 
@@ -20,8 +20,27 @@ MODES = [
     Mode(dropout=0.3, num_steps=1),
     Mode(compiler="dora_fx_eager", num_steps=1),
 ]
-
-
+# One of each kind: terms of the function, its collectives, the norm's terms, its gradient and its age, gradients that
+# are completed, masks, which shard is whose, what Megatron's optimizer is told, how values are drawn.
+SAMPLE = [
+    "bias scaled",
+    "low-rank product not scaled",
+    "input gradient not reduced",
+    "low-rank product not reduced",
+    "norm's terms not reduced",
+    "gradient flows through the norm",
+    "stale norm",
+    "magnitude's gradient left partial",
+    "gradient of A not reduced",
+    "two dropout masks",
+    "mask differs between replicas",
+    "factors gathered backwards",
+    "gated rows sharded as one block",
+    "shards not marked",
+    "A drawn per rank",
+]
+# The one that is left out takes another topology.
+ALL = [mutation.name for mutation in MUTATIONS if mutation is not WRONG_GROUP]
 Answers = list[tuple[Mode, dict[str, torch.Tensor]]]
 
 
@@ -64,21 +83,21 @@ def answers() -> Answers:
     return list(zip(MODES, run_ranks(run_oracle, 1, 1, [(mode, NAMES) for mode in MODES]), strict=True))
 
 
-@pytest.mark.slow
-def test_every_planted_fault_is_caught(answers):
-    faults = [mutation.name for mutation in MUTATIONS if mutation is not WRONG_GROUP]
+@pytest.mark.parametrize(
+    "faults", [pytest.param(SAMPLE, id="sample"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
+)
+def test_every_planted_fault_is_caught(faults, answers):
     plain = run_ranks(catch, 2, 2, Topology(tp=2), answers, faults)
     sequence_parallel = run_ranks(catch, 2, 2, Topology(tp=2, sequence_parallel=True), answers, faults)
     assert plain.pop("none planted") is None
     assert sequence_parallel.pop("none planted") is None
-    assert list(plain) == faults
+    assert set(plain) == set(faults)
     for name in plain:
         print(f"{name:65} {plain[name] or '-':60} {sequence_parallel[name] or '-'}")
     survived = [name for name in plain if plain[name] is None and sequence_parallel[name] is None]
     assert not survived, f"{len(survived)} of {len(plain)} planted faults went unnoticed: {survived}"
 
 
-@pytest.mark.slow
 def test_the_wrong_group_is_caught(answers):
     # Only where both groups have two ranks do shapes not tell them apart. Data-parallel ranks draw masks of their own.
     without_dropout = [(mode, expected) for mode, expected in answers if not mode.dropout]

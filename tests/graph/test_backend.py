@@ -9,13 +9,17 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
+from tests.closeness import assert_close, rounding, roundings_of
 from tests.graph.sites import IN, adapted, column
+from tests.models import randomize_adapters
 
 
 @pytest.fixture
 def model(tensor_parallel):
     tensor_parallel(1)
-    return adapted(column())
+    model = adapted(column())
+    randomize_adapters(model)
+    return model
 
 
 def run(model, **settings):
@@ -30,14 +34,28 @@ def test_found_by_name():
 def test_inner_compilers_agree_with_eager(model, inner_compiler):
     x = torch.randn(3, 2, IN)
     compiled = torch.compile(model, backend="dora_fx", options={"inner_compiler": inner_compiler}, fullgraph=True)
-    torch.testing.assert_close(compiled(x)[0], model(x)[0])
+    assert_close(compiled(x)[0], model(x)[0], rounding(x.dtype, roundings_of(model)))
 
 
-def test_inductor_option_and_mode_reach_inductor(model):
-    with torch._inductor.config.patch(cpp_wrapper=False):
-        run(model, options={"fallback_random": True, "epilogue-fusion": False})
-    torch._dynamo.reset()
-    run(model, mode="max-autotune-no-cudagraphs")
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, (False, True, False)),
+        ({"options": {"fallback_random": True, "epilogue-fusion": False}}, (True, False, False)),
+        ({"mode": "max-autotune-no-cudagraphs"}, (False, True, True)),
+    ],
+)
+def test_inductor_option_and_mode_reach_inductor(model, settings, found):
+    seen = []
+
+    def note_config(graph):
+        config = torch._inductor.config
+        seen.append((config.fallback_random, config.epilogue_fusion, config.max_autotune))
+
+    # A pass of Inductor's runs with the settings that it compiles with.
+    with torch._inductor.config.patch(post_grad_custom_post_pass=note_config, force_disable_caches=True):
+        run(model, **settings)
+    assert seen == [found]
 
 
 @pytest.mark.parametrize(

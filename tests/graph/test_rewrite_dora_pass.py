@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from dora_fx.ops import dora_linear
 from dora_fx.passes.graph_utils import subgraph_modules
 from dora_fx.passes.rewrite_dora_pass import rewrite_dora_pass
 from tests.graph.capture import SEQUENCE, capture
-from tests.graph.sites import IN, OneLinear, adapted, column, row
+from tests.graph.sites import IN, OUT, OneLinear, adapted, column, row
 from tests.recording_backend import RecordingBackend
 
 
@@ -45,23 +45,36 @@ def test_marker_is_gone_and_new_nodes_are_described(recompute):
         assert isinstance(node.meta["example_value"], torch.Tensor)
 
 
-def test_unmarked_neighbour_is_left_alone():
-    model = nn.Sequential(adapted(column()), nn.Flatten(0, 0), nn.Identity())
-    plain = nn.Linear(80, 3)
+class Neighbours(nn.Module):
+    """An adapted layer between two that are not."""
 
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = model[0], plain
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.adapted, self.last = nn.Linear(IN, IN), adapted(column()), nn.Linear(OUT, 3)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(self.first(x)[0])
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.adapted(self.first(x))[0])
 
-    backend = capture(Both(), IN)
-    text = backend.after[0].code
-    assert text.count("l_self_modules_second_parameters_weight_") == backend.before[0].code.count(
-        "l_self_modules_second_parameters_weight_"
-    )
+
+def linears_by_weight(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    nodes = gm.graph.find_nodes(op="call_function", target=torch._C._nn.linear)
+    return {str(node.args[1]): node for node in nodes}
+
+
+def test_unmarked_neighbours_are_left_alone():
+    backend = capture(Neighbours(), IN)
+    before, after = linears_by_weight(backend.before[0]), linears_by_weight(backend.after[0])
+    assert [name.split("_modules_")[1].split("_")[0] for name in before] == ["first", "last"]
+    assert len(after) == len(before) + 3
+    for name, node in before.items():
+        found = after[name]
+        assert (found.name, str(found.args[1:]), found.kwargs) == (node.name, str(node.args[1:]), node.kwargs)
+        assert found.meta.keys() == node.meta.keys()
+        assert found.meta["stack_trace"] == node.meta["stack_trace"]
+    first, last = before
+    assert str(after[first].args[0]) == str(before[first].args[0])
+    assert before[last].args[0].target is dora_linear
+    assert after[last].args[0].name not in {node.name for node in backend.before[0].graph.nodes}
 
 
 def test_sequence_lengths_share_a_graph():

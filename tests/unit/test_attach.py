@@ -12,6 +12,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 import dora_fx
+from tests.closeness import assert_close, rounding, roundings_of
 from tests.models import DIM, GPT_TARGETS, config, logits_of, sites, tiny_gpt, token_ids, trainable
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -130,9 +131,10 @@ def test_same_seed_same_values_and_no_random_number_drawn() -> None:
 def test_initial_values(method: str, std: float, largest: float | None) -> None:
     model = nn.ModuleDict({"linear": nn.Linear(512, 128)})
     dora_fx.DoRA(["linear"], dim=256, lora_A_init_method=method)(model)
-    lora_a = model["linear"].adapter.linear_in.weight
-    assert lora_a.std().item() == pytest.approx(std, rel=0.02)
-    assert abs(lora_a.mean().item()) <= 0.01 * std
+    lora_a = model["linear"].adapter.linear_in.weight.double()
+    # Standard deviations of the two for normal draws; uniform ones spread less.
+    assert abs(lora_a.std().item() - std) <= 5 * std / (2 * lora_a.numel()) ** 0.5
+    assert abs(lora_a.mean().item()) <= 5 * std / lora_a.numel() ** 0.5
     assert largest is None or lora_a.abs().max().item() <= largest
     assert not model["linear"].adapter.linear_out.weight.any()
 
@@ -142,7 +144,7 @@ def test_magnitude_starts_as_the_norm_with_any_initial_b() -> None:
     dora_fx.DoRA(["linear"], dim=4, alpha=6, lora_B_init_method="normal")(model)
     adapter = model["linear"].adapter
     dense = model["linear"].weight + 1.5 * adapter.linear_out.weight @ adapter.linear_in.weight
-    torch.testing.assert_close(adapter.get_weight_magnitude(), dense.norm(dim=1), rtol=1e-14, atol=0)
+    assert_close(adapter.get_weight_magnitude(), dense.norm(dim=1), rounding(torch.float64, 40 + 4))
 
 
 def test_report() -> None:
@@ -221,8 +223,7 @@ def test_inside_data_parallel_wrapper_gradients_reach_the_buffers_once(wrapped_f
     alone(x).square().sum().backward()
     expected = {name: parameter.grad for name, parameter in trainable(alone).items()}
     assert buffered.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(buffered[name], gradient)
+    assert_close(buffered, expected, rounding(torch.float32, 2 * roundings_of(module)))
 
 
 def test_data_parallel_buffers_hold_the_adapters_alone() -> None:

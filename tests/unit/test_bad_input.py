@@ -194,7 +194,7 @@ def test_base_weight_that_requires_grad_after_compilation() -> None:
 @pytest.mark.parametrize("kind", ["column", "row", "row_split_input", "linear_bias", "output_layer"])
 def test_wrong_input_width(kind: str, shape: tuple[int, ...]) -> None:
     zoo = adapt_zoo(LinearZoo([kind]))
-    with unchanged(zoo), refuses(ValueError, f"{kind}: ", str(shape[-1]), str(IN)):
+    with unchanged(zoo), refuses(ValueError, f"{kind}: ", f"has {shape[-1]} features, the layer takes {IN}"):
         zoo({kind: torch.randn(shape)})
 
 

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 import dora_fx
 from dora_fx.passes.rewrite_dora_pass import _warn_once
+from tests.closeness import assert_apart, assert_close
 from tests.models import IN, LINEAR_KINDS, LinearZoo, adapt_zoo, randomize_adapters, sites, trainable
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -36,8 +37,7 @@ def run_and_differentiate(call: Callable[..., Any], zoo: LinearZoo) -> list[torc
 
 
 def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).norm() <= 1e-12 * b.norm()
+    assert_close(*({str(index): tensor for index, tensor in enumerate(part)} for part in (found, expected)), 1e-12)
 
 
 def item(module: nn.Module, args: Any, output: Any) -> None:
@@ -157,7 +157,7 @@ def test_many_settings_in_one_model(settings: list[dict[str, Any]], graphs: int)
         for call in (layer, layer.forward):
             torch.manual_seed(4)
             outputs.append(call(x))
-        torch.testing.assert_close(*outputs, rtol=1e-12, atol=0)
+        assert_close(*outputs, 1e-12)
     assert counters["dora_fx"]["graphs_compiled"] == graphs
 
 
@@ -170,7 +170,8 @@ def test_alpha_and_dropout_may_be_changed_later() -> None:
         torch.manual_seed(4)
         seen.append(layer(x))
         torch.manual_seed(4)
-        torch.testing.assert_close(seen[-1], layer.forward(x), rtol=1e-12, atol=0)
-    assert not torch.allclose(seen[0], seen[1]) and not torch.allclose(seen[1], seen[2])
+        assert_close(seen[-1], layer.forward(x), 1e-12)
+    assert_apart(seen[0], seen[1])
+    assert_apart(seen[1], seen[2])
     with pytest.raises(ValueError, match=r"dropout: found 1.0, expected a probability in \[0, 1\)"):
         layer.adapter.dropout = 1.0

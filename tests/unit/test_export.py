@@ -16,9 +16,10 @@ import dora_fx
 from dora_fx.cli.main import main
 from dora_fx.megatron_world import megatron_world
 from dora_fx.models import load_hf_checkpoint
+from tests.closeness import assert_apart
 from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint
 from tests.models import GPT_TARGETS, randomize_adapters, tiny_gpt
-from tests.peft_models import hf_logits, load_with_peft, megatron_logits, megatron_of
+from tests.peft_models import assert_same_logits, hf_logits, load_with_peft, megatron_logits, megatron_of
 
 
 def dora_fx_command(*arguments: object) -> int:
@@ -47,7 +48,7 @@ def expected(run: Path, base: torch.nn.Module) -> torch.Tensor:
         model = dora_fx.DoRA(dim=4, alpha=32.0)(megatron_of(base))
         dora_fx.load_checkpoint(model, run / "checkpoint")
         logits = megatron_logits(model)
-    assert (logits - hf_logits(base)).abs().max() > 0.1
+    assert_apart(logits, hf_logits(base))
     return logits
 
 
@@ -56,7 +57,8 @@ def test_peft_loads_the_adapter(
 ) -> None:
     assert dora_fx_command("export", run, "--to", tmp_path / "peft") == 0
     assert f"PEFT adapter of {run.parent / 'base'}: {tmp_path / 'peft'}" in capsys.readouterr().out
-    torch.testing.assert_close(hf_logits(load_with_peft(base, tmp_path / "peft")), expected, atol=1e-5, rtol=0)
+    adapted = load_with_peft(base, tmp_path / "peft")
+    assert_same_logits(hf_logits(adapted), expected, adapted)
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(run.parent / "base")
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 32, 0.1)
@@ -72,7 +74,7 @@ def test_transformers_loads_the_merged_model(run: Path, expected: torch.Tensor, 
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    torch.testing.assert_close(hf_logits(model), expected, atol=1e-4, rtol=0)
+    assert_same_logits(hf_logits(model), expected, model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.decode(tokenizer("hello").input_ids).replace(" ", "") == "hello"
     # What was merged is a base like any other.
@@ -150,12 +152,12 @@ def test_an_adapter_is_merged_into_its_own_base_alone(
     """Another base of the same shapes differs in one weight, of an adapted layer."""
     save_tiny_checkpoint(tmp_path / "own", kind)
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own")
-    model = dora_fx.DoRA(targets, dim=4)(megatron_of(hf))
+    model = dora_fx.DoRA(targets, dim=4, alpha=8)(megatron_of(hf))
     randomize_adapters(model)
     dora_fx.save_checkpoint(model, tmp_path / "checkpoint")
     assert dora_fx_command("merge", tmp_path / "checkpoint", "--base", tmp_path / "own", "--to", tmp_path / "new") == 0
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", attn_implementation="eager")
-    torch.testing.assert_close(hf_logits(merged), megatron_logits(model), atol=1e-3, rtol=0)
+    assert_same_logits(hf_logits(merged), megatron_logits(model), model)
     other = shutil.copytree(tmp_path / "own", tmp_path / "other")
     with torch.no_grad():
         hf.model.layers[1].mlp.up_proj.weight[0, 0] += 0.01

@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from dora_fx.checkpoint.plain import read_adapters
-from tests.finetune_runs import finetune, rows, step_of
+from tests.closeness import assert_close, rounding
+from tests.finetune_runs import ROUNDINGS_OF_A_STEP, finetune, rows, step_of
 from tests.hf_models import adapter_of, finetune_inputs
 
 
@@ -85,8 +86,8 @@ def test_compiled_and_eager_training_go_through_the_same_losses(
     assert finetune(*inputs, *options, "--compile", "none", "--run", tmp_path / "eager") == 0
     losses = {name: rows(tmp_path / name) for name in ("compiled", "eager")}
     assert losses["eager"][20] < losses["eager"][1]
-    worst = max(abs(losses["compiled"][step] - loss) for step, loss in losses["eager"].items())
-    assert worst <= 1e-4
+    found, expected = (torch.tensor(list(losses[name].values())) for name in ("compiled", "eager"))
+    assert_close(found, expected, rounding(torch.float32, 20 * ROUNDINGS_OF_A_STEP))
 
 
 def test_bfloat16_training_follows_float32(inputs: list[str], tmp_path: Path) -> None:
@@ -123,6 +124,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_save(
     options = ["--lr", 1e30, "--max-grad-norm", 0, "--save-every", 1, "--steps", 20]
     assert finetune(*inputs, *options, "--run", run) == 2
     assert "a smaller --lr may help" in capsys.readouterr().err
+    assert all(map(math.isfinite, rows(run).values()))
+    assert 1 <= step_of(run) == max(rows(run)) < 20
 
 
 def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
@@ -141,7 +144,9 @@ def test_weight_decay_is_of_the_factors_alone(inputs: list[str], tmp_path: Path)
     plain, decayed = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "decayed")
     for key, tensor in plain.items():
         share = 0.9**2 if key.endswith("linear_in.weight") else 1.0
-        torch.testing.assert_close(decayed[key], share * tensor, rtol=0, atol=1e-5, msg=key)
+        # Adam's first updates are of the learning rate at most, up or down, in either run.
+        rounded = 4 * torch.finfo(torch.float32).eps * tensor.abs().max()
+        assert (decayed[key] - share * tensor).abs().max() <= 2 * 2 * 1e-6 + rounded, key
 
 
 def test_a_norm_of_zero_clips_nothing_and_the_norm_is_the_one_before_clipping(

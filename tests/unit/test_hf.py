@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dora_fx
+from tests.closeness import assert_apart
 from tests.hf_models import tiny_hf_model
 from tests.models import GPT_TARGETS, randomize_adapters, sites, tiny_gpt
 from tests.peft_models import (
     HF_TARGETS,
     adapted_megatron,
+    assert_same_logits,
     hf_logits,
     load_with_peft,
     megatron_logits,
@@ -54,8 +56,8 @@ def test_peft_computes_the_logits_of_the_exported_adapter(kind: str, tmp_path: P
     model = adapted_megatron(hf)
     dora_fx.export_hf(model, tmp_path / "adapter", base_model="some/base")
     expected = megatron_logits(model)
-    assert (expected - hf_logits(hf)).abs().max() > 0.1
-    torch.testing.assert_close(hf_logits(load_with_peft(hf, tmp_path / "adapter")), expected, atol=1e-5, rtol=0)
+    assert_apart(expected, hf_logits(hf))
+    assert_same_logits(hf_logits(load_with_peft(hf, tmp_path / "adapter")), expected, model)
     config = config_of(tmp_path / "adapter")
     assert config["target_modules"] == sorted(HF_TARGETS)
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12, 0.05)
@@ -68,7 +70,7 @@ def test_an_untied_output_layer_is_exported(tmp_path: Path) -> None:
     dora_fx.export_hf(model, tmp_path / "adapter")
     assert config_of(tmp_path / "adapter")["target_modules"] == ["lm_head", "o_proj"]
     peft_model = load_with_peft(hf, tmp_path / "adapter")
-    torch.testing.assert_close(hf_logits(peft_model), megatron_logits(model), atol=1e-5, rtol=0)
+    assert_same_logits(hf_logits(peft_model), megatron_logits(model), model)
 
 
 def test_a_tied_output_layer_is_exported_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -80,8 +82,8 @@ def test_a_tied_output_layer_is_exported_with_a_warning(tmp_path: Path, caplog: 
     with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):
         peft_model = peft.PeftModel.from_pretrained(copy.deepcopy(hf), str(tmp_path / "adapter"))
     expected = megatron_logits(model)
-    assert (hf_logits(hf) - expected).abs().max() > 0.1
-    torch.testing.assert_close(hf_logits(peft_model), expected, atol=1e-5, rtol=0)
+    assert_apart(expected, hf_logits(hf))
+    assert_same_logits(hf_logits(peft_model), expected, model)
     imported = dora_fx.import_hf(megatron_of(hf), tmp_path / "adapter")
     torch.testing.assert_close(megatron_logits(imported), expected, atol=0, rtol=0)
     embedding = hf.get_input_embeddings().weight
@@ -106,7 +108,7 @@ def test_layers_that_differ_in_rank_and_target(tmp_path: Path) -> None:
     assert (config["r"], config["rank_pattern"]) == (4, {"o_proj": 6})
     assert (config["lora_alpha"], config["alpha_pattern"]) == (12, {"o_proj": 9.5})
     peft_model = load_with_peft(hf, tmp_path / "adapter")
-    torch.testing.assert_close(hf_logits(peft_model), megatron_logits(model), atol=1e-5, rtol=0)
+    assert_same_logits(hf_logits(peft_model), megatron_logits(model), model)
     back = dora_fx.import_hf(megatron_of(hf), tmp_path / "adapter")
     assert_same(adapter_tensors(back), adapter_tensors(model))
 
@@ -135,7 +137,7 @@ def test_padded_query_groups_are_cut_off_and_put_back(tmp_path: Path) -> None:
     plain, padded = adapted_megatron(hf), megatron_of(hf, num_query_groups=4)
     dora_fx.export_hf(plain, tmp_path / "plain")
     dora_fx.import_hf(padded, tmp_path / "plain")
-    torch.testing.assert_close(megatron_logits(padded), megatron_logits(plain), atol=1e-5, rtol=0)
+    assert_same_logits(megatron_logits(padded), megatron_logits(plain), padded)
     dora_fx.export_hf(padded, tmp_path / "padded")
     assert_same(stored(tmp_path / "padded"), stored(tmp_path / "plain"))
     assert config_of(tmp_path / "padded") == config_of(tmp_path / "plain")
@@ -166,11 +168,11 @@ def test_megatron_computes_the_logits_of_a_peft_adapter(settings: str, kind: str
     peft_model = save_peft_adapter(hf, tmp_path / "adapter", **SETTINGS[settings])
     model = dora_fx.import_hf(megatron_of(hf), tmp_path / "adapter")
     expected = hf_logits(peft_model)
-    assert (expected - hf_logits(hf)).abs().max() > 0.01
-    torch.testing.assert_close(megatron_logits(model), expected, atol=1e-5, rtol=0)
+    assert_apart(expected, hf_logits(hf))
+    assert_same_logits(megatron_logits(model), expected, model)
     # And once more through our own export, whose ranks are the stacked ones.
     dora_fx.export_hf(model, tmp_path / "again")
-    torch.testing.assert_close(hf_logits(load_with_peft(hf, tmp_path / "again")), expected, atol=1e-5, rtol=0)
+    assert_same_logits(hf_logits(load_with_peft(hf, tmp_path / "again")), expected, model)
 
 
 def test_separate_factors_are_stacked_and_rows_without_an_adapter_are_the_base(tmp_path: Path) -> None:
@@ -248,6 +250,11 @@ def refuse(folder: Path, message: str, kind: str = "llama", **settings: Any) -> 
         (dict(an_option_of_the_future=3), "an_option_of_the_future is 3"),
         (dict(r=5), r"_proj has A of shape \(4, 80\).*expected the rank 5 that adapter_config.json states"),
         (dict(r=0), "r or rank_pattern has 0, expected a positive number"),
+        (dict(r=-4), "r or rank_pattern has -4, expected a positive number"),
+        (dict(r=True), "r or rank_pattern has True, expected a positive number"),
+        (dict(rank_pattern={"q_proj": 4.5}), r"r or rank_pattern has 4\.5, expected a positive number"),
+        (dict(lora_alpha="12"), "lora_alpha or alpha_pattern has '12', expected a positive number"),
+        (dict(alpha_pattern={"q_proj": -1.0}), r"lora_alpha or alpha_pattern has -1\.0, expected a positive number"),
         (dict(alpha_pattern={"q_proj": 9}), r"q_proj|k_proj.* expected a power of two"),
         (dict(target_modules=[*HF_TARGETS, "lm_head"]), "target_modules names lm_head, which has no tensors"),
     ],

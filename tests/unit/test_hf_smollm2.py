@@ -13,9 +13,9 @@ from dora_fx.cli.smollm2 import fetch_smollm2
 from dora_fx.hf.peft_files import PeftModule, read_peft_adapter
 from dora_fx.models import load_hf_checkpoint
 from dora_fx.models.hf_merged import merged_state_dict, save_hf_model
+from tests.closeness import assert_apart
 from tests.models import GPT_TARGETS, sites
-from tests.oracle import relative_error
-from tests.peft_models import hf_logits, load_with_peft, megatron_logits, megatron_of
+from tests.peft_models import assert_same_logits, hf_logits, load_with_peft, megatron_logits, megatron_of
 
 
 @torch.no_grad()
@@ -37,21 +37,20 @@ def test_smollm2_goes_to_hugging_face_and_back(world: None, tmp_path: Path) -> N
     move_as_training_does(model)
     tokens = torch.tensor([checkpoint.tokenizer("The capital of France is Paris. The capital of Italy").input_ids])
     logits = megatron_logits(model, tokens)
-    assert relative_error(logits, hf_logits(hf, tokens).double()) > 0.1
+    assert_apart(logits, hf_logits(hf, tokens))
 
     dora_fx.export_hf(model, tmp_path / "peft", base_model="HuggingFaceTB/SmolLM2-135M-Instruct")
-    found = {"peft": relative_error(hf_logits(load_with_peft(hf, tmp_path / "peft"), tokens), logits.double())}
+    assert_same_logits(hf_logits(load_with_peft(hf, tmp_path / "peft"), tokens), logits, model)
 
     adapter = read_peft_adapter(tmp_path / "peft")
     names = ("lora_a", "lora_b", "magnitude")
     modules = {path: PeftModule(*(adapter.tensor(path, name) for name in names), alpha=32.0) for path in adapter.shapes}
     save_hf_model(checkpoint, merged_state_dict(checkpoint, modules), tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    found["transformers"] = relative_error(hf_logits(merged, tokens), logits.double())
+    assert_same_logits(hf_logits(merged, tokens), logits, model)
 
     again = dora_fx.import_hf(megatron_of(hf), tmp_path / "peft")
     trained = {name: value for name, value in model.named_parameters() if ".adapter." in name}
     assert all(torch.equal(again.get_parameter(name), value) for name, value in trained.items())
     dora_fx.merge(again)
-    found["merged"] = relative_error(megatron_logits(again, tokens), logits.double())
-    assert found["peft"] <= 1e-5 and found["transformers"] <= 1e-4 and found["merged"] <= 1e-5, found
+    assert_same_logits(megatron_logits(again, tokens), logits, model)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import dora_fx
 from dora_fx.cli.main import main
@@ -29,6 +30,8 @@ def test_tables(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ["decoder.layers.mlp.linear_fc2.adapter.weight_magnitude", "1x32", "float32", "128"] in rows
     assert ["__0_0.distcp", f"{(checkpoint / '__0_0.distcp').stat().st_size:,}"] in rows
     assert ["at", "layout", "tp", "1,", "pp", "1,", "vpp", "1,", "cp", "1,", "dp", "1"] in rows
+    [writers] = [" ".join(row) for row in rows if row[:2] == ["written", "by"]]
+    assert f"dora_fx {dora_fx.__version__}, " in writers and f"torch {torch.__version__}" in writers
     assert ["optimizer", "no"] in rows
     assert ["extra", "yes"] in rows
     assert ["all", "files", "are", "whole"] in rows

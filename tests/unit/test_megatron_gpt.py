@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from dora_fx.models import UnsupportedModelError, architecture_of, build_gpt_model, causal_mask, load_hf_checkpoint
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
+from tests.closeness import assert_as_exact, assert_close, rounding, roundings_of
 from tests.hf_models import CONFIGS, save_tiny_checkpoint, tiny_hf_config, tiny_hf_model
 
 
@@ -32,15 +34,15 @@ def test_logits_equal_transformers(kind: str, world: None) -> None:
     model = build_gpt_model(hf.config, hf.state_dict())
     expected = hf_logits(hf, TOKENS)
     assert expected.std() > 0.1
-    torch.testing.assert_close(megatron_logits(model, TOKENS), expected, atol=2e-5, rtol=0)
+    assert_close(megatron_logits(model, TOKENS), expected, rounding(torch.float32, roundings_of(model)))
 
 
 def test_logits_equal_transformers_in_bfloat16(world: None) -> None:
     hf = tiny_hf_model("qwen2").bfloat16()
+    exact = hf_logits(copy.deepcopy(hf).float(), TOKENS)
     model = build_gpt_model(hf.config, hf.state_dict(), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    error = (megatron_logits(model, TOKENS).float() - hf_logits(hf, TOKENS).float()).abs().max()
-    assert error < 0.05
+    assert_as_exact(megatron_logits(model, TOKENS), hf_logits(hf, TOKENS), exact)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -50,7 +52,7 @@ def test_zero_query_groups_keep_the_function(kind: str, world: None) -> None:
     attention = model.decoder.layers[0].self_attention
     assert attention.linear_qkv.weight.shape == (4 * (3 + 2) * 8, 48)
     assert attention.linear_proj.weight.shape == (48, 4 * 3 * 8)
-    torch.testing.assert_close(megatron_logits(model, TOKENS), hf_logits(hf, TOKENS), atol=2e-5, rtol=0)
+    assert_close(megatron_logits(model, TOKENS), hf_logits(hf, TOKENS), rounding(torch.float32, roundings_of(model)))
 
 
 def test_fewer_query_groups_than_the_model_has_are_refused(world: None) -> None:
@@ -138,7 +140,7 @@ def test_a_directory_loads_with_its_tokenizer(tmp_path: Path, world: None) -> No
     checkpoint = load_hf_checkpoint(save_tiny_checkpoint(tmp_path / "base", "qwen2"))
     model = build_gpt_model(checkpoint.config, checkpoint.state_dict)
     expected = hf_logits(tiny_hf_model("qwen2"), TOKENS)
-    torch.testing.assert_close(megatron_logits(model, TOKENS), expected, atol=2e-5, rtol=0)
+    assert_close(megatron_logits(model, TOKENS), expected, rounding(torch.float32, roundings_of(model)))
     assert checkpoint.tokenizer.decode(checkpoint.tokenizer("hello").input_ids).replace(" ", "") == "hello"
 
 
@@ -171,5 +173,5 @@ def test_smollm2_computes_what_transformers_computes(world: None) -> None:
     hf.load_state_dict(checkpoint.state_dict)
     tokens = torch.tensor([checkpoint.tokenizer("The capital of France is").input_ids])
     logits = megatron_logits(model, tokens)
-    torch.testing.assert_close(logits, hf_logits(hf.eval(), tokens), atol=1e-3, rtol=0)
+    assert_close(logits, hf_logits(hf.eval(), tokens), rounding(torch.float32, roundings_of(model)))
     assert checkpoint.tokenizer.decode(logits[0, -1].argmax()) == " Paris"

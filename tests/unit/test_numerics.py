@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.closeness import assert_below, assert_close, relative_error
 from tests.models import IN, LINEAR_KINDS, OUT, LinearZoo, adapt_zoo, trainable
 from tests.oracle import (
     Results,
     expected_zoo_results,
     reference_outputs,
     reference_zoo,
-    relative_error,
     zoo_loss,
     zoo_results,
 )
@@ -69,8 +69,7 @@ def assert_agrees(zoo: LinearZoo, call: Callable[..., Results], compiler: str, t
     }
     for (kind, _), error in errors.items():
         record(kind, compiler, dtype, error)
-    too_large = {key: error for key, error in errors.items() if not error <= TOLERANCE[dtype]}
-    assert not too_large
+    assert_below({f"{kind}: {what}": error for (kind, what), error in errors.items()}, TOLERANCE[dtype])
 
 
 def check_in_training(zoo: LinearZoo, compiler: str, two_dims: str, record: RecordError) -> None:
@@ -140,9 +139,11 @@ def test_training_reaches_the_oracles_parameters(compiler: str, dropout: float) 
     train(lambda: zoo_loss(reference_outputs(layers, inputs), targets), dict(layers.named_parameters()))
     for kind in zoo.kinds:
         adapter, layer = getattr(zoo, kind).adapter, layers[kind]
-        assert relative_error(adapter.linear_in.weight, layer.lora_a.detach()) <= 1e-10
-        assert relative_error(adapter.linear_out.weight, layer.lora_b.detach()) <= 1e-10
-        assert relative_error(adapter.weight_magnitude, layer.magnitude.detach()) <= 1e-10
+        found = {"A": adapter.linear_in.weight, "B": adapter.linear_out.weight, "m": adapter.weight_magnitude}
+        expected = {"A": layer.lora_a, "B": layer.lora_b, "m": layer.magnitude}
+        # AdamW divides each gradient by its own size, so an element whose gradient is a hundredth of the others' has
+        # an update that is a hundred times as far off as a gradient may be.
+        assert_close(found, expected, 100 * TOLERANCE[torch.float64])
     assert all(relative_error(parameter, before[name]) > 1e-3 for name, parameter in trainable(zoo).items())
 
 

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_fx
+from tests.closeness import assert_close, rounding, roundings_of
 from tests.models import sites
-from tests.oracle import relative_error
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DIM, ALPHA, LEARNING_RATE = 4, 12, 1e-2
-TOLERANCE = 1e-5
+# In float64 both are rounded far below anything that one of them could do otherwise.
+TOLERANCE = 1e-10
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -29,7 +30,7 @@ def tiny_llama() -> LlamaForCausalLM:
         num_key_value_heads=2,
         attn_implementation="eager",
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(config).double()
 
 
 @torch.no_grad()
@@ -65,12 +66,6 @@ def our_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    errors = {name: relative_error(found[name], expected[name].double()) for name in expected}
-    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
-
-
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("compiler", [None, "aot_eager", "inductor"])
 def test_logits_gradients_and_trained_parameters_agree_with_peft(compiler: str | None) -> None:
@@ -83,6 +78,8 @@ def test_logits_gradients_and_trained_parameters_agree_with_peft(compiler: str |
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_(theirs[name])
+    # Transformers takes norms and angles in float32 whatever the dtype, and Inductor rounds those in its own way.
+    bound = rounding(torch.float32, 3 * roundings_of(model)) if compiler == "inductor" else TOLERANCE
     if compiler is not None:
         model.compile(backend="dora_fx", options={"inner_compiler": compiler})
     tokens = torch.randint(0, 64, (2, 10))
@@ -94,9 +91,9 @@ def test_logits_gradients_and_trained_parameters_agree_with_peft(compiler: str |
             output = network(input_ids=tokens, labels=tokens)
             output.loss.backward()
             logits.append(output.logits.detach())
-        assert relative_error(logits[0], logits[1].double()) <= TOLERANCE
+        assert_close(*logits, bound)
         if step == 0:
-            assert_close(*({name: p.grad for name, p in each.items()} for each in (ours, theirs)))
+            assert_close(*({name: p.grad for name, p in each.items()} for each in (ours, theirs)), bound)
         for optimizer in optimizers:
             optimizer.step()
-    assert_close(ours, theirs)
+    assert_close(ours, theirs, bound)

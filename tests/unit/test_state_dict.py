@@ -10,6 +10,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx import disable_adapter
+from tests.closeness import assert_apart, assert_close, rounding
 from tests.models import DIM, LinearZoo, adapt_zoo, logits_of, randomize_adapters, sites, tiny_gpt, token_ids, trainable
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -51,7 +52,7 @@ def test_keys_of_one_layer_without_prefix() -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_saved_from_one_model_and_loaded_into_another(tied: bool) -> None:
     source, target = adapted_gpt(1, tied=tied), adapted_gpt(2, tied=tied)
-    assert not torch.allclose(logits_of(target, token_ids()), logits_of(source, token_ids()))
+    assert_apart(logits_of(target, token_ids()), logits_of(source, token_ids()))
     file = io.BytesIO()
     torch.save(source.state_dict(), file)
     file.seek(0)
@@ -83,7 +84,8 @@ def test_base_checkpoint_into_an_adapted_model() -> None:
         assert torch.equal(logits_of(model, token_ids()), expected)
     logits_of(model, token_ids())
     for site in sites(model).values():
-        torch.testing.assert_close(site.base_norm_sq, site.base_weight.square().sum(1))
+        measured = site.base_weight.double().square().sum(1)
+        assert_close(site.base_norm_sq, measured, rounding(torch.float32, site.base_weight.shape[1]))
 
 
 def test_adapter_alone_into_an_adapted_model() -> None:

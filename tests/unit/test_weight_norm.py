@@ -8,8 +8,12 @@ import torch
 from benchmarks.measuring import peak_bytes
 from dora_fx import weight_norm
 from dora_fx.weight_norm import norm_dtype, norm_of_terms, norm_terms
+from tests.closeness import note_margin
 
 SCALING = 2.0
+# Of every row on its own: sixteen units in the last place of the dtype that norms have. The sums are of squares, and
+# so are well conditioned where nothing cancels.
+TOLERANCE = {torch.float64: 16 * 2**-52, torch.float32: 16 * 2**-23}
 
 
 def factored(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
@@ -18,6 +22,14 @@ def factored(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -
     base_norm_sq = weight_norm.base_norm_squared(weight)
     linear_terms, gram = norm_terms(base_norm_sq, weight, lora_a, lora_b, scaling=scaling, dtype=dtype)
     return norm_of_terms(linear_terms, gram, lora_b, scaling=scaling, dtype=dtype)
+
+
+def assert_rows_close(operands: tuple[torch.Tensor, ...]) -> None:
+    """Compare each row's norm with the dense one."""
+    found, expected = factored(*operands), dense(*operands)
+    error = float(((found.double() - expected) / expected).abs().max())
+    note_margin(error, TOLERANCE[found.dtype])
+    assert error <= TOLERANCE[found.dtype]
 
 
 def dense(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
@@ -31,14 +43,9 @@ def draw(out: int, features: int, dim: int, dtype: torch.dtype, scale: float = 1
 
 
 @pytest.mark.parametrize("dim", [1, 3, 16, 64, 384, 768])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 2e-6), (torch.float16, 2e-6)],
-    ids=str,
-)
-def test_every_rank_and_dtype(dim: int, dtype: torch.dtype, tolerance: float) -> None:
-    operands = draw(70, 130, dim, dtype)
-    torch.testing.assert_close(factored(*operands).double(), dense(*operands), rtol=tolerance, atol=0.0)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_rank_and_dtype(dim: int, dtype: torch.dtype) -> None:
+    assert_rows_close(draw(70, 130, dim, dtype))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +64,7 @@ def test_every_rank_and_dtype(dim: int, dtype: torch.dtype, tolerance: float) ->
 def test_huge_and_tiny_weights(dtype: torch.dtype, scale: float) -> None:
     operands = draw(70, 130, 8, dtype, scale)
     assert torch.isfinite(dense(*operands)).all()
-    torch.testing.assert_close(factored(*operands).double(), dense(*operands), rtol=2e-6, atol=0.0)
+    assert_rows_close(operands)
 
 
 @pytest.mark.parametrize("remains", [1e-1, 1e-2, 1e-3, 0.0])
@@ -78,7 +85,7 @@ def test_rows_of_zeros_have_the_norm_of_their_product() -> None:
     lora_b[:2] = 0.0
     found = factored(weight, lora_a, lora_b)
     assert found[:2].tolist() == [0.0, 0.0]
-    torch.testing.assert_close(found.double(), dense(weight, lora_a, lora_b), rtol=2e-6, atol=0.0)
+    assert_rows_close((weight[2:], lora_a, lora_b[2:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -86,4 +93,4 @@ def test_blocks_of_rows_bound_the_memory(dtype: torch.dtype) -> None:
     out, features, dim = 9000, 1200, 512
     operands = draw(out, features, dim, dtype)
     assert peak_bytes(lambda: factored(*operands), "cpu") <= out * dim * 4 + 32 * 2**20
-    torch.testing.assert_close(factored(*operands).double(), dense(*operands), rtol=2e-6, atol=0.0)
+    assert_rows_close(operands)
