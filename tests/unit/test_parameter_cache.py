@@ -33,6 +33,10 @@ def compiled(model: Callable[..., Any], weight_norm: str = "once_per_step") -> C
     return torch.compile(model, backend="dora_fx", options=options, fullgraph=True)
 
 
+def eager(zoo: LinearZoo) -> Callable[..., Any]:
+    return zoo
+
+
 def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {kind: torch.randn(5, 24, generator=generator, dtype=torch.float64) for kind in KINDS}
@@ -225,10 +229,6 @@ PAST_THE_VERSION_COUNTER: dict[str, Callable[[LinearZoo], None]] = {
     "base": lambda zoo: zoo.row_bias_added.weight.data.mul_(0.5),
     "the cache itself": lambda zoo: zoo.row_bias_added.cached_delta.mul_(2.0),
 }
-
-
-def eager(zoo: LinearZoo) -> Callable[..., Any]:
-    return zoo
 
 
 @pytest.mark.parametrize("how", [compiled, eager])
