@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.overrides import handle_torch_function, has_torch_function
 
 from dora_fx import (
     ParallelLinearDoRAAdapter,
@@ -103,12 +104,6 @@ MUTATIONS = [
         "_reduce(_reduce(product + addend, stored), stored)",
     ),
     Mutation("alpha and dim swapped", Adapter.scaling.fget, "self.alpha / self.dim", "self.dim / self.alpha"),
-    Mutation(
-        "gradient flows through the norm",
-        weight_norm.norm_terms,
-        "weight.detach(), lora_a.detach(), lora_b.detach()",
-        "weight, lora_a, lora_b",
-    ),
     Mutation("norm over the wrong axis", weight_norm.base_norm_squared, "dim=1", "dim=0"),
     Mutation("norm over both axes", weight_norm.norm_of_terms, "gram) * wide_b).sum(1)", "gram) * wide_b).sum()"),
     Mutation("norm in bfloat16", weight_norm.norm_of_terms, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),
@@ -133,16 +128,16 @@ MUTATIONS = [
     Mutation(
         "gradient of A not reduced",
         site_parameters._whole_factors,
-        "_together(gather_rows_together, requests)",
-        "_together(_gather_rows_only, requests[: len(sites)])"
-        " + _together(gather_rows_together, requests[len(sites) :])",
+        "_together(gathered_rows_together, requests, gathered)",
+        "_together(_gathered_rows_only, requests[: len(sites)], gathered[: len(sites)])"
+        " + _together(gathered_rows_together, requests[len(sites) :], gathered[len(sites) :])",
     ),
     Mutation(
         "gradient of B not reduced",
         site_parameters._whole_factors,
-        "_together(gather_rows_together, requests)",
-        "_together(gather_rows_together, requests[: len(sites)])"
-        " + _together(_gather_rows_only, requests[len(sites) :])",
+        "_together(gathered_rows_together, requests, gathered)",
+        "_together(gathered_rows_together, requests[: len(sites)], gathered[: len(sites)])"
+        " + _together(_gathered_rows_only, requests[len(sites) :], gathered[len(sites) :])",
     ),
     Mutation("weight gradients reduced twice", collectives._reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
     Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),
@@ -157,9 +152,25 @@ MUTATIONS = [
 ]
 
 
-def _own_rows(tensors: Sequence[torch.Tensor], group_name: str) -> list[torch.Tensor]:
-    ranks, rank = collectives.group_size(group_name), collectives.group_rank(group_name)
-    return [tensor.chunk(ranks)[rank] for tensor in tensors]
+class _GatheredRowsOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group_name: str, num_shards: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group_name = group_name
+        return tuple(whole.view_as(whole) for whole in tensors[num_shards:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ranks, rank = collectives.group_size(ctx.group_name), collectives.group_rank(ctx.group_name)
+        return None, None, *(grad.chunk(ranks)[rank] for grad in grads), *[None] * len(grads)
+
+
+def _gathered_rows_only(
+    shards: Sequence[torch.Tensor], group_name: str, wholes: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    """As `collectives.gathered_rows_together`, but no gradient is reduced."""
+    if has_torch_function((*shards, *wholes)):
+        return handle_torch_function(_gathered_rows_only, (*shards, *wholes), shards, group_name, wholes)
+    return _GatheredRowsOnly.apply(group_name, len(shards), *shards, *wholes)
 
 
 def _planted_names() -> dict[str, Any]:
@@ -168,12 +179,7 @@ def _planted_names() -> dict[str, Any]:
         "_rank": dist.get_rank,
         "_stale": {},
         "_data_parallel_group": parallel_state.get_data_parallel_group,
-        "_gather_rows_only": collectives._differentiable_together(
-            "gather_rows_only",
-            collectives._all_gather_rows,
-            _own_rows,
-            "No gradient is reduced.",
-        ),
+        "_gathered_rows_only": _gathered_rows_only,
     }
 
 

@@ -28,7 +28,7 @@ SAMPLE = [
     "input gradient not reduced",
     "low-rank product not reduced",
     "norm's terms not reduced",
-    "gradient flows through the norm",
+    "magnitude's gradient not scaled",
     "stale norm",
     "magnitude's gradient left partial",
     "gradient of A not reduced",
