@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ USER_ERROR_EXIT_CODE = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dora-fx` with the given arguments (the process's own by default) and return its exit code."""
     _quieten_libraries()
+    _take_every_character()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except ModuleNotFoundError as error:
@@ -35,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return Interrupted(signal.SIGINT).exit_code
+    except BrokenPipeError:
+        # Whoever read the output is gone; Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _run(argv: list[str]) -> int:
@@ -69,6 +75,13 @@ def _quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _take_every_character() -> None:
+    """Write what a terminal's encoding lacks, such as a letter of a sample in ASCII, as an escape, and not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _in_terms_of_options(message: str) -> str:

@@ -36,6 +36,10 @@ def run(parsed: dict[str, Any]) -> int:
         UserError: for folders, files and models that the command cannot work with, and for another base than the one
             that the adapter was trained on.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    # It would draw one on every terminal and into every log while the weights are written.
+    disable_progress_bar()
     target, display = Path(parsed["to"]), Display()
     saved = open_saved_adapter(parsed)
     dtype = next(iter(saved.layers.values())).tensors["linear_in.weight"].dtype

@@ -15,6 +15,7 @@ from dora_fx.models.base_files import GENERATION_CONFIG, copy_companions, write_
 from dora_fx.models.hf_checkpoint import HFCheckpoint
 from dora_fx.models.hf_parts import LM_HEAD
 from dora_fx.models.model_tensors import empty_model
+from dora_fx.models.reading import writing
 from dora_fx.weight_norm import norm_dtype
 
 
@@ -59,10 +60,11 @@ def save_hf_model(checkpoint: HFCheckpoint, state_dict: Mapping[str, Tensor], fo
         ValueError, OSError: a file of the base cannot be copied, or one cannot be written.
     """
     dtype = next(iter(state_dict.values())).dtype
-    empty_model(checkpoint.config, dtype).save_pretrained(folder, state_dict=dict(state_dict))
-    if not checkpoint.path.is_dir():
-        checkpoint.tokenizer.save_pretrained(folder)
-        return
+    with writing("the model"):
+        empty_model(checkpoint.config, dtype).save_pretrained(folder, state_dict=dict(state_dict))
+        if not checkpoint.path.is_dir():
+            checkpoint.tokenizer.save_pretrained(folder)
+            return
     (folder / GENERATION_CONFIG).unlink(missing_ok=True)
     copy_companions(checkpoint.path, folder)
     write_config(checkpoint.path, checkpoint.config, dtype, folder)

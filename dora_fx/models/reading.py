@@ -43,9 +43,24 @@ def reading(file: Path, cure: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not _is_of_a_reader(error) or is_out_of_memory(error):
+        if not _is_of_a_library(error) or is_out_of_memory(error):
             raise
         raise UnreadableFileError(f"{file}: cannot be read ({reason_of(error)}); {cure}") from error
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn whatever a library raises for a disk that takes no more into OSError, as `reading` does for readers.
+
+    Raises:
+        OSError: the block raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, OSError) or not _is_of_a_library(error) or is_out_of_memory(error):
+            raise
+        raise OSError(f"{what} cannot be written ({reason_of(error)})") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -106,7 +121,7 @@ def check_no_pointer(file: Path, start: bytes) -> None:
         raise UnreadableFileError(f"{file}: found a Git LFS pointer in place of the file; run: git lfs pull")
 
 
-def _is_of_a_reader(error: BaseException) -> bool:
+def _is_of_a_library(error: BaseException) -> bool:
     if isinstance(error, UnreadableFileError | UnsupportedModelError):
         return False
     # A panic in Rust, which tokenizers and safetensors are written in, reaches Python as a BaseException.

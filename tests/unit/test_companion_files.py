@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,26 @@ def test_a_link_inside_the_base_is_copied_and_what_is_no_file_is_left(tmp_path: 
     assert merge(save_adapter(base, tmp_path / "saved"), base, tmp_path / "merged") == 0
     assert not (tmp_path / "merged" / "TERMS").is_symlink()
     assert (tmp_path / "merged" / "TERMS").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base")
+    checkpoint = save_adapter(base, tmp_path / "saved")
+    (base / "large.txt").write_bytes(bytes(400_000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The weights of the first do not fit, of the second the base's own file.
+    for limit in (50_000, 300_000):
+        capsys.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            assert merge(checkpoint, base, tmp_path / "merged") == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        shown = capsys.readouterr().err
+        assert f"--to {tmp_path / 'merged'}: " in shown and "File too large" in shown and shown.count("\n") == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "saved"]
 
 
 def test_a_merged_model_may_lie_in_its_base(tmp_path: Path) -> None:
