@@ -85,9 +85,7 @@ def run(parsed: dict[str, Any]) -> int:
             f"{options.dtype} on {_place(options, device)}"
         )
         if unknown := tokenizer.beyond_the_model():
-            display.say(
-                f"{path.name}: {unknown} tokens of the tokenizer are not in the model; the text has none of them"
-            )
+            display.say(f"tokens of the tokenizer that the model does not have: {unknown}; the text has none of them")
         display.say(_summary(report))
         with fitting_in_memory("the optimizer", _SMALLER_ADAPTER):
             trainer = Trainer(model, blocks, options, device)

@@ -35,7 +35,13 @@ def companion_files(base: Path) -> list[Path]:
     Raises:
         UnreadableFileError: a link leads elsewhere, or to no regular file.
     """
-    return [path.relative_to(base) for path in sorted(_files(base)) if not _is_weight(path)]
+    roots, companions = _own_roots(base), []
+    for path in sorted(_paths(base)):
+        if path.is_symlink():
+            _check_link(path, roots)
+        if path.is_file():
+            companions.append(path.relative_to(base))
+    return companions
 
 
 def copy_companions(base: Path, target: Path) -> None:
@@ -63,16 +69,14 @@ def write_config(base: Path, config: Any, dtype: torch.dtype, target: Path) -> N
     (target / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    roots = _own_roots(folder)
+def _paths(folder: Path) -> Iterator[Path]:
+    """Everything in a folder but weights and names that start with a dot."""
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         # A link to a folder is among the folders, and is not followed.
-        for path in (Path(parent, name) for name in (*names, *folders) if not name.startswith(".")):
-            if path.is_symlink():
-                _check_link(path, roots)
-            if path.is_file():
-                yield path
+        for name in (*names, *folders):
+            if not name.startswith(".") and not name.lower().endswith(_WEIGHTS):
+                yield Path(parent, name)
 
 
 def _raise(error: OSError) -> None:
@@ -82,16 +86,14 @@ def _raise(error: OSError) -> None:
 def _own_roots(folder: Path) -> list[Path]:
     """The folder itself and, of a snapshot in the Hugging Face cache, the folder of the blobs that it links to."""
     real = Path(os.path.realpath(folder))
-    return [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
+    blobs = Path(os.path.realpath(real.parents[1] / "blobs"))
+    return [real, blobs] if real.parent.name == "snapshots" else [real]
 
 
 def _check_link(path: Path, roots: list[Path]) -> None:
     real = Path(os.path.realpath(path))
     if not (real.is_file() and any(real.is_relative_to(root) for root in roots)):
         raise UnreadableFileError(
-            f"{path}: found a link to {real}, expected a file of the base itself; put a copy in its place, or remove it"
+            f"{path}: found a link to {real}, expected a file of the base itself; remove it, or give --base a copy of "
+            "the base with the files in place of the links (cp -rL)"
         )
-
-
-def _is_weight(path: Path) -> bool:
-    return path.name.lower().endswith(_WEIGHTS)

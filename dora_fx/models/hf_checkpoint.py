@@ -15,7 +15,7 @@ from dora_fx.models.gguf_config import gguf_config
 from dora_fx.models.gguf_tensors import gguf_state_dict, open_gguf
 from dora_fx.models.model_tensors import EMBEDDING_WEIGHT, OUTPUT_WEIGHT
 from dora_fx.models.reading import UnreadableFileError, check_readable, reading
-from dora_fx.models.weight_files import StoredWeight, is_tied, read_weights, stored_weights
+from dora_fx.models.weight_files import StoredWeight, has_weights, is_tied, read_weights, stored_weights
 
 # What transformers reads of a directory beside the weights.
 _TEXT_FILES = (
@@ -73,11 +73,15 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
 def load_hf_config(path: Path) -> Any:
     """The transformers config of a checkpoint that `load_hf_checkpoint` loads; its weights are not read.
 
+    A directory may have a config alone, which is then taken at its word.
+
     Raises:
         FileNotFoundError, UnsupportedModelError, ValueError: as `load_hf_checkpoint`.
     """
     _check_exists(path)
-    return _read_directory(path)[0] if path.is_dir() else gguf_config(open_gguf(path))
+    if not path.is_dir():
+        return gguf_config(open_gguf(path))
+    return _read_directory(path)[0] if has_weights(path) else _read_config(path)
 
 
 def _check_exists(path: Path) -> None:
@@ -89,6 +93,13 @@ def _check_exists(path: Path) -> None:
 
 def _read_directory(folder: Path) -> tuple[Any, Mapping[str, StoredWeight]]:
     """Config and headers of a directory, checked against each other."""
+    config = _read_config(folder)
+    stored = stored_weights(folder, config)
+    config.tie_word_embeddings = is_tied(config, stored)
+    return config, stored
+
+
+def _read_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     for pattern in _TEXT_FILES:
@@ -100,9 +111,7 @@ def _read_directory(folder: Path) -> tuple[Any, Mapping[str, StoredWeight]]:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         _check_nothing_elsewhere(folder / "config.json", config)
         architecture_of(config)
-    stored = stored_weights(folder, config)
-    config.tie_word_embeddings = is_tied(config, stored)
-    return config, stored
+    return config
 
 
 def _check_nothing_elsewhere(file: Path, config: Any) -> None:

@@ -46,6 +46,11 @@ class StoredWeight:
     dtype: str
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a directory has weights at all, and not a config alone."""
+    return any((folder / name).exists() for names in _SINGLE_AND_INDEX for name in names)
+
+
 def stored_weights(folder: Path, config: Any) -> dict[str, StoredWeight]:
     """Find every tensor of a directory by its name in the config's model, and check that they are that model's.
 

@@ -211,6 +211,12 @@ def test_an_index_that_leads_elsewhere_is_refused(weight_map: Any, message: str,
         load_hf_checkpoint(folder)
 
 
+def test_a_config_alone_is_enough_for_what_reads_no_weights(tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path / "base", "qwen3")
+    (folder / "model.safetensors").unlink()
+    assert load_hf_config(folder).model_type == "qwen3"
+
+
 def test_two_sets_of_weights_and_none_are_refused(tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path / "base")
     (folder / "model.safetensors.index.json").write_text("{}")

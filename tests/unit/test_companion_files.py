@@ -189,6 +189,26 @@ def test_a_link_out_of_the_base_is_refused_before_anything_is_read(
     assert "loading" not in shown.out and not (tmp_path / "merged").exists()
 
 
+def test_weights_may_be_links_to_anywhere(tmp_path: Path) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base")
+    checkpoint = save_adapter(base, tmp_path / "saved")
+    os.rename(base / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (base / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    assert merge(checkpoint, base, tmp_path / "merged") == 0
+
+
+def test_files_of_a_merged_model_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    base = save_tiny_checkpoint(tmp_path / "base")
+    (base / "README.md").touch(0o600)
+    checkpoint = save_adapter(base, tmp_path / "saved")
+    before = os.umask(0o027)
+    try:
+        assert merge(checkpoint, base, tmp_path / "merged") == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "merged").iterdir()} == {0o640}
+
+
 def test_a_link_inside_the_base_is_copied_and_what_is_no_file_is_left(tmp_path: Path) -> None:
     base = save_tiny_checkpoint(tmp_path / "base")
     (base / "TERMS").symlink_to("tokenizer_config.json")

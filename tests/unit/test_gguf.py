@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.models import UnsupportedModelError, load_hf_checkpoint
 from dora_fx.models.gguf_config import llama3_divisors
 from dora_fx.models.gguf_tensors import open_gguf
@@ -187,6 +188,17 @@ def test_all_tokens_that_end_a_turn_end_generation(tmp_path: Path) -> None:
     metadata = {"tokenizer.ggml.eot_token_id": 60, "tokenizer.ggml.eom_token_id": 0}
     path = write_gguf(tmp_path / "model.gguf", tiny_hf_model(), metadata=metadata)
     assert load_hf_checkpoint(path).config.eos_token_id == [0, 60]
+
+
+@pytest.mark.parametrize(("starts", "ends"), [(None, None), (True, None), (True, True), (False, False)])
+def test_the_tokens_around_a_text_are_those_that_the_file_states(
+    starts: bool | None, ends: bool | None, tmp_path: Path
+) -> None:
+    metadata = {"tokenizer.ggml.add_bos_token": starts, "tokenizer.ggml.add_eos_token": ends}
+    path = write_gguf(tmp_path / "model.gguf", tiny_hf_model(), metadata=metadata)
+    own = load_hf_checkpoint(path).tokenizer
+    tokens = BaseTokenizer(path, own, vocab_size=64).documents(["the a"])
+    assert own.convert_ids_to_tokens(tokens.tolist()) == ["<b>"] * bool(starts) + ["th", "e", "\u0120", "a", "<e>"]
 
 
 def test_another_architecture_is_named(tmp_path: Path) -> None:

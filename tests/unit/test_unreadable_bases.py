@@ -225,6 +225,7 @@ def test_export_and_merge_say_it_too(command: str, base: Path, capsys: pytest.Ca
     with megatron_world():
         model = dora_fx.DoRA(GPT_TARGETS, dim=2)(megatron_of(tiny_hf_model()))
         dora_fx.save_checkpoint(model, base.parent / "saved")
+    # The config last: it is read first.
     for name, message in (
         ("model.safetensors", "model.safetensors: found a Git LFS pointer in place of the file; run: git lfs pull"),
         ("config.json", "config.json: found a Git LFS pointer in place of the file; run: git lfs pull"),
