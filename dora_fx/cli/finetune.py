@@ -158,13 +158,13 @@ def _documents(options: FinetuneOptions) -> list[str]:
 
 @contextlib.contextmanager
 def _saying_where(options: FinetuneOptions, name: str) -> Iterator[None]:
-    """Of a resumed run, say how to give what was moved since it was started."""
+    """Add to the errors of a resumed run how to give what was moved since it was started."""
     try:
         yield
     except UserError as error:
         if options.resume is None:
             raise
-        raise UserError(f"{error}; the run was started with it: if it was moved, give --{name}") from error
+        raise UserError(f"{error}; what was moved since the run was started is given with --{name}") from error
 
 
 def _resolve_base(options: FinetuneOptions, display: Display, ranks: Ranks) -> Path:

@@ -22,7 +22,7 @@ def fitting_in_memory(what: str, cure: str) -> Iterator[None]:
     """Turn a failed allocation in the block into a UserError; `what` and `cure` are the user's words for it."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(f"{what} does not fit in memory ({reason_of(error)}); {cure}") from error
@@ -48,7 +48,7 @@ def check_batch_fits(batch_size: int, sequence_length: int, config: Any, tp: int
     if needed > there:
         raise UserError(
             f"--batch-size: found {batch_size} sequences of {sequence_length} tokens, whose logits and attention "
-            f"weights alone take {needed / 2**30:,.0f} GiB; expected at most the {there / 2**30:,.0f} GiB of memory; "
+            f"weights alone take {needed >> 20:,} MiB; expected at most the {there >> 20:,} MiB of memory; "
             "take fewer, with --gradient-accumulation in their place, or a smaller --sequence-length"
         )
 

@@ -109,10 +109,10 @@ class RunFolder:
         """
         return _complete_rows(self.path / "metrics.jsonl", {name: (int, float) for name in ("loss", "held_out_loss")})
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget rows of steps that the saved state does not have; they will be taken again."""
-        text = "".join(json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step)
-        self._write("metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+    def drop_rows_after(self, step: int) -> None:
+        """Forget rows of steps that the saved state does not have, which will be taken again, and half rows."""
+        self._write_rows("metrics.jsonl", [row for row in self.read_metrics() if row["step"] <= step])
+        self._write_rows("samples.jsonl", [row for row in self.read_samples().values() if row["step"] <= step])
 
     def append_sample(self, step: int, prompt: str, text: str) -> None:
         self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
@@ -131,6 +131,10 @@ class RunFolder:
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with _named(str(self.path / name)), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row)) + "\n")
+
+    def _write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         with _named(str(self.path / name)):

@@ -98,7 +98,7 @@ def _resolve(base: str, *, is_named: bool) -> Path:
     except UserError as error:
         if is_named:
             raise
-        raise UserError(f"{error}; the run was started with it: if it was moved, give --base") from error
+        raise UserError(f"{error}; what was moved since the run was started is given with --base") from error
 
 
 def _base_of(source: Path) -> str:

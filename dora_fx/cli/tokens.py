@@ -15,7 +15,7 @@ _CURE = "the tokenizer's files may be damaged; download them again, or upgrade t
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written in UTF-8: bytes of a command line that cannot reach Python as surrogates."""
+    """Tell whether a text can be written in UTF-8: other bytes of a command line reach Python as surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -74,7 +74,7 @@ class BaseTokenizer:
         return self._tokenizer.decode(ids.tolist())
 
     def beyond_the_model(self) -> int:
-        """How many tokens the tokenizer knows that the model does not have; a text need not use them."""
+        """Count the tokens of the tokenizer that the model does not have; a text need not use them."""
         return sum(index >= self._vocab_size for index in self._tokenizer.get_vocab().values())
 
     def _encode(self, text: str) -> list[int]:

@@ -84,7 +84,7 @@ class TrainingRun:
         if step > steps or (step == steps and step in self._held_out_losses()):
             raise UserError(f"--resume {self.folder.path}: all of its {step} steps are done; more with --steps")
         if self.ranks.is_main:
-            self.folder.drop_metrics_after(step)
+            self.folder.drop_rows_after(step)
             self.folder.write_config(saved_options(self.options))
         self.saved_step = step
         self.display.say(f"resumed at step {step} of {steps}")

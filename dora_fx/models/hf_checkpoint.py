@@ -14,7 +14,7 @@ from dora_fx.models.architecture import UnsupportedModelError, architecture_of
 from dora_fx.models.gguf_config import gguf_config
 from dora_fx.models.gguf_tensors import gguf_state_dict, open_gguf
 from dora_fx.models.model_tensors import EMBEDDING_WEIGHT, OUTPUT_WEIGHT
-from dora_fx.models.reading import UnreadableFileError, check_readable, reading
+from dora_fx.models.reading import UnreadableFileError, check_readable, reading, reason_of
 from dora_fx.models.weight_files import StoredWeight, has_weights, is_tied, read_weights, stored_weights
 
 # What transformers reads of a directory beside the weights.
@@ -108,7 +108,7 @@ def _read_config(folder: Path) -> Any:
     if (folder / _ADAPTER_CONFIG).exists():
         raise ValueError(f"{folder}: found {_ADAPTER_CONFIG}, a PEFT adapter's, expected a model alone; merge it first")
     with reading(folder / "config.json", _UPGRADE):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_nothing_elsewhere(folder / "config.json", config)
         architecture_of(config)
     return config
@@ -133,11 +133,9 @@ def _tokenizer(path: Path, folder: Path, source: dict[str, Any]) -> Any:
     file = path if path.is_file() else next(iter(sorted(folder.glob("tokenizer*"))), folder)
     with reading(file, _UPGRADE):
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, **source)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **source)
         except ImportError as error:
-            raise UnreadableFileError(
-                f"{file}: the tokenizer needs a package that is not installed: {error}"
-            ) from error
+            raise UnreadableFileError(f"{file}: a package is missing ({reason_of(error)}); install it") from error
 
 
 def _with_tied_names(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ file, a pipe, a web page) are found before a reader opens them.
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from collections.abc import Iterator
@@ -67,6 +68,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error is a failed allocation, of Python, of torch on a CPU or of torch on CUDA."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and "t allocate memory" in str(error)
 
 

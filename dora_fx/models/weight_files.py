@@ -47,7 +47,7 @@ class StoredWeight:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a directory has weights at all, and not a config alone."""
+    """Tell a directory with weights from one with a config alone."""
     return any((folder / name).exists() for names in _SINGLE_AND_INDEX for name in names)
 
 
@@ -98,7 +98,7 @@ def read_weights(stored: Mapping[str, StoredWeight], dtype: torch.dtype | None =
 
 
 def is_tied(config: Any, stored: Mapping[str, StoredWeight]) -> bool:
-    """Whether the output layer is the embedding: by the config and, where the files hold both, by their values."""
+    """Tell whether the output layer is the embedding: by the config and, where the files hold both, by their values."""
     if not config.tie_word_embeddings or EMBEDDING_WEIGHT not in stored or OUTPUT_WEIGHT not in stored:
         return bool(config.tie_word_embeddings)
     both = read_weights({name: stored[name] for name in (EMBEDDING_WEIGHT, OUTPUT_WEIGHT)})

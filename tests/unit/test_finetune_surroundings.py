@@ -66,9 +66,12 @@ def test_a_run_goes_on_with_its_base_and_text_in_another_place(
 ) -> None:
     run = moved(folder)
     message = error_of(capsys, "--resume", run, "--steps", 3)
-    assert "gone.txt: No such file or directory" in message and "if it was moved, give --data" in message
+    assert (
+        "gone.txt: No such file or directory" in message
+        and "what was moved since the run was started is given with --data" in message
+    )
     message = error_of(capsys, "--resume", run, "--steps", 3, "--data", folder / "text.txt")
-    assert "gone: no such file or directory" in message and "if it was moved, give --base" in message
+    assert "gone: no such file or directory" in message and "since the run was started is given with --base" in message
     places = "--base", folder / "base", "--data", folder / "text.txt"
     assert finetune("--resume", run, "--steps", 3, *places) == 0
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -89,7 +92,7 @@ def test_export_and_merge_take_the_base_in_another_place(
     arguments = [command, run, "--to", folder / "out"]
     assert main(list(map(str, arguments))) == 2
     shown = capsys.readouterr().err
-    assert "gone: no such file or directory" in shown and "if it was moved, give --base" in shown
+    assert "gone: no such file or directory" in shown and "since the run was started is given with --base" in shown
     assert main(list(map(str, [*arguments, "--base", folder / "base"]))) == 0
     if command == "export":
         config = json.loads((folder / "out" / "adapter_config.json").read_text())
@@ -154,6 +157,17 @@ def test_damaged_records_are_named_with_their_line_before_anything_is_loaded(
     assert {path: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("half", ['{"step": 2, "pro', "\x00\x00"])
+def test_half_a_row_that_a_killed_run_left_does_not_damage_the_next(half: str, folder: Path) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (folder / "run" / name).open("a") as file:
+            file.write(half)
+    for steps in (3, 4):
+        assert finetune("--resume", folder / "run", "--steps", steps) == 0
+    assert list(RunFolder(folder / "run").read_samples()) == [0, 2, 3, 4]
+    assert list(rows(folder / "run")) == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
 def test_a_folder_in_place_of_a_record_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run" / name).unlink()
@@ -202,6 +216,7 @@ def test_output_that_nobody_reads_or_that_does_not_fit_ends_the_command(folder: 
     ("options", "message"),
     [
         (["--batch-size", 10**12], "--batch-size: found 1000000000000 sequences of 32 tokens, whose logits and"),
+        (["--batch-size", 10**400], "sequences of 32 tokens, whose logits and attention weights alone take"),
         (["--batch-size", 1000], "--batch-size: found 1000, expected at most 60, the sequences to train on"),
         (["--sequence-length", 129], "--sequence-length: found 129, expected at most 128, the base model's"),
         (["--sample-tokens", 113], "--sample-tokens: found 113 after 16 of the prompt, expected at most 128 in all"),
@@ -223,7 +238,7 @@ def test_the_memory_of_a_batch_is_a_lower_bound() -> None:
     there = memory_of("cpu")
     per_sequence = 64 * (2**20 * 4 + 6 * 64 * 4)
     check_batch_fits(there // per_sequence, 64, config, 1, "cpu", 4)
-    with pytest.raises(UserError, match=r"--batch-size: .* expected at most the \d+ GiB of memory"):
+    with pytest.raises(UserError, match=r"--batch-size: .* expected at most the [\d,]+ MiB of memory"):
         check_batch_fits(there // per_sequence + 1, 64, config, 1, "cpu", 4)
 
 
