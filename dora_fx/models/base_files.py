@@ -86,8 +86,9 @@ def _raise(error: OSError) -> None:
 def _own_roots(folder: Path) -> list[Path]:
     """The folder itself and, of a snapshot in the Hugging Face cache, the folder of the blobs that it links to."""
     real = Path(os.path.realpath(folder))
-    blobs = Path(os.path.realpath(real.parents[1] / "blobs"))
-    return [real, blobs] if real.parent.name == "snapshots" else [real]
+    if real.parent.name != "snapshots":
+        return [real]
+    return [real, Path(os.path.realpath(real.parents[1] / "blobs"))]
 
 
 def _check_link(path: Path, roots: list[Path]) -> None:

@@ -17,10 +17,9 @@ import yaml
 
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.main import main
-from dora_fx.cli.memory import check_batch_fits, fitting_in_memory, memory_of
 from dora_fx.cli.run_folder import RunFolder
 from tests.finetune_runs import finetune, rows
-from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint, tiny_hf_config, tiny_tokenizer
+from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -230,24 +229,6 @@ def test_sizes_that_nothing_holds_are_named(
 ) -> None:
     assert message in error_of(capsys, *options_of(folder, *options))
     assert not (folder / "new").exists()
-
-
-def test_the_memory_of_a_batch_is_a_lower_bound() -> None:
-    """Of what fits: a batch whose logits and attention weights are exactly as large as the memory."""
-    config = tiny_hf_config(vocab_size=2**20, num_hidden_layers=1, num_attention_heads=6)
-    there = memory_of("cpu")
-    per_sequence = 64 * (2**20 * 4 + 6 * 64 * 4)
-    check_batch_fits(there // per_sequence, 64, config, 1, "cpu", 4)
-    with pytest.raises(UserError, match=r"--batch-size: .* expected at most the [\d,]+ MiB of memory"):
-        check_batch_fits(there // per_sequence + 1, 64, config, 1, "cpu", 4)
-
-
-def test_only_a_failed_allocation_is_called_one() -> None:
-    message = r"^a batch does not fit in memory \(RuntimeError: .*\); take less$"
-    with pytest.raises(UserError, match=message), fitting_in_memory("a batch", "take less"):
-        torch.empty(2**60)
-    with pytest.raises(RuntimeError, match="size of tensor a"), fitting_in_memory("a batch", "take less"):
-        torch.ones(2) + torch.ones(3)
 
 
 @pytest.mark.parametrize("template", ["<b> $A", "$A"])
