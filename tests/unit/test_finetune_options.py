@@ -51,7 +51,7 @@ def test_a_wrong_option_is_named(arguments: list[str], message: str, capsys: pyt
         ("a.txt", None, "a.txt: No such file or directory"),
         ("a.txt", b"", "a.txt: the file has no text"),
         ("a.txt", b" \n\t", "a.txt: the file has no text"),
-        ("a.txt", b"abc \xff def", "a.txt: not UTF-8 at byte 4"),
+        ("a.txt", b"abc \xff def", "a.txt, line 1: not UTF-8 at byte 4"),
         ("a.csv", b"abc", "a.csv: found a .csv file, expected .txt or .jsonl"),
         ("a.jsonl", b"", "a.jsonl: the file has no text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2: not JSON"),
@@ -67,6 +67,24 @@ def test_unusable_text_is_named_before_anything_is_loaded(
         (tmp_path / name).write_bytes(content)
     # The base does not exist either, and would be named if it were looked at first.
     assert message in error_of(capsys, "--data", str(tmp_path / name), "--base", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "a.yaml: cannot be read (UnicodeDecodeError: "),
+        (b"[", "a.yaml: cannot be read (ParserError: "),
+        (b"- 1", "a.yaml: found a list, expected options by their names in YAML"),
+        (b"", "a.yaml: found a NoneType, expected options by their names in YAML"),
+        (b"steps: two", "--steps: Expected int. Got value: two"),
+    ],
+)
+def test_a_file_of_options_that_is_none_is_named(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    assert message in error_of(capsys, "--demo", "--config", str(tmp_path / "a.yaml"))
+    assert "found a directory, expected a file" in error_of(capsys, "--demo", "--config", str(tmp_path))
 
 
 def test_a_folder_that_exists_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +132,7 @@ def test_the_command_line_wins_wherever_the_config_stands(
 
 
 def test_configs_come_before_options_and_a_resumed_run_before_both(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("steps: 9\n")
     (tmp_path / "checkpoint").mkdir()
     Manifest("id", {}, {}, False, {}, {}, {}, False, False, {}).write(tmp_path / "checkpoint")
     arguments = ["--steps", "3", "--config=mine.yaml", "--resume", str(tmp_path)]

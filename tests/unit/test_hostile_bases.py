@@ -17,7 +17,7 @@ import transformers
 
 from dora_fx.cli.main import main
 from dora_fx.models import load_hf_checkpoint
-from dora_fx.safe_files.hf_files import check_base_files
+from dora_fx.safe_files.gguf_header import check_gguf_file
 from tests.hf_models import save_tiny_checkpoint, tiny_hf_model
 from tests.peft_models import save_peft_adapter
 from tests.unit.hostile_files import Payload, archive_with, compressed, is_endless, ran, saved
@@ -97,7 +97,7 @@ def test_a_gguf_file_within_its_size(tmp_path: Path) -> None:
     values = text("a") + kind(9) + kind(8) + number(2) + text("b") + text("c") + text("d") + kind(6) + b"1234"
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf(1, 2, values + text("a") + kind(1) + number(4) + kind(0) + number(0)) + bytes(16))
-    check_base_files(path)
+    check_gguf_file(path)
 
 
 def test_a_pipe_among_the_files(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
