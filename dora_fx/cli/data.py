@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ import torch
 from torch import Tensor
 
 from dora_fx.cli.errors import UserError
-from dora_fx.models.reading import UnreadableFileError, check_no_pointer, check_regular
+from dora_fx.models.reading import check_no_pointer
+from dora_fx.safe_files.json_file import parse_json
+from dora_fx.safe_files.regular_file import open_regular, reason_of
 
 _UNPACK = "unpack it"
 _NUL = (
@@ -44,11 +45,13 @@ def read_documents(path: Path) -> list[str]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--data {path}: found a {path.suffix or 'suffixless'} file, expected .txt or .jsonl")
     try:
-        check_regular(path)
-        data = path.read_bytes()
+        with open_regular(path, follow_link=True) as file:
+            data = file.read()
         check_no_pointer(path, data)
-    except (UnreadableFileError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"--data {error}") from error
+    except OSError as error:
+        raise UserError(f"--data {path}: {reason_of(error)}") from error
     text = _decoded(path, data)
     documents = [text] if path.suffix == ".txt" else list(_jsonl_texts(path, text))
     documents = [document for document in documents if document.strip()]
@@ -89,11 +92,9 @@ def _jsonl_texts(path: Path, text: str) -> Iterator[str]:
             continue
         where = f"--data {path}, line {number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line, where)
         except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error})") from error
-        except RecursionError as error:
-            raise UserError(f"{where}: nested too deeply to be read; expected an object with a field text") from error
+            raise UserError(f"{error}; expected an object with a field text") from error
         document = record.get("text") if isinstance(record, dict) else None
         if not isinstance(document, str):
             raise UserError(f"{where}: expected an object with a field text that is a string")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dora_fx.cli.errors import UserError
-from dora_fx.models.reading import check_regular, reading
-from dora_fx.safe_files.yaml_file import check_yaml
+from dora_fx.models.reading import reading
+from dora_fx.safe_files.yaml_file import read_yaml
 
 
 def read_options_file(file: Path, flag: str | None = None) -> dict[str, Any]:
@@ -20,10 +18,8 @@ def read_options_file(file: Path, flag: str | None = None) -> dict[str, Any]:
     """
     prefix = f"{flag} " if flag else ""
     try:
-        check_regular(file)
-        with reading(file, "expected options in YAML"):
-            check_yaml(file)
-            found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        with reading(file, "give options in YAML"):
+            found = read_yaml(file)
     except ValueError as error:
         raise UserError(f"{prefix}{error}") from error
     if not isinstance(found, dict):

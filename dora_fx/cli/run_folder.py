@@ -26,8 +26,8 @@ from dora_fx.checkpoint.directory import open_checkpoint, previous_of
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.options_file import read_options_file
 from dora_fx.durable_files import give_default_mode, sync
-from dora_fx.safe_files.regular_file import UnsafeFileError
-from dora_fx.safe_files.yaml_file import check_yaml
+from dora_fx.safe_files.json_file import parse_json
+from dora_fx.safe_files.regular_file import UnsafeFileError, open_regular
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -81,20 +81,16 @@ class RunFolder:
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         self._write(self.config_file.name, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def resumable_config(self) -> Path:
-        """The config of a run to resume; raises UserError if this folder is none."""
+    def saved_config(self) -> dict[str, Any]:
+        """The options of a run to resume; raises UserError if they cannot be read, or the folder is no such run."""
         if not self.config_file.is_file():
             raise UserError(f"--resume {self.path}: there is no config.yaml, expected the folder of a saved run")
+        options = read_options_file(self.config_file, "--resume")
         try:
-            check_yaml(self.config_file)
             open_checkpoint(checkpoint_in(self.path))
         except (CheckpointError, UserError, UnsafeFileError, OSError) as error:
             raise UserError(f"--resume {error}") from error
-        return self.config_file
-
-    def saved_config(self) -> dict[str, Any]:
-        """The options that a run to resume was started with; raises UserError where they cannot be read."""
-        return read_options_file(self.resumable_config(), "--resume")
+        return options
 
     def check_rows(self) -> None:
         """Raise UserError if a line of the metrics or samples is damaged, which would end a resumed run at its end."""
@@ -185,14 +181,18 @@ def _complete_rows(
     with _named(str(path)):
         if not path.exists():
             return []
-        lines = path.read_bytes().split(b"\n")[:-1]
+        try:
+            with open_regular(path, follow_link=True) as file:
+                lines = file.read().split(b"\n")[:-1]
+        except UnsafeFileError as error:
+            raise UserError(f"{error}; remove it, the training itself does not need it") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line, str(path))
             found = {name: row[name] for name in ("step", *kinds) if all_there or name in row or name == "step"}
             is_whole = all(isinstance(value, kinds.get(name, (int,))) for name, value in found.items())
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             is_whole = False
         if not is_whole:
             raise UserError(

@@ -21,8 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from dora_fx.hf.peft_patterns import by_pattern, check_patterns
-from dora_fx.models.reading import check_readable
-from dora_fx.safe_files.json_file import read_json
+from dora_fx.models.reading import check_readable, read_json_object, reading
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -169,10 +168,10 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
         ValueError: a file cannot be read; an option, or a tensor, has no equal here; a magnitude is missing.
     """
     for name in (CONFIG_FILE, TENSOR_FILE):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name}: no such file, expected a PEFT adapter in safetensors format")
-        check_readable(folder / name)
-    config = read_json(folder / CONFIG_FILE, follow_link=True)
+    config = read_json_object(folder / CONFIG_FILE)
+    check_readable(folder / TENSOR_FILE)
     _check_config(folder / CONFIG_FILE, config)
     keys, shapes = _tensors_by_layer(folder / TENSOR_FILE)
     adapter = PeftAdapter(folder, config, shapes, keys)
@@ -181,9 +180,7 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     return adapter
 
 
-def _check_config(file: Path, config: Any) -> None:
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: found a {type(config).__name__}, expected an object")
+def _check_config(file: Path, config: Mapping[str, Any]) -> None:
     for name, expected in _REQUIRED.items():
         found = config.get(name, {"bias": "none", "init_lora_weights": True}.get(name))
         # True == 1 in Python, and JSON's are told apart.
@@ -200,18 +197,16 @@ def _check_config(file: Path, config: Any) -> None:
 
 
 def _tensors_by_layer(file: Path) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, tuple[int, ...]]]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     keys: dict[str, dict[str, str]] = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  a safetensors file is no dict
-                path, name = _layer_and_name(file, key)
-                keys.setdefault(path, {})[name] = key
-                shapes.setdefault(path, {})[name] = tuple(opened.get_slice(key).get_shape())
-    except SafetensorError as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
+    with reading(file, "the file is damaged or incomplete, download it again"), safe_open(file, "pt") as opened:
+        found_shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118  no dict
+    for key, shape in found_shapes.items():
+        path, name = _layer_and_name(file, key)
+        keys.setdefault(path, {})[name] = key
+        shapes.setdefault(path, {})[name] = shape
     for path, found in shapes.items():
         for name, suffix in _SUFFIXES.items():
             if name not in found:

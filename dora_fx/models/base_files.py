@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from dora_fx.models.reading import UnreadableFileError
+from dora_fx.safe_files.json_file import read_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
@@ -62,7 +63,7 @@ def write_config(base: Path, config: Any, dtype: torch.dtype, target: Path) -> N
 
     Everything else stays as the base's author wrote it, for readers that know other names than transformers' newest.
     """
-    fields = json.loads((base / CONFIG).read_bytes())
+    fields = read_json(base / CONFIG, follow_link=True)
     name = str(dtype).removeprefix("torch.")
     fields |= {key: name for key in ("torch_dtype", "dtype") if key in fields} or {"dtype": name}
     fields["tie_word_embeddings"] = config.tie_word_embeddings

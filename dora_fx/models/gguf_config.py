@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dora_fx.models.architecture import LLAMA3_CONSTANTS, UnsupportedModelError
-from dora_fx.models.gguf_tensors import ROPE_FREQS, TOKEN_EMBEDDING, GGUFFile
+from dora_fx.models.gguf_tensors import DOWNLOAD, ROPE_FREQS, TOKEN_EMBEDDING, GGUFFile
 from dora_fx.models.reading import reading
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -55,7 +55,7 @@ def gguf_config(opened: GGUFFile) -> Any:
     """
     from transformers import AutoConfig
 
-    with reading(opened.path, "download it again, or convert it anew with llama.cpp"):
+    with reading(opened.path, DOWNLOAD):
         architecture = opened.metadata["general.architecture"]
         if architecture not in ARCHITECTURES:
             _refuse(opened, "general.architecture", architecture, f"one of {', '.join(ARCHITECTURES)}")

@@ -16,7 +16,7 @@ from dora_fx.models.reading import check_readable, reading
 from dora_fx.safe_files.gguf_header import check_gguf_file
 
 TOKEN_EMBEDDING, ROPE_FREQS = "token_embd.weight", "rope_freqs.weight"
-_DOWNLOAD = "the file is damaged or incomplete, download it again"
+DOWNLOAD = "download it again, or convert it anew with llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def open_gguf(path: Path) -> GGUFFile:
     from gguf import GGUFReader
 
     check_readable(path)
-    with reading(path, _DOWNLOAD):
+    with reading(path, DOWNLOAD):
         check_gguf_file(path)
         reader = GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
@@ -78,7 +78,7 @@ def gguf_state_dict(opened: GGUFFile, config: Any, dtype: torch.dtype) -> dict[s
     tensors = {}
     for name, gguf_name in found.items():
         check_shape(opened.path, gguf_name, opened.shape(gguf_name), expected[name])
-        with reading(opened.path, f"{gguf_name} may have a type of quantisation that gguf does not know; {_DOWNLOAD}"):
+        with reading(opened.path, f"{gguf_name} may have a type of quantisation that gguf does not know; {DOWNLOAD}"):
             values = torch.from_numpy(np.array(opened.values(gguf_name), dtype=np.float32))
         tensors[name] = _rotary_halves(config, name, values).to(dtype)
     return tensors

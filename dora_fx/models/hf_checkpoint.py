@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_fx.models.architecture import UnsupportedModelError, architecture_of
+from dora_fx.models.architecture import architecture_of
 from dora_fx.models.gguf_config import gguf_config
 from dora_fx.models.gguf_tensors import gguf_state_dict, open_gguf
+from dora_fx.models.hf_config import UPGRADE, make_config, read_fields
 from dora_fx.models.model_tensors import EMBEDDING_WEIGHT, OUTPUT_WEIGHT
-from dora_fx.models.reading import UnreadableFileError, check_readable, reading, reason_of
-from dora_fx.models.weight_files import StoredWeight, has_weights, is_tied, read_weights, stored_weights, weight_files
-from dora_fx.safe_files.hf_files import check_config_sizes
-
-# What transformers reads of a directory beside the weights.
-_TEXT_FILES = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
+from dora_fx.models.reading import UnreadableFileError, reading
+from dora_fx.models.weight_files import (
+    StoredWeight,
+    has_weights,
+    is_tied,
+    read_headers,
+    read_weights,
+    weights_by_name,
 )
-_UPGRADE = "if a newer version wrote it, upgrade transformers and tokenizers; otherwise download it again"
+from dora_fx.safe_files.regular_file import reason_of
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,13 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
     _check_exists(path)
     if path.is_dir():
         config, stored = _read_directory(path)
-        tokenizer = _tokenizer(path, path, {})
+        tokenizer = _directory_tokenizer(path)
         tensors = read_weights(stored, dtype)
     else:
         opened = open_gguf(path)
         config = gguf_config(opened)
         architecture_of(config)
-        tokenizer = _tokenizer(path, path.parent, {"gguf_file": path.name})
+        tokenizer = _gguf_tokenizer(path)
         tensors = gguf_state_dict(opened, config, dtype)
     return HFCheckpoint(path, config, _with_tied_names(config, tensors), tokenizer)
 
@@ -82,7 +85,7 @@ def load_hf_config(path: Path) -> Any:
     _check_exists(path)
     if not path.is_dir():
         return gguf_config(open_gguf(path))
-    return _read_directory(path)[0] if has_weights(path) else _read_config(path)
+    return _read_directory(path)[0] if has_weights(path) else make_config(path, read_fields(path), None)
 
 
 def _check_exists(path: Path) -> None:
@@ -94,49 +97,30 @@ def _check_exists(path: Path) -> None:
 
 def _read_directory(folder: Path) -> tuple[Any, Mapping[str, StoredWeight]]:
     """Config and headers of a directory, checked against each other."""
-    config = _read_config(folder)
-    stored = stored_weights(folder, config)
+    fields = read_fields(folder)
+    headers = read_headers(folder)
+    config = make_config(folder, fields, sum(math.prod(weight.shape) for weight in headers))
+    stored = weights_by_name(folder, config, headers)
     config.tie_word_embeddings = is_tied(config, stored)
     return config, stored
 
 
-def _read_config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    for pattern in _TEXT_FILES:
-        for file in sorted(folder.glob(pattern)):
-            check_readable(file)
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder}: found adapter_config.json, a PEFT adapter's, with which transformers would change the model; "
-            "expected a model alone, merge it first"
-        )
-    with reading(folder / "config.json", _UPGRADE):
-        check_config_sizes(folder / "config.json", weight_files(folder) if has_weights(folder) else ())
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        _check_nothing_elsewhere(folder / "config.json", config)
-        architecture_of(config)
-    return config
+def _directory_tokenizer(folder: Path) -> Any:
+    return _tokenizer(next(iter(sorted(folder.glob("tokenizer*"))), folder), folder)
 
 
-def _check_nothing_elsewhere(file: Path, config: Any) -> None:
-    """Refuse a config that names other weights, or other code, than transformers' own names and classes."""
-    code = getattr(config, "auto_map", None) or {}
-    elsewhere = {"transformers_weights": getattr(config, "transformers_weights", None)}
-    elsewhere |= {f"auto_map.{name}": value for name, value in code.items() if name.startswith("AutoModel")}
-    for name, value in elsewhere.items():
-        if value:
-            raise UnsupportedModelError(
-                f"{file}: found {name} = {value!r}, which is not followed; expected weights under transformers' own "
-                "names and a model that transformers computes itself; take the field out if that is the same model"
-            )
+def _gguf_tokenizer(path: Path) -> Any:
+    # transformers prefers the files of a tokenizer that lie beside a GGUF file, whose ever they are.
+    with tempfile.TemporaryDirectory() as alone:
+        Path(alone, path.name).symlink_to(path.absolute())
+        return _tokenizer(path, Path(alone), gguf_file=path.name)
 
 
-def _tokenizer(path: Path, folder: Path, source: dict[str, Any]) -> Any:
+def _tokenizer(file: Path, folder: Path, **source: str) -> Any:
+    """transformers' tokenizer of a folder; `file` is for messages."""
     from transformers import AutoTokenizer
 
-    file = path if path.is_file() else next(iter(sorted(folder.glob("tokenizer*"))), folder)
-    with reading(file, _UPGRADE):
+    with reading(file, UPGRADE):
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **source)
         except ImportError as error:

@@ -8,20 +8,20 @@ file, a pipe, a web page) are found before a reader opens them.
 from __future__ import annotations
 
 import errno
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dora_fx.models.architecture import UnsupportedModelError
 from dora_fx.safe_files.json_file import read_json
-from dora_fx.safe_files.regular_file import UnsafeFileError
+from dora_fx.safe_files.regular_file import UnsafeFileError, open_regular, reason_of
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _WEB_PAGE = (b"<!doctype html", b"<html")
-_LONGEST_START, _LONGEST_REASON = 256, 300
+_LONGEST_START = 256
 _AGAIN = "download it again"
 
 
@@ -31,19 +31,22 @@ class UnreadableFileError(ValueError):
 
 @contextmanager
 def reading(file: Path, cure: str) -> Iterator[None]:
-    """Turn whatever the block raises into `UnreadableFileError`.
+    """Turn whatever a library raises in the block into `UnreadableFileError`, and end every message with a cure.
 
-    Errors of this package, and a lack of memory, which is no fault of the file, pass as they are.
+    Errors of this package that have a cure, and a lack of memory, which is no fault of the file, pass as they are.
 
     Args:
         file: the file or folder that the block reads.
         cure: what the user can do, the end of the message.
 
     Raises:
-        UnreadableFileError: the block raised.
+        UnsafeFileError: the block raised it.
+        UnreadableFileError: the block raised something else.
     """
     try:
         yield
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{error}; {cure}") from error
     except BaseException as error:
         if not _is_of_a_library(error) or is_out_of_memory(error):
             raise
@@ -74,49 +77,39 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "t allocate memory" in str(error)
 
 
-def reason_of(error: BaseException) -> str:
-    """Kind and first line of an error, cut to a length that a terminal shows; of the system's errors their text."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else ""
-    kind = type(error).__name__
-    return f"{kind}: {line[:_LONGEST_REASON]}" if line else kind
-
-
-def check_regular(file: Path) -> None:
-    """Check that there is a regular file that may be read, before anybody opens a pipe, which could wait for ever.
+def check_readable(file: Path) -> None:
+    """Check that a file is a regular one with data in it, before anybody reads it.
 
     Raises:
-        UnreadableFileError: there is none.
+        UnsafeFileError: it is a folder, or a pipe or device, whose reader could wait for ever.
+        UnreadableFileError: it is not there, may not be read, is empty, or is something that came in its place.
     """
     try:
-        mode = file.stat().st_mode
-        if stat.S_ISREG(mode):
-            file.open("rb").close()
+        with open_regular(file, follow_link=True) as opened:
+            start = opened.read(_LONGEST_START)
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{error}; {_AGAIN}") from error
     except OSError as error:
         raise UnreadableFileError(f"{file}: {reason_of(error)}") from error
-    if not stat.S_ISREG(mode):
-        raise UnreadableFileError(f"{file}: found {_kind_of(mode)}, expected a file")
-
-
-def check_readable(file: Path) -> None:
-    """Check that a file is a regular one with data in it, and parses if it is JSON, before anybody reads it.
-
-    Raises:
-        UnreadableFileError: it is none.
-    """
-    check_regular(file)
-    with reading(file, _AGAIN), file.open("rb") as opened:
-        start = opened.read(_LONGEST_START)
     if not start:
         raise UnreadableFileError(f"{file}: the file is empty; {_AGAIN}")
     check_no_pointer(file, start)
     if start.lstrip().lower().startswith(_WEB_PAGE):
         raise UnreadableFileError(f"{file}: found a web page in place of the file; {_AGAIN}")
-    if file.suffix == ".json":
-        with reading(file, _AGAIN):
-            read_json(file, follow_link=True)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Parse a JSON file that `check_readable` finds readable.
+
+    Raises:
+        UnsafeFileError, UnreadableFileError: as `check_readable`, or the file holds no JSON, or no object.
+    """
+    check_readable(file)
+    with reading(file, _AGAIN):
+        found = read_json(file, follow_link=True)
+    if not isinstance(found, dict):
+        raise UnreadableFileError(f"{file}: found a {type(found).__name__}, expected an object; {_AGAIN}")
+    return found
 
 
 def check_no_pointer(file: Path, start: bytes) -> None:
@@ -130,8 +123,3 @@ def _is_of_a_library(error: BaseException) -> bool:
         return False
     # A panic in Rust, which tokenizers and safetensors are written in, reaches Python as a BaseException.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def _kind_of(mode: int) -> str:
-    kinds = {stat.S_ISDIR: "a directory", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
-    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")

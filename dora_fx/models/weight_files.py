@@ -7,8 +7,8 @@ is not the config's model is refused by name before the first weight is read.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,9 @@ from dora_fx.models.model_tensors import (
     empty_model,
     expected_shapes,
 )
-from dora_fx.models.reading import UnreadableFileError, check_readable, reading
+from dora_fx.models.reading import UnreadableFileError, check_readable, read_json_object, reading
+from dora_fx.safe_files.model_sizes import check_elements
+from dora_fx.safe_files.regular_file import UnsafeFileError, named_beside, shortened
 from dora_fx.safe_files.torch_file import check_torch_file
 
 # In the order in which transformers looks for them.
@@ -34,7 +36,8 @@ _SINGLE_AND_INDEX = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _BASE_PREFIX = "model."
-_DOWNLOAD = "the file is damaged or incomplete, download it again"
+_DAMAGED = "the file is damaged or incomplete, download it again"
+_DAMAGED_ARCHIVE = "download it again, or write it anew, as safetensors if you can"
 
 
 @dataclass(frozen=True)
@@ -52,25 +55,40 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).exists() for names in _SINGLE_AND_INDEX for name in names)
 
 
-def stored_weights(folder: Path, config: Any) -> dict[str, StoredWeight]:
-    """Find every tensor of a directory by its name in the config's model, and check that they are that model's.
-
-    Only headers are read, and of old rotary frequencies the values, which the config must give too.
+def read_headers(folder: Path) -> list[StoredWeight]:
+    """Find every tensor in the weight files of a directory; only headers are read.
 
     Raises:
-        ValueError: there are no weight files or two sets of them; one cannot be read; a tensor is missing, there twice,
-            without a place in the model, of another shape, or of integers. The message names files and tensors.
+        UnsafeFileError: reading a file could run code, open others, or take more memory than the file.
+        ValueError: there are no weight files or two sets of them, or one cannot be read.
+    """
+    return [weight for file in _weight_files(folder) for weight in _header(file)]
+
+
+def weights_by_name(folder: Path, config: Any, headers: Iterable[StoredWeight]) -> dict[str, StoredWeight]:
+    """Tensors by their names in the config's model, once they are known to be that model's.
+
+    Of old rotary frequencies the values are read, which the config must give too.
+
+    Args:
+        folder: the directory.
+        config: of its model.
+        headers: from `read_headers`.
+
+    Raises:
+        ValueError: a tensor is missing, there twice, without a place in the model, of another shape, or of integers.
+            The message names files and tensors.
     """
     with reading(folder / "config.json", "correct it, or download it again"):
         expected = expected_shapes(config)
     found: dict[str, StoredWeight] = {}
-    for file in weight_files(folder):
-        check_readable(file)
-        for weight in _header(file):
-            name = _full_name(weight.key, expected)
-            if name in found:
-                raise ValueError(f"{file}: found {weight.key}, which {found[name].file.name} has too; expected it once")
-            found[name] = weight
+    for weight in headers:
+        name = _full_name(weight.key, expected)
+        if name in found:
+            raise ValueError(
+                f"{weight.file}: found {weight.key}, which {found[name].file.name} has too; expected it once"
+            )
+        found[name] = weight
     rotary = {name: found.pop(name) for name in list(found) if name.endswith("rotary_emb.inv_freq")}
     check_names(folder, config, found)
     for name, weight in found.items():
@@ -93,7 +111,7 @@ def read_weights(stored: Mapping[str, StoredWeight], dtype: torch.dtype | None =
         by_file.setdefault(weight.file, []).append(name)
     tensors: dict[str, Tensor] = {}
     for file, names in by_file.items():
-        with reading(file, _DOWNLOAD), _opened(file) as get:
+        with reading(file, _cure(file)), _opened(file) as get:
             tensors |= {name: get(stored[name].key).to(dtype) for name in names}
     return tensors
 
@@ -106,12 +124,7 @@ def is_tied(config: Any, stored: Mapping[str, StoredWeight]) -> bool:
     return torch.equal(both[EMBEDDING_WEIGHT], both[OUTPUT_WEIGHT])
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Find the files that hold the weights of a directory.
-
-    Raises:
-        ValueError: there are none, there are two sets of them, or an index names files elsewhere.
-    """
+def _weight_files(folder: Path) -> list[Path]:
     for single, index in _SINGLE_AND_INDEX:
         is_single, is_sharded = (folder / single).exists(), (folder / index).exists()
         if is_single and is_sharded:
@@ -125,32 +138,41 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    check_readable(index)
-    with reading(index, _DOWNLOAD):
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise UnreadableFileError(f"{index}: names the file {outside[0]!r}, expected files in its own folder")
-    return [index.parent / name for name in names]
+    names = read_json_object(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise UnreadableFileError(f"{index}: found no object weight_map, expected the index of a model; {_DAMAGED}")
+    with reading(index, _DAMAGED):
+        shards = sorted({named_beside(index, name) for name in names.values()})
+    for file in shards:
+        if not file.exists():
+            raise UnreadableFileError(f"{file}: no such file, although {index.name} names it; download it")
+    return shards
 
 
-def _header(file: Path) -> Sequence[StoredWeight]:
-    with reading(file, _DOWNLOAD):
-        if file.suffix != ".safetensors":
-            tensors = _load_archive(file, "meta").items()
-            return [StoredWeight(file, key, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors]
-        from safetensors import safe_open
+def _header(file: Path) -> list[StoredWeight]:
+    """The tensors of a file, which is checked here, once and for all that read it later."""
+    check_readable(file)
+    with reading(file, _cure(file)):
+        if _is_archive(file):
+            check_torch_file(file)
+            tensors = _tensors_of(file, torch.load(file, map_location="meta", weights_only=True))
+            found = [StoredWeight(file, key, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors.items()]
+        else:
+            from safetensors import safe_open
 
-        with safe_open(file, framework="pt") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  a file is no dict
-            return [StoredWeight(file, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
+            with safe_open(file, framework="pt") as opened:
+                parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  a file is no dict
+                found = [StoredWeight(file, key, tuple(p.get_shape()), p.get_dtype()) for key, p in parts.items()]
+        # A tensor of an archive may be one number as often as its shape says.
+        check_elements(file, sum(math.prod(weight.shape) for weight in found), file.stat().st_size)
+    return found
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     """A function from a tensor's name in a file to the tensor."""
-    if file.suffix != ".safetensors":
-        yield _load_archive(file, "cpu").__getitem__
+    if _is_archive(file):
+        yield torch.load(file, map_location="cpu", weights_only=True).__getitem__
         return
     from safetensors import safe_open
 
@@ -158,9 +180,23 @@ def _opened(file: Path) -> Iterator[Any]:
         yield opened.get_tensor
 
 
-def _load_archive(file: Path, device: str) -> dict[str, Tensor]:
-    check_torch_file(file)
-    return torch.load(file, map_location=device, weights_only=True)
+def _is_archive(file: Path) -> bool:
+    return file.suffix != ".safetensors"
+
+
+def _cure(file: Path) -> str:
+    return _DAMAGED_ARCHIVE if _is_archive(file) else _DAMAGED
+
+
+def _tensors_of(file: Path, found: object) -> dict[str, Tensor]:
+    """The contents of an archive; raises UnsafeFileError for something else than tensors by their names."""
+    if not isinstance(found, dict):
+        raise UnsafeFileError(f"{file}: found a {type(found).__name__}, expected tensors by their names")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise UnsafeFileError(f"{file}: found a {kind} as {shortened(name)}, expected tensors by their names")
+    return found
 
 
 def _full_name(key: str, expected: Mapping[str, Any]) -> str:

@@ -212,11 +212,14 @@ def test_files_of_a_merged_model_may_be_read_by_whom_the_umask_lets(tmp_path: Pa
 def test_a_link_inside_the_base_is_copied_and_what_is_no_file_is_left(tmp_path: Path) -> None:
     base = save_tiny_checkpoint(tmp_path / "base")
     (base / "TERMS").symlink_to("tokenizer_config.json")
-    os.mkfifo(base / "pipe")
-    assert Path("TERMS") in companion_files(base) and Path("pipe") not in companion_files(base)
+    # In a sub-folder, where no reader opens it; beside the weights it is refused.
+    (base / "deep").mkdir()
+    os.mkfifo(base / "deep" / "pipe")
+    assert Path("TERMS") in companion_files(base) and Path("deep/pipe") not in companion_files(base)
     assert merge(save_adapter(base, tmp_path / "saved"), base, tmp_path / "merged") == 0
     assert not (tmp_path / "merged" / "TERMS").is_symlink()
     assert (tmp_path / "merged" / "TERMS").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+    assert not (tmp_path / "merged" / "deep").exists()
 
 
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(

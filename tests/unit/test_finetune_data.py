@@ -99,9 +99,13 @@ def test_a_prompt_without_a_token_or_not_in_utf8_is_refused() -> None:
         ("a.jsonl", b'{"text": "x"}\n{"text": "a\\u0000b"}', "line 2: found a NUL character"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "a\\ud83d"}', r"line 2: found \\ud83d by itself, half of a character"),
         ("a.jsonl", b'{"text": "\\ude00 a"}', r"line 1: found \\ude00 by itself"),
-        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, "line 2: nested too deeply"),
-        ("a.jsonl", b'{"x": ' * 100_000, "line 1: nested too deeply"),
-        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1: not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n' + b"[" * 100_000,
+            r"line 2: cannot be read \(values nested too deeply\); expected",
+        ),
+        ("a.jsonl", b'{"x": ' * 100_000, r"line 1: cannot be read \(values nested too deeply\); expected"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"line 1: cannot be read \(ValueError: Exceeds the limit"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "found a Git LFS pointer"),
     ],
     ids=lambda value: str(value)[:40],
@@ -124,9 +128,9 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "null.txt").symlink_to("/dev/null")
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     for name, found in (
-        ("folder", "found a directory, expected a file"),
-        ("pipe", "found a pipe, expected a file"),
-        ("null", "found a device, expected a file"),
+        ("folder", "found a directory, expected a regular file"),
+        ("pipe", "found a named pipe, expected a regular file"),
+        ("null", "found a device, expected a regular file"),
         ("loop", "Too many levels of symbolic links"),
         ("x" * 300, "File name too long"),
     ):

@@ -171,7 +171,8 @@ def test_half_a_row_that_a_killed_run_left_does_not_damage_the_next(half: str, f
 def test_a_folder_in_place_of_a_record_is_named(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run" / name).unlink()
     (folder / "run" / name).mkdir()
-    assert f"{folder / 'run' / name}: Is a directory" in error_of(capsys, "--resume", folder / "run", "--steps", 3)
+    shown = error_of(capsys, "--resume", folder / "run", "--steps", 3)
+    assert f"{folder / 'run' / name}: found a directory, expected a regular file; remove it" in shown
 
 
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1:strict", marks=pytest.mark.slow)])
