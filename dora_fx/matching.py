@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,9 +23,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def matches(pattern: str, path: str) -> bool:
     """Whether a module's path is named by a pattern: its last name, its whole path, or `*` wildcards."""
-    if "*" in pattern:
-        return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), path) is not None
-    return pattern in (path, path.rpartition(".")[2])
+    if "*" not in pattern:
+        return pattern in (path, path.rpartition(".")[2])
+    start, *middle, end = pattern.split("*")
+    # Each part at the first place that it has leaves the most for the others, so nothing is ever tried again.
+    position, stop = len(start), len(path) - len(end)
+    if position > stop or not path.startswith(start) or not path.endswith(end):
+        return False
+    for part in middle:
+        found = path.find(part, position, stop)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return True
 
 
 def looks_like_linear(module: nn.Module) -> bool:

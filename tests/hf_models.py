@@ -22,7 +22,8 @@ _SHAPE: dict[str, Any] = dict(
 )
 _LLAMA3_ROPE = dict(
     rope_type="llama3",
-    rope_theta=500.0,
+    # Frequencies on both sides of where the scaling begins, and between.
+    rope_theta=5e5,
     factor=4.0,
     low_freq_factor=1.0,
     high_freq_factor=4.0,
@@ -87,15 +88,27 @@ def adapter_of(run: Path) -> dict[str, torch.Tensor]:
     return {f"{path}.adapter.{name}": value for path, layer in layers.items() for name, value in layer.tensors.items()}
 
 
-def save_tiny_checkpoint(folder: Path, kind: str = "llama", seed: int = 3, **overrides: Any) -> Path:
-    """Write a tiny model and a tokenizer whose tokens are the 64 commonest ASCII characters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def tiny_tokenizer(template: str = "$A") -> Any:
+    """A tokenizer whose tokens are the commonest ASCII characters, 63 in all.
 
-    characters = "<e>", *" \n.,-'()abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[:62], "?"
+    Args:
+        template: of what `tokenizer(text)` gives, with <b> for the start token and <e> for the end token.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    characters = "<e>", *" \n.,-'()abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", "?", "<b>"
     vocabulary = {character: index for index, character in enumerate(characters)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", unk_token="?")
-    fast.save_pretrained(folder)
+    special = [(token, vocabulary[token]) for token in ("<b>", "<e>") if token in template]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<b>", eos_token="<e>", unk_token="?"
+    )
+
+
+def save_tiny_checkpoint(folder: Path, kind: str = "llama", seed: int = 3, **overrides: Any) -> Path:
+    """Write a tiny model with 64 tokens and its tokenizer."""
+    tiny_tokenizer().save_pretrained(folder)
     tiny_hf_model(kind, seed, **overrides).save_pretrained(folder)
     return folder

@@ -16,7 +16,7 @@ import torch
 
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.safe_files.json_file import read_json
-from dora_fx.safe_files.regular_file import open_regular, plain_name, shortened, size_of
+from dora_fx.safe_files.regular_file import named_beside, open_regular, shortened, size_of
 
 MANIFEST = "dora_fx.json"
 FORMAT = "dora_fx checkpoint"
@@ -104,7 +104,7 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); load another checkpoint") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        reason = str(error).removeprefix(f"{path}: ")
+        reason = _without_name(path, error)
         raise CheckpointError(
             f"{path}: the file is damaged or not dora_fx's ({reason}); load another checkpoint"
         ) from error
@@ -119,8 +119,13 @@ def read_manifest(directory: Path) -> Manifest:
         manifest: Manifest = _typed(Manifest, content, "it")
         _check_values(directory, manifest)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; it is not what dora_fx writes, load another checkpoint") from error
+        reason = _without_name(path, error)
+        raise CheckpointError(f"{path}: {reason}; it is not what dora_fx writes, load another checkpoint") from error
     return manifest
+
+
+def _without_name(path: Path, error: Exception) -> str:
+    return str(error).removeprefix(f"{path}: ")
 
 
 def describe_file(path: Path) -> StoredFile:
@@ -136,7 +141,7 @@ def check_file(directory: Path, name: str, expected: StoredFile) -> None:
     """
     path = directory / name
     try:
-        with open_regular(plain_name(directory, name)) as file:
+        with open_regular(named_beside(directory / MANIFEST, name)) as file:
             found = size_of(file)
             is_whole = found == expected.size and hashlib.file_digest(file, "sha256").hexdigest() == expected.sha256
     except FileNotFoundError:
@@ -201,7 +206,7 @@ def _is_name(text: str) -> bool:
 def _check_values(directory: Path, manifest: Manifest) -> None:
     """Raise ValueError for values that no checkpoint has, although they are of the right types."""
     for name, file in manifest.files.items():
-        plain_name(directory, name)
+        named_beside(directory / MANIFEST, name)
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
             raise ValueError(f"files.{name}.sha256 is {shortened(file.sha256)}, expected a SHA-256 in hexadecimal")
     lacking = {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"} - manifest.layout.keys()

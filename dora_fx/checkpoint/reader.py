@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
 from dora_fx.safe_files.dcp_metadata import StoredPiece, read_dcp_metadata
-from dora_fx.safe_files.regular_file import UnsafeFileError, open_regular, plain_name, read_regular, size_of
+from dora_fx.safe_files.regular_file import UnsafeFileError, named_beside, open_regular, read_regular, size_of
 from dora_fx.safe_files.torch_file import load_torch_bytes
 
 METADATA = ".metadata"
@@ -79,7 +79,7 @@ class CheckedReader(FileSystemReader):
             piece = self.storage_data[item.storage_index]
             by_file.setdefault(piece.name, []).append((item, piece))
         for name, wanted in by_file.items():
-            path = plain_name(self.directory, name)
+            path = named_beside(self.directory / METADATA, name)
             with open_regular(path) as file:
                 for item, piece in wanted:
                     where = f"{path}, {item.storage_index.fqn}"
@@ -135,7 +135,7 @@ class CheckedReader(FileSystemReader):
         piece = self.metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
         if piece is None:
             raise UnsafeFileError(f"{where} has a chunk at {tuple(chunk.offsets)} that no file has")
-        path = plain_name(self.directory, piece.name)
+        path = named_beside(self.directory / METADATA, piece.name)
         _check_inside(path, self._size_of(path), piece)
         if math.prod(chunk.sizes) * stored.properties.dtype.itemsize > piece.length:
             raise UnsafeFileError(

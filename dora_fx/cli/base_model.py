@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from dora_fx.cli.errors import UserError
+from dora_fx.cli.memory import fitting_in_memory
 from dora_fx.cli.options import ModelOptions
 from dora_fx.cli.smollm2 import fetch_smollm2
 from dora_fx.models import HFCheckpoint, build_gpt_model, load_hf_checkpoint
 
+_SMALLER_BASE = "take a smaller base, or --dtype bf16"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -26,37 +28,41 @@ def resolve_base(base: str) -> Path:
     if base == "smollm2":
         return fetch_smollm2()
     path = Path(base)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"--base {base}: the directory has no config.json, expected a Hugging Face checkpoint")
-    elif not path.is_file():
-        raise UserError(f"--base {base}: no such file or directory; expected one, or the name smollm2")
-    elif path.suffix != ".gguf":
-        raise UserError(f"--base {base}: found a {path.suffix or 'suffixless'} file, expected .gguf or a directory")
+    try:
+        if path.is_dir():
+            if not (path / "config.json").exists():
+                raise UserError(f"--base {base}: the directory has no config.json, expected a Hugging Face checkpoint")
+        elif not path.exists():
+            raise UserError(f"--base {base}: no such file or directory; expected one, or the name smollm2")
+        elif path.suffix != ".gguf":
+            raise UserError(f"--base {base}: found a {path.suffix or 'suffixless'} file, expected .gguf or a directory")
+    except OSError as error:
+        raise UserError(f"--base {base}: {error.strerror}") from error
     return path
 
 
 def load_checkpoint(path: Path, dtype: torch.dtype) -> HFCheckpoint:
-    """Read config, weights and tokenizer; raises UserError for files that are unreadable or unsupported."""
+    """Read config, weights and tokenizer; raises UserError for files that are unreadable, unsupported or too large."""
     import transformers  # noqa: F401  its log handler must take the real stderr, so it comes before the redirection
 
     try:
         # transformers and gguf draw bars of their own, which would run through the command's.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), fitting_in_memory(f"--base {path}", _SMALLER_BASE):
             return load_hf_checkpoint(path, dtype)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"--base {path}: {error}") from error
 
 
 def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: str) -> Any:
     """The Megatron GPTModel with the checkpoint's weights; raises UserError for what it does not support."""
     try:
-        return build_gpt_model(
-            checkpoint.config,
-            checkpoint.state_dict,
-            dtype=DTYPES[options.dtype],
-            device=device,
-            sequence_parallel=options.sequence_parallel,
-        )
+        with fitting_in_memory(f"--base {checkpoint.path}", _SMALLER_BASE):
+            return build_gpt_model(
+                checkpoint.config,
+                checkpoint.state_dict,
+                dtype=DTYPES[options.dtype],
+                device=device,
+                sequence_parallel=options.sequence_parallel,
+            )
     except ValueError as error:
         raise UserError(f"--base: {error}") from error

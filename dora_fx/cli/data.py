@@ -4,37 +4,78 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_fx.cli.errors import UserError
+from dora_fx.models.reading import check_no_pointer
+from dora_fx.safe_files.json_file import parse_json
+from dora_fx.safe_files.regular_file import open_regular, reason_of
+
+_UNPACK = "unpack it"
+_NUL = (
+    "found a NUL character, which no text has; the file is binary, or UTF-16 without its mark; convert it, for "
+    "example with: iconv -f UTF-16LE -t UTF-8"
+)
+# First bytes, kind and cure; UTF-32's mark begins with UTF-16's.
+_OTHER_KINDS = (
+    (b"\xff\xfe\0\0", "UTF-32", "convert it, for example with: iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16", "convert it, for example with: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16", "convert it, for example with: iconv -f UTF-16 -t UTF-8"),
+    (b"\x1f\x8b", "a gzip file", _UNPACK),
+    (b"PK\x03\x04", "a zip file", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "a zstd file", _UNPACK),
+    (b"PAR1", "a Parquet file", "write its texts as .jsonl"),
+)
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_documents(path: Path) -> list[str]:
     """The documents of a .txt file (one) or a .jsonl file (one per line, field `text`).
 
     Raises:
-        UserError: the file is missing, is neither kind, is not UTF-8, has no text, or a line of it is malformed.
+        UserError: the file is missing, is neither kind, is not UTF-8, has no text, holds characters that no text has,
+            or a line of it is malformed; the message has the line.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"--data {path}: found a {path.suffix or 'suffixless'} file, expected .txt or .jsonl")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with open_regular(path, follow_link=True) as file:
+            data = file.read()
+        check_no_pointer(path, data)
+    except ValueError as error:
+        raise UserError(f"--data {error}") from error
     except OSError as error:
-        raise UserError(f"--data {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}: not UTF-8 at byte {error.start}; convert the file") from error
+        raise UserError(f"--data {path}: {reason_of(error)}") from error
+    text = _decoded(path, data)
     documents = [text] if path.suffix == ".txt" else list(_jsonl_texts(path, text))
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise UserError(f"--data {path}: the file has no text")
     return documents
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    for start, kind, cure in _OTHER_KINDS:
+        if data.startswith(start):
+            raise UserError(f"--data {path}: found {kind}, expected text in UTF-8; {cure}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"--data {path}, line {line}: not UTF-8 at byte {error.start}; convert the file to UTF-8, "
+            "for example with iconv"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"--data {path}, line {line}: {_NUL}")
+    return text
 
 
 def demo_documents() -> list[str]:
@@ -49,13 +90,21 @@ def _jsonl_texts(path: Path, text: str) -> Iterator[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"--data {path}, line {number}"
         try:
-            record = json.loads(line)
+            record = parse_json(line, where)
         except ValueError as error:
-            raise UserError(f"--data {path}, line {number}: not JSON ({error})") from error
+            raise UserError(f"{error}; expected an object with a field text") from error
         document = record.get("text") if isinstance(record, dict) else None
         if not isinstance(document, str):
-            raise UserError(f"--data {path}, line {number}: expected an object with a field text that is a string")
+            raise UserError(f"{where}: expected an object with a field text that is a string")
+        if "\0" in document:
+            raise UserError(f"{where}: {_NUL}")
+        if surrogate := _LONE_SURROGATE.search(document):
+            raise UserError(
+                f"{where}: found {ascii(surrogate[0])[1:-1]} by itself, half of a character; "
+                "write both halves, or the character itself"
+            )
         yield document
 
 
@@ -70,16 +119,6 @@ class TokenBlocks:
     held_out: Tensor
     num_tokens: int
     fingerprint: str
-
-
-def tokenize(documents: list[str], tokenizer: Any) -> Tensor:
-    """All documents as one row of tokens, each followed by the end-of-text token where the tokenizer has one."""
-    ids: list[int] = []
-    for document in documents:
-        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-    return torch.tensor(ids, dtype=torch.long)
 
 
 def cut_blocks(tokens: Tensor, sequence_length: int, held_out_fraction: float, max_held_out: int) -> TokenBlocks:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import dora_fx
 from dora_fx import DoRA
 from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base
 from dora_fx.cli.compilation import compile_in_place
-from dora_fx.cli.data import TokenBlocks, cut_blocks, demo_documents, read_documents, tokenize
+from dora_fx.cli.data import demo_documents, read_documents
 from dora_fx.cli.errors import UserError
+from dora_fx.cli.memory import fitting_in_memory
 from dora_fx.cli.options import (
     FinetuneOptions,
     add_options,
@@ -28,12 +30,15 @@ from dora_fx.cli.progress import Display
 from dora_fx.cli.ranks import Ranks
 from dora_fx.cli.run_folder import RunFolder
 from dora_fx.cli.stop_signals import StopSignals
+from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.trainer import Trainer
 from dora_fx.cli.training_run import TrainingRun
+from dora_fx.cli.training_text import training_text
 from dora_fx.report import DoRAReport
 
 __all__ = ["HELP", "options_in_order", "parser", "run"]
 
+_SMALLER_ADAPTER = "take a smaller --dim, or fewer --target-modules"
 HELP = "train a DoRA adapter on a text"
 
 
@@ -58,7 +63,7 @@ def run(parsed: dict[str, Any]) -> int:
     _check_world_size(options, ranks)
     folder = _run_folder(options)
     dora = _dora(options)
-    documents = demo_documents() if options.data is None else read_documents(options.data)
+    documents = _documents(options)
     device = _device(options)
     display = Display(quiet=not ranks.is_main)
     stop = StopSignals(agree=ranks.largest)
@@ -66,8 +71,9 @@ def run(parsed: dict[str, Any]) -> int:
         path = _resolve_base(options, display, ranks)
         with display.phase(f"loading {path.name}"):
             checkpoint = load_checkpoint(path, DTYPES[options.dtype])
-        _check_sequence_length(options, checkpoint.config)
-        blocks = _blocks(options, documents, checkpoint.tokenizer)
+        tokenizer = BaseTokenizer(path, checkpoint.tokenizer, checkpoint.config.vocab_size)
+        text = training_text(options, documents, tokenizer, checkpoint.config, device)
+        blocks = text.blocks
         ranks.check_agreement(saved_options(options) | {"text": blocks.fingerprint, **_versions()})
         with display.phase("building the Megatron model"):
             model = build_base_model(checkpoint, options, device)
@@ -78,12 +84,14 @@ def run(parsed: dict[str, Any]) -> int:
             f"{len(blocks.held_out)} held-out ones of {options.sequence_length}; "
             f"{options.dtype} on {_place(options, device)}"
         )
+        if unknown := tokenizer.beyond_the_model():
+            display.say(f"tokens of the tokenizer that the model does not have: {unknown}; the text has none of them")
         display.say(_summary(report))
-        trainer = Trainer(model, blocks, options, device)
+        with fitting_in_memory("the optimizer", _SMALLER_ADAPTER):
+            trainer = Trainer(model, blocks, options, device)
         if options.resume is None:
             ranks.from_main(folder.create, saved_options(options), str(report))
-        training = TrainingRun(options, ranks, folder, display, stop, trainer, checkpoint.tokenizer, device)
-        return training.run(blocks.held_out)
+        return TrainingRun(options, ranks, folder, display, stop, trainer, tokenizer, text.prompt, device).run()
 
 
 def _check_world_size(options: FinetuneOptions, ranks: Ranks) -> None:
@@ -110,7 +118,8 @@ def _run_folder(options: FinetuneOptions) -> RunFolder:
     """The folder to create, checked not to exist, or the folder to resume, checked against the options."""
     if options.resume is not None:
         folder = RunFolder(options.resume)
-        check_resumable(options, yaml.safe_load(folder.resumable_config().read_text(encoding="utf-8")))
+        check_resumable(options, folder.saved_config())
+        folder.check_rows()
         return folder
     name = options.data.stem if options.data is not None else "demo"
     folder = RunFolder(options.run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -140,29 +149,36 @@ def _device(options: FinetuneOptions) -> str:
     return options.device
 
 
+def _documents(options: FinetuneOptions) -> list[str]:
+    if options.data is None:
+        return demo_documents()
+    with _saying_where(options, "data"):
+        return read_documents(options.data)
+
+
+@contextlib.contextmanager
+def _saying_where(options: FinetuneOptions, name: str) -> Iterator[None]:
+    """Add to the errors of a resumed run how to give what was moved since it was started."""
+    try:
+        yield
+    except UserError as error:
+        if options.resume is None:
+            raise
+        raise UserError(f"{error}; what was moved since the run was started is given with --{name}") from error
+
+
 def _resolve_base(options: FinetuneOptions, display: Display, ranks: Ranks) -> Path:
     if options.base != "smollm2":
-        return resolve_base(options.base)
+        with _saying_where(options, "base"):
+            return resolve_base(options.base)
     with display.phase("finding SmolLM2-135M, a download of about 90 MB the first time"):
         return ranks.main_first(resolve_base, options.base)
 
 
-def _check_sequence_length(options: FinetuneOptions, config: Any) -> None:
-    if options.sequence_length > config.max_position_embeddings:
-        raise UserError(
-            f"--sequence-length: found {options.sequence_length}, "
-            f"expected at most {config.max_position_embeddings}, the base model's"
-        )
-
-
-def _blocks(options: FinetuneOptions, documents: list[str], tokenizer: Any) -> TokenBlocks:
-    tokens = tokenize(documents, tokenizer)
-    return cut_blocks(tokens, options.sequence_length, options.held_out_fraction, options.max_held_out)
-
-
 def _adapt(dora: DoRA, model: Any) -> DoRAReport:
     try:
-        dora(model)
+        with fitting_in_memory(f"--dim: an adapter of {dora.dim}", _SMALLER_ADAPTER):
+            dora(model)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     assert dora.report is not None

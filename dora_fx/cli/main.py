@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -20,8 +21,12 @@ USER_ERROR_EXIT_CODE = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dora-fx` with the given arguments (the process's own by default) and return its exit code."""
     _quieten_libraries()
+    _take_every_character()
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        exit_code = _run(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return exit_code
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "dora_fx":
             raise
@@ -35,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return Interrupted(signal.SIGINT).exit_code
+    except OSError as error:
+        # Whatever fails at a file has its name; what is left is the command's own output.
+        if error.filename is not None:
+            raise
+        return _output_failed(error)
 
 
 def _run(argv: list[str]) -> int:
@@ -69,6 +79,22 @@ def _quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     for name in ("megatron", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _take_every_character() -> None:
+    """Write what a terminal's encoding lacks, such as a letter of a sample in ASCII, as an escape, and not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _output_failed(error: OSError) -> int:
+    """End with the shell's code where whoever read the output is gone, and with a line where the disk is full."""
+    # Python would complain once more when it closes the stream.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    return _fail(f"the output cannot be written: {error.strerror}")
 
 
 def _in_terms_of_options(message: str) -> str:

@@ -11,6 +11,7 @@ from dora_fx.cli.base_model import load_checkpoint
 from dora_fx.cli.progress import Display
 from dora_fx.cli.saved_adapter import SavedAdapter, add_arguments, open_saved_adapter, or_user_error, write_folder
 from dora_fx.models.base_digests import base_digests
+from dora_fx.models.base_files import companion_files
 from dora_fx.models.hf_checkpoint import HFCheckpoint
 from dora_fx.models.hf_merged import merged_state_dict, save_hf_model
 
@@ -35,9 +36,15 @@ def run(parsed: dict[str, Any]) -> int:
         UserError: for folders, files and models that the command cannot work with, and for another base than the one
             that the adapter was trained on.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    # It would draw one on every terminal and into every log while the weights are written.
+    disable_progress_bar()
     target, display = Path(parsed["to"]), Display()
     saved = open_saved_adapter(parsed)
     dtype = next(iter(saved.layers.values())).tensors["linear_in.weight"].dtype
+    if saved.base_path.is_dir():
+        or_user_error(f"--base {saved.base}: ", companion_files, saved.base_path)
     with display.phase(f"loading {saved.base_path.name}"):
         checkpoint = load_checkpoint(saved.base_path, dtype)
         or_user_error(f"--base {saved.base}: ", _check_base, saved, checkpoint)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from dora_fx.cli.errors import UserError
+from dora_fx.cli.options_file import read_options_file
 from dora_fx.cli.run_folder import RunFolder
 
 
@@ -159,9 +161,11 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "sample_tokens": _NOT_NEGATIVE,
 }
 
-# What a resumed run may change: everything else decides which losses it goes through.
+# What a resumed run may change: everything else decides which losses it goes through. A base and a text may have
+# moved: the checkpoint has digests of both, and takes no others.
 CHANGEABLE_ON_RESUME = frozenset(
     {"steps", "save_every", "eval_every", "sample_tokens", "device", "compile", "tp", "sequence_parallel"}
+    | {"base", "data"}
 )
 
 
@@ -216,9 +220,14 @@ def options_in_order(argv: list[str]) -> list[str]:
             continue
         value = value if equals else next(arguments, "")
         if name == "--config":
+            # The parser says of some files that it cannot read neither their names nor that they are files.
+            if os.path.exists(value):
+                read_options_file(Path(value), "--config")
             configs.append(f"--config={value}")
         else:
-            resumed.append(f"--config={RunFolder(Path(value)).resumable_config()}")
+            folder = RunFolder(Path(value))
+            folder.saved_config()
+            resumed.append(f"--config={folder.config_file}")
             others.append(f"--resume={value}")
     return [*resumed, *configs, *others]
 

@@ -13,8 +13,12 @@ import torch.distributed as dist
 
 from dora_fx.cli.errors import UserError
 from dora_fx.megatron_world import megatron_world
+from dora_fx.safe_files.regular_file import reason_of
 
 T = TypeVar("T")
+
+_MOST_DIGITS = 9
+_START = "start the command with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK"
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,21 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """As torchrun says in RANK, WORLD_SIZE and LOCAL_RANK."""
+        """The process that torchrun's RANK, WORLD_SIZE and LOCAL_RANK describe, or the only one without them.
+
+        Raises:
+            UserError: one of them is no number, or there is no such rank among so many.
+        """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return cls(*(int(os.environ[name]) for name in names)) if all(name in os.environ for name in names) else cls()
+        if not all(name in os.environ for name in names):
+            return cls()
+        found = cls(*map(_number_in_environment, names))
+        if found.global_rank >= found.world_size:
+            raise UserError(
+                f"RANK: found {found.global_rank} in the environment, expected a number below WORLD_SIZE, which is "
+                f"{found.world_size}; {_START}"
+            )
+        return found
 
     @property
     def is_main(self) -> bool:
@@ -41,10 +57,16 @@ class Ranks:
 
     @contextmanager
     def world(self, device: str, seed: int, tensor_model_parallel_size: int) -> Iterator[None]:
-        """Megatron's world of these processes, on "cpu" or "cuda"."""
+        """Megatron's world of these processes, on "cpu" or "cuda"; raises UserError if they do not find each other."""
         store = None
         if self.world_size > 1:
-            store, _, _ = next(dist.rendezvous("env://", self.global_rank, self.world_size))
+            try:
+                store, _, _ = next(dist.rendezvous("env://", self.global_rank, self.world_size))
+            # torch raises both for an address that is missing, malformed, taken, or where nobody answers.
+            except (ValueError, RuntimeError) as error:
+                raise UserError(
+                    f"the processes of the run do not find each other ({reason_of(error)}); {_START}"
+                ) from error
         if device == "cuda":
             torch.cuda.set_device(self.local_rank)
         with megatron_world(
@@ -98,3 +120,10 @@ class Ranks:
             if differing:
                 listed = ", ".join(f"{name} is {theirs.get(name)} and {found[0].get(name)}" for name in differing)
                 raise UserError(f"rank {global_rank} differs from rank 0: {listed}; expected the same on every rank")
+
+
+def _number_in_environment(name: str) -> int:
+    found = os.environ[name]
+    if not (found.isascii() and found.isdigit() and len(found) <= _MOST_DIGITS):
+        raise UserError(f"{name}: found {found[:80]!r} in the environment, expected a number from 0; {_START}")
+    return int(found)

@@ -10,10 +10,11 @@ checkpoint/      the trained parameters and all that `--resume` needs, see `dora
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ import yaml
 from dora_fx.checkpoint import CheckpointError
 from dora_fx.checkpoint.directory import open_checkpoint, previous_of
 from dora_fx.cli.errors import UserError
+from dora_fx.cli.options_file import read_options_file
 from dora_fx.durable_files import give_default_mode, sync
-from dora_fx.safe_files.regular_file import UnsafeFileError
-from dora_fx.safe_files.yaml_file import check_yaml
+from dora_fx.safe_files.json_file import parse_json
+from dora_fx.safe_files.regular_file import UnsafeFileError, open_regular
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -62,59 +64,80 @@ class RunFolder:
 
     def check_new(self) -> None:
         """Raise UserError if the folder, or anything else of its name, exists."""
-        if self.path.exists():
+        with _named(f"--run {self.path}"):
+            exists = os.path.lexists(self.path)
+        if exists:
             raise UserError(f"--run {self.path}: it exists; choose another name, or go on with --resume {self.path}")
 
     def create(self, config: Mapping[str, Any], report: str) -> None:
         """Make the folder with its config and report; raises UserError if that cannot be done."""
-        try:
+        with _named(f"--run {self.path}"):
             self.path.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"--run {self.path}: {error.strerror}") from error
         self.write_config(config)
-        write_atomically(self.path / "report.txt", lambda path: path.write_text(report + "\n", encoding="utf-8"))
+        self._write("report.txt", lambda path: path.write_text(report + "\n", encoding="utf-8"))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the options; raises UserError, as every method that writes, where the disk does not take them."""
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-        write_atomically(self.config_file, lambda path: path.write_text(text, encoding="utf-8"))
+        self._write(self.config_file.name, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def resumable_config(self) -> Path:
-        """The config of a run to resume; raises UserError if this folder is none."""
+    def saved_config(self) -> dict[str, Any]:
+        """The options of a run to resume; raises UserError if they cannot be read, or the folder is no such run."""
         if not self.config_file.is_file():
             raise UserError(f"--resume {self.path}: there is no config.yaml, expected the folder of a saved run")
+        options = read_options_file(self.config_file, "--resume")
         try:
-            check_yaml(self.config_file)
             open_checkpoint(checkpoint_in(self.path))
         except (CheckpointError, UserError, UnsafeFileError, OSError) as error:
             raise UserError(f"--resume {error}") from error
-        return self.config_file
+        return options
+
+    def check_rows(self) -> None:
+        """Raise UserError if a line of the metrics or samples is damaged, which would end a resumed run at its end."""
+        self.read_metrics()
+        self.read_samples()
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(row)) + "\n")
+        self._append("metrics.jsonl", row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Complete rows in order; a process that was killed may have left half a row."""
-        return _complete_rows(self.path / "metrics.jsonl")
+        """Complete rows in order; a process that was killed may have left half a row.
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget rows of steps that the saved state does not have; they will be taken again."""
-        text = "".join(json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step)
-        write_atomically(self.path / "metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+        Raises:
+            UserError: the file cannot be read, or a line is none that `append_metrics` wrote.
+        """
+        return _complete_rows(self.path / "metrics.jsonl", {name: (int, float) for name in ("loss", "held_out_loss")})
+
+    def drop_rows_after(self, step: int) -> None:
+        """Forget rows of steps that the saved state does not have, which will be taken again, and half rows."""
+        self._write_rows("metrics.jsonl", [row for row in self.read_metrics() if row["step"] <= step])
+        self._write_rows("samples.jsonl", [row for row in self.read_samples().values() if row["step"] <= step])
 
     def append_sample(self, step: int, prompt: str, text: str) -> None:
-        with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+        self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
 
     def read_samples(self) -> dict[int, dict[str, Any]]:
-        """Samples by the step they were taken at."""
-        return {row["step"]: row for row in _complete_rows(self.path / "samples.jsonl")}
+        """Samples by the step they were taken at; raises UserError as `read_metrics`."""
+        rows = _complete_rows(self.path / "samples.jsonl", {"prompt": (str,), "text": (str,)}, all_there=True)
+        return {row["step"]: row for row in rows}
 
     def draw_loss_curve(self) -> None:
         from dora_fx.cli.loss_curve import draw_loss_curve
 
         rows = self.read_metrics()
-        write_atomically(self.loss_curve, lambda path: draw_loss_curve(rows, path))
+        self._write(self.loss_curve.name, lambda path: draw_loss_curve(rows, path))
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with _named(str(self.path / name)), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+
+    def _write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        with _named(str(self.path / name)):
+            write_atomically(self.path / name, write)
 
 
 def checkpoint_in(path: Path) -> Path:
@@ -136,7 +159,45 @@ def checkpoint_in(path: Path) -> Path:
     raise UserError(f"{path}: there is no checkpoint, the run was stopped before it saved one; start it anew")
 
 
-def _complete_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Raise UserError with the name of what could not be read or written; many errors of a full disk have none."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}") from error
+
+
+def _complete_rows(
+    path: Path, kinds: Mapping[str, tuple[type, ...]], *, all_there: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of a file, each with its step; none where there is no file.
+
+    Args:
+        path: of the file.
+        kinds: of the values by their names.
+        all_there: whether every row has all of them, and not only some.
+    """
+    with _named(str(path)):
+        if not path.exists():
+            return []
+        try:
+            with open_regular(path, follow_link=True) as file:
+                lines = file.read().split(b"\n")[:-1]
+        except UnsafeFileError as error:
+            raise UserError(f"{error}; remove it, the training itself does not need it") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_json(line, str(path))
+            found = {name: row[name] for name in ("step", *kinds) if all_there or name in row or name == "step"}
+            is_whole = all(isinstance(value, kinds.get(name, (int,))) for name, value in found.items())
+        except (ValueError, TypeError, KeyError):
+            is_whole = False
+        if not is_whole:
+            raise UserError(
+                f"{path}, line {number}: the line is damaged, expected an object with {', '.join(('step', *kinds))}; "
+                "remove the line, or the file, which the training itself does not need"
+            )
+        rows.append(row)
+    return rows

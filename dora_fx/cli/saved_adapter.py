@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from dora_fx.checkpoint import CheckpointError
 from dora_fx.checkpoint.plain import WholeAdapter, read_adapters
 from dora_fx.cli.base_model import resolve_base
 from dora_fx.cli.errors import UserError
+from dora_fx.cli.options_file import read_options_file
 from dora_fx.cli.run_folder import RunFolder, checkpoint_in
 from dora_fx.hf.export_adapter import split_adapter
 from dora_fx.hf.new_folder import check_new_folder, new_folder
@@ -20,8 +19,6 @@ from dora_fx.hf.peft_files import PeftModule
 from dora_fx.models.architecture import architecture_of
 from dora_fx.models.hf_checkpoint import load_hf_config
 from dora_fx.models.hf_parts import HeadShape, check_size
-from dora_fx.safe_files.regular_file import UnsafeFileError
-from dora_fx.safe_files.yaml_file import check_yaml
 
 T = TypeVar("T")
 
@@ -71,7 +68,7 @@ def open_saved_adapter(parsed: dict[str, Any]) -> SavedAdapter:
     base = parsed["base"] or _base_of(source)
     path = checkpoint_in(source)
     layers = or_user_error("", read_adapters, path)
-    base_path = resolve_base(base)
+    base_path = _resolve(base, is_named=bool(parsed["base"]))
     config = or_user_error(f"--base {base}: ", load_hf_config, base_path)
     modules = or_user_error(f"{path} on --base {base}: ", _modules, config, layers)
     return SavedAdapter(path, base, base_path, config, layers, modules)
@@ -95,16 +92,24 @@ def or_user_error(prefix: str, function: Callable[..., T], *args: Any) -> T:
         raise UserError(f"{prefix}{error}") from error
 
 
+def _resolve(base: str, *, is_named: bool) -> Path:
+    try:
+        return resolve_base(base)
+    except UserError as error:
+        if is_named:
+            raise
+        raise UserError(f"{error}; what was moved since the run was started is given with --base") from error
+
+
 def _base_of(source: Path) -> str:
     """The base that a run was started with."""
     folder = RunFolder(source)
     if not folder.config_file.is_file():
         raise UserError(f"{source}: no folder of a run, whose config.yaml names the base; give --base")
-    try:
-        check_yaml(folder.config_file)
-        return str(yaml.safe_load(folder.config_file.read_text(encoding="utf-8"))["base"])
-    except (yaml.YAMLError, UnsafeFileError, TypeError, KeyError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder.config_file}: cannot be read, or names no base ({error!r}); give --base") from error
+    options = read_options_file(folder.config_file)
+    if "base" not in options:
+        raise UserError(f"{folder.config_file}: names no base; give --base")
+    return str(options["base"])
 
 
 def _modules(config: Any, layers: Mapping[str, WholeAdapter]) -> dict[str, PeftModule]:

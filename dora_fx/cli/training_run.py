@@ -5,24 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from dora_fx.checkpoint import CheckpointError
 from dora_fx.cli.errors import Interrupted, UserError
+from dora_fx.cli.memory import fitting_in_memory
 from dora_fx.cli.options import FinetuneOptions, saved_options
 from dora_fx.cli.progress import Display, TrainingDisplay
 from dora_fx.cli.ranks import Ranks
 from dora_fx.cli.run_folder import RunFolder
 from dora_fx.cli.sample import generate_greedily
 from dora_fx.cli.stop_signals import StopSignals
+from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-_PROMPT_TOKENS = 16
+_SMALLER_BATCH = "take a smaller --batch-size, with --gradient-accumulation in its place, or --sequence-length"
 
 
 @dataclass
@@ -38,11 +38,12 @@ class TrainingRun:
     display: Display
     stop: StopSignals
     trainer: Trainer
-    tokenizer: Any
+    tokenizer: BaseTokenizer
+    prompt: Tensor
     device: str
     saved_step: int | None = None
 
-    def run(self, held_out: Tensor) -> int:
+    def run(self) -> int:
         """Train to the last step, or until a signal; return the exit code.
 
         Raises:
@@ -52,13 +53,12 @@ class TrainingRun:
         """
         if self.options.resume is not None:
             self._restore()
-        prompt = self._prompt(held_out)
         try:
-            with self.stop.deferred():
+            with self.stop.deferred(), fitting_in_memory("a batch", _SMALLER_BATCH):
                 self.trainer.allocate_buffers()
-                self._measure(prompt)
+                self._measure()
                 self._train()
-                self._measure(prompt)
+                self._measure()
         except Interrupted as interrupted:
             if not self._can_save_after(interrupted):
                 raise
@@ -84,7 +84,7 @@ class TrainingRun:
         if step > steps or (step == steps and step in self._held_out_losses()):
             raise UserError(f"--resume {self.folder.path}: all of its {step} steps are done; more with --steps")
         if self.ranks.is_main:
-            self.folder.drop_metrics_after(step)
+            self.folder.drop_rows_after(step)
             self.folder.write_config(saved_options(self.options))
         self.saved_step = step
         self.display.say(f"resumed at step {step} of {steps}")
@@ -121,7 +121,7 @@ class TrainingRun:
             self.folder.append_metrics(row)
         shown.show(metrics)
 
-    def _measure(self, prompt: Tensor) -> None:
+    def _measure(self) -> None:
         """Held-out loss and sample, before the first step and after the last; whatever is there is not redone."""
         step = self.trainer.step
         if step not in (0, self.options.steps):
@@ -132,7 +132,7 @@ class TrainingRun:
                 self._measure_held_out(self.display.say)
         if self.options.sample_tokens and step not in self.ranks.from_main(self.folder.read_samples):
             with self.display.phase("generating a sample"):
-                self._generate(prompt)
+                self._generate()
 
     def _measure_held_out(self, say: Callable[[str], None]) -> None:
         loss = self.trainer.held_out_loss(between=self.stop.raise_if_requested)
@@ -140,32 +140,22 @@ class TrainingRun:
             self.folder.append_metrics({"step": self.trainer.step, "held_out_loss": loss})
         say(f"held-out loss at step {self.trainer.step}: {loss:.4f}")
 
-    def _generate(self, prompt: Tensor) -> None:
+    def _generate(self) -> None:
         tokens = generate_greedily(
             self.trainer.model,
-            prompt,
+            self.prompt,
             self.options.sample_tokens,
-            self.tokenizer.eos_token_id,
+            self.tokenizer.end,
             self.device,
             between=self.stop.raise_if_requested,
         )
         if self.ranks.is_main:
-            self.folder.append_sample(self.trainer.step, self._text(prompt), self._text(tokens))
+            text = self.tokenizer.text
+            self.folder.append_sample(self.trainer.step, text(self.prompt), text(tokens))
 
     def _held_out_losses(self) -> dict[int, float]:
         rows = self.ranks.from_main(self.folder.read_metrics)
         return {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
-
-    def _prompt(self, held_out: Tensor) -> Tensor:
-        if self.options.prompt is None:
-            return held_out[0, : min(_PROMPT_TOKENS, held_out.shape[1] // 2)]
-        ids = self.tokenizer(self.options.prompt, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise UserError("--prompt: found no token in it, expected some text")
-        return torch.tensor(ids)
-
-    def _text(self, tokens: Tensor) -> str:
-        return self.tokenizer.decode(tokens.tolist())
 
     def _save(self) -> None:
         """Save the state unless it is saved already, and draw the curve; every rank calls it."""
@@ -181,10 +171,15 @@ class TrainingRun:
     def _say_results(self) -> None:
         say, folder = self.display.say, self.folder
         losses, samples = self._held_out_losses(), self.ranks.from_main(folder.read_samples)
-        before, after = losses[0], losses[self.options.steps]
-        say(f"\nheld-out loss: {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
-        if self.options.sample_tokens:
-            first, last = samples[0], samples[self.options.steps]
-            say(f"prompt:  {first['prompt']!r}\nbefore:  {first['text']!r}\nafter:   {last['text']!r}")
+        after, last = losses[self.options.steps], samples.get(self.options.steps)
+        # A run whose files were removed in between knows nothing of its start.
+        before, first = losses.get(0), samples.get(0)
+        compared = "" if before is None else f"{before:.4f} before, "
+        say(f"\nheld-out loss: {compared}{after:.4f} after" + ("" if before is None else f" ({after - before:+.4f})"))
+        if self.options.sample_tokens and last is not None:
+            say(f"prompt:  {last['prompt']!r}")
+            if first is not None:
+                say(f"before:  {first['text']!r}")
+            say(f"after:   {last['text']!r}")
         say(f"\nrun folder: {folder.path}\n  loss curve: {folder.loss_curve.name}   adapter: {folder.checkpoint.name}")
         say(f"train on with: dora-fx finetune --resume {folder.path} --steps {2 * self.options.steps}")

@@ -31,6 +31,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in (file for file in temporary.rglob("*") if file.is_file()):
+            give_default_mode(file)
             sync(file)
         give_default_mode(temporary)
         os.rename(temporary, path)

@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_fx.safe_files.json_file import read_json
+from dora_fx.hf.peft_patterns import by_pattern, check_patterns
+from dora_fx.models.reading import check_readable, read_json_object, reading
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PATTERN = r"(.*\.)?({})$"
 _SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 
 # What the options that change the function must be. PiSSA, OLoRA and their like change the base weights too.
@@ -137,11 +137,11 @@ class PeftAdapter:
 
     def rank(self, path: str) -> int:
         """The rank that the config states for a layer."""
-        return int(_by_pattern(self.config.get("rank_pattern"), path, self.config.get("r")))
+        return int(by_pattern(self.config.get("rank_pattern"), path, self.config.get("r")))
 
     def scaling(self, path: str) -> Fraction:
         """What B A is multiplied by, exactly; under `use_rslora` the float that PEFT computes."""
-        alpha = _by_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha"))
+        alpha = by_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha"))
         if self.config.get("use_rslora"):
             return Fraction(alpha / math.sqrt(self.rank(path)))
         return Fraction(alpha) / self.rank(path)
@@ -168,9 +168,10 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
         ValueError: a file cannot be read; an option, or a tensor, has no equal here; a magnitude is missing.
     """
     for name in (CONFIG_FILE, TENSOR_FILE):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name}: no such file, expected a PEFT adapter in safetensors format")
-    config = read_json(folder / CONFIG_FILE, follow_link=True)
+    config = read_json_object(folder / CONFIG_FILE)
+    check_readable(folder / TENSOR_FILE)
     _check_config(folder / CONFIG_FILE, config)
     keys, shapes = _tensors_by_layer(folder / TENSOR_FILE)
     adapter = PeftAdapter(folder, config, shapes, keys)
@@ -179,9 +180,7 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     return adapter
 
 
-def _check_config(file: Path, config: Any) -> None:
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: found a {type(config).__name__}, expected an object")
+def _check_config(file: Path, config: Mapping[str, Any]) -> None:
     for name, expected in _REQUIRED.items():
         found = config.get(name, {"bias": "none", "init_lora_weights": True}.get(name))
         # True == 1 in Python, and JSON's are told apart.
@@ -190,40 +189,24 @@ def _check_config(file: Path, config: Any) -> None:
     for name, value in config.items():
         if name not in _REQUIRED and name not in _KNOWN and value:
             raise ValueError(f"{file}: {name} is {value!r}, which is not supported; expected it unset")
-    _check_patterns(file, config)
+    check_patterns(file, config)
     for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         for value in (config.get(name), *(config.get(pattern) or {}).values()):
             if not _is_positive(value, whole=name == "r"):
                 raise ValueError(f"{file}: {name} or {pattern} has {value!r}, expected a positive number")
 
 
-def _check_patterns(file: Path, config: Mapping[str, Any]) -> None:
-    targets = config.get("target_modules")
-    patterns = [("target_modules", targets)] if isinstance(targets, str) else []
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise ValueError(f"{file}: {name} is {config[name]!r}, expected an object of patterns and numbers")
-        patterns += [(name, _PATTERN.format(pattern)) for pattern in config.get(name) or {}]
-    for name, pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{file}: {name} has {pattern!r}, which is no regular expression ({error})") from error
-
-
 def _tensors_by_layer(file: Path) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, tuple[int, ...]]]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     keys: dict[str, dict[str, str]] = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  a safetensors file is no dict
-                path, name = _layer_and_name(file, key)
-                keys.setdefault(path, {})[name] = key
-                shapes.setdefault(path, {})[name] = tuple(opened.get_slice(key).get_shape())
-    except SafetensorError as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
+    with reading(file, "the file is damaged or incomplete, download it again"), safe_open(file, "pt") as opened:
+        found_shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118  no dict
+    for key, shape in found_shapes.items():
+        path, name = _layer_and_name(file, key)
+        keys.setdefault(path, {})[name] = key
+        shapes.setdefault(path, {})[name] = shape
     for path, found in shapes.items():
         for name, suffix in _SUFFIXES.items():
             if name not in found:
@@ -256,14 +239,6 @@ def _check_rank(adapter: PeftAdapter, path: str, shapes: Mapping[str, tuple[int,
             f"{adapter.folder / TENSOR_FILE}: {path} has A of shape {a} and B of shape {b}, "
             f"expected the rank {rank} that {CONFIG_FILE} states"
         )
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the whole path, or its end after a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(_PATTERN.format(pattern), path):
-            return value
-    return default
 
 
 def _common_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

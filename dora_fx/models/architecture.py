@@ -10,7 +10,7 @@ from typing import Any
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Megatron has these three numbers of Llama 3's rotary scaling as constants; only the factor is an option.
-_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class UnsupportedModelError(ValueError):
@@ -117,12 +117,14 @@ def _rope_factors(parameters: Mapping[str, Any]) -> dict[str, float]:
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         _refuse("rope_parameters.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0")
     kind = parameters.get("rope_type", "default")
+    if parameters.get("type", kind) != kind:
+        _refuse("rope_parameters.type", parameters["type"], f"rope_type {kind!r} or no such field")
     if kind == "default":
         return {}
     if kind == "linear":
         return {"linear_rope_factor": parameters["factor"]}
     if kind == "llama3":
-        for name, expected in _LLAMA3_CONSTANTS.items():
+        for name, expected in LLAMA3_CONSTANTS.items():
             if parameters[name] != expected:
                 _refuse(f"rope_parameters.{name}", parameters[name], str(expected))
         return {"llama3_rope_factor": parameters["factor"]}

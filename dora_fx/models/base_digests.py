@@ -10,8 +10,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from dora_fx.checkpoint.tensor_digests import add_digests, shard_digests
-from dora_fx.models.architecture import architecture_of
-from dora_fx.models.gpt_model import full_tensors
+from dora_fx.models.gpt_model import architecture_with_tensors, full_tensors
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 
@@ -26,7 +25,7 @@ def base_digests(
         keys: the tensors to take.
         non_homogeneous_layers: whether keys carry layer numbers, as a checkpoint's manifest says.
     """
-    architecture = architecture_of(config)
+    architecture = architecture_with_tensors(config, state_dict)
 
     def shards() -> Iterator[ShardedTensor]:
         for name, tensor in full_tensors(architecture, state_dict, {i: i for i in range(architecture.num_layers)}):

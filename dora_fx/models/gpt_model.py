@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dora_fx.models.architecture import GPTArchitecture, architecture_of, with_query_groups
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
+from dora_fx.models.model_tensors import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, listed, raise_for_names
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def build_gpt_model(
         ValueError: the checkpoint's tensors are not those of its config, or a size does not divide by the
             tensor-parallel size; the message names them.
     """
-    unpadded = architecture_of(config)
+    unpadded = architecture_with_tensors(config, state_dict)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     if num_query_groups is None:
         num_query_groups = math.ceil(unpadded.num_query_groups / tp_size) * tp_size
@@ -56,6 +58,18 @@ def build_gpt_model(
     _copy_weights(architecture, state_dict, model)
     _note_padding(model, unpadded, architecture)
     return model
+
+
+def architecture_with_tensors(config: Any, state_dict: Mapping[str, Tensor]) -> GPTArchitecture:
+    """`architecture_of` a config, with the output layer untied where the tensors hold another one than the embedding.
+
+    transformers does the same for a config that says `tie_word_embeddings` beside such tensors.
+    """
+    architecture = architecture_of(config)
+    embedding, output = state_dict.get(EMBEDDING_WEIGHT), state_dict.get(OUTPUT_WEIGHT)
+    if not architecture.tied_embeddings or embedding is None or output is None or embedding is output:
+        return architecture
+    return dataclasses.replace(architecture, tied_embeddings=torch.equal(embedding, output))
 
 
 class FrozenRMSNorm(nn.RMSNorm):
@@ -168,29 +182,20 @@ def _note_padding(model: Any, unpadded: GPTArchitecture, padded: GPTArchitecture
 
 
 def _check_names(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor]) -> None:
-    expected = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    expected = {EMBEDDING_WEIGHT, "model.norm.weight", OUTPUT_WEIGHT}
     names = hf_layer_names(architecture)
     expected |= {f"model.layers.{i}.{name}" for i in range(architecture.num_layers) for name in names}
     missing, unexpected = expected - set(state_dict), set(state_dict) - expected
     if architecture.tied_embeddings:
-        missing.discard("lm_head.weight")
-    if missing or unexpected:
-        raise ValueError(
-            "the checkpoint's tensors are not those of its config: "
-            f"missing {_some(missing)}; without a place in the model: {_some(unexpected)}"
-        )
-
-
-def _some(names: set[str]) -> str:
-    listed = ", ".join(sorted(names)[:5]) or "none"
-    return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
+        missing.discard(OUTPUT_WEIGHT)
+    raise_for_names("the checkpoint's tensors are not those of its config", missing, unexpected)
 
 
 def full_tensors(
     architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], layer_indices: Mapping[int, int]
 ) -> Iterator[tuple[str, Tensor]]:
     """(parameter name, full tensor) for the whole model, a layer at a time."""
-    yield "embedding.word_embeddings.weight", state_dict["model.embed_tokens.weight"]
+    yield "embedding.word_embeddings.weight", state_dict[EMBEDDING_WEIGHT]
     for local, index in layer_indices.items():
         prefix = f"model.layers.{index}."
         hf = {name: state_dict[prefix + name] for name in hf_layer_names(architecture)}
@@ -198,7 +203,7 @@ def full_tensors(
             yield f"decoder.layers.{local}.{name}", tensor
     yield "decoder.final_layernorm.weight", state_dict["model.norm.weight"]
     if not architecture.tied_embeddings:
-        yield "output_layer.weight", state_dict["lm_head.weight"]
+        yield "output_layer.weight", state_dict[OUTPUT_WEIGHT]
 
 
 @torch.no_grad()
@@ -215,5 +220,5 @@ def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor
             raise ValueError(f"{name}: the checkpoint has {tuple(full.shape)}, expected {tuple(parameter.shape)}")
         parameter.copy_(full)
     if parameters:
-        raise ValueError(f"the checkpoint has no tensor for {_some(set(parameters))}")
+        raise ValueError(f"the checkpoint has no tensor for {listed(set(parameters))}")
     logger.info("copied %d layers of tensor-parallel rank %d of %d", len(layer_indices), tp_rank, tp_size)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_fx.hf.peft_files import PeftModule
 from dora_fx.merge import merge_tensors
+from dora_fx.models.base_files import GENERATION_CONFIG, copy_companions, write_config
 from dora_fx.models.hf_checkpoint import HFCheckpoint
 from dora_fx.models.hf_parts import LM_HEAD
+from dora_fx.models.model_tensors import empty_model
+from dora_fx.models.reading import writing
 from dora_fx.row_scale import magnitude_delta
 from dora_fx.weight_norm import norm_dtype
 
@@ -45,14 +47,27 @@ def merged_state_dict(checkpoint: HFCheckpoint, modules: Mapping[str, PeftModule
 
 
 def save_hf_model(checkpoint: HFCheckpoint, state_dict: Mapping[str, Tensor], folder: Path) -> None:
-    """Write safetensors, config and tokenizer, for `AutoModelForCausalLM` and `AutoTokenizer` to load."""
-    from transformers import AutoModelForCausalLM
+    """Write weights, config and tokenizer, for `AutoModelForCausalLM` and `AutoTokenizer` to load.
 
+    Of a base directory every other file that is no weight comes along, see `base_files.py`.
+
+    Args:
+        checkpoint: the base.
+        state_dict: the tensors, named as the base's.
+        folder: empty, to be filled.
+
+    Raises:
+        ValueError, OSError: a file of the base cannot be copied, or one cannot be written.
+    """
     dtype = next(iter(state_dict.values())).dtype
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)
-    model.save_pretrained(folder, state_dict=dict(state_dict))
-    checkpoint.tokenizer.save_pretrained(folder)
+    with writing("the model"):
+        empty_model(checkpoint.config, dtype).save_pretrained(folder, state_dict=dict(state_dict))
+        if not checkpoint.path.is_dir():
+            checkpoint.tokenizer.save_pretrained(folder)
+            return
+    (folder / GENERATION_CONFIG).unlink(missing_ok=True)
+    copy_companions(checkpoint.path, folder)
+    write_config(checkpoint.path, checkpoint.config, dtype, folder)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dora_fx.safe_files.pickle_opcodes import opcodes
-from dora_fx.safe_files.regular_file import UnsafeFileError, shortened
+from dora_fx.safe_files.regular_file import UnsafeFileError, reason_of, shortened
 
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {
@@ -79,7 +79,7 @@ def read_dcp_metadata(data: bytes, where: str) -> Metadata:
         raise
     # A pickle can make the unpickler raise anything.
     except Exception as error:
-        raise UnsafeFileError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
+        raise UnsafeFileError(f"{where}: cannot be read ({reason_of(error)})") from error
     return _Reading(where).metadata(found)
 
 

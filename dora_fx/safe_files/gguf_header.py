@@ -12,8 +12,8 @@ import mmap
 import struct
 from pathlib import Path
 
-from dora_fx.safe_files.model_sizes import check_sizes
-from dora_fx.safe_files.regular_file import UnsafeFileError, open_regular, size_of
+from dora_fx.safe_files.model_sizes import check_elements, check_sizes
+from dora_fx.safe_files.regular_file import UnsafeFileError, open_regular
 
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
@@ -36,13 +36,11 @@ def check_gguf_file(path: Path) -> None:
 
     Raises:
         UnsafeFileError: one is more than the file can hold, or the file is no GGUF file.
+        ValueError: the file is empty.
         OSError: it cannot be read.
     """
-    with open_regular(path, follow_link=True) as file:
-        if size_of(file) == 0:
-            raise UnsafeFileError(f"{path}: the file is empty, expected a GGUF file")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Walk(data, path).check()
+    with open_regular(path, follow_link=True) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _Walk(data, path).check()
 
 
 class _Walk:
@@ -65,8 +63,7 @@ class _Walk:
         for _ in range(num_values):
             self._value()
         elements = sum(self._tensor() for _ in range(num_tensors))
-        # No type takes less than a bit for an element, and no two tensors are in one place.
-        self._at_most("elements of tensors", elements, 8 * len(self._data))
+        check_elements(self._path, elements, len(self._data))
         check_sizes(self._path, self._sizes, elements)
 
     def _value(self) -> None:
@@ -80,7 +77,8 @@ class _Walk:
             number = self._number(self._code(key, kind))
             name = _SIZES.get(key.rpartition(b".")[2].decode("utf-8", "replace"))
             if name is not None:
-                self._sizes[name] = number
+                # Several keys may end alike, and the readers take the one of their architecture.
+                self._sizes[name] = max(number, self._sizes.get(name, number))
 
     def _array(self, key: bytes) -> None:
         kind, count = self._number("I"), self._number("Q")
@@ -119,16 +117,14 @@ class _Walk:
         if count > left:
             raise UnsafeFileError(
                 f"{self._path}: found a header that goes on for {count:,} bytes at {self._at:,}, where the file has "
-                f"{left:,} left; the file is damaged"
+                f"{left:,} left"
             )
         self._at += count
         return self._data[self._at - count : self._at]
 
     def _at_most(self, what: str, found: int, most: int) -> None:
         if found > most:
-            raise UnsafeFileError(
-                f"{self._path}: found {found:,} {what}, expected at most {most:,}; the file is damaged"
-            )
+            raise UnsafeFileError(f"{self._path}: found {found:,} {what}, expected at most {most:,}")
 
 
 def _shown(name: bytes) -> str:

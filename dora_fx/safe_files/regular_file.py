@@ -16,24 +16,23 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISSOCK, "socket"),
 )
 
-
-_MOST_SHOWN = 80
+_MOST_SHOWN, _LONGEST_REASON = 80, 300
 
 
 class UnsafeFileError(ValueError):
     """A file is not what its format allows, so that reading on could run code, take all memory or never end."""
 
 
-def plain_name(folder: Path, name: object) -> Path:
-    """The path of a file of a folder, by a name that another file gives.
+def named_beside(file: Path, name: object) -> Path:
+    """The path of a file that `file` names, which must lie beside it.
 
     Raises:
         UnsafeFileError: the name leads out of the folder, into a folder of it, or is no name of a file.
     """
     is_plain = isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
     if not isinstance(name, str) or not is_plain:
-        raise UnsafeFileError(f"{folder}: found {shortened(name)} as the name of a file, expected one of this folder")
-    return folder / name
+        raise UnsafeFileError(f"{file}: found {shortened(name)} as the name of a file, expected one of this folder")
+    return file.parent / name
 
 
 def open_regular(path: Path, *, follow_link: bool = False) -> BufferedReader:
@@ -56,7 +55,7 @@ def open_regular(path: Path, *, follow_link: bool = False) -> BufferedReader:
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
-            raise UnsafeFileError(f"{path}: found a {_kind(mode)}, expected a regular file")
+            raise _not_regular(path, mode)
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -72,6 +71,22 @@ def read_regular(path: Path, *, at_most: int, follow_link: bool = False) -> byte
         return file.read()
 
 
+def check_no_special_files(folder: Path) -> None:
+    """Check that a folder has files and folders alone, or links to them, for readers that open what they find.
+
+    Names that start with a dot, which are of tools, and links to nothing are let be.
+
+    Raises:
+        UnsafeFileError: it has a named pipe, a socket or a device.
+        OSError: it cannot be read.
+    """
+    for entry in sorted(folder.iterdir()):
+        if not entry.name.startswith(".") and entry.exists():
+            mode = entry.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise _not_regular(entry, mode)
+
+
 def size_of(file: BufferedReader) -> int:
     """Bytes of an open file."""
     return os.fstat(file.fileno()).st_size
@@ -85,5 +100,16 @@ def shortened(value: object) -> str:
     return repr(value) if is_short else f"a value of type {type(value).__name__}"
 
 
-def _kind(mode: int) -> str:
-    return next((kind for is_kind, kind in _KINDS if is_kind(mode)), "file of another kind")
+def reason_of(error: BaseException) -> str:
+    """Kind and first line of an error, cut to a length that a terminal shows; of the system's errors their text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else ""
+    kind = type(error).__name__
+    return f"{kind}: {line[:_LONGEST_REASON]}" if line else kind
+
+
+def _not_regular(path: Path, mode: int) -> UnsafeFileError:
+    kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "file of another kind")
+    return UnsafeFileError(f"{path}: found a {kind}, expected a regular file")

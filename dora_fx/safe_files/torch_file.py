@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 
 from dora_fx.safe_files.pickle_opcodes import opcodes
-from dora_fx.safe_files.regular_file import UnsafeFileError, open_regular
+from dora_fx.safe_files.regular_file import UnsafeFileError, open_regular, reason_of
 
 # What torch's own unpickler of weights knows. GLOBAL names a class in place, so that no other opcode can make one up.
 _OPCODES = frozenset(
@@ -58,7 +58,7 @@ def load_torch_bytes(data: bytes, where: str) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     # torch raises nearly anything about an archive whose parts do not fit together.
     except Exception as error:
-        raise UnsafeFileError(f"{where}: cannot be read ({type(error).__name__}: {_first_line(error)})") from error
+        raise UnsafeFileError(f"{where}: cannot be read ({reason_of(error)})") from error
 
 
 def check_torch_file(path: Path) -> None:
@@ -112,9 +112,7 @@ def _pickle_of(file: BinaryIO, size: int, where: str) -> bytes:
         ) from None
     # A damaged archive makes zipfile raise errors of several kinds.
     except Exception as error:
-        raise UnsafeFileError(
-            f"{where}: found no archive of torch.save ({error}); write it anew, as safetensors if it has weights"
-        ) from error
+        raise UnsafeFileError(f"{where}: found no archive of torch.save ({error})") from error
 
 
 def _is_plain(module_and_name: str) -> bool:
@@ -122,7 +120,3 @@ def _is_plain(module_and_name: str) -> bool:
     value = vars(torch).get(name) if module == "torch" else None
     is_storage = isinstance(value, type) and issubclass(value, torch.TypedStorage)
     return module_and_name in _CLASSES or is_storage or isinstance(value, torch.dtype)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

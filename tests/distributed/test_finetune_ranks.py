@@ -13,7 +13,7 @@ import torch
 
 from tests.closeness import assert_close, rounding
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP
-from tests.hf_models import adapter_of, finetune_inputs
+from tests.hf_models import adapter_of, finetune_inputs, tiny_tokenizer
 
 # Three query groups: two ranks need a fourth, which is padding.
 GROUPS = 3
@@ -97,6 +97,18 @@ def test_a_rank_that_differs_ends_the_run_with_its_error(inputs, tmp_path, optio
     script = f'exec {sys.executable} -m dora_fx.cli.main finetune "$@" {option}'
     arguments = map(str, [*inputs, "--run", tmp_path / "run", "--tp", 2])
     assert message in output_of([*torchrun, "--", "bash", "-c", script, "finetune", *arguments], expect=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_the_model_does_not_have_is_not_trained_on(tmp_path):
+    """Each rank would take it for another's, and none has it."""
+    inputs = finetune_inputs(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text() + "<two>")
+    text = finetune(2, *inputs, "--run", tmp_path / "run", "--tp", 2, expect=2)
+    assert "the text has the token '<two>' with id 64, expected an id below 64, the model's vocabulary" in text
     assert not (tmp_path / "run").exists()
 
 

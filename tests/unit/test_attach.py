@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 import dora_fx
+from dora_fx.matching import matches
 from tests.closeness import assert_close, rounding, roundings_of
 from tests.models import DIM, GPT_TARGETS, config, logits_of, sites, tiny_gpt, token_ids, trainable
+from tests.unit.hostile_files import is_endless
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -43,6 +47,25 @@ def test_name_is_not_a_prefix_and_wildcard_is_no_other_regex() -> None:
     assert paths(dora_fx.DoRA(["q"], dim=2), model) == ["q"]
     model = nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(4, 4)}), "aXq": nn.Linear(4, 4)})
     assert paths(dora_fx.DoRA(["a.q*"], dim=2), model) == ["a.q"]
+
+
+def test_wildcards_match_what_a_regular_expression_would() -> None:
+    """All patterns of five characters against all paths of six."""
+    paths = ["".join(characters) for length in range(7) for characters in itertools.product("a.", repeat=length)]
+    for characters in itertools.product("a.*", repeat=5):
+        pattern = "".join(characters)
+        if "*" in pattern:
+            expression = re.compile(".*".join(map(re.escape, pattern.split("*"))))
+            found = [path for path in paths if matches(pattern, path)]
+            assert found == [path for path in paths if expression.fullmatch(path)], pattern
+
+
+def test_many_wildcards_end() -> None:
+    """A regular expression tries every way to share the path among them."""
+    path, pattern = "a" * 60 + "b", "*a" * 30 + "*c"
+    code = "import re, sys\npass\nre.fullmatch(sys.argv[1].replace('*', '.*'), sys.argv[2])"
+    assert is_endless(code, pattern, path)
+    assert not matches(pattern, path) and matches(pattern.replace("c", "b"), path)
 
 
 def test_returns_what_it_was_given_frozen_and_in_training_mode() -> None:

@@ -133,7 +133,9 @@ def test_what_cannot_be_exported_is_named(
     (damaged / "config.yaml").write_text(yaml.safe_dump(config | {"base": str(tmp_path / "gone")}))
     refuse(f"{tmp_path / 'gone'}: no such file or directory", damaged, *new)
     (damaged / "config.yaml").write_text("[")
-    refuse(f"{damaged / 'config.yaml'}: cannot be read, or names no base", damaged, *new)
+    refuse(f"{damaged / 'config.yaml'}: cannot be read (ParserError: ", damaged, *new)
+    (damaged / "config.yaml").write_text("steps: 3")
+    refuse(f"{damaged / 'config.yaml'}: names no base; give --base", damaged, *new)
     data = damaged / "checkpoint" / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[:-1])
     refuse(f"{data}: found {data.stat().st_size} bytes, expected {data.stat().st_size + 1}", damaged, *base, *new)

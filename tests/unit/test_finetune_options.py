@@ -51,10 +51,10 @@ def test_a_wrong_option_is_named(arguments: list[str], message: str, capsys: pyt
         ("a.txt", None, "a.txt: No such file or directory"),
         ("a.txt", b"", "a.txt: the file has no text"),
         ("a.txt", b" \n\t", "a.txt: the file has no text"),
-        ("a.txt", b"abc \xff def", "a.txt: not UTF-8 at byte 4"),
+        ("a.txt", b"abc \xff def", "a.txt, line 1: not UTF-8 at byte 4"),
         ("a.csv", b"abc", "a.csv: found a .csv file, expected .txt or .jsonl"),
         ("a.jsonl", b"", "a.jsonl: the file has no text"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2: cannot be read (JSONDecodeError: "),
         ("a.jsonl", b'\n{"txt": "x"}', "a.jsonl, line 2: expected an object with a field text that is a string"),
         ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: expected an object with a field text that is a string"),
         ("a.jsonl", b"[]", "a.jsonl, line 1: expected an object with a field text that is a string"),
@@ -67,6 +67,79 @@ def test_unusable_text_is_named_before_anything_is_loaded(
         (tmp_path / name).write_bytes(content)
     # The base does not exist either, and would be named if it were looked at first.
     assert message in error_of(capsys, "--data", str(tmp_path / name), "--base", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "a.yaml: cannot be read (UnicodeDecodeError: "),
+        (b"[", "a.yaml: cannot be read (ParserError: "),
+        (b"- 1", "a.yaml: found a list, expected options by their names in YAML"),
+        (b"", "a.yaml: found a NoneType, expected options by their names in YAML"),
+        (b"steps: two", "--steps: Expected int. Got value: two"),
+    ],
+)
+def test_a_file_of_options_that_is_none_is_named(
+    content: bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    assert message in error_of(capsys, "--demo", "--config", str(tmp_path / "a.yaml"))
+    assert "found a directory, expected a regular file" in error_of(capsys, "--demo", "--config", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "local_rank", "message"),
+    [
+        (
+            "x",
+            "1",
+            "0",
+            "RANK: found 'x' in the environment, expected a number from 0; start the command with torchrun",
+        ),
+        ("0", "", "0", "WORLD_SIZE: found '' in the environment, expected a number from 0"),
+        ("0", "1", "0.5", "LOCAL_RANK: found '0.5' in the environment"),
+        ("-1", "1", "0", "RANK: found '-1' in the environment"),
+        ("\u0663", "4", "0", "RANK: found '\u0663' in the environment"),
+        ("1", "1", "0", "RANK: found 1 in the environment, expected a number below WORLD_SIZE, which is 1; start"),
+        ("0", "0", "0", "RANK: found 0 in the environment, expected a number below WORLD_SIZE, which is 0"),
+        ("0", "9" * 5000, "0", "WORLD_SIZE: found '99999"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_an_environment_that_no_launcher_makes_is_named(
+    rank: str,
+    world_size: str,
+    local_rank: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
+        monkeypatch.setenv(name, value)
+    assert main(["finetune", "--demo", "--device", "cpu"]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "message"),
+    [
+        (None, "1", "MASTER_ADDR expected, but not set"),
+        ("localhost", "x", "invalid literal for int"),
+        ("localhost", "99999999", "port"),
+    ],
+)
+def test_ranks_that_cannot_meet_say_so(
+    address: str | None, port: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    found = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_PORT=port)
+    for name, value in (found if address is None else found | dict(MASTER_ADDR=address)).items():
+        monkeypatch.setenv(name, value)
+    assert main(["finetune", "--demo", "--tp", "2", "--device", "cpu"]) == 2
+    shown = capsys.readouterr().err
+    assert "error: the processes of the run do not find each other (" in shown and shown.count("\n") == 1
+    assert message in shown and "; start the command with torchrun" in shown
 
 
 def test_a_folder_that_exists_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,9 +187,10 @@ def test_the_command_line_wins_wherever_the_config_stands(
 
 
 def test_configs_come_before_options_and_a_resumed_run_before_both(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("steps: 9\n")
     (tmp_path / "checkpoint").mkdir()
-    Manifest("id", {}, {}, False, {}, {}, {}, False, False, {}).write(tmp_path / "checkpoint")
+    layout = dict.fromkeys(("tp", "pp", "vpp", "cp", "dp", "sequence_parallel"), 1)
+    Manifest("id", {}, layout, False, {}, {}, {}, False, False, {}).write(tmp_path / "checkpoint")
     arguments = ["--steps", "3", "--config=mine.yaml", "--resume", str(tmp_path)]
     assert options_in_order(arguments) == [
         f"--config={tmp_path / 'config.yaml'}",

@@ -257,6 +257,14 @@ def refuse(folder: Path, message: str, kind: str = "llama", **settings: Any) -> 
         (dict(alpha_pattern={"q_proj": -1.0}), r"lora_alpha or alpha_pattern has -1\.0, expected a positive number"),
         (dict(alpha_pattern={"q_proj": 9}), r"q_proj|k_proj.* expected a power of two"),
         (dict(target_modules=[*HF_TARGETS, "lm_head"]), "target_modules names lm_head, which has no tensors"),
+        (dict(target_modules="(q_proj"), r"target_modules has '\(q_proj', expected a regular expression"),
+        (dict(target_modules={"q_proj": 1}), "target_modules is {'q_proj': 1}, expected a list of names"),
+        (dict(target_modules=[1]), r"target_modules is \[1\], expected a list of names"),
+        (dict(rank_pattern={"q_proj": 4, "*_proj": 4}), r"rank_pattern has '\*_proj', expected a regular expression"),
+        # An expression by itself, but not inside PEFT's.
+        (dict(rank_pattern={"(?i)Q_PROJ": 4}), r"rank_pattern has '\(\?i\)Q_PROJ', expected a regular expression"),
+        (dict(alpha_pattern={"[": 4}), r"alpha_pattern has '\[', expected a regular expression"),
+        (dict(alpha_pattern=["q_proj"]), r"alpha_pattern is \['q_proj'\], expected an object"),
     ],
 )
 def test_options_are_refused_by_name(changes: dict[str, Any], message: str, folder: Path) -> None:
@@ -298,8 +306,11 @@ def test_files_and_bases_are_named(folder: Path, tmp_path: Path) -> None:
     data = (folder / "adapter_model.safetensors").read_bytes()
     (truncated / "adapter_model.safetensors").write_bytes(data[:-10])
     refuse(truncated, "adapter_model.safetensors: cannot be read")
-    (truncated / "adapter_config.json").write_text("{")
-    refuse(truncated, "adapter_config.json: cannot be read")
+    (truncated / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refuse(truncated, "adapter_model.safetensors: found a Git LFS pointer in place of the file; run: git lfs pull")
+    for text in ("{", "[" * 100_000):
+        (truncated / "adapter_config.json").write_text(text)
+        refuse(truncated, "adapter_config.json: cannot be read")
     refuse(tmp_path / "nowhere", r"nowhere/adapter_config.json: no such file, expected a PEFT adapter")
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,12 @@ import pytest
 import torch
 import transformers
 
-from dora_fx.cli.main import main
 from dora_fx.models import load_hf_checkpoint
-from dora_fx.safe_files.hf_files import check_base_files
+from dora_fx.models.hf_checkpoint import load_hf_config
 from tests.hf_models import save_tiny_checkpoint, tiny_hf_model
 from tests.peft_models import save_peft_adapter
 from tests.unit.hostile_files import Payload, archive_with, compressed, is_endless, ran, saved
-
-READ_GGUF = "import sys\nfrom gguf import GGUFReader\npass\nGGUFReader(sys.argv[1])"
-ENDLESS = 1 << 60
+from tests.unit.refused_bases import refused
 
 
 @pytest.fixture
@@ -31,80 +27,11 @@ def base(tmp_path: Path) -> Path:
     return save_tiny_checkpoint(tmp_path / "base")
 
 
-def refused(path: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The library and the command refuse a base, the command in one line."""
-    with pytest.raises((ValueError, OSError), match=message):
-        load_hf_checkpoint(path)
-    text = path.parent / "text.txt"
-    text.write_text("the quick brown fox " * 100)
-    run = path.parent / "run"
-    capsys.readouterr()
-    assert main(["finetune", "--base", str(path), "--data", str(text), "--run", str(run), "--device", "cpu"]) == 2
-    assert capsys.readouterr().err.startswith("dora-fx: error: --base ")
-    assert not run.exists()
-
-
-def number(*values: int) -> bytes:
-    return struct.pack(f"<{len(values)}Q", *values)
-
-
-def text(value: str) -> bytes:
-    return number(len(value)) + value.encode()
-
-
-def kind(value: int) -> bytes:
-    return struct.pack("<I", value)
-
-
-def gguf(num_tensors: int, num_values: int, rest: bytes = b"") -> bytes:
-    return b"GGUF" + kind(3) + number(num_tensors, num_values) + rest
-
-
-GGUF_FILES = {
-    "array": (gguf(0, 1, text("a") + kind(9) + kind(4) + number(ENDLESS)), "elements of 'a' and the arrays before it"),
-    "strings": (gguf(0, 1, text("a") + kind(9) + kind(8) + number(ENDLESS)), "elements of 'a' and the arrays before"),
-    "values": (gguf(0, ENDLESS), "found .* values, expected at most 65,536"),
-    "tensors": (gguf(ENDLESS, 0), "found .* tensors, expected at most 262,144"),
-    "text": (gguf(0, 1, number(ENDLESS)), "a header that goes on for .* bytes at 32, where the file has 0 left"),
-    "dimensions": (gguf(1, 0, text("a") + kind(ENDLESS % 2**32 + 2**31)), "dimensions of 'a', expected at most 8"),
-    "elements": (
-        gguf(1, 0, text("a") + kind(2) + number(1 << 40, 1 << 40) + kind(0) + number(0)),
-        "elements of tensors, expected at most",
-    ),
-    "offset": (gguf(1, 0, text("a") + kind(1) + number(4) + kind(0) + number(ENDLESS)), "as the offset of 'a'"),
-    "kind": (gguf(0, 1, text("a") + kind(77)), "of type 77 as 'a', expected one of GGUF's"),
-    "nested": (gguf(0, 1, text("a") + kind(9) + kind(9) + number(2)), "of type 9 as 'a', expected one of GGUF's"),
-    "layers": (gguf(0, 1, text("llama.block_count") + kind(10) + number(ENDLESS)), "as num_hidden_layers"),
-    "magic": (b"GGML" + number(0, 0, 0), "expected it to begin with GGUF"),
-    "version": (b"GGUF" + struct.pack(">I", 3) + number(0, 0), "expected 2 or 3, little-endian"),
-    "cut": (gguf(1, 1)[:20], "a header that goes on for 8 bytes"),
-    "empty": (b"", "the file is empty"),
-}
-
-
-@pytest.mark.parametrize("name", GGUF_FILES)
-def test_gguf_counts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content, message = GGUF_FILES[name]
-    path = tmp_path / "model.gguf"
-    path.write_bytes(content)
-    assert len(content) < 100
-    if name == "array":
-        assert is_endless(READ_GGUF, path)
-    refused(path, message, capsys)
-
-
-def test_a_gguf_file_within_its_size(tmp_path: Path) -> None:
-    values = text("a") + kind(9) + kind(8) + number(2) + text("b") + text("c") + text("d") + kind(6) + b"1234"
-    path = tmp_path / "model.gguf"
-    path.write_bytes(gguf(1, 2, values + text("a") + kind(1) + number(4) + kind(0) + number(0)) + bytes(16))
-    check_base_files(path)
-
-
 def test_a_pipe_among_the_files(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (base / "generation_config.json").unlink()
     os.mkfifo(base / "generation_config.json")
     assert is_endless("import sys\npass\nopen(sys.argv[1]).read()", base / "generation_config.json", patience=3)
-    refused(base, "generation_config.json: found no regular file", capsys)
+    refused(base, "generation_config.json: found a named pipe, expected a regular file; take it out", capsys)
 
 
 def use_pickled_weights(base: Path, content: bytes) -> Path:
@@ -146,11 +73,19 @@ def test_a_number_that_takes_memory(base: Path, capsys: pytest.CaptureFixture[st
     refused(base, r"pytorch_model\.bin: found builtins\.bytearray in it", capsys)
 
 
+def test_one_number_as_many(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any number of elements is one in the file, until they are converted to another dtype."""
+    path = use_pickled_weights(base, saved({"lm_head.weight": torch.zeros(1).expand(1 << 40)}))
+    found = torch.load(path, weights_only=True)["lm_head.weight"]
+    assert found.numel() == 1 << 40 and path.stat().st_size < 1 << 11
+    refused(base, r"pytorch_model\.bin: found 1,099,511,627,776 elements of tensors, expected at most", capsys)
+
+
 def test_weights_of_before_archives(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = base / "old.bin"
     torch.save(tiny_hf_model().state_dict(), path, _use_new_zipfile_serialization=False)
     use_pickled_weights(base, path.read_bytes())
-    refused(base, "found no archive of torch.save .*; write it anew, as safetensors if it has weights", capsys)
+    refused(base, "found no archive of torch.save .*; download it again, or write it anew, as safetensors", capsys)
 
 
 @pytest.mark.parametrize("format", ["model.safetensors", "pytorch_model.bin"])
@@ -180,7 +115,7 @@ def test_links_of_a_cache_are_followed(base: Path) -> None:
     assert load_hf_checkpoint(base).config.num_hidden_layers == 2
     (base / "model.safetensors").unlink()
     (base / "model.safetensors").symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match="found no regular file"):
+    with pytest.raises(ValueError, match="found a device, expected a regular file; take it out of the folder"):
         load_hf_checkpoint(base)
 
 
@@ -197,7 +132,44 @@ def test_layers_without_end(base: Path, capsys: pytest.CaptureFixture[str]) -> N
         base, r"config\.json: found 1000000000 as num_hidden_layers, expected what its weights have room for", capsys
     )
     edit_config(base, model_type="gemma3", num_hidden_layers=2, text_config={"num_hidden_layers": 10**9})
-    refused(base, r"config\.json: found 1000000000 as num_hidden_layers, expected at most 10,000", capsys)
+    code = (
+        "import sys\nfrom transformers import AutoConfig, Gemma3Config\npass\nAutoConfig.from_pretrained(sys.argv[1])"
+    )
+    assert is_endless(code, base)
+    refused(base, r"config\.json: found model_type = 'gemma3', which is not supported; expected one of llama", capsys)
+    (base / "model.safetensors").unlink()
+    edit_config(base, model_type="qwen2", num_hidden_layers=10**9)
+    with pytest.raises(
+        ValueError, match=r"found 1000000000 as num_hidden_layers, expected at most 10,000; .* download"
+    ):
+        load_hf_config(base)
+
+
+def test_labels_without_end(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each gets a name, also in a model that has none."""
+    edit_config(base, num_labels=10**9)
+    code = "import sys\nfrom transformers import AutoConfig, LlamaConfig\npass\nAutoConfig.from_pretrained(sys.argv[1])"
+    assert is_endless(code, base)
+    edit_config(base, num_labels=10_001)
+    refused(base, r"config\.json: found 10001 as num_labels, expected at most 10,000; .* download it again", capsys)
+
+
+def test_another_config(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers reads the newest that a config names, in which sizes may be any."""
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.4.0.0.json").write_text(json.dumps(fields | {"num_hidden_layers": 7}))
+    edit_config(base, configuration_files=["config.4.0.0.json"])
+    assert transformers.AutoConfig.from_pretrained(base).num_hidden_layers == 7
+    refused(base, r"config\.json: found configuration_files = .*, which is not followed", capsys)
+
+
+def test_a_tokenizer_elsewhere(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (base / "tokenizer.json").rename(base.parent / "tokenizer.1.json")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    planted = {"fast_tokenizer_files": ["../tokenizer.1.json"]}
+    (base / "tokenizer_config.json").write_text(json.dumps(config | planted))
+    assert len(transformers.AutoTokenizer.from_pretrained(base)) == 63
+    refused(base, r"tokenizer_config\.json: found fast_tokenizer_files = .*, which is not followed", capsys)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +196,10 @@ def test_code_that_a_config_names(
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *args: "y")
     assert ran(marker, lambda: transformers.AutoConfig.from_pretrained(base))
-    refused(base, "contains custom code which must be executed", capsys)
+    refused(base, "found model_type = 'planted', which is not supported; expected one of llama", capsys)
+    # Beside a type of its own, transformers leaves the code alone.
+    edit_config(base, model_type="llama")
+    assert load_hf_checkpoint(base).config.model_type == "llama"
     assert not marker.exists()
 
 
@@ -262,4 +237,8 @@ def test_an_adapter_in_the_directory(base: Path, capsys: pytest.CaptureFixture[s
     assert (base / "config.json").exists()
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     assert any("lora_A" in name for name, _ in model.named_parameters())
-    refused(base, "has an adapter_config.json, with which transformers would change the model", capsys)
+    refused(
+        base,
+        "found adapter_config.json, a PEFT adapter's, with which .* change the model; expected a model alone",
+        capsys,
+    )

@@ -118,6 +118,14 @@ def test_code_in_a_config(run: Path, name: str, tmp_path: Path, capsys: pytest.C
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_pipe_in_the_place_of_rows(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    assert is_endless("import sys\npass\nopen(sys.argv[1], 'rb').read()", run / name, patience=3)
+    refused(run, "resume", f"{run / name}: found a named pipe, expected a regular file; remove it", capsys)
+
+
 def save_bridge(folder: Path) -> Path:
     """Save as Megatron-Bridge does on one rank: Megatron's own format, and no manifest."""
     path = folder / "iter_0000001"

@@ -1,0 +1,102 @@
+"""A GGUF file, opened once: its metadata, and its tensors under the names of transformers' model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_fx.models.model_tensors import check_names, check_shape, expected_shapes
+from dora_fx.models.reading import check_readable, reading
+from dora_fx.safe_files.gguf_header import check_gguf_file
+
+TOKEN_EMBEDDING, ROPE_FREQS = "token_embd.weight", "rope_freqs.weight"
+DOWNLOAD = "download it again, or convert it anew with llama.cpp"
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """An open GGUF file.
+
+    Attributes:
+        path: of the file.
+        metadata: its keys and values, without the tokenizer's long lists.
+        tensors: gguf's records of the tensors by name; their data stay in the file.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, Any]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, rows first, where GGUF has columns first."""
+        if name not in self.tensors:
+            raise ValueError(f"{self.path}: found no {name}, expected a whole model")
+        return tuple(reversed(self.tensors[name].shape.tolist()))
+
+    def values(self, name: str) -> np.ndarray:
+        """A tensor in float32, dequantised if need be."""
+        from gguf import dequantize
+
+        tensor = self.tensors[name]
+        return dequantize(tensor.data, tensor.tensor_type)
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Open a GGUF file and read what comes before its tensors.
+
+    Raises:
+        UnreadableFileError: it is no GGUF file, or damaged.
+        UnsafeFileError: it counts more than it has room for.
+    """
+    from gguf import GGUFReader
+
+    check_readable(path)
+    with reading(path, DOWNLOAD):
+        check_gguf_file(path)
+        reader = GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+        metadata |= {key: field.contents() for key, field in reader.fields.items() if key.endswith("_token_id")}
+        return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
+
+
+def gguf_state_dict(opened: GGUFFile, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a GGUF file as the config's transformers model names and shapes them.
+
+    Raises:
+        ValueError: a tensor is missing, has no place in the model, is of another shape, or cannot be dequantised.
+    """
+    expected = expected_shapes(config)
+    hf_names = _hf_names(config, expected)
+    found = {hf_names.get(name, name): name for name in opened.tensors if name != ROPE_FREQS}
+    check_names(opened.path, config, found)
+    tensors = {}
+    for name, gguf_name in found.items():
+        check_shape(opened.path, gguf_name, opened.shape(gguf_name), expected[name])
+        with reading(opened.path, f"{gguf_name} may have a type of quantisation that gguf does not know; {DOWNLOAD}"):
+            values = torch.from_numpy(np.array(opened.values(gguf_name), dtype=np.float32))
+        tensors[name] = _rotary_halves(config, name, values).to(dtype)
+    return tensors
+
+
+def _hf_names(config: Any, expected: Iterable[str]) -> dict[str, str]:
+    """Names in the file -> names in the model."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    names = get_tensor_name_map(MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
+    parts = {name: name.rpartition(".") for name in expected}
+    return {f"{names.get_name(path)}.{kind}": name for name, (path, _, kind) in parts.items()}
+
+
+def _rotary_halves(config: Any, name: str, weight: Tensor) -> Tensor:
+    """Undo ggml's order of a llama's q and k rows: pairs of rotary dimensions, where transformers has two halves."""
+    heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
+    num_heads = heads.get(name.rpartition("self_attn.")[2])
+    if config.model_type != "llama" or num_heads is None:
+        return weight
+    return weight.view(num_heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

@@ -1,0 +1,104 @@
+"""The config of a Hugging Face directory, which transformers makes once its files were looked at.
+
+transformers follows fields of these files to other files and to code, and makes lists as long as they say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_fx.models.architecture import SUPPORTED_MODEL_TYPES, UnsupportedModelError, architecture_of
+from dora_fx.models.base_files import CONFIG, GENERATION_CONFIG
+from dora_fx.models.reading import check_readable, read_json_object, reading
+from dora_fx.safe_files.model_sizes import check_sizes
+from dora_fx.safe_files.regular_file import check_no_special_files, shortened
+
+UPGRADE = "if a newer version wrote it, upgrade transformers and tokenizers; otherwise download it again"
+
+_TOKENIZER_CONFIG, _ADAPTER_CONFIG = "tokenizer_config.json", "adapter_config.json"
+_WITHOUT_WEIGHTS = 1 << 62
+# What transformers reads of a directory beside config and weights, and what comes along with a merged model.
+_TEXT_FILES = (
+    *("tokenizer.json", _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", GENERATION_CONFIG),
+    *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "*.jinja"),
+    "additional_chat_templates/*.jinja",
+)
+# By the files that have them: fields that lead transformers to other files of the directory, or out of it.
+_NAMES_OF_FILES = {
+    CONFIG: ("configuration_files", "transformers_weights"),
+    _TOKENIZER_CONFIG: ("fast_tokenizer_files",),
+}
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """The fields of config.json, once every file that transformers reads beside the weights was looked at.
+
+    Raises:
+        UnsafeFileError: there is a pipe, a device or a socket in the folder.
+        UnreadableFileError: a file is missing or damaged.
+        UnsupportedModelError: a field leads elsewhere, or the model is of a type that is not supported.
+        ValueError: there is a PEFT adapter beside the model.
+    """
+    with reading(folder, "take it out of the folder"):
+        check_no_special_files(folder)
+    contents = {CONFIG: read_json_object(folder / CONFIG)}
+    for pattern in _TEXT_FILES:
+        for file in sorted(folder.glob(pattern)):
+            if file.suffix == ".json":
+                contents[file.name] = read_json_object(file)
+            else:
+                check_readable(file)
+    if (folder / _ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"{folder}: found {_ADAPTER_CONFIG}, a PEFT adapter's, with which transformers would change the model; "
+            "expected a model alone, merge it first"
+        )
+    for name, fields in contents.items():
+        _check_nothing_elsewhere(folder / name, fields)
+    kind = contents[CONFIG].get("model_type")
+    if kind not in SUPPORTED_MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"{folder / CONFIG}: found model_type = {shortened(kind)}, which is not supported; expected one of "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    return contents[CONFIG]
+
+
+def make_config(folder: Path, fields: Mapping[str, Any], elements: int | None) -> Any:
+    """The transformers config of a directory.
+
+    Args:
+        folder: the directory.
+        fields: what `read_fields` gives of it.
+        elements: of all its weights together; None where it has none, and is taken at its word.
+
+    Raises:
+        UnsafeFileError: the fields need more weights than there are.
+        UnreadableFileError: transformers cannot read them.
+        UnsupportedModelError: `build_gpt_model` would compute something else.
+    """
+    from transformers import AutoConfig
+
+    file = folder / CONFIG
+    with reading(file, "the base is damaged or incomplete, download it again"):
+        check_sizes(file, fields, _WITHOUT_WEIGHTS if elements is None else elements)
+    with reading(file, UPGRADE):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        architecture_of(config)
+    return config
+
+
+def _check_nothing_elsewhere(file: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse fields that name other files, or other code, than transformers' own names and classes."""
+    elsewhere = {name: fields.get(name) for name in _NAMES_OF_FILES.get(file.name, ())}
+    code = fields.get("auto_map")
+    if file.name == CONFIG and isinstance(code, dict):
+        elsewhere |= {f"auto_map.{name}": value for name, value in code.items() if name.startswith("AutoModel")}
+    for name, value in elsewhere.items():
+        if value:
+            raise UnsupportedModelError(
+                f"{file}: found {name} = {shortened(value)}, which is not followed; expected files under transformers' "
+                "own names and a model that transformers computes itself; take the field out if that is the same model"
+            )
