@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from dora_fx.parameter_cache import CachedSite, empty_cache, remeasure_base_if_w
 from dora_fx.placement import LAYOUTS, Layout
 from dora_fx.site_parameters import CachedParameters, StoredParameters, complete_parameters
 from dora_fx.weight_norm import base_norm_squared
+from dora_fx.wrappers import Model, chunks_of
 
 
 class DoRALinear(nn.Module):
@@ -275,25 +276,30 @@ def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:
     module.invalidate_norm()
 
 
-def invalidate_norms(model: nn.Module | Sequence[nn.Module]) -> None:
+def invalidate_norms(model: Model) -> None:
     """Have everything that is cached of a model's adapters, and the base's norms, worked out again.
 
     Needed only after writing into parameters in a way that PyTorch does not notice: through `.data` outside an
     optimizer's step. Steps, in-place writes, loads and casts are noticed.
 
     Args:
-        model: a model or a list of model chunks. Every rank of a tensor-parallel group calls it.
+        model: a model, or a list or a tuple of model chunks, bare or wrapped. Every rank of a tensor-parallel group
+            calls it.
     """
-    for chunk in [model] if isinstance(model, nn.Module) else model:
+    for chunk in chunks_of(model):
         for module in chunk.modules():
             if isinstance(module, DoRALinear):
                 module.invalidate_norm()
 
 
 @contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the context every adapter of the model is off; each returns to the state it had before."""
-    sites = [module for module in model.modules() if isinstance(module, DoRALinear)]
+def disable_adapter(model: Model) -> Iterator[None]:
+    """Within the context every adapter of the model is off; each returns to the state it had before.
+
+    Args:
+        model: a model, or a list or a tuple of model chunks, bare or wrapped.
+    """
+    sites = [module for chunk in chunks_of(model) for module in chunk.modules() if isinstance(module, DoRALinear)]
     before = [site._adapter_enabled for site in sites]
     try:
         for site in sites:

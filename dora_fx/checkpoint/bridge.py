@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -29,11 +29,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from dora_fx.agreement import raise_on_every_rank
 from dora_fx.hf.export_adapter import world_group
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import unwrap
+from dora_fx.matching import adapted_layers
+from dora_fx.wrappers import ModelT, check_unsharded, chunks_of, unwrap
 
 logger = logging.getLogger(__name__)
-
-ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
 
 _MAGNITUDE = "weight_magnitude"
 
@@ -83,7 +82,7 @@ def load_bridge_checkpoint(
     and B keep their values, magnitudes come in float32 at least. All is read and checked before anything is changed.
 
     Args:
-        model: a model that `DoRA` was called on, or a list of its chunks, bare or wrapped.
+        model: a model that `DoRA` was called on, or a list or a tuple of its chunks, bare or wrapped.
         path: the folder that has `.metadata`, such as `iter_0000100`.
         tensor_parallel_size: of the run that saved it.
         rebuild_row_magnitudes: set the magnitudes of row layers (linear_proj, linear_fc2) to the norm of W + s B A,
@@ -94,11 +93,11 @@ def load_bridge_checkpoint(
             not the model's, another tensor-parallel size than the one given, values that are not finite, or row
             layers' magnitudes that were lost and are not to be rebuilt.
     """
-    chunks = model if isinstance(model, list) else [model]
+    chunks = chunks_of(model)
     problem: str | None = None
     try:
         stored = _read_metadata(Path(path))
-        shards = [list(_requests(unwrap(chunk), stored)) for chunk in chunks]
+        shards = [list(_requests(chunk, stored)) for chunk in chunks]
         wanted = [shard for part in shards for shard in part]
         _check_keys_and_shapes(Path(path), stored, wanted)
         _check_size(Path(path), stored, wanted, tensor_parallel_size)
@@ -128,11 +127,15 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     return {key: value for key, value in metadata.items() if ".adapter." in key and hasattr(value, "chunks")}
 
 
-def _requests(chunk: Any, stored: dict[str, Any]) -> Iterator[StoredShard]:
-    sites = {path: module for path, module in chunk.named_modules() if isinstance(module, DoRALinear)}
+def _requests(chunk: nn.Module, stored: dict[str, Any]) -> Iterator[StoredShard]:
+    sites: dict[str, DoRALinear] = {}
+    for _, (path, whole_path, site) in adapted_layers([chunk]):
+        check_unsharded(whole_path, site)
+        sites[path] = site
     # With layers that differ Megatron puts their number into the key.
     numbered = any(part.isdigit() for key in stored for part in key.split("."))
-    sharded = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True} if numbered else None)
+    inner: Any = unwrap(chunk)
+    sharded = inner.sharded_state_dict(metadata={"non_homogeneous_layers": True} if numbered else None)
     for key, value in sharded.items():
         path, _, name = key.partition(".adapter.")
         if path in sites and name in sites[path].adapter.placements:

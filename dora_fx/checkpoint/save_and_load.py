@@ -40,10 +40,9 @@ from dora_fx.checkpoint.manifest import Manifest, StoredFile, describe_file
 from dora_fx.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state_dict
 from dora_fx.checkpoint.strategy import LoadStrategy, SaveStrategy
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
+from dora_fx.wrappers import Model, chunks_of
 
 logger = logging.getLogger(__name__)
-
-Model = nn.Module | Sequence[nn.Module]
 
 # Megatron's file for what is not sharded. Versions from 0.17 on read it, but no longer write it.
 _COMMON = "common.pt"
@@ -53,8 +52,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
     """Save a model's adapters as the directory `path`, replacing a checkpoint that is there. Every rank calls it.
 
     Args:
-        model: after `DoRA` ran on it; a list of chunks with virtual pipeline stages. Bare or wrapped in Megatron's
-            Float16Module and DistributedDataParallel.
+        model: after `DoRA` ran on it; a list or a tuple of chunks with virtual pipeline stages. Bare or wrapped.
         path: on a file system that all ranks see.
         optimizer: Megatron's, to save its state too.
         extra: anything that the caller needs to go on, such as the step and the position in the data. Numbers,
@@ -63,8 +61,8 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
     Raises:
         CheckpointError: on every rank, with the file or layer at fault; what was at `path` is still there.
     """
-    path = Path(os.path.abspath(path))
-    contents = model_contents(model)
+    path, chunks = Path(os.path.abspath(path)), chunks_of(model)
+    contents = model_contents(chunks)
     shards = _shards_to_save(contents, optimizer, path)
     with contextlib.ExitStack() as stack:
         with failing_together(_saving(path)):
@@ -76,7 +74,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
                 manifest = Manifest(
                     save_id=uuid.uuid4().hex,
                     versions=_versions(),
-                    layout=layout_of_world(model),
+                    layout=layout_of_world(chunks),
                     non_homogeneous_layers=contents.non_homogeneous_layers,
                     sites=contents.sites,
                     tensors=contents.stored_tensors(shards.of_ranks),
@@ -108,8 +106,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: on every rank, with the file or layer at fault. Model and optimizer are as they were.
     """
-    path = Path(os.path.abspath(path))
-    contents, state = _read_until_unreplaced(model, optimizer, path, any_base)
+    path, chunks = Path(os.path.abspath(path)), chunks_of(model)
+    contents, state = _read_until_unreplaced(chunks, optimizer, path, any_base)
     if optimizer is not None:
         with failing_together(f"loading {path}: the optimizer"):
             load_optimizer_state(optimizer, state["optimizer"])
@@ -151,12 +149,12 @@ def _shards_to_save(contents: ModelContents, optimizer: Any, path: Path) -> _Sha
 
 
 def _read_until_unreplaced(
-    model: Model, optimizer: Any, path: Path, any_base: bool
+    chunks: Sequence[nn.Module], optimizer: Any, path: Path, any_base: bool
 ) -> tuple[ModelContents, dict[str, Any]]:
     """Check and read the checkpoint, anew if a save replaced it meanwhile."""
 
     def read(directory: Path, manifest: Manifest) -> tuple[ModelContents, dict[str, Any]]:
-        return _read(model, optimizer, directory, manifest, any_base=any_base)
+        return _read(chunks, optimizer, directory, manifest, any_base=any_base)
 
     return read_unreplaced(path, _find, read, _was_replaced)
 
@@ -180,10 +178,10 @@ def _was_replaced(path: Path, manifest: Manifest) -> bool:
 
 
 def _read(
-    model: Model, optimizer: Any, directory: Path, manifest: Manifest, *, any_base: bool
+    chunks: Sequence[nn.Module], optimizer: Any, directory: Path, manifest: Manifest, *, any_base: bool
 ) -> tuple[ModelContents, dict[str, Any]]:
     """Check a checkpoint against the model and read it into new tensors."""
-    contents = model_contents(model, manifest.non_homogeneous_layers)
+    contents = model_contents(chunks, manifest.non_homogeneous_layers)
     digests = gather(shard_digests(contents.base), f"loading {directory}")
     with failing_together(f"loading {directory}"):
         check_sites(directory, manifest, contents.sites)

@@ -20,16 +20,16 @@ from dora_fx.agreement import raise_on_every_rank
 from dora_fx.hf.layers import NamedLinear, adapted_linears, gpt_config
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
-from dora_fx.matching import unwrap
 from dora_fx.models.hf_parts import LM_HEAD, HeadShape, hf_rows
 from dora_fx.placement import ADAPTER_TENSORS
 from dora_fx.whole_tensors import AdapterShards
+from dora_fx.wrappers import Model, check_unsharded, chunks_of, unwrap
 
 logger = logging.getLogger(__name__)
 
 
 def export_hf(
-    model: nn.Module | list[nn.Module],
+    model: Model,
     folder: str | os.PathLike[str],
     *,
     base_model: str | None = None,
@@ -42,7 +42,7 @@ def export_hf(
     adapted output layer that is tied to the embedding is exported too, with a warning: see `warn_of_tied_output`.
 
     Args:
-        model: a Megatron GPTModel of the Llama family, or a list of its chunks, bare or wrapped.
+        model: a Megatron GPTModel of the Llama family, or a list or a tuple of its chunks, bare or wrapped.
         folder: a name that is free, or an empty folder.
         base_model, revision: a Hugging Face name or directory, for PEFT to find the base by.
 
@@ -50,7 +50,7 @@ def export_hf(
         ValueError: on every rank: no layer is adapted, one has no Hugging Face counterpart, adapters differ in
             dropout, or the folder exists or cannot be written.
     """
-    chunks = model if isinstance(model, list) else [model]
+    chunks = chunks_of(model)
     target = Path(folder)
     sites = adapted_linears(chunks)
     raise_on_every_rank(_problem_maybe(chunks, sites, target), world_group())
@@ -173,6 +173,7 @@ def _problem_maybe(chunks: Sequence[nn.Module], sites: Sequence[NamedLinear], ta
     try:
         config = gpt_config(chunks)
         for site in sites:
+            check_unsharded(site.whole_path, site.module)
             hf_rows(site.whole_path, _whole_rows(site), HeadShape.of(config))
         if _global_rank() == 0:
             check_new_folder(target)

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,12 @@ from dora_fx.hf.join import JoinedAdapter, Part, join_parts
 from dora_fx.hf.layers import NamedLinear, every_hf_path, gpt_config, named_linears, whole_sizes
 from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
 from dora_fx.layers import DoRALinear
+from dora_fx.matching import adapted_layers
 from dora_fx.models.hf_parts import HeadShape, hf_paths, hf_rows
 from dora_fx.placement import layout_of
+from dora_fx.wrappers import ModelT, check_unsharded, chunks_of
 
 logger = logging.getLogger(__name__)
-
-ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ def import_hf(
     reads the files. Everything is checked before anything is changed.
 
     Args:
-        model: a Megatron GPTModel of the Llama family, or a list of its chunks, bare or wrapped. Without adapters
-            they are attached, with the files' dropout, as `DoRA` does it. With adapters these must be on the same
-            layers and of the same dim and scaling; they keep their dropout and what of them is trained.
+        model: a Megatron GPTModel of the Llama family, or a list or a tuple of its chunks, bare or wrapped. Without
+            adapters they are attached, with the files' dropout, as `DoRA` does it. With adapters these must be on the
+            same layers and of the same dim and scaling; they keep their dropout and what of them is trained.
         folder: with adapter_config.json and adapter_model.safetensors.
         base_model: raise if the files name another `base_model_name_or_path`.
         training: of the adapters that are attached, as in `DoRA.__call__`.
@@ -59,7 +58,7 @@ def import_hf(
         ValueError: on every rank, naming the file or layer: an option, a tensor or a shape without an equal here, a
             missing magnitude or layer, values that are not finite, another base, or adapters that do not fit.
     """
-    chunks = model if isinstance(model, list) else [model]
+    chunks = chunks_of(model)
     problem = None
     try:
         adapter = read_peft_adapter(Path(folder))
@@ -72,9 +71,10 @@ def import_hf(
     raise_on_every_rank(problem, world_group())
     if plans is not None:
         _attach(chunks, plans, training)
+    sites = {named.whole_path: named.module for _, named in adapted_layers(chunks)}
     for planned in imports:
         if planned.joined is not None:
-            _copy(planned.linear, planned.joined)
+            _copy(sites[planned.linear.whole_path], planned.joined)
     logger.info("imported %d adapters from %s", sum(p.joined is not None for p in imports), folder)
     return model
 
@@ -127,6 +127,7 @@ def _check_fits(folder: Path, planned: PlannedImport) -> None:
 def _joined_maybe(linear: NamedLinear, adapter: PeftAdapter, heads: HeadShape) -> JoinedAdapter | None:
     if not hf_paths(linear.whole_path):
         return None
+    check_unsharded(linear.whole_path, linear.module)
     base = linear.module.to_wrap if isinstance(linear.module, DoRALinear) else linear.module
     in_features, out_features = whole_sizes(base)
     rows = hf_rows(linear.whole_path, out_features, heads)
@@ -180,13 +181,12 @@ def _attach(chunks: Sequence[nn.Module], plans: Sequence[tuple[DoRA, AttachPlan]
         chunk.train(training)
         if not training:
             chunk.requires_grad_(False)
-        rebuild_gradient_buffers(chunk)
+    rebuild_gradient_buffers(chunks)
 
 
 @torch.no_grad()
-def _copy(linear: NamedLinear, joined: JoinedAdapter) -> None:
+def _copy(site: DoRALinear, joined: JoinedAdapter) -> None:
     """Copy this rank's shards of an adapter into a layer; every rank of its tensor-parallel group calls it."""
-    site: DoRALinear = linear.chunk.get_submodule(linear.path)  # type: ignore[assignment]
     adapter = site.adapter
 
     def own(name: str, whole: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import looks_like_linear, unwrap, walk
+from dora_fx.matching import looks_like_linear
 from dora_fx.models.hf_parts import HF_NAMES, LM_HEAD
+from dora_fx.wrappers import unwrap, walk
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,8 @@ class NamedLinear:
     """A linear layer of a chunk.
 
     Attributes:
-        chunk: unwrapped.
-        path: in the chunk.
-        whole_path: see `matching.NamedModule`.
+        chunk: as it was given, bare or wrapped.
+        path, whole_path: see `wrappers.NamedModule`.
         module: a `DoRALinear`, or a linear layer that is not adapted.
     """
 
@@ -33,8 +33,8 @@ class NamedLinear:
 def named_linears(chunks: Sequence[nn.Module]) -> list[NamedLinear]:
     """Every linear layer of the chunks in model order."""
     found = []
-    for chunk in map(unwrap, chunks):
-        found += [NamedLinear(chunk, *named) for named in walk(chunk) if looks_like_linear(named.module)]
+    for chunk in chunks:
+        found += [NamedLinear(chunk, *named) for named in walk(chunk, DoRALinear) if looks_like_linear(named.module)]
     return found
 
 
