@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dora_fx.adapter import ParallelLinearDoRAAdapter
+from dora_fx.base_attributes import BaseAttributes
 from dora_fx.collectives import group_size
 from dora_fx.freshness import record_fresh
 from dora_fx.ops import dora_linear
@@ -22,8 +23,8 @@ from dora_fx.weight_norm import base_norm_squared
 from dora_fx.wrappers import Model, chunks_of
 
 
-class DoRALinear(nn.Module):
-    """A linear layer with a DoRA adapter; a drop-in for the layer it wraps.
+class DoRALinear(BaseAttributes):
+    """A linear layer with a DoRA adapter; a drop-in for the layer it wraps, with its attributes.
 
     The base layer's state-dict keys do not change; the adapter's are under `adapter.`.
 
@@ -34,7 +35,6 @@ class DoRALinear(nn.Module):
         base_weight: the weight of a layer that has none of its own (an output layer tied to the embedding).
     """
 
-    to_wrap: Any
     base_norm_sq: torch.Tensor
     cached_norm: torch.Tensor
     cached_lora_a: torch.Tensor | None
@@ -52,7 +52,6 @@ class DoRALinear(nn.Module):
         self.to_wrap = to_wrap
         self.adapter = adapter
         self.path = path or type(to_wrap).__name__
-        # In a tuple, so that a borrowed parameter is not registered twice.
         self._borrowed_weight = (base_weight,)
         self._adapter_enabled = True
         self.register_buffer("base_norm_sq", None, persistent=False)
@@ -63,16 +62,6 @@ class DoRALinear(nn.Module):
             adapter.init_weight_magnitude(self._get_weight_norm())
         self._register_load_state_dict_pre_hook(self._rename_base_keys)
         self.register_load_state_dict_post_hook(_after_load_state_dict)
-
-    @property
-    def weight(self) -> nn.Parameter | None:
-        """The base layer's own weight, None where the layer borrows one."""
-        return self.to_wrap.weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The base layer's bias, None without one."""
-        return self.to_wrap.bias
 
     @property
     def scaling(self) -> float:
@@ -132,11 +121,16 @@ class DoRALinear(nn.Module):
     def _call_layout(
         self, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None, **_: Any
     ) -> str:
-        if runtime_gather_output is None or runtime_gather_output == self.to_wrap.gather_output:
-            return self.adapter.layout
-        suffix = "_gather_output"
-        name = self.adapter.layout.removesuffix(suffix)
-        return name + suffix if runtime_gather_output else name
+        """The layout of one call, for which Megatron may switch what does not move the parameters."""
+        layout = self.adapter.layout
+        if not hasattr(self.to_wrap, "sequence_parallel") or layout == "row_split_input":
+            return layout
+        kind = "row" if layout.startswith("row") else "column"
+        gathers = kind == "column" and self.to_wrap.gather_output
+        if runtime_gather_output is not None:
+            gathers = runtime_gather_output
+        sequence_parallel = "_sequence_parallel" if self.to_wrap.sequence_parallel else ""
+        return f"{kind}{sequence_parallel}{'_gather_output' if gathers else ''}"
 
     def _check_call(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         if weight.requires_grad:
@@ -164,14 +158,6 @@ class DoRALinear(nn.Module):
                 f"{self.path}.adapter.weight_magnitude: found shape {tuple(magnitude.shape)} on {magnitude.device}, "
                 f"expected {tuple(self.base_norm_sq.shape)} on the base weight's {weight.device}"
             )
-
-    @property
-    def base_weight(self) -> torch.Tensor:
-        """W0, or this rank's shard of it; the borrowed one where the layer has none of its own."""
-        weight = self.to_wrap.weight if self.to_wrap.weight is not None else self._borrowed_weight[0]
-        if weight is None:
-            raise ValueError(f"{self.path}: the layer has no weight of its own and none was passed")
-        return weight
 
     @torch.no_grad()
     def invalidate_norm(self) -> None:
