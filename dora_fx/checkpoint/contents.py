@@ -37,8 +37,8 @@ class ModelContents:
         non_homogeneous_layers: Megatron's metadata flag that the shards were described with.
         adapter: chunk -> state-dict key -> shard that holds the parameter itself.
         sites: key of an adapted layer -> DoRA's settings, of all ranks.
-        unpadded: key of a tensor -> shape of one layer's without what pads the base to a size that divides by the
-            number of ranks, of all ranks.
+        unpadded: key of a tensor, or name of a parameter in the whole model -> shape of one layer's without what pads
+            the base to a size that divides by the number of ranks, of all ranks.
         base: shards of the adapted layers' base weights and biases.
     """
 
@@ -136,10 +136,11 @@ def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) 
         adapter["model" if len(chunks) == 1 else f"model{index}"] = {
             key: shard for key, shard in shards.items() if ".adapter." in key and not key.endswith("_extra_state")
         }
-        for _, (path, _, site) in adapted_layers([chunk]):
+        for _, (path, whole_path, site) in adapted_layers([chunk]):
             for name, placement in site.adapter.placements.items():
                 key = all_shards(shards[f"{path}.adapter.{name}"])[0].key
-                shapes.append((key, placement.shape))
+                # The second is the key that a torch optimizer's state has.
+                shapes += [(key, placement.shape), (f"{whole_path}.adapter.{name}", placement.shape)]
             sites.append((key.partition(".adapter.")[0], _settings(site)))
             own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
             base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]

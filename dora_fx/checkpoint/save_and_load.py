@@ -37,7 +37,7 @@ from dora_fx.checkpoint.directory import (
 )
 from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, from_first_rank, gather
 from dora_fx.checkpoint.manifest import Manifest, StoredFile, describe_file
-from dora_fx.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state_dict
+from dora_fx.checkpoint.optimizer import OptimizerState
 from dora_fx.checkpoint.strategy import LoadStrategy, SaveStrategy
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
 from dora_fx.wrappers import Model, chunks_of
@@ -54,16 +54,18 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
     Args:
         model: after `DoRA` ran on it; a list or a tuple of chunks with virtual pipeline stages. Bare or wrapped.
         path: on a file system that all ranks see.
-        optimizer: Megatron's, to save its state too.
+        optimizer: Megatron's or torch's, to save its state too. A torch optimizer's tensors have a parameter's shape
+            or a single element; what it has of another kind is refused.
         extra: anything that the caller needs to go on, such as the step and the position in the data. Numbers,
             text, tensors, lists and dicts; rank 0's is saved.
 
     Raises:
         CheckpointError: on every rank, with the file or layer at fault; what was at `path` is still there.
+        TypeError, ValueError: `model` is none, or its parameters are sharded (FSDP).
     """
     path, chunks = Path(os.path.abspath(path)), chunks_of(model)
     contents = model_contents(chunks)
-    shards = _shards_to_save(contents, optimizer, path)
+    shards = _shards_to_save(chunks, contents, optimizer, path)
     with contextlib.ExitStack() as stack:
         with failing_together(_saving(path)):
             directory = stack.enter_context(new_directory(path)) if dist.get_rank() == 0 else None
@@ -97,7 +99,7 @@ def load_checkpoint(
     Args:
         model: the base that the adapters were trained on, after `DoRA` with the same dim, alpha and targets.
         path: the checkpoint.
-        optimizer: to load its state too; the checkpoint must have it.
+        optimizer: to load its state too; the checkpoint must have that of an optimizer of the same class and groups.
         any_base: load onto another base than the one that the adapters were trained on, with a warning.
 
     Returns:
@@ -105,12 +107,12 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: on every rank, with the file or layer at fault. Model and optimizer are as they were.
+        TypeError, ValueError: `model` is none, or its parameters are sharded (FSDP).
     """
     path, chunks = Path(os.path.abspath(path)), chunks_of(model)
     contents, state = _read_until_unreplaced(chunks, optimizer, path, any_base)
-    if optimizer is not None:
-        with failing_together(f"loading {path}: the optimizer"):
-            load_optimizer_state(optimizer, state["optimizer"])
+    with failing_together(f"loading {path}: the optimizer"):
+        OptimizerState(optimizer, chunks, contents.adapter).load(state)
     _copy_into_parameters(contents, state)
     return state.get("extra")
 
@@ -131,16 +133,16 @@ class _Shards(NamedTuple):
     base: dict[str, str]
 
 
-def _shards_to_save(contents: ModelContents, optimizer: Any, path: Path) -> _Shards:
+def _shards_to_save(chunks: Sequence[nn.Module], contents: ModelContents, optimizer: Any, path: Path) -> _Shards:
     """Describe all state, and check that the ranks' shards make whole tensors."""
     with failing_together(_saving(path)):
-        state: dict[str, Any] = {**contents.adapter}
-        if optimizer is not None:
-            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=False)
-        own, common = _split(state)
+        of_optimizer, description = OptimizerState(optimizer, chunks, contents.adapter).to_save()
+        own, common = _split(contents.adapter | of_optimizer)
         digests, copies = shard_digests(contents.base), copy_digests(all_shards(contents.adapter))
-    everyone = gather((_without_data(own), digests, copies), _saving(path))
-    of_ranks, digests_of_ranks, copies_of_ranks = zip(*everyone, strict=True)
+    everyone = gather((_without_data(own), digests, copies, description), _saving(path))
+    of_ranks, digests_of_ranks, copies_of_ranks, descriptions = zip(*everyone, strict=True)
+    with failing_together(_saving(path)):
+        common |= OptimizerState.description_of_all_ranks(descriptions)
     for key in differing_copies(copies_of_ranks) if dist.get_rank() == 0 else ():
         logger.warning("%s: ranks hold different copies of %s; saving the first one's", path, key)
     with failing_together(f"{_saving(path)}, the shards of the ranks do not make whole tensors"):
@@ -187,18 +189,19 @@ def _read(
         check_sites(directory, manifest, contents.sites)
         check_base(directory, manifest, add_digests(digests), any_base=any_base)
         check_files(directory, manifest)
+        of_optimizer = OptimizerState(optimizer, chunks, contents.adapter)
         if optimizer is not None and not manifest.has_optimizer:
             raise CheckpointError(f"{directory}: has no optimizer state; load it without `optimizer`")
     with failing_together(f"loading {directory}"):
-        state: dict[str, Any] = {**contents.adapter}
-        if optimizer is not None:
-            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=True)
+        state = contents.adapter | of_optimizer.to_load(manifest.tensors)
         wanted = _without_data(_split(state)[0])
     everyone = gather(wanted, f"loading {directory}")
     with failing_together(f"loading {directory}"):
         check_tensors(directory, manifest, contents.stored_tensors(everyone), with_optimizer=optimizer is not None)
     with failing_together(f"reading {directory}{_other_versions(manifest)}"):
-        return contents, _load(state, directory)
+        loaded = _load(state, directory)
+        of_optimizer.check(directory, loaded)
+        return contents, loaded
 
 
 def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:

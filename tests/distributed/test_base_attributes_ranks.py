@@ -16,7 +16,7 @@ TP = 2
 
 def difference() -> tuple[float, str]:
     """Between the output of a sharded sequence and that of the gathered one, with the switch as Megatron sets it."""
-    settings = config(tensor_model_parallel_size=TP, sequence_parallel=True)
+    settings = config(tensor_model_parallel_size=TP, sequence_parallel=True, num_attention_heads=TP)
     base = ColumnParallelLinear(IN, OUT, config=settings, init_method=nn.init.normal_, bias=False).double()
     model = nn.ModuleDict({"output_layer": base})
     dora_fx.DoRA(["output_layer"], dim=4)(model, training=False)
