@@ -189,9 +189,9 @@ def _read(
         check_sites(directory, manifest, contents.sites)
         check_base(directory, manifest, add_digests(digests), any_base=any_base)
         check_files(directory, manifest)
-        of_optimizer = OptimizerState(optimizer, chunks, contents.adapter)
         if optimizer is not None and not manifest.has_optimizer:
             raise CheckpointError(f"{directory}: has no optimizer state; load it without `optimizer`")
+        of_optimizer = OptimizerState(optimizer, chunks, contents.adapter)
     with failing_together(f"loading {directory}"):
         state = contents.adapter | of_optimizer.to_load(manifest.tensors)
         wanted = _without_data(_split(state)[0])
