@@ -10,9 +10,11 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import dora_fx
+from dora_fx import CheckpointError
 from tests.distributed.bridge import adapter_shards, saving_on_cpu
 from tests.models import DIM, randomize_adapters, sites, tiny_gpt
 
@@ -166,3 +168,22 @@ def test_fully_sharded_data_parallel(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^inner\.0: found .*FullyShardedDataParallel"):
         calls(tmp_path)[name](nn.ModuleDict({"inner": nn.Sequential(sharded)}))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["DoRA", "merge", "save_checkpoint", "export_hf", "import_hf", "load_bridge_checkpoint"]
+)
+def test_weights_that_fully_shard_took_apart(name: str, tmp_path: Path) -> None:
+    """`fully_shard` may go around an adapted model; what reads whole weights says where it meets its pieces."""
+    dora_fx.export_hf(adapted(), tmp_path / "adapter")
+    (tmp_path / "bridge").mkdir()
+    with saving_on_cpu():
+        dist_checkpointing.save(adapter_shards(adapted()), str(tmp_path / "bridge"))
+    model = tiny_gpt(num_layers=1) if name == "DoRA" else adapted()
+    fully_shard(model.decoder.layers[0], mesh=init_device_mesh("cpu", (1,)))
+    folder = tmp_path / "new" if name == "export_hf" else tmp_path
+    with pytest.raises(
+        (ValueError, CheckpointError), match=r"layers\.0\..*linear_\w+\..*: found a DTensor with placements"
+    ):
+        calls(folder)[name](model)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "bridge"]

@@ -39,6 +39,11 @@ def compiled(module: nn.Module, backend: str = "eager") -> Any:
     return torch.compile(module, backend=backend)
 
 
+def compiled_in_place(module: Any) -> Any:
+    module.compile(backend="eager")
+    return module
+
+
 def each_layer(wrap: Wrap) -> Wrap:
     def wrap_layers(model: Any) -> Any:
         for index, layer in enumerate(model.decoder.layers):
@@ -78,21 +83,26 @@ WRAPPINGS: dict[str, Wrap] = {
     "compiled": compiled,
     "float16": float16,
     "megatron_ddp": megatron_ddp,
-    "data_parallel": DataParallel,
     "checkpointed": checkpoint_wrapper,
     "megatron_ddp_of_float16_of_compiled": chain(compiled, float16, megatron_ddp),
     "compiled_megatron_ddp_of_float16": chain(float16, megatron_ddp, compiled),
+    "compiled_in_place": compiled_in_place,
     "layers_compiled": each_layer(compiled),
+    "layers_compiled_in_place": each_layer(compiled_in_place),
     "layers_checkpointed": each_layer(checkpoint_wrapper),
     "layers_offloaded": each_layer(offload_wrapper),
     "layers_checkpointed_compiled": each_layer(chain(checkpoint_wrapper, compiled)),
     "layers_compiled_checkpointed": each_layer(chain(compiled, checkpoint_wrapper)),
     "parts_compiled": parts(compiled),
+    "parts_compiled_in_place": parts(compiled_in_place),
     "parts_checkpointed": parts(checkpoint_wrapper),
     "everything": chain(
         parts(compiled), each_layer(chain(checkpoint_wrapper, compiled)), float16, compiled, megatron_ddp, compiled
     ),
 }
+if not torch.cuda.is_available():
+    # With GPUs it moves the model to the first one.
+    WRAPPINGS["data_parallel"] = DataParallel
 NEED_BFLOAT16 = [name for name in WRAPPINGS if "float16" in name or name == "everything"]
 TARGETS = [*GPT_TARGETS, "output_layer"]
 
@@ -248,6 +258,21 @@ def test_a_compiled_layer_stays_compiled() -> None:
 
 def adapted_paths(model: nn.Module) -> list[str]:
     return [named.path for named in walk(model) if isinstance(named.module, dora_fx.DoRALinear)]
+
+
+@pytest.mark.parametrize("name", [name for name in WRAPPINGS if name.endswith("ed") and "ddp" not in name])
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_gradients_are_those_of_the_bare_model(name: str, attach_first: bool) -> None:
+    (bare, _), (model, _) = build(name, bare=True), build(name, attach_first=attach_first)
+    gradients = []
+    for adapted in (bare, model):
+        randomize_adapters(unwrap(adapted))
+        logits_of(adapted, token_ids()).square().mean().backward()
+        sites = [named.module for named in walk(adapted) if isinstance(named.module, dora_fx.DoRALinear)]
+        gradients.append([parameter.grad for site in sites for parameter in site.adapter.parameters()])
+    bound = 100 * torch.finfo(torch.float32).eps
+    for expected, found in zip(*gradients, strict=True):
+        assert relative_error(found, expected) < bound
 
 
 def evaluate(model: Any, tokens: torch.Tensor) -> torch.Tensor:
