@@ -1,4 +1,4 @@
-"""What code that knows nothing of adapters reads from a linear layer, and sets on it.
+"""Attributes of a linear layer that code without knowledge of adapters reads and sets.
 
 transformers ties and resizes embeddings, Megatron switches an output layer's sequence parallelism off for one call:
 an adapted layer answers with its base layer's attributes and hands new values on to it. A value that would change the
@@ -100,7 +100,7 @@ class BaseAttributes(nn.Module):
         self.to_wrap.bias = value
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of any module; `layer.weight = parameter` comes here too, and goes to the base layer."""
+        """Register a parameter; weight and bias, for which `layer.weight = parameter` comes here, are the base's."""
         if name in ("weight", "bias"):
             getattr(BaseAttributes, name).fset(self, param)
         else:

@@ -46,7 +46,7 @@ def chunks_of(model: Model) -> list[nn.Module]:
 
     Raises:
         TypeError: it is something else, or none of its parts is a module.
-        ValueError: there is no chunk, or a wrapper shards the parameters of one.
+        ValueError: there is no chunk, there is one twice, or a wrapper shards the parameters of one.
     """
     chunks = [model] if isinstance(model, nn.Module) else model
     if not isinstance(chunks, Sequence) or not all(isinstance(chunk, nn.Module) for chunk in chunks):
@@ -54,6 +54,8 @@ def chunks_of(model: Model) -> list[nn.Module]:
         raise TypeError(f"model: found {found}, expected a torch.nn.Module, or a list or a tuple of model chunks")
     if not chunks:
         raise ValueError("model: found no chunk, expected a model or at least one of its chunks")
+    if len(set(map(unwrap, chunks))) < len(chunks):
+        raise ValueError("model: found the same chunk twice, expected the chunks of one model")
     for chunk in chunks:
         for path, module in chunk.named_modules():
             if isinstance(module, (TorchFSDP, FullyShardedDataParallel)):

@@ -43,7 +43,7 @@ class OptimizerState:
         self._is_torch = is_torch
 
     def to_save(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """What goes into the state dict to save, and this rank's description of a torch optimizer."""
+        """This rank's part of the state dict to save, and its description of a torch optimizer."""
         if self._optimizer is None:
             return {}, None
         if not self._is_torch:
@@ -54,7 +54,7 @@ class OptimizerState:
 
     @staticmethod
     def description_of_all_ranks(descriptions: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-        """What goes into the part of a checkpoint that is not sharded, from what `to_save` returned on every rank.
+        """The entry for the part of a checkpoint that is not sharded, from the descriptions of all ranks.
 
         Raises:
             CheckpointError: the ranks' optimizers differ.
@@ -70,7 +70,7 @@ class OptimizerState:
         return {DESCRIPTION: torch_optimizer.join_descriptions(described)}
 
     def to_load(self, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
-        """What to ask a checkpoint for that stores such tensors."""
+        """The shards to ask a checkpoint for that stores such tensors."""
         if self._optimizer is None:
             return {}
         if not self._is_torch:

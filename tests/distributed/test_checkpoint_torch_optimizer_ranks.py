@@ -116,7 +116,7 @@ def test_every_pair_of_layouts(tmp_path: Path) -> None:
 
 
 def ranks_that_differ(folder: Path) -> list[str]:
-    """What a save says on ranks whose optimizers are not alike; nothing may be written."""
+    """Save with optimizers that are not alike on the ranks; returns the messages, nothing may be written."""
     found = []
 
     def refuse(optimizer: Any, training: Training) -> None:

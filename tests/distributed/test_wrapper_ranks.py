@@ -138,7 +138,7 @@ BEFORE: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
 
 
 def refusals(replicating: bool) -> list[str]:
-    """What attaching says to each handle of a model with data parallelism around; nothing may change."""
+    """Attach by each handle of a model with data parallelism around; returns the messages, nothing may change."""
     found = []
     # A part of a module that `replicate` changed has no trace of it.
     for name, given in list(BEFORE.items())[: -1 if replicating else None]:

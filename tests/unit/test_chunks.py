@@ -51,6 +51,8 @@ def assert_same(found: nn.Module, expected: nn.Module) -> None:
     torch.testing.assert_close(values(found), values(expected), rtol=0, atol=0)
 
 
+LAYER = nn.Linear(2, 2)
+
 form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
@@ -149,8 +151,9 @@ def test_these_are_all_public_functions(tmp_path: Path) -> None:
         (iter([]), TypeError, "found list_iterator, expected"),
         ([], ValueError, "found no chunk, expected a model or at least one of its chunks"),
         ((), ValueError, "found no chunk, expected a model or at least one of its chunks"),
+        ([LAYER, nn.Linear(2, 2), torch.compile(LAYER)], ValueError, "found the same chunk twice"),
     ],
-    ids=["none", "dict", "text", "number", "iterator", "no_chunk", "no_chunks"],
+    ids=["none", "dict", "text", "number", "iterator", "no_chunk", "no_chunks", "twice"],
 )
 def test_what_is_no_model(name: str, given: Any, error: type[Exception], message: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):

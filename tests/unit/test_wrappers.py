@@ -246,6 +246,14 @@ def test_a_layer_with_several_names_is_adapted_once_and_everywhere() -> None:
     torch.testing.assert_close(model.compiled_head(x), adapted)
 
 
+def test_state_dicts_of_checkpointed_parts_are_those_of_the_bare_model() -> None:
+    (bare, _), (model, _) = build("parts_checkpointed", bare=True), build("parts_checkpointed")
+    randomize_adapters(bare)
+    assert list(model.state_dict()) == list(bare.state_dict())
+    model.load_state_dict(bare.state_dict())
+    assert_same(model, bare)
+
+
 def test_a_compiled_layer_stays_compiled() -> None:
     model = nn.ModuleDict({"linear": torch.compile(nn.Linear(8, 4), backend="dora_fx")})
     compiled_layer = model["linear"]
