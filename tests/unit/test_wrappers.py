@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.nn.parallel import DataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import dora_fx
 from dora_fx.checkpoint.contents import all_shards, model_contents
@@ -244,6 +245,22 @@ def test_a_layer_with_several_names_is_adapted_once_and_everywhere() -> None:
     assert type(model.head) is nn.Linear
     assert model.again._checkpoint_wrapped_module is model.head is model.compiled_head._orig_mod
     torch.testing.assert_close(model.compiled_head(x), adapted)
+
+
+def test_averaged_weights_are_merged_and_the_trained_model_is_not() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(5, 8)
+    dora_fx.DoRA(["0"], dim=2)(model)
+    averaged = AveragedModel(model)
+    randomize_adapters(model)
+    averaged.update_parameters(model)
+    dora = dora_fx.DoRA(["0"], dim=2)
+    dora(averaged)
+    assert [site.path for site in dora.report.sites] == ["0"]
+    dora_fx.merge(averaged)
+    assert type(averaged.module[0]) is nn.Linear
+    assert isinstance(model[0], dora_fx.DoRALinear)
+    # The first update copies.
+    torch.testing.assert_close(averaged(x), model(x))
 
 
 def test_state_dicts_of_checkpointed_parts_are_those_of_the_bare_model() -> None:
