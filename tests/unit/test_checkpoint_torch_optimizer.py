@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.lr_scheduler import LinearLR
 
 import dora_fx
 from dora_fx import CheckpointError
+from dora_fx.checkpoint.plain import read_adapters
 from tests.models import GPT_TARGETS, logits_of, randomize_adapters, tiny_gpt, token_ids, trainable
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -138,6 +140,19 @@ def test_groups_and_a_frozen_base_among_the_parameters(tmp_path: Path) -> None:
     assert again.state_dict() == scheduler.state_dict()
 
 
+def test_readers_of_adapters_alone_pass_over_the_state(tmp_path: Path) -> None:
+    model, optimizer = trained(OPTIMIZERS["adamw"], 1)
+    dora_fx.save_checkpoint(model, tmp_path / "checkpoint", optimizer)
+    other = adapted(seed=2)
+    dora_fx.load_checkpoint(other, tmp_path / "checkpoint")
+    torch.testing.assert_close(trainable(other), trainable(model), rtol=0, atol=0)
+    layers = read_adapters(tmp_path / "checkpoint")
+    plain = {f"{path}.adapter.{name}": value for path, layer in layers.items() for name, value in layer.tensors.items()}
+    torch.testing.assert_close(
+        plain, {name: value.detach() for name, value in trainable(model).items()}, rtol=0, atol=0
+    )
+
+
 def test_compiled_and_wrapped_models_have_the_same_keys(tmp_path: Path) -> None:
     model = torch.compile(adapted(), backend="eager")
     optimizer = torch.optim.AdamW(list(trainable(model).values()))
@@ -217,6 +232,8 @@ def test_what_no_checkpoint_of_adapters_has(tmp_path: Path) -> None:
     )
     refuse_to_save("optimizer: found a builtins.dict, expected one of Megatron's", model, {}, tmp_path)
     refuse_to_save("optimizer: found a builtins.list, expected", model, [every], tmp_path)
+    spread = ZeroRedundancyOptimizer(list(trainable(model).values()), torch.optim.SGD, lr=1.0)
+    refuse_to_save("optimizer: found a .*ZeroRedundancyOptimizer, expected", model, spread, tmp_path)
     hooked = torch.optim.SGD([{"params": list(trainable(model).values()), "hook": print}], lr=1.0)
     refuse_to_save("parameter group 0 of SGD: hook is a builtins.builtin_function", model, hooked, tmp_path)
 
