@@ -199,7 +199,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """A, B and m as shards of global tensors; see `sharded_state_dict.py`."""
-        return adapter_sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        own = self.state_dict(prefix="", keep_vars=True)
+        return adapter_sharded_state_dict(self, own, prefix, sharded_offsets, metadata)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise TypeError("a DoRA adapter holds parameters; DoRALinear.forward computes with them")

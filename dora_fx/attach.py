@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,12 +12,14 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
+from torch.distributed._composable.replicate import DDP as ComposableDDP
 
 from dora_fx.adapter import ParallelLinearDoRAAdapter
 from dora_fx.agreement import of_all_stages
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import NamedModule, find_targets, nearest_names, unwrap
+from dora_fx.matching import find_targets, nearest_names
 from dora_fx.placement import Layout, layout_of
+from dora_fx.wrappers import NamedModule, TorchDDP, check_unsharded, data_parallel_around, replace_modules, unwrap
 
 if TYPE_CHECKING:
     from dora_fx.config import DoRA
@@ -27,10 +29,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One layer that is about to be wrapped; `path` has its number in the whole model."""
+    """One layer that is about to be wrapped, in its chunk; `path` has its number in the whole model."""
 
-    parent: nn.Module
-    name: str
+    chunk: nn.Module
     path: str
     linear: Any
     weight: nn.Parameter
@@ -59,10 +60,7 @@ def plan_attachment(dora: DoRA, chunks: Sequence[nn.Module]) -> AttachPlan:
     Raises:
         ValueError, TypeError: as `DoRA.__call__` documents.
     """
-    for chunk in chunks:
-        _check_data_parallelism(chunk)
-    models = [unwrap(chunk) for chunk in chunks]
-    found = find_targets(models, dora.target_modules, dora.exclude_modules)
+    found = find_targets(chunks, dora.target_modules, dora.exclude_modules)
     new, existing = [], []
     for chunk, named in found.targets:
         if isinstance(named.module, DoRALinear):
@@ -70,15 +68,15 @@ def plan_attachment(dora: DoRA, chunks: Sequence[nn.Module]) -> AttachPlan:
             existing.append(named.module)
         else:
             new.append(_plan_site(dora, chunk, named))
+    _check_data_parallelism(chunks, new)
     return AttachPlan(new, existing, found.unmatched_targets, found.unmatched_linears)
 
 
 def check_targets_matched(dora: DoRA, chunks: Sequence[nn.Module], plan: AttachPlan) -> None:
     """Raise ValueError for a target that no pipeline stage has; every rank calls it. A stage may have none at all."""
     stages = of_all_stages((len(plan.new) + len(plan.existing), plan.unmatched_targets))
-    models = [unwrap(chunk) for chunk in chunks]
     if not any(num_targets for num_targets, _ in stages):
-        names = nearest_names(models, dora.target_modules[0] if dora.target_modules else "")
+        names = nearest_names(chunks, dora.target_modules[0] if dora.target_modules else "")
         raise ValueError(
             f"DoRA.target_modules: no module matched {list(dora.target_modules)}; the nearest linear layers are {names}"
         )
@@ -87,7 +85,7 @@ def check_targets_matched(dora: DoRA, chunks: Sequence[nn.Module], plan: AttachP
             continue
         message = (
             f"DoRA.target_modules: {pattern!r} matched nothing; "
-            f"the nearest linear layers are {nearest_names(models, pattern)}"
+            f"the nearest linear layers are {nearest_names(chunks, pattern)}"
         )
         if not dora.allow_unmatched:
             raise ValueError(f"{message}. Pass allow_unmatched=True to make this a warning")
@@ -96,6 +94,7 @@ def check_targets_matched(dora: DoRA, chunks: Sequence[nn.Module], plan: AttachP
 
 def attach(dora: DoRA, plan: AttachPlan, seed: int) -> None:
     """Wrap the planned layers in place; `seed` is that of all initial factors, the same on every rank."""
+    replacements: dict[nn.Module, dict[nn.Module, nn.Module]] = {}
     for site in plan.new:
         adapter = ParallelLinearDoRAAdapter(
             site.in_features,
@@ -115,8 +114,10 @@ def attach(dora: DoRA, plan: AttachPlan, seed: int) -> None:
             device=site.weight.device,
         )
         borrowed = site.weight if site.linear.weight is None else None
-        wrapper = DoRALinear(site.linear, adapter, path=site.path, base_weight=borrowed)
-        setattr(site.parent, site.name, wrapper)
+        adapted = DoRALinear(site.linear, adapter, path=site.path, base_weight=borrowed)
+        replacements.setdefault(site.chunk, {})[site.linear] = adapted
+    for chunk, of_chunk in replacements.items():
+        replace_modules(chunk, of_chunk)
 
 
 def seed_for(path: str, seed: int) -> int:
@@ -124,20 +125,33 @@ def seed_for(path: str, seed: int) -> int:
     return (seed + (zlib.crc32(path.encode()) << 31)) % 2**63
 
 
-def rebuild_gradient_buffers(model: nn.Module) -> None:
-    """Give Megatron's data-parallel wrapper buffers and hooks for the parameters that are trainable now.
+def rebuild_gradient_buffers(chunks: Iterable[nn.Module]) -> None:
+    """Give Megatron's data-parallel wrappers of the chunks buffers and hooks for what is trainable now.
 
-    It allocates them once, at construction; adapters attached later would never be synchronised.
+    They allocate them once, at construction; adapters attached later would never be synchronised.
     """
-    if isinstance(model, DistributedDataParallel):
-        model.__init__(config=model.config, ddp_config=model.ddp_config, module=model.module)
+    for wrapper in data_parallel_around(chunks):
+        if isinstance(wrapper, DistributedDataParallel):
+            wrapper.__init__(config=wrapper.config, ddp_config=wrapper.ddp_config, module=wrapper.module)
 
 
-def _check_data_parallelism(model: nn.Module) -> None:
-    if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
+def _check_data_parallelism(chunks: Iterable[nn.Module], new: Iterable[PlannedSite]) -> None:
+    linears: set[nn.Module] = {site.linear for site in new}
+    replicas = [module for chunk in {site.chunk for site in new} for module in chunk.modules()]
+    unaware = any(isinstance(module, ComposableDDP) for module in replicas)
+    for wrapper in data_parallel_around(chunks):
+        if isinstance(wrapper, TorchDDP):
+            unaware |= not linears.isdisjoint(wrapper.modules())
+        elif wrapper.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
+            raise ValueError(
+                "DistributedDataParallel: found overlap_param_gather=True, expected False: the norms of a step need "
+                "the parameters before the forward pass begins"
+            )
+    if unaware:
         raise ValueError(
-            "DistributedDataParallel: found overlap_param_gather=True, expected False: the norms of a step need the "
-            "parameters before the forward pass begins"
+            "torch.nn.parallel.DistributedDataParallel: found one that was made before the adapters exist and would "
+            "never synchronise their gradients, so that ranks drift apart; expected DoRA to be called first, and "
+            "DistributedDataParallel on what it returns. Delete the one that is there"
         )
 
 
@@ -152,8 +166,9 @@ def _check_same_settings(dora: DoRA, path: str, site: DoRALinear) -> None:
 
 def _plan_site(dora: DoRA, chunk: nn.Module, named: NamedModule) -> PlannedSite:
     path, linear = named.whole_path, cast(Any, named.module)
+    check_unsharded(path, linear)
     layout = _supported_layout(path, linear)
-    weight = linear.weight if linear.weight is not None else _tied_weight(chunk, path)
+    weight = linear.weight if linear.weight is not None else _tied_weight(unwrap(chunk), path)
     _check_weight(path, weight)
     if isinstance(linear, nn.Linear):
         in_features, out_features, tp_group = linear.in_features, linear.out_features, ""
@@ -162,10 +177,8 @@ def _plan_site(dora: DoRA, chunk: nn.Module, named: NamedModule) -> PlannedSite:
         in_features, out_features = linear.input_size, linear.output_size
         tp_group = linear.tp_group.group_name if linear.tp_group.size() > 1 else ""
         _check_divisible(dora, path, linear.tp_group.size(), layout)
-    parent_path, _, name = named.path.rpartition(".")
     return PlannedSite(
-        parent=chunk.get_submodule(parent_path),
-        name=name,
+        chunk=chunk,
         path=path,
         linear=linear,
         weight=weight,
@@ -173,7 +186,7 @@ def _plan_site(dora: DoRA, chunk: nn.Module, named: NamedModule) -> PlannedSite:
         tp_group=tp_group,
         in_features=in_features,
         out_features=out_features,
-        row_blocks=_row_blocks(linear, name),
+        row_blocks=_row_blocks(linear, path),
         # Set by `models.build_gpt_model` on layers that it pads.
         padded_in_features=getattr(linear, "padded_in_features", 0),
         padded_out_features=getattr(linear, "padded_out_features", 0),
@@ -230,6 +243,6 @@ def _check_divisible(dora: DoRA, path: str, tp_size: int, layout: Layout) -> Non
         )
 
 
-def _row_blocks(linear: nn.Module, name: str) -> int:
+def _row_blocks(linear: nn.Module, path: str) -> int:
     gated = getattr(getattr(linear, "config", None), "gated_linear_unit", False)
-    return 2 if gated and name == "linear_fc1" else 1
+    return 2 if gated and path.rpartition(".")[2] == "linear_fc1" else 1

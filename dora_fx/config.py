@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,12 +17,10 @@ from dora_fx.attach import AttachPlan, attach, check_targets_matched, plan_attac
 from dora_fx.collectives import resolve_group
 from dora_fx.dynamo import capture_megatron_whole
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import unwrap
 from dora_fx.report import DoRAReport, report_on
+from dora_fx.wrappers import ModelT, chunks_of
 
 logger = logging.getLogger(__name__)
-
-ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
 
 
 @dataclass
@@ -94,21 +92,22 @@ class DoRA:
         nothing. Every rank calls it; a pipeline stage may have no target.
 
         Args:
-            model: a model or a list of model chunks, bare or wrapped in Megatron's Float16Module and
-                DistributedDataParallel; the latter gets new gradient buffers, so build optimizers afterwards.
+            model: a model, or a list or a tuple of model chunks, bare or wrapped: by torch.compile, activation
+                checkpointing, Megatron's Float16Module or DistributedDataParallel, which gets new gradient buffers,
+                so build optimizers afterwards. Wrapping before or after gives the same paths and initial factors.
             training: put the model in training mode with trainable adapters. False freezes them too and
                 puts the model in evaluation mode.
 
         Raises:
             ValueError: no module matched a target, a base weight is not finite or not floating point, `dim` is
                 not a multiple of the tensor-parallel size, the model was adapted with other settings, the
-                tensor-parallel ranks differ in settings or sites, or data parallelism overlaps its parameter
-                gather with the forward pass.
+                tensor-parallel ranks differ in settings or sites, data parallelism overlaps its parameter gather
+                with the forward pass, torch's DistributedDataParallel is around the model already, or FSDP shards it.
             TypeError: a target is not a linear layer or is of a class that is not supported.
         """
         # Fields may have been set since construction.
         self._check()
-        chunks = model if isinstance(model, list) else [model]
+        chunks = chunks_of(model)
         plan = plan_attachment(self, chunks)
         check_targets_matched(self, chunks, plan)
         seed = self._agree(plan)
@@ -119,8 +118,8 @@ class DoRA:
             chunk.train(training)
             if not training:
                 chunk.requires_grad_(False)
-            rebuild_gradient_buffers(chunk)
-        self.report = report_on([unwrap(chunk) for chunk in chunks], plan.unmatched_linears)
+        rebuild_gradient_buffers(chunks)
+        self.report = report_on(chunks, plan.unmatched_linears)
         logger.info("%s", self.report)
         return model
 

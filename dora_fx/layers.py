@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.modules import module as module_hooks
 from torch.utils.hooks import RemovableHandle
 
 from dora_fx.adapter import ParallelLinearDoRAAdapter
+from dora_fx.base_attributes import BaseAttributes
 from dora_fx.collectives import group_size
 from dora_fx.ops import MarkedSite, mark
 from dora_fx.parameter_cache import CachedSite, empty_base_norm, empty_cache, measure_base
@@ -21,12 +22,13 @@ from dora_fx.placement import LAYOUTS, Layout
 from dora_fx.site_parameters import CachedParameters, StoredParameters, row_norms
 from dora_fx.site_paths import note_path
 from dora_fx.weight_norm import norm_dtype
+from dora_fx.wrappers import Model, chunks_of
 
 _CACHE_BUFFERS = tuple(f"cached_{name}" for name in CachedParameters._fields)
 
 
-class DoRALinear(nn.Module):
-    """A linear layer with a DoRA adapter; a drop-in for the layer it wraps.
+class DoRALinear(BaseAttributes):
+    """A linear layer with a DoRA adapter; a drop-in for the layer it wraps, with its attributes.
 
     The base layer's state-dict keys do not change; the adapter's are under `adapter.`.
 
@@ -37,7 +39,6 @@ class DoRALinear(nn.Module):
         base_weight: the weight of a layer that has none of its own (an output layer tied to the embedding).
     """
 
-    to_wrap: Any
     base_norm_sq: torch.Tensor
 
     def __init__(
@@ -52,7 +53,6 @@ class DoRALinear(nn.Module):
         self.to_wrap = to_wrap
         self.adapter = adapter
         self.path = path or type(to_wrap).__name__
-        # In a tuple, so that a borrowed parameter is not registered twice.
         self._borrowed_weight = (base_weight,)
         self._adapter_enabled = True
         for name in ("base_norm_sq", *_CACHE_BUFFERS):
@@ -62,16 +62,6 @@ class DoRALinear(nn.Module):
             adapter.init_weight_magnitude(self._get_weight_norm())
         self._register_load_state_dict_pre_hook(self._rename_base_keys)
         self.register_load_state_dict_post_hook(_after_load_state_dict)
-
-    @property
-    def weight(self) -> nn.Parameter | None:
-        """The base layer's own weight, None where the layer borrows one."""
-        return self.to_wrap.weight
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The base layer's bias, None without one."""
-        return self.to_wrap.bias
 
     @property
     def scaling(self) -> float:
@@ -126,11 +116,16 @@ class DoRALinear(nn.Module):
     def _call_layout(
         self, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None, **_: Any
     ) -> str:
-        if runtime_gather_output is None or runtime_gather_output == self.to_wrap.gather_output:
-            return self.adapter.layout
-        suffix = "_gather_output"
-        name = self.adapter.layout.removesuffix(suffix)
-        return name + suffix if runtime_gather_output else name
+        """The layout of one call, for which Megatron may switch what does not move the parameters."""
+        layout = self.adapter.layout
+        if not hasattr(self.to_wrap, "sequence_parallel") or layout == "row_split_input":
+            return layout
+        kind = "row" if layout.startswith("row") else "column"
+        gathers = kind == "column" and self.to_wrap.gather_output
+        if runtime_gather_output is not None:
+            gathers = runtime_gather_output
+        sequence_parallel = "_sequence_parallel" if self.to_wrap.sequence_parallel else ""
+        return f"{kind}{sequence_parallel}{'_gather_output' if gathers else ''}"
 
     def _check_call(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         if weight.requires_grad:
@@ -158,14 +153,6 @@ class DoRALinear(nn.Module):
                 f"{self.path}.adapter.weight_magnitude: found shape {tuple(magnitude.shape)} on {magnitude.device}, "
                 f"expected {tuple(self.base_norm_sq.shape)} on the base weight's {weight.device}"
             )
-
-    @property
-    def base_weight(self) -> torch.Tensor:
-        """W0, or this rank's shard of it; the borrowed one where the layer has none of its own."""
-        weight = self.to_wrap.weight if self.to_wrap.weight is not None else self._borrowed_weight[0]
-        if weight is None:
-            raise ValueError(f"{self.path}: the layer has no weight of its own and none was passed")
-        return weight
 
     def invalidate_norm(self) -> None:
         """Forget the norms of the base weight and all that is cached of the adapter, on this rank alone.
@@ -308,7 +295,7 @@ def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:
     module._fit_buffers()
 
 
-def invalidate_norms(model: nn.Module | Sequence[nn.Module]) -> None:
+def invalidate_norms(model: Model) -> None:
     """Have everything that is cached of a model's adapters, and the base's norms, worked out again.
 
     Needed only after writes that nothing tells: on an accelerator those past PyTorch's version counter (through
@@ -317,18 +304,23 @@ def invalidate_norms(model: nn.Module | Sequence[nn.Module]) -> None:
     write into an adapter.
 
     Args:
-        model: a model or a list of model chunks. Every rank of a tensor-parallel group calls it.
+        model: a model, or a list or a tuple of model chunks, bare or wrapped. Every rank of a tensor-parallel group
+            calls it.
     """
-    for chunk in [model] if isinstance(model, nn.Module) else model:
+    for chunk in chunks_of(model):
         for module in chunk.modules():
             if isinstance(module, DoRALinear):
                 module.invalidate_norm()
 
 
 @contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Within the context every adapter of the model is off; each returns to the state it had before."""
-    sites = [module for module in model.modules() if isinstance(module, DoRALinear)]
+def disable_adapter(model: Model) -> Iterator[None]:
+    """Within the context every adapter of the model is off; each returns to the state it had before.
+
+    Args:
+        model: a model, or a list or a tuple of model chunks, bare or wrapped.
+    """
+    sites = [module for chunk in chunks_of(model) for module in chunk.modules() if isinstance(module, DoRALinear)]
     before = [site._adapter_enabled for site in sites]
     try:
         for site in sites:

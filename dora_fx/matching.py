@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from dora_fx.layers import DoRALinear
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside Megatron's data-parallel and mixed-precision wrappers."""
-    while isinstance(model, (DistributedDataParallel, Float16Module)):
-        model = model.module
-    return model
+from dora_fx.wrappers import NamedModule, walk
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -43,45 +34,12 @@ def looks_like_linear(module: nn.Module) -> bool:
     return not isinstance(module, nn.Embedding) and "linear" in type(module).__name__.lower()
 
 
-class NamedModule(NamedTuple):
-    """A module of a model chunk.
-
-    Attributes:
-        path: in the chunk.
-        whole_path: the same with each layer's number in the whole model in place of its number in the chunk, and so
-            the same at every pipeline size.
-    """
-
-    path: str
-    whole_path: str
-    module: nn.Module
-
-
-def walk(model: nn.Module) -> Iterator[NamedModule]:
-    """Yield every module of a chunk; an adapted layer comes as its `DoRALinear`, not as its parts."""
-
-    def visit(parent: NamedModule) -> Iterator[NamedModule]:
-        yield parent
-        if not isinstance(parent.module, DoRALinear):
-            for name, whole_name, child in _children(parent.module):
-                yield from visit(NamedModule(_join(parent.path, name), _join(parent.whole_path, whole_name), child))
-
-    return visit(NamedModule("", "", model))
-
-
-def _children(parent: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """Children by their names in the parent and in the whole model, where Megatron numbers layers from one."""
-    children = list(parent.named_children())
-    numbers: list[Any] = [getattr(child, "layer_number", None) for _, child in children]
-    # Layers of a list that number otherwise, or not at all, keep their names.
-    in_order = [number - index for index, number in enumerate(numbers) if isinstance(number, int)]
-    is_numbered = isinstance(parent, nn.ModuleList) and len(in_order) == len(numbers) and len(set(in_order)) == 1
-    for (name, child), number in zip(children, numbers, strict=True):
-        yield name, str(number - 1) if is_numbered else name, child
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def adapted_layers(chunks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, NamedModule]]:
+    """Every `DoRALinear` of chunks, bare or wrapped, with its chunk as it was given."""
+    for chunk in chunks:
+        for named in walk(chunk, DoRALinear):
+            if isinstance(named.module, DoRALinear):
+                yield chunk, named
 
 
 @dataclass
@@ -89,7 +47,7 @@ class Matches:
     """What the targets found in one or more model chunks.
 
     Attributes:
-        targets: chunks and their modules to adapt or already adapted, in model order.
+        targets: chunks as they were given and their modules to adapt or already adapted, in model order.
         unmatched_targets: targets that named no module in any chunk.
         unmatched_linears: paths of the linear layers that no target named.
     """
@@ -108,7 +66,7 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
     found = Matches()
     used: set[str] = set()
     for chunk in chunks:
-        for named in walk(chunk):
+        for named in walk(chunk, DoRALinear):
             _, path, module = named
             is_linear = looks_like_linear(module)
             by = [pattern for pattern in targets if matches(pattern, path)]
@@ -129,7 +87,7 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
 
 def nearest_names(chunks: Sequence[nn.Module], pattern: str, count: int = 3) -> list[str]:
     """Names of the model's linear layers that are spelled most like `pattern`."""
-    linears = [named for chunk in chunks for named in walk(chunk) if looks_like_linear(named.module)]
+    linears = [named for chunk in chunks for named in walk(chunk, DoRALinear) if looks_like_linear(named.module)]
     names = {named.path.rpartition(".")[2] for named in linears}
     close = difflib.get_close_matches(pattern.rpartition(".")[2], sorted(names), n=count, cutoff=0.0)
     return close or sorted(names)[:count]

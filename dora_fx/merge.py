@@ -10,9 +10,8 @@ B and the norms' partial sums travel, one layer at a time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,13 +20,12 @@ from dora_fx.agreement import raise_on_every_rank
 from dora_fx.attach import rebuild_gradient_buffers
 from dora_fx.collectives import gather_rows_together, resolve_group
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import unwrap
+from dora_fx.matching import adapted_layers
 from dora_fx.row_scale import magnitude_delta
 from dora_fx.weight_norm import norm_dtype
+from dora_fx.wrappers import ModelT, check_unsharded, chunks_of, replace_modules, walk
 
 logger = logging.getLogger(__name__)
-
-ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
 
 _KEPT = "_dora_fx_kept"
 
@@ -54,8 +52,8 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
     Everything is checked before anything is changed.
 
     Args:
-        model: a model or a list of model chunks, bare or wrapped in Megatron's Float16Module and
-            DistributedDataParallel; the latter gets new gradient buffers unless the adapters are kept.
+        model: a model, or a list or a tuple of model chunks, bare or wrapped. Megatron's DistributedDataParallel
+            gets new gradient buffers unless the adapters are kept.
         keep_adapter: let `unmerge` undo it. Costs a copy of every adapted weight in host memory. The adapters'
             parameters stay the same objects, but are not in the model, nor in its state dict, while it is merged.
 
@@ -63,18 +61,18 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
         ValueError: on every rank, naming the layer: nothing is adapted; a layer's weight is tied to an embedding
             or to another layer, which merging would change too; an adapter is disabled, or has NaN or inf.
     """
-    chunks = model if isinstance(model, list) else [model]
-    sites = [(chunk, path, site) for chunk in chunks for path, site in _adapted_layers(unwrap(chunk))]
-    _check_mergeable(chunks, [(path, site) for _, path, site in sites])
-    for chunk, path, site in sites:
+    chunks = chunks_of(model)
+    sites = [(named.whole_path, named.module) for _, named in adapted_layers(chunks)]
+    _check_mergeable(chunks, sites)
+    for _, site in sites:
         kept = site.base_weight.detach().to("cpu", copy=True) if keep_adapter else None
         _write_weight(site.to_wrap.weight, merged_weight(site))
         if kept is not None:
             setattr(site.to_wrap, _KEPT, KeptAdapter(site, kept))
-        _replace(unwrap(chunk), path, site.to_wrap)
+    for chunk in chunks:
+        replace_modules(chunk, {site: site.to_wrap for _, site in sites})
     if not keep_adapter:
-        for chunk in chunks:
-            rebuild_gradient_buffers(chunk)
+        rebuild_gradient_buffers(chunks)
     logger.info("merged %d layers", len(sites))
     return model
 
@@ -87,22 +85,25 @@ def unmerge(model: ModelT) -> ModelT:
     Raises:
         ValueError: no layer of the model was merged with its adapter kept, or one was adapted again since.
     """
-    chunks = [unwrap(chunk) for chunk in (model if isinstance(model, list) else [model])]
-    merged = [(chunk, path, linear) for chunk in chunks for path, linear in chunk.named_modules()]
-    merged = [(chunk, path, linear) for chunk, path, linear in merged if hasattr(linear, _KEPT)]
+    chunks = chunks_of(model)
+    merged = [named for chunk in chunks for named in walk(chunk) if hasattr(named.module, _KEPT)]
     if not merged:
         raise ValueError("found no merged layer, expected a model after merge(model, keep_adapter=True)")
-    for _, path, _ in merged:
-        if path.endswith(".to_wrap"):
-            raise ValueError(f"{path.removesuffix('.to_wrap')}: adapted again since it was merged; merge that first")
-    for chunk, path, linear in merged:
+    for named in merged:
+        if named.path.endswith(".to_wrap"):
+            path = named.whole_path.removesuffix(".to_wrap")
+            raise ValueError(f"{path}: adapted again since it was merged; merge that first")
+    sites: dict[nn.Module, nn.Module] = {}
+    for linear in (named.module for named in merged):
         kept = getattr(linear, _KEPT)
         delattr(linear, _KEPT)
         _write_weight(linear.weight, kept.weight)
         # The wrapper's own cast keeps the magnitude in float32 and measures the base weight again.
         kept.site.to(device=linear.weight.device, dtype=linear.weight.dtype)
         kept.site.train(linear.training)
-        _replace(chunk, path, kept.site)
+        sites[linear] = kept.site
+    for chunk in chunks:
+        replace_modules(chunk, sites)
     logger.info("unmerged %d layers", len(merged))
     return model
 
@@ -140,11 +141,7 @@ def merge_tensors(
     return merged.mul_(1.0 + delta.to(wide)[:, None])
 
 
-def _adapted_layers(chunk: nn.Module) -> Iterator[tuple[str, DoRALinear]]:
-    return ((path, module) for path, module in chunk.named_modules() if isinstance(module, DoRALinear))
-
-
-def _check_mergeable(chunks: list[nn.Module], sites: list[tuple[str, DoRALinear]]) -> None:
+def _check_mergeable(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> None:
     """Raise on every rank of the sites' tensor-parallel groups if a site of any of them cannot be merged."""
     problem = "found no adapted layer, expected a model that DoRA was called on" if not sites else None
     users = _users_of_weights(chunks)
@@ -159,6 +156,10 @@ def _check_mergeable(chunks: list[nn.Module], sites: list[tuple[str, DoRALinear]
 
 def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> str | None:
     adapter = site.adapter
+    try:
+        check_unsharded(path, site)
+    except ValueError as error:
+        return str(error)
     if site.weight is None:
         return (
             f"{path}: the layer multiplies by the embedding's weight, and merging would change the embedding; "
@@ -178,11 +179,11 @@ def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> 
     return None
 
 
-def _users_of_weights(chunks: list[nn.Module]) -> dict[int, list[str]]:
+def _users_of_weights(chunks: Sequence[nn.Module]) -> dict[int, list[str]]:
     """Paths of the modules that own each parameter, by the parameter's id."""
     users: dict[int, list[str]] = {}
     for chunk in chunks:
-        for path, module in unwrap(chunk).named_modules():
+        for _, path, module in walk(chunk):
             for parameter in module.parameters(recurse=False):
                 users.setdefault(id(parameter), []).append(path)
     return users
@@ -191,8 +192,3 @@ def _users_of_weights(chunks: list[nn.Module]) -> dict[int, list[str]]:
 @torch.no_grad()
 def _write_weight(weight: torch.Tensor, value: torch.Tensor) -> None:
     weight.copy_(value)
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent_path, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent_path), name, module)

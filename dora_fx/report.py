@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dora_fx.layers import DoRALinear
-from dora_fx.matching import walk
+from dora_fx.matching import adapted_layers
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,19 @@ def _shape(shape: tuple[int, ...]) -> str:
 def report_on(chunks: Sequence[nn.Module], unmatched_linears: Sequence[str]) -> DoRAReport:
     """Describe every DoRA site of the chunks."""
     sites = []
-    for chunk in chunks:
-        for _, path, module in walk(chunk):
-            if isinstance(module, DoRALinear):
-                adapter = module.adapter
-                a, b = adapter.linear_in.weight, adapter.linear_out.weight
-                sites.append(
-                    SiteReport(
-                        path=path,
-                        layout=adapter.layout,
-                        weight=tuple(module.base_weight.shape),
-                        lora_a=tuple(a.shape),
-                        lora_b=tuple(b.shape),
-                        trainable=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
-                    )
-                )
+    for _, (_, path, site) in adapted_layers(chunks):
+        adapter = site.adapter
+        a, b = adapter.linear_in.weight, adapter.linear_out.weight
+        sites.append(
+            SiteReport(
+                path=path,
+                layout=adapter.layout,
+                weight=tuple(site.base_weight.shape),
+                lora_a=tuple(a.shape),
+                lora_b=tuple(b.shape),
+                trainable=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
+            )
+        )
     return DoRAReport(
         sites=tuple(sites),
         unmatched_linears=tuple(unmatched_linears),

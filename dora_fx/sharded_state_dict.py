@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
 
 def adapter_sharded_state_dict(
     adapter: ParallelLinearDoRAAdapter,
+    tensors: dict[str, torch.Tensor],
     prefix: str,
     sharded_offsets: tuple[tuple[int, int, int], ...],
     metadata: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Describe A, B and m as shards of global tensors.
+    """Describe A, B and m, or tensors that lie as they do, as shards of global tensors.
 
     Args:
+        tensors: of this rank, by the parameters' names in the adapter.
         prefix: of the keys, ending in `adapter.`.
         sharded_offsets: offsets that Megatron prepends, such as the layer's place among all layers.
         metadata: Megatron's; its `dp_cp_group` is filled in where it is missing.
@@ -37,14 +40,14 @@ def adapter_sharded_state_dict(
     dp_cp_group = metadata["dp_cp_group"]
     tp_group = resolve_group(adapter.tp_group) if adapter.tp_group else parallel_state.get_tensor_model_parallel_group()
     sharded = make_sharded_tensors_for_checkpoint(
-        adapter.state_dict(prefix="", keep_vars=True),
+        tensors,
         prefix,
         {name: placement.dim for name, placement in adapter.placements.items() if placement.dim is not None},
         sharded_offsets,
         tp_group=tp_group,
         dp_cp_group=dp_cp_group,
     )
-    in_blocks = [name for name, placement in adapter.placements.items() if placement.blocks == 2]
+    in_blocks = [name for name in tensors if adapter.placements[name].blocks == 2]
     if in_blocks:
         groups = {"tp_group": tp_group, "dp_group": dp_cp_group}
         # megatron-core 0.16 takes the groups from the sharded tensor.

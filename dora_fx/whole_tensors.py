@@ -13,13 +13,14 @@ from torch import nn
 from dora_fx.adapter import ParallelLinearDoRAAdapter
 from dora_fx.collectives import resolve_group
 from dora_fx.placement import ParameterPlacement
+from dora_fx.wrappers import walk
 
 
 class AdapterShards:
     """The adapter parameters of a model on this rank, by name, with anything of their shape (gradients, moments).
 
     Args:
-        model: after `DoRA` ran on it.
+        model: after `DoRA` ran on it, bare or wrapped.
 
     Attributes:
         parameters: name in the model -> parameter, in model order.
@@ -28,7 +29,7 @@ class AdapterShards:
     def __init__(self, model: nn.Module) -> None:
         self._owners: dict[str, tuple[ParallelLinearDoRAAdapter, ParameterPlacement]] = {}
         self.parameters: dict[str, nn.Parameter] = {}
-        for path, module in model.named_modules():
+        for path, _, module in walk(model):
             if isinstance(module, ParallelLinearDoRAAdapter):
                 for name, parameter in module.named_parameters():
                     self._owners[f"{path}.{name}"] = (module, module.placements[name])

@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -31,11 +31,10 @@ from dora_fx.checkpoint.reader import METADATA, CheckedReader
 from dora_fx.checkpoint.strategy import read_state
 from dora_fx.hf.export_adapter import world_group
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import unwrap
+from dora_fx.matching import adapted_layers
+from dora_fx.wrappers import ModelT, check_unsharded, chunks_of, unwrap
 
 logger = logging.getLogger(__name__)
-
-ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
 
 _MAGNITUDE = "weight_magnitude"
 
@@ -85,7 +84,7 @@ def load_bridge_checkpoint(
     and B keep their values, magnitudes come in float32 at least. All is read and checked before anything is changed.
 
     Args:
-        model: a model that `DoRA` was called on, or a list of its chunks, bare or wrapped.
+        model: a model that `DoRA` was called on, or a list or a tuple of its chunks, bare or wrapped.
         path: the folder that has `.metadata`, such as `iter_0000100`.
         tensor_parallel_size: of the run that saved it.
         rebuild_row_magnitudes: set the magnitudes of row layers (linear_proj, linear_fc2) to the norm of W + s B A,
@@ -96,12 +95,12 @@ def load_bridge_checkpoint(
             not the model's, another tensor-parallel size than the one given, values that are not finite, or row
             layers' magnitudes that were lost and are not to be rebuilt.
     """
-    chunks = model if isinstance(model, list) else [model]
+    chunks = chunks_of(model)
     problem: str | None = None
     try:
         reader = CheckedReader(Path(path))
         stored = _adapter_tensors(reader)
-        wanted = [shard for chunk in chunks for shard in _requests(unwrap(chunk), stored)]
+        wanted = [shard for chunk in chunks for shard in _requests(chunk, stored)]
         _check_keys_and_shapes(Path(path), stored, wanted)
         _check_size(Path(path), stored, wanted, tensor_parallel_size)
         _check_row_magnitudes(wanted, tensor_parallel_size, rebuild_row_magnitudes)
@@ -130,11 +129,15 @@ def _adapter_tensors(reader: CheckedReader) -> dict[str, TensorStorageMetadata]:
     }
 
 
-def _requests(chunk: Any, stored: dict[str, Any]) -> Iterator[StoredShard]:
-    sites = {path: module for path, module in chunk.named_modules() if isinstance(module, DoRALinear)}
+def _requests(chunk: nn.Module, stored: dict[str, Any]) -> Iterator[StoredShard]:
+    sites: dict[str, DoRALinear] = {}
+    for _, (path, whole_path, site) in adapted_layers([chunk]):
+        check_unsharded(whole_path, site)
+        sites[path] = site
     # With layers that differ Megatron puts their number into the key.
     numbered = any(part.isdigit() for key in stored for part in key.split("."))
-    sharded = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True} if numbered else None)
+    inner: Any = unwrap(chunk)
+    sharded = inner.sharded_state_dict(metadata={"non_homogeneous_layers": True} if numbered else None)
     for key, value in sharded.items():
         path, _, name = key.partition(".adapter.")
         if path in sites and name in sites[path].adapter.placements:

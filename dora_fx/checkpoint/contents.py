@@ -22,7 +22,8 @@ from torch import nn
 from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, gather
 from dora_fx.checkpoint.manifest import SiteSettings, StoredTensor
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import unwrap
+from dora_fx.matching import adapted_layers
+from dora_fx.wrappers import check_unsharded, unwrap
 
 # Megatron's prefix of the tensors that an optimizer keeps for a parameter.
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
@@ -36,8 +37,8 @@ class ModelContents:
         non_homogeneous_layers: Megatron's metadata flag that the shards were described with.
         adapter: chunk -> state-dict key -> shard that holds the parameter itself.
         sites: key of an adapted layer -> DoRA's settings, of all ranks.
-        unpadded: key of a tensor -> shape of one layer's without what pads the base to a size that divides by the
-            number of ranks, of all ranks.
+        unpadded: key of a tensor, or name of a parameter in the whole model -> shape of one layer's without what pads
+            the base to a size that divides by the number of ranks, of all ranks.
         base: shards of the adapted layers' base weights and biases.
     """
 
@@ -58,17 +59,17 @@ class ModelContents:
         return dict(sorted(found.items()))
 
 
-def model_contents(model: nn.Module | Sequence[nn.Module], non_homogeneous_layers: bool | None = None) -> ModelContents:
-    """Describe a model or its pipeline chunks. Every rank calls it.
+def model_contents(chunks: Sequence[nn.Module], non_homogeneous_layers: bool | None = None) -> ModelContents:
+    """Describe a model's pipeline chunks. Every rank calls it.
 
     Args:
+        chunks: bare or wrapped, as `wrappers.chunks_of` returns them.
         non_homogeneous_layers: as the checkpoint to load says; None to join the layers of a kind in one tensor if
             every layer has an adapter of the same settings, as Megatron does by default.
 
     Raises:
         CheckpointError: the model has no adapters, or its class has no `sharded_state_dict`.
     """
-    chunks = chunks_of(model)
     for flag in (False, True) if non_homogeneous_layers is None else (non_homogeneous_layers,):
         with failing_together("describing the adapters"):
             adapter, sites, shapes, base = _describe_chunks(chunks, flag)
@@ -100,10 +101,9 @@ def all_shards(state: Any) -> list[ShardedBase]:
     return shards
 
 
-def layout_of_world(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
+def layout_of_world(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     """Sizes of Megatron's groups by their usual names, and whether the model is sequence-parallel."""
-    chunks = chunks_of(model)
-    config: Any = chunks[0].config
+    config: Any = unwrap(chunks[0]).config
     return {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
@@ -114,38 +114,36 @@ def layout_of_world(model: nn.Module | Sequence[nn.Module]) -> dict[str, Any]:
     }
 
 
-def chunks_of(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    """The pipeline chunks of a model, without Megatron's wrappers."""
-    return [unwrap(chunk) for chunk in ([model] if isinstance(model, nn.Module) else model)]
-
-
 Description = tuple[
     dict[str, dict[str, Any]], list[tuple[str, SiteSettings]], list[tuple[str, tuple[int, ...]]], list[ShardedTensor]
 ]
 
 
-def _describe_chunks(chunks: Sequence[Any], non_homogeneous_layers: bool) -> Description:
+def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) -> Description:
     adapter: dict[str, dict[str, Any]] = {}
     sites: list[tuple[str, SiteSettings]] = []
     shapes: list[tuple[str, tuple[int, ...]]] = []
     base: list[ShardedTensor] = []
     for index, chunk in enumerate(chunks):
-        if not hasattr(chunk, "sharded_state_dict"):
+        inner: Any = unwrap(chunk)
+        if not hasattr(inner, "sharded_state_dict"):
             raise CheckpointError(
-                f"{type(chunk).__name__} has no sharded_state_dict; expected a Megatron model such as GPTModel"
+                f"{type(inner).__name__} has no sharded_state_dict; expected a Megatron model such as GPTModel"
             )
-        shards: dict[str, Any] = chunk.sharded_state_dict(metadata={"non_homogeneous_layers": non_homogeneous_layers})
+        for _, named in adapted_layers([chunk]):
+            check_unsharded(named.whole_path, named.module)
+        shards: dict[str, Any] = inner.sharded_state_dict(metadata={"non_homogeneous_layers": non_homogeneous_layers})
         adapter["model" if len(chunks) == 1 else f"model{index}"] = {
             key: shard for key, shard in shards.items() if ".adapter." in key and not key.endswith("_extra_state")
         }
-        for path, module in chunk.named_modules():
-            if isinstance(module, DoRALinear):
-                for name, placement in module.adapter.placements.items():
-                    key = all_shards(shards[f"{path}.adapter.{name}"])[0].key
-                    shapes.append((key, placement.shape))
-                sites.append((key.partition(".adapter.")[0], _settings(module)))
-                own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
-                base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
+        for _, (path, whole_path, site) in adapted_layers([chunk]):
+            for name, placement in site.adapter.placements.items():
+                key = all_shards(shards[f"{path}.adapter.{name}"])[0].key
+                # The second is the key that a torch optimizer's state has.
+                shapes += [(key, placement.shape), (f"{whole_path}.adapter.{name}", placement.shape)]
+            sites.append((key.partition(".adapter.")[0], _settings(site)))
+            own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
+            base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
     return adapter, sites, shapes, base
 
 

@@ -36,33 +36,33 @@ from dora_fx.checkpoint.directory import (
 )
 from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, from_first_rank, gather
 from dora_fx.checkpoint.manifest import Manifest, StoredFile, describe_file
-from dora_fx.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state_dict
+from dora_fx.checkpoint.optimizer import OptimizerState
 from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.checkpoint.strategy import SaveStrategy, read_state
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
+from dora_fx.wrappers import Model, chunks_of
 
 logger = logging.getLogger(__name__)
-
-Model = nn.Module | Sequence[nn.Module]
 
 
 def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
     """Save a model's adapters as the directory `path`, replacing a checkpoint that is there. Every rank calls it.
 
     Args:
-        model: after `DoRA` ran on it; a list of chunks with virtual pipeline stages. Bare or wrapped in Megatron's
-            Float16Module and DistributedDataParallel.
+        model: after `DoRA` ran on it; a list or a tuple of chunks with virtual pipeline stages. Bare or wrapped.
         path: on a file system that all ranks see.
-        optimizer: Megatron's, to save its state too.
+        optimizer: Megatron's or torch's, to save its state too. A torch optimizer's tensors have a parameter's shape
+            or a single element; what it has of another kind is refused.
         extra: anything that the caller needs to go on, such as the step and the position in the data. Numbers,
             text, tensors, lists and dicts; rank 0's is saved.
 
     Raises:
         CheckpointError: on every rank, with the file or layer at fault; what was at `path` is still there.
+        TypeError, ValueError: `model` is none, or its parameters are sharded (FSDP).
     """
-    path = Path(os.path.abspath(path))
-    contents = model_contents(model)
-    shards = _shards_to_save(contents, optimizer, path)
+    path, chunks = Path(os.path.abspath(path)), chunks_of(model)
+    contents = model_contents(chunks)
+    shards = _shards_to_save(chunks, contents, optimizer, path)
     with contextlib.ExitStack() as stack:
         with failing_together(_saving(path)):
             directory = stack.enter_context(new_directory(path)) if dist.get_rank() == 0 else None
@@ -73,7 +73,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
                 manifest = Manifest(
                     save_id=uuid.uuid4().hex,
                     versions=_versions(),
-                    layout=layout_of_world(model),
+                    layout=layout_of_world(chunks),
                     non_homogeneous_layers=contents.non_homogeneous_layers,
                     sites=contents.sites,
                     tensors=contents.stored_tensors(shards.of_ranks),
@@ -96,7 +96,7 @@ def load_checkpoint(
     Args:
         model: the base that the adapters were trained on, after `DoRA` with the same dim, alpha and targets.
         path: the checkpoint.
-        optimizer: to load its state too; the checkpoint must have it.
+        optimizer: to load its state too; the checkpoint must have that of an optimizer of the same class and groups.
         any_base: load onto another base than the one that the adapters were trained on, with a warning.
 
     Returns:
@@ -104,12 +104,12 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: on every rank, with the file or layer at fault. Model and optimizer are as they were.
+        TypeError, ValueError: `model` is none, or its parameters are sharded (FSDP).
     """
-    path = Path(os.path.abspath(path))
-    contents, state = _read_until_unreplaced(model, optimizer, path, any_base)
-    if optimizer is not None:
-        with failing_together(f"loading {path}: the optimizer"):
-            load_optimizer_state(optimizer, state["optimizer"])
+    path, chunks = Path(os.path.abspath(path)), chunks_of(model)
+    contents, state = _read_until_unreplaced(chunks, optimizer, path, any_base)
+    with failing_together(f"loading {path}: the optimizer"):
+        OptimizerState(optimizer, chunks, contents.adapter).load(state)
     _copy_into_parameters(contents, state)
     return state.get("extra")
 
@@ -130,16 +130,16 @@ class _Shards(NamedTuple):
     base: dict[str, str]
 
 
-def _shards_to_save(contents: ModelContents, optimizer: Any, path: Path) -> _Shards:
+def _shards_to_save(chunks: Sequence[nn.Module], contents: ModelContents, optimizer: Any, path: Path) -> _Shards:
     """Describe all state, and check that the ranks' shards make whole tensors."""
     with failing_together(_saving(path)):
-        state: dict[str, Any] = {**contents.adapter}
-        if optimizer is not None:
-            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=False)
-        own, common = _split(state)
+        of_optimizer, description = OptimizerState(optimizer, chunks, contents.adapter).to_save()
+        own, common = _split(contents.adapter | of_optimizer)
         digests, copies = shard_digests(contents.base), copy_digests(all_shards(contents.adapter))
-    everyone = gather((_without_data(own), digests, copies), _saving(path))
-    of_ranks, digests_of_ranks, copies_of_ranks = zip(*everyone, strict=True)
+    everyone = gather((_without_data(own), digests, copies, description), _saving(path))
+    of_ranks, digests_of_ranks, copies_of_ranks, descriptions = zip(*everyone, strict=True)
+    with failing_together(_saving(path)):
+        common |= OptimizerState.description_of_all_ranks(descriptions)
     for key in differing_copies(copies_of_ranks) if dist.get_rank() == 0 else ():
         logger.warning("%s: ranks hold different copies of %s; saving the first one's", path, key)
     with failing_together(f"{_saving(path)}, the shards of the ranks do not make whole tensors"):
@@ -148,12 +148,12 @@ def _shards_to_save(contents: ModelContents, optimizer: Any, path: Path) -> _Sha
 
 
 def _read_until_unreplaced(
-    model: Model, optimizer: Any, path: Path, any_base: bool
+    chunks: Sequence[nn.Module], optimizer: Any, path: Path, any_base: bool
 ) -> tuple[ModelContents, dict[str, Any]]:
     """Check and read the checkpoint, anew if a save replaced it meanwhile."""
 
     def read(directory: Path, manifest: Manifest) -> tuple[ModelContents, dict[str, Any]]:
-        return _read(model, optimizer, directory, manifest, any_base=any_base)
+        return _read(chunks, optimizer, directory, manifest, any_base=any_base)
 
     return read_unreplaced(path, _find, read, _was_replaced)
 
@@ -177,10 +177,10 @@ def _was_replaced(path: Path, manifest: Manifest) -> bool:
 
 
 def _read(
-    model: Model, optimizer: Any, directory: Path, manifest: Manifest, *, any_base: bool
+    chunks: Sequence[nn.Module], optimizer: Any, directory: Path, manifest: Manifest, *, any_base: bool
 ) -> tuple[ModelContents, dict[str, Any]]:
     """Check a checkpoint against the model and read it into new tensors."""
-    contents = model_contents(model, manifest.non_homogeneous_layers)
+    contents = model_contents(chunks, manifest.non_homogeneous_layers)
     digests = gather(shard_digests(contents.base), f"loading {directory}")
     with failing_together(f"loading {directory}"):
         check_sites(directory, manifest, contents.sites)
@@ -188,10 +188,9 @@ def _read(
         check_files(directory, manifest)
         if optimizer is not None and not manifest.has_optimizer:
             raise CheckpointError(f"{directory}: has no optimizer state; load it without `optimizer`")
+        of_optimizer = OptimizerState(optimizer, chunks, contents.adapter)
     with failing_together(f"loading {directory}"):
-        state: dict[str, Any] = {**contents.adapter}
-        if optimizer is not None:
-            state["optimizer"] = optimizer_sharded_state_dict(optimizer, contents.adapter, is_loading=True)
+        state = contents.adapter | of_optimizer.to_load(manifest.tensors)
         wanted = _without_data(_split(state)[0])
     everyone = gather(wanted, f"loading {directory}")
     with failing_together(f"loading {directory}"):
@@ -200,7 +199,9 @@ def _read(
     with failing_together(f"reading {directory}{_other_versions(manifest)}"):
         reader = CheckedReader(directory)
         check_stored(reader, described)
-        return contents, read_state(state, reader, read_common(directory))
+        loaded = read_state(state, reader, read_common(directory))
+        of_optimizer.check(directory, loaded)
+        return contents, loaded
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,6 +6,7 @@ and the rows of B and m are dealt out: export is exact. The way back is in `impo
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -17,23 +18,24 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from dora_fx.agreement import raise_on_every_rank
-from dora_fx.hf.layers import NamedLinear, adapted_linears, gpt_config
+from dora_fx.hf.layers import NamedLinear, adapted_linears, gpt_config, named_linears, true_vocabulary
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
-from dora_fx.matching import unwrap
-from dora_fx.models.hf_parts import LM_HEAD, HeadShape, hf_rows
+from dora_fx.models.hf_parts import LM_HEAD, OUTPUT_LAYER, HeadShape, hf_rows
 from dora_fx.placement import ADAPTER_TENSORS
 from dora_fx.whole_tensors import AdapterShards
+from dora_fx.wrappers import Model, check_unsharded, chunks_of, unwrap
 
 logger = logging.getLogger(__name__)
 
 
 def export_hf(
-    model: nn.Module | list[nn.Module],
+    model: Model,
     folder: str | os.PathLike[str],
     *,
     base_model: str | None = None,
     revision: str | None = None,
+    vocab_size: int | None = None,
 ) -> None:
     """Write the model's adapters as a DoRA adapter that Hugging Face PEFT loads.
 
@@ -42,22 +44,26 @@ def export_hf(
     adapted output layer that is tied to the embedding is exported too, with a warning: see `warn_of_tied_output`.
 
     Args:
-        model: a Megatron GPTModel of the Llama family, or a list of its chunks, bare or wrapped.
+        model: a Megatron GPTModel of the Llama family, or a list or a tuple of its chunks, bare or wrapped.
         folder: a name that is free, or an empty folder.
         base_model, revision: a Hugging Face name or directory, for PEFT to find the base by.
+        vocab_size: number of tokens of the base, where Megatron padded the output layer to more rows. Those beyond are
+            cut off an adapter of it. A model of Megatron-Bridge knows it itself.
 
     Raises:
         ValueError: on every rank: no layer is adapted, one has no Hugging Face counterpart, adapters differ in
-            dropout, or the folder exists or cannot be written.
+            dropout, the folder exists or cannot be written, or the output layer's rows are not the vocabulary of a
+            `base_model` that is a directory.
     """
-    chunks = model if isinstance(model, list) else [model]
+    chunks = chunks_of(model)
     target = Path(folder)
     sites = adapted_linears(chunks)
-    raise_on_every_rank(_problem_maybe(chunks, sites, target), world_group())
+    raise_on_every_rank(_problem_maybe(chunks, sites, target, base_model, vocab_size), world_group())
     dropout = _dropout_of_all_ranks(sites)
     config = gpt_config(chunks)
+    vocabulary = true_vocabulary(config, sites, vocab_size)
     modules: dict[str, PeftModule] = {}
-    for part in _layer_by_layer(sites, HeadShape.of(config), config.num_layers):
+    for part in _layer_by_layer(sites, HeadShape.of(config), config.num_layers, vocabulary):
         modules.update(part)
     problem = None
     if _global_rank() == 0:
@@ -94,6 +100,11 @@ def split_adapter(path: str, tensors: Mapping[str, Tensor], alpha: float, heads:
     }
 
 
+def cut_rows(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The whole tensors of an adapter for the first rows of its layer alone."""
+    return {name: tensor if name == "linear_in.weight" else tensor[:count] for name, tensor in tensors.items()}
+
+
 def warn_of_tied_output(modules: Container[str], *, tied: bool) -> None:
     """Log what PEFT does with the adapter of an output layer that is tied to the embedding.
 
@@ -116,15 +127,19 @@ def one_dropout(dropouts: Iterable[float]) -> float:
     return float(found[0])
 
 
-def _layer_by_layer(sites: Sequence[NamedLinear], heads: HeadShape, num_layers: int) -> Iterator[dict[str, PeftModule]]:
+def _layer_by_layer(
+    sites: Sequence[NamedLinear], heads: HeadShape, num_layers: int, vocabulary: int | None
+) -> Iterator[dict[str, PeftModule]]:
     """On global rank 0 the adapters of each layer of the whole model in turn; nothing on the others."""
     shards = {id(site.chunk): AdapterShards(site.chunk) for site in sites}
-    prefixes = [*(f"decoder.layers.{index}." for index in range(num_layers)), "output_layer"]
+    prefixes = [*(f"decoder.layers.{index}." for index in range(num_layers)), OUTPUT_LAYER]
     for prefix in prefixes:
         own: dict[str, PeftModule] = {}
         for site in sites:
             if site.whole_path.startswith(prefix):
                 gathered = _whole_adapter(site, shards[id(site.chunk)])
+                if site.whole_path == OUTPUT_LAYER and vocabulary is not None:
+                    gathered = cut_rows(gathered, vocabulary)
                 own.update(split_adapter(site.whole_path, gathered, site.module.adapter.alpha, heads))
         yield _to_first_rank(own)
 
@@ -169,16 +184,43 @@ def _global_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _problem_maybe(chunks: Sequence[nn.Module], sites: Sequence[NamedLinear], target: Path) -> str | None:
+def _problem_maybe(
+    chunks: Sequence[nn.Module],
+    sites: Sequence[NamedLinear],
+    target: Path,
+    base_model: str | None,
+    vocab_size: int | None,
+) -> str | None:
     try:
         config = gpt_config(chunks)
+        vocabulary = true_vocabulary(config, named_linears(chunks), vocab_size)
         for site in sites:
+            check_unsharded(site.whole_path, site.module)
             hf_rows(site.whole_path, _whole_rows(site), HeadShape.of(config))
+            if site.whole_path == OUTPUT_LAYER:
+                _check_vocabulary(vocabulary or _whole_rows(site), base_model)
         if _global_rank() == 0:
             check_new_folder(target)
     except (ValueError, OSError) as error:
         return str(error)
     return None
+
+
+def _check_vocabulary(exported: int, base_model: str | None) -> None:
+    """Raise ValueError unless lm_head's rows are the tokens of the base, where it is a directory."""
+    if base_model is None:
+        return
+    config_file = Path(base_model) / "config.json"
+    try:
+        expected = json.loads(config_file.read_text(encoding="utf-8")).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        # A name at a hub, or a file that whoever loads the base will complain about.
+        return
+    if expected is not None and expected != exported:
+        raise ValueError(
+            f"{OUTPUT_LAYER}: {LM_HEAD}'s adapter would have {exported} rows, expected the {expected} tokens that "
+            f"{config_file} says; pass vocab_size={expected} if the rows beyond pad the vocabulary"
+        )
 
 
 def _whole_rows(site: NamedLinear) -> int:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,15 @@ from dora_fx.config import DoRA
 from dora_fx.dynamo import capture_megatron_whole
 from dora_fx.hf.export_adapter import world_group
 from dora_fx.hf.join import JoinedAdapter, Part, join_parts
-from dora_fx.hf.layers import NamedLinear, every_hf_path, gpt_config, named_linears, whole_sizes
+from dora_fx.hf.layers import NamedLinear, every_hf_path, gpt_config, named_linears, true_vocabulary, whole_sizes
 from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
 from dora_fx.layers import DoRALinear
-from dora_fx.models.hf_parts import HeadShape, hf_paths, hf_rows
+from dora_fx.matching import adapted_layers
+from dora_fx.models.hf_parts import LM_HEAD, OUTPUT_LAYER, HeadShape, hf_paths, hf_rows
 from dora_fx.placement import layout_of
+from dora_fx.wrappers import ModelT, check_unsharded, chunks_of
 
 logger = logging.getLogger(__name__)
-
-ModelT = TypeVar("ModelT", nn.Module, list[nn.Module])
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,12 @@ class PlannedImport:
 
 
 def import_hf(
-    model: ModelT, folder: str | os.PathLike[str], *, base_model: str | None = None, training: bool = True
+    model: ModelT,
+    folder: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    vocab_size: int | None = None,
+    training: bool = True,
 ) -> ModelT:
     """Give a Megatron model the adapters of a Hugging Face PEFT DoRA folder, and return it.
 
@@ -48,23 +52,25 @@ def import_hf(
     reads the files. Everything is checked before anything is changed.
 
     Args:
-        model: a Megatron GPTModel of the Llama family, or a list of its chunks, bare or wrapped. Without adapters
-            they are attached, with the files' dropout, as `DoRA` does it. With adapters these must be on the same
-            layers and of the same dim and scaling; they keep their dropout and what of them is trained.
+        model: a Megatron GPTModel of the Llama family, or a list or a tuple of its chunks, bare or wrapped. Without
+            adapters they are attached, with the files' dropout, as `DoRA` does it. With adapters these must be on the
+            same layers and of the same dim and scaling; they keep their dropout and what of them is trained.
         folder: with adapter_config.json and adapter_model.safetensors.
         base_model: raise if the files name another `base_model_name_or_path`.
+        vocab_size: number of tokens, where the model's output layer has more rows than the files' lm_head because
+            Megatron padded it. The rows beyond keep their base function. A model of Megatron-Bridge knows it itself.
         training: of the adapters that are attached, as in `DoRA.__call__`.
 
     Raises:
         ValueError: on every rank, naming the file or layer: an option, a tensor or a shape without an equal here, a
             missing magnitude or layer, values that are not finite, another base, or adapters that do not fit.
     """
-    chunks = model if isinstance(model, list) else [model]
+    chunks = chunks_of(model)
     problem = None
     try:
         adapter = read_peft_adapter(Path(folder))
         _check_base(adapter, base_model)
-        imports = _plan_imports(chunks, adapter)
+        imports = _plan_imports(chunks, adapter, vocab_size)
         dropout = float(adapter.config.get("lora_dropout") or 0.0)
         plans = None if _is_adapted(imports) else _plan_attachments(imports, dropout)
     except (ValueError, TypeError, OSError) as error:
@@ -72,9 +78,10 @@ def import_hf(
     raise_on_every_rank(problem, world_group())
     if plans is not None:
         _attach(chunks, plans, training)
+    sites = {named.whole_path: named.module for _, named in adapted_layers(chunks)}
     for planned in imports:
         if planned.joined is not None:
-            _copy(planned.linear, planned.joined)
+            _copy(sites[planned.linear.whole_path], planned.joined)
     logger.info("imported %d adapters from %s", sum(p.joined is not None for p in imports), folder)
     return model
 
@@ -85,7 +92,7 @@ def _check_base(adapter: PeftAdapter, expected: str | None) -> None:
         raise ValueError(f"{adapter.folder}: the adapter is of the base {found!r}, expected {expected!r}")
 
 
-def _plan_imports(chunks: Sequence[nn.Module], adapter: PeftAdapter) -> list[PlannedImport]:
+def _plan_imports(chunks: Sequence[nn.Module], adapter: PeftAdapter, vocab_size: int | None) -> list[PlannedImport]:
     config = gpt_config(chunks)
     known = every_hf_path(config)
     unknown = sorted(set(adapter.shapes) - set(known))
@@ -99,8 +106,12 @@ def _plan_imports(chunks: Sequence[nn.Module], adapter: PeftAdapter) -> list[Pla
         raise ValueError(
             f"{adapter.folder}: target_modules names {missing[0]}, which has no tensors ({len(missing)} such layers)"
         )
-    heads = HeadShape.of(config)
-    imports = [PlannedImport(linear, _joined_maybe(linear, adapter, heads)) for linear in named_linears(chunks)]
+    heads, linears = HeadShape.of(config), named_linears(chunks)
+    vocabulary = true_vocabulary(config, linears, vocab_size)
+    if vocab_size is None and adapter.shapes.get(LM_HEAD, {}).get("magnitude") != (vocabulary,):
+        # The model knows of padding, and the files are of a base that is padded alike.
+        vocabulary = None
+    imports = [PlannedImport(linear, _joined_maybe(linear, adapter, heads, vocabulary)) for linear in linears]
     if _is_adapted(imports):
         for planned in imports:
             _check_fits(adapter.folder, planned)
@@ -124,19 +135,24 @@ def _check_fits(folder: Path, planned: PlannedImport) -> None:
         )
 
 
-def _joined_maybe(linear: NamedLinear, adapter: PeftAdapter, heads: HeadShape) -> JoinedAdapter | None:
-    if not hf_paths(linear.whole_path):
+def _joined_maybe(
+    linear: NamedLinear, adapter: PeftAdapter, heads: HeadShape, vocabulary: int | None
+) -> JoinedAdapter | None:
+    path = linear.whole_path
+    if not hf_paths(path):
         return None
-    base = linear.module.to_wrap if isinstance(linear.module, DoRALinear) else linear.module
-    in_features, out_features = whole_sizes(base)
-    rows = hf_rows(linear.whole_path, out_features, heads)
+    check_unsharded(path, linear.module)
+    in_features, out_features = whole_sizes(linear.module)
+    num_rows = out_features if path != OUTPUT_LAYER or vocabulary is None else vocabulary
+    rows = hf_rows(path, num_rows, heads)
     parts = {
         name: _part(adapter, name, in_features, len(index)) for name, index in rows.items() if name in adapter.shapes
     }
     if not parts:
         return None
+    base = linear.module.to_wrap if isinstance(linear.module, DoRALinear) else linear.module
     tp_size = base.tp_group.size() if layout_of(base).lora_a_dim == 0 else 1
-    return join_parts(linear.whole_path, parts, rows, tp_size)
+    return join_parts(path, parts, rows, out_features, tp_size)
 
 
 def _part(adapter: PeftAdapter, name: str, in_features: int, out_features: int) -> Part:
@@ -148,7 +164,9 @@ def _part(adapter: PeftAdapter, name: str, in_features: int, out_features: int) 
     tensors: dict[str, Tensor] = {}
     for kind, shape in expected.items():
         if adapter.shapes[name][kind] != shape:
-            raise ValueError(f"{adapter.folder}: {name}: found {kind} {adapter.shapes[name][kind]}, expected {shape}")
+            hint = "; pass vocab_size if rows of the model pad its vocabulary" if name == LM_HEAD else ""
+            found = adapter.shapes[name][kind]
+            raise ValueError(f"{adapter.folder}: {name}: found {kind} {found}, expected {shape}{hint}")
         tensors[kind] = adapter.tensor(name, kind)
         if not torch.isfinite(tensors[kind]).all():
             raise ValueError(f"{adapter.folder}: {name}: {kind} has NaN or inf, expected finite values")
@@ -180,13 +198,12 @@ def _attach(chunks: Sequence[nn.Module], plans: Sequence[tuple[DoRA, AttachPlan]
         chunk.train(training)
         if not training:
             chunk.requires_grad_(False)
-        rebuild_gradient_buffers(chunk)
+    rebuild_gradient_buffers(chunks)
 
 
 @torch.no_grad()
-def _copy(linear: NamedLinear, joined: JoinedAdapter) -> None:
+def _copy(site: DoRALinear, joined: JoinedAdapter) -> None:
     """Copy this rank's shards of an adapter into a layer; every rank of its tensor-parallel group calls it."""
-    site: DoRALinear = linear.chunk.get_submodule(linear.path)  # type: ignore[assignment]
     adapter = site.adapter
 
     def own(name: str, whole: Tensor) -> Tensor:

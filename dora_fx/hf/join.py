@@ -51,13 +51,16 @@ class JoinedAdapter:
         return self.lora_a.shape[0]
 
 
-def join_parts(path: str, parts: Mapping[str, Part], rows: Mapping[str, Tensor], dim_multiple: int) -> JoinedAdapter:
+def join_parts(
+    path: str, parts: Mapping[str, Part], rows: Mapping[str, Tensor], out_features: int, dim_multiple: int
+) -> JoinedAdapter:
     """Join the adapters of the layers that a Megatron layer is made of.
 
     Args:
         path: of the Megatron layer, for messages.
         parts: by the paths of the Hugging Face layers; some may be missing, not all.
         rows: from `hf_parts.hf_rows`.
+        out_features: of the Megatron layer; rows of no Hugging Face layer, which pad a vocabulary, have no adapter.
         dim_multiple: the joined rank is filled up with zeros to a multiple of it.
 
     Raises:
@@ -68,9 +71,9 @@ def join_parts(path: str, parts: Mapping[str, Part], rows: Mapping[str, Tensor],
     dim = first.lora_a.shape[0] if share_a else sum(part.lora_a.shape[0] for part in parts.values())
     padded_dim = dim + -dim % dim_multiple
     lora_a = first.lora_a.new_zeros(padded_dim, first.lora_a.shape[1])
-    lora_b = first.lora_b.new_zeros(sum(len(index) for index in rows.values()), padded_dim)
-    magnitude = first.magnitude.new_zeros(lora_b.shape[0])
-    has_magnitude = torch.zeros(lora_b.shape[0], dtype=torch.bool)
+    lora_b = first.lora_b.new_zeros(out_features, padded_dim)
+    magnitude = first.magnitude.new_zeros(out_features)
+    has_magnitude = torch.zeros(out_features, dtype=torch.bool)
     begin = 0
     for name, part in parts.items():
         end = begin + part.lora_a.shape[0]

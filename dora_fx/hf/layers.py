@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from dora_fx.layers import DoRALinear
-from dora_fx.matching import looks_like_linear, unwrap, walk
-from dora_fx.models.hf_parts import HF_NAMES, LM_HEAD
+from dora_fx.matching import looks_like_linear
+from dora_fx.models.hf_parts import HF_NAMES, LM_HEAD, OUTPUT_LAYER
+from dora_fx.wrappers import unwrap, walk
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,8 @@ class NamedLinear:
     """A linear layer of a chunk.
 
     Attributes:
-        chunk: unwrapped.
-        path: in the chunk.
-        whole_path: see `matching.NamedModule`.
+        chunk: as it was given, bare or wrapped.
+        path, whole_path: see `wrappers.NamedModule`.
         module: a `DoRALinear`, or a linear layer that is not adapted.
     """
 
@@ -33,8 +33,8 @@ class NamedLinear:
 def named_linears(chunks: Sequence[nn.Module]) -> list[NamedLinear]:
     """Every linear layer of the chunks in model order."""
     found = []
-    for chunk in map(unwrap, chunks):
-        found += [NamedLinear(chunk, *named) for named in walk(chunk) if looks_like_linear(named.module)]
+    for chunk in chunks:
+        found += [NamedLinear(chunk, *named) for named in walk(chunk, DoRALinear) if looks_like_linear(named.module)]
     return found
 
 
@@ -60,6 +60,30 @@ def gpt_config(chunks: Sequence[nn.Module]) -> Any:
     return config
 
 
+def true_vocabulary(config: Any, linears: Sequence[NamedLinear], stated: int | None) -> int | None:
+    """Rows of the output layer that stand for tokens; None where all do, for all that is known.
+
+    Megatron pads a vocabulary to a size that divides by the number of ranks. The rows beyond are trained like others,
+    to be improbable, but no token that the model knows depends on them.
+
+    Args:
+        config: from `gpt_config`; Megatron-Bridge's has the size before padding.
+        linears: of this rank's chunks.
+        stated: by the caller, None to go by the model.
+
+    Raises:
+        ValueError: the statement is no number of rows of the output layer.
+    """
+    sizes = [whole_sizes(linear.module)[1] for linear in linears if linear.whole_path == OUTPUT_LAYER]
+    if stated is not None and (stated <= 0 or any(stated > size for size in sizes)):
+        raise ValueError(
+            f"vocab_size: found {stated}, expected a positive number, at most the {sizes[0] if sizes else 'number of'} "
+            "rows of the model's output layer"
+        )
+    known = getattr(config, "vocab_size", None) if stated is None else stated
+    return known if known is not None and all(known < size for size in sizes) else None
+
+
 def every_hf_path(config: Any) -> list[str]:
     """Paths of all linear layers of the Hugging Face model."""
     layers = [
@@ -69,7 +93,8 @@ def every_hf_path(config: Any) -> list[str]:
 
 
 def whole_sizes(linear: Any) -> tuple[int, int]:
-    """Input and output features of a whole base layer, without padding."""
+    """Input and output features of a whole layer, adapted or not, without padding."""
+    linear = linear.to_wrap if isinstance(linear, DoRALinear) else linear
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
     return (

@@ -38,16 +38,39 @@ def own_part(model: torch.nn.Module, name: str, whole: torch.Tensor) -> torch.Te
     return adapter.placements[own_name].pad_and_shard(whole, adapter.tp_rank, adapter.tp_size)
 
 
+def optimizer_of(
+    model: torch.nn.Module, wholes: dict[str, torch.Tensor], salt: str
+) -> tuple[torch.optim.Optimizer, dict[str, torch.Tensor]]:
+    """An optimizer in the middle of training, and the whole first moments of its parameters."""
+    parameters = AdapterShards(model).parameters
+    optimizer = torch.optim.AdamW(parameters.values())
+    moments = {
+        name: whole_values(tuple(wholes[name].shape), f"{name} moment{salt}", 1.0).float() for name in parameters
+    }
+    for name, parameter in parameters.items():
+        own = own_part(model, name, moments[name])
+        optimizer.state[parameter] = {"step": torch.tensor(3.0), "exp_avg": own, "exp_avg_sq": own.square()}
+    return optimizer, moments
+
+
 def save(layout: Layout, folder: Path) -> None:
-    dora_fx.save_checkpoint(build(" of this run")[0], folder / str(layout))
+    model, wholes = build(" of this run")
+    dora_fx.save_checkpoint(model, folder / str(layout), optimizer_of(model, wholes, " of this run")[0])
 
 
 def load(layout: Layout, folder: Path) -> None:
-    _, expected = build(" of this run")
+    base, expected = build(" of this run")
+    _, moments = optimizer_of(base, expected, " of this run")
     for source in (ONE, TWO):
-        model, _ = build(" of another run")
-        dora_fx.load_checkpoint(model, folder / str(source))
+        model, wholes = build(" of another run")
+        optimizer, _ = optimizer_of(model, wholes, " of another run")
+        dora_fx.load_checkpoint(model, folder / str(source), optimizer)
         shards = AdapterShards(model)
+        for name, parameter in shards.parameters.items():
+            state = optimizer.state[parameter]
+            assert torch.equal(state["exp_avg"], own_part(model, name, moments[name])), f"{name}: moment"
+            assert torch.equal(state["exp_avg_sq"], state["exp_avg"].square())
+            assert state["step"] == 3
         for name, parameter in shards.parameters.items():
             assert torch.equal(shards.gather(name, parameter), expected[name]), name
             own = own_part(model, name, expected[name])
