@@ -16,7 +16,7 @@ import torch
 
 from dora_fx.functional import adapted_linear
 from dora_fx.parameter_cache import CachedSite, refresh
-from dora_fx.site_parameters import CachedParameters, StoredParameters, complete_parameters
+from dora_fx.site_parameters import CachedParameters, CompleteParameters, StoredParameters, complete_parameters
 from dora_fx.site_paths import path_of
 
 
@@ -29,7 +29,7 @@ class MarkedSite(NamedTuple):
         x: the layer's input, see `functional.adapted_linear`.
         bias: the bias that the base layer adds itself, None if it returns it or has none.
         stored: the site's parameters.
-        cached: the site's buffers. The dora_fx backend refreshes them before it runs a graph, and eager code here.
+        cached: the site's buffers. The dora_fx backend refreshes them before it runs a graph, and eager code in `mark`.
     """
 
     base_output: torch.Tensor | None
@@ -41,7 +41,11 @@ class MarkedSite(NamedTuple):
 
 def mark(site: MarkedSite) -> torch.Tensor:
     """Turn the base layer's output into the DoRA layer's, as one node where Dynamo traces."""
-    return dora_linear(site.base_output, site.x, site.bias, *site.stored, *site.cached)
+    if torch.compiler.is_compiling():
+        return dora_linear(site.base_output, site.x, site.bias, *site.stored, *site.cached)
+    refresh([CachedSite(path_of(site.stored.lora_a), site.stored, site.cached)])
+    [complete] = complete_parameters([site.stored], [site.cached])
+    return _adapted(site, complete)
 
 
 def unpack(arguments: Sequence[Any]) -> MarkedSite:
@@ -55,13 +59,16 @@ def unpack(arguments: Sequence[Any]) -> MarkedSite:
 
 @torch.compiler.allow_in_graph
 def dora_linear(*arguments: Any) -> torch.Tensor:
-    """The marker; see `mark`."""
-    base_output, x, bias, stored, cached = unpack(arguments)
-    if torch.compiler.is_compiling():
-        # Another compiler's graph runs without anybody who refreshes buffers, so it reads parameters alone.
-        [complete] = complete_parameters([stored._replace(base_norm_sq=None)])
-    else:
-        refresh([CachedSite(path_of(stored.lora_a), stored, cached)])
-        [complete] = complete_parameters([stored], [cached])
-    dtype = stored.dtype if base_output is None else base_output.dtype
-    return adapted_linear(x, stored, complete, bias, dtype=dtype, base_output=base_output)
+    """The marker; see `mark`.
+
+    Where no backend rewrites it, nobody refreshes buffers in front of its graph, and to write into a graph's inputs
+    would break what has saved them. So it reads parameters alone.
+    """
+    site = unpack(arguments)
+    [complete] = complete_parameters([site.stored._replace(base_norm_sq=None)])
+    return _adapted(site, complete)
+
+
+def _adapted(site: MarkedSite, complete: CompleteParameters) -> torch.Tensor:
+    dtype = site.stored.dtype if site.base_output is None else site.base_output.dtype
+    return adapted_linear(site.x, site.stored, complete, site.bias, dtype=dtype, base_output=site.base_output)
