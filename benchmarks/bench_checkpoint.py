@@ -28,7 +28,7 @@ from megatron.core.transformer import TransformerConfig
 
 import dora_fx
 from dora_fx.checkpoint.manifest import read_manifest
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 

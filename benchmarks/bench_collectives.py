@@ -30,7 +30,7 @@ from torch import nn
 from variants import HAS_BRIDGE, with_bridge_dora
 
 import dora_fx
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 
 # layout -> (class of the linear layer, sequence parallelism)
 LAYOUTS = {

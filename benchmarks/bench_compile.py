@@ -37,7 +37,7 @@ def _compile(options: argparse.Namespace, variant: str, layers: int, cache: str)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     from bench_model import make_variants
 
-    from dora_fx.megatron_world import megatron_world
+    from dora_fx.megatron.world import megatron_world
 
     options = argparse.Namespace(**{**vars(options), "layers": layers, "micro_batches": 1, "recompute": False})
     device = "cuda" if torch.cuda.is_available() else "cpu"

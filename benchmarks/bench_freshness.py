@@ -19,8 +19,8 @@ from measuring import interleaved, save
 from variants import gated_mlp, with_dora
 
 from dora_fx import DoRALinear
-from dora_fx.megatron_world import megatron_world
-from dora_fx.parameter_cache import refresh
+from dora_fx.cache.parameter_cache import refresh
+from dora_fx.megatron.world import megatron_world
 
 
 def measure(options: argparse.Namespace, device: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ from measuring import Table, interleaved, peak_bytes, ratios, save, saved_bytes,
 from torch import nn
 from variants import HAS_BRIDGE, PlainGatedMLP, gated_mlp, with_bridge_dora, with_dora, with_lora, with_peft
 
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 
 REFERENCE = "LoRA compiled"
 TARGETS = ["linear_fc1", "linear_fc2"]

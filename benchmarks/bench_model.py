@@ -24,7 +24,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 from variants import with_dora, with_lora, with_peft
 
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 from dora_fx.models import build_gpt_model, causal_mask
 
 REFERENCE = "LoRA"

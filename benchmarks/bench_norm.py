@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from measuring import Table, interleaved, peak_bytes, ratios, save, show
 
-from dora_fx.weight_norm import norm_dtype, norm_of_terms, norm_terms
+from dora_fx.function.weight_norm import norm_dtype, norm_of_terms, norm_terms
 
 REFERENCE = "dora_fx"
 SCALING = 2.0

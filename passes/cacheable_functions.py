@@ -21,9 +21,10 @@ from typing import Any
 
 from torch import fx
 
-import dora_fx
-from dora_fx.collectives import DEPEND_ON_RANK, group_rank, group_size
+from dora_fx import version
+from dora_fx.function.collectives import DEPEND_ON_RANK
 from dora_fx.passes.graph_utils import subgraph_modules
+from dora_fx.ranks.groups import group_rank, group_size
 
 # Dynamo's graphs call Python's operators too.
 _KNOWN_PACKAGES = ("torch", "_operator", "builtins", "math", "dora_fx")
@@ -53,7 +54,7 @@ def calls_only_known_functions(gm: fx.GraphModule) -> bool:
 @functools.cache
 def source_digest() -> str:
     """Digest of this package's sources, as they are when it is first asked for."""
-    folders = [Path(dora_fx.__file__).parent, Path(__file__).parent]
+    folders = [Path(version.__file__).parent, Path(__file__).parent]
     files = sorted({path.resolve() for folder in folders for path in folder.rglob("*.py")})
     return _digest(*(path.read_text(encoding="utf-8") for path in files))
 

@@ -16,9 +16,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 
-import dora_fx
+from dora_fx import version
 
-_PACKAGE = Path(dora_fx.__file__).parent
+_PACKAGE = Path(version.__file__).parent
 
 
 def subgraph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:

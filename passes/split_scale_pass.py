@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from dora_fx.function.row_scale import scale_rows
 from dora_fx.passes.graph_utils import call_like, erase_nodes, fake_value, subgraph_modules
-from dora_fx.row_scale import scale_rows
 
 logger = logging.getLogger(__name__)
 

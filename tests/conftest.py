@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 from tests.closeness import MARGINS
 
 ErrorKey = tuple[str, str, str]

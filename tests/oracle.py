@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dora_fx import DoRALinear
-from dora_fx.dropout import draw_dropout_key, keep_mask
+from dora_fx.function.dropout import draw_dropout_key, keep_mask
 from tests import reference
 from tests.closeness import relative_error as relative_error
 from tests.models import LinearZoo, sites

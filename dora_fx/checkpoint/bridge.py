@@ -26,13 +26,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor, nn
 from torch.distributed.checkpoint import TensorStorageMetadata
 
-from dora_fx.agreement import raise_on_every_rank
+from dora_fx.attach.matching import adapted_layers
 from dora_fx.checkpoint.reader import METADATA, CheckedReader
 from dora_fx.checkpoint.strategy import read_state
-from dora_fx.hf.export_adapter import world_group
-from dora_fx.layers import DoRALinear
-from dora_fx.matching import adapted_layers
-from dora_fx.wrappers import ModelT, check_unsharded, chunks_of, unwrap
+from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, unwrap
+from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.ranks.agreement import raise_on_every_rank
+from dora_fx.ranks.groups import world_group
 
 logger = logging.getLogger(__name__)
 

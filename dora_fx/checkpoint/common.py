@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_fx.checkpoint.failing_together import CheckpointError
-from dora_fx.safe_files.regular_file import UnsafeFileError, read_regular
-from dora_fx.safe_files.torch_file import load_torch_bytes
+from dora_fx.files.regular_file import UnsafeFileError, read_regular
+from dora_fx.files.torch_file import load_torch_bytes
 
 # Megatron's name for it. Versions from 0.17 on read such a file, but no longer write one.
 COMMON = "common.pt"

@@ -19,11 +19,11 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import nn
 
+from dora_fx.attach.matching import adapted_layers
 from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, gather
 from dora_fx.checkpoint.manifest import SiteSettings, StoredTensor
-from dora_fx.layers import DoRALinear
-from dora_fx.matching import adapted_layers
-from dora_fx.wrappers import check_unsharded, unwrap
+from dora_fx.megatron.wrappers import check_unsharded, unwrap
+from dora_fx.modules.dora_linear import DoRALinear
 
 # Megatron's prefix of the tensors that an optimizer keeps for a parameter.
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")

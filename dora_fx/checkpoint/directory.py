@@ -25,7 +25,7 @@ from typing import TypeVar
 
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from dora_fx.durable_files import give_default_mode, sync
+from dora_fx.files.durable import give_default_mode, sync
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dora_fx.safe_files.regular_file import UnsafeFileError
+from dora_fx.files.regular_file import UnsafeFileError
+from dora_fx.ranks.exchange import broadcast_object, gather_objects
+from dora_fx.ranks.groups import world_group
 
 
 class CheckpointError(RuntimeError):
@@ -59,12 +60,10 @@ def gather(value: Any, what: str) -> list[Any]:
     Raises:
         CheckpointError: another rank is gone.
     """
-    values: list[Any] = [None] * dist.get_world_size()
     try:
-        dist.all_gather_object(values, value)
+        return gather_objects(value, world_group())
     except RuntimeError as error:
         raise CheckpointError(f"{what}: another rank is gone ({describe_error(error)})") from error
-    return values
 
 
 def from_first_rank(value: Any, what: str) -> Any:
@@ -73,9 +72,7 @@ def from_first_rank(value: Any, what: str) -> Any:
     Raises:
         CheckpointError: another rank is gone.
     """
-    values = [value]
     try:
-        dist.broadcast_object_list(values, src=0)
+        return broadcast_object(value, world_group())
     except RuntimeError as error:
         raise CheckpointError(f"{what}: another rank is gone ({describe_error(error)})") from error
-    return values[0]

@@ -15,8 +15,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 
 from dora_fx.checkpoint.failing_together import CheckpointError
-from dora_fx.safe_files.json_file import read_json
-from dora_fx.safe_files.regular_file import named_beside, open_regular, shortened, size_of
+from dora_fx.files.json_file import read_json
+from dora_fx.files.regular_file import named_beside, open_regular, shortened, size_of
 
 MANIFEST = "dora_fx.json"
 FORMAT = "dora_fx checkpoint"

@@ -15,7 +15,7 @@ from dora_fx.checkpoint.directory import open_checkpoint, read_unreplaced, was_r
 from dora_fx.checkpoint.failing_together import CheckpointError, describe_error
 from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
 from dora_fx.checkpoint.reader import CheckedReader, load_checked
-from dora_fx.placement import ADAPTER_TENSORS
+from dora_fx.function.placement import ADAPTER_TENSORS
 
 
 @dataclass(frozen=True)

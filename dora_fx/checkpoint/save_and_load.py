@@ -40,7 +40,8 @@ from dora_fx.checkpoint.optimizer import OptimizerState
 from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.checkpoint.strategy import SaveStrategy, read_state
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
-from dora_fx.wrappers import Model, chunks_of
+from dora_fx.megatron.wrappers import Model, chunks_of
+from dora_fx.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +259,4 @@ def _other_versions(manifest: Manifest) -> str:
 def _versions() -> dict[str, str]:
     import megatron.core
 
-    import dora_fx
-
-    return {"dora_fx": dora_fx.__version__, "torch": torch.__version__, "megatron-core": megatron.core.__version__}
+    return {"dora_fx": __version__, "torch": torch.__version__, "megatron-core": megatron.core.__version__}

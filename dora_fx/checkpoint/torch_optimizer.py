@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_fx.adapter import ParallelLinearDoRAAdapter
+from dora_fx.attach.matching import adapted_layers
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import StoredTensor
 from dora_fx.checkpoint.plain_values import from_plain, to_plain
-from dora_fx.matching import adapted_layers
-from dora_fx.sharded_state_dict import adapter_sharded_state_dict
-from dora_fx.wrappers import walk
+from dora_fx.megatron.wrappers import walk
+from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 
 _KEY = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
 # What a group has beside hyper-parameters.
@@ -45,7 +45,8 @@ class AdapterParameter:
     def shard(self, kind: str, tensor: torch.Tensor) -> Any:
         """Describe a tensor of the parameter's shape as a shard of a whole one."""
         prefix = f"optimizer.state.{kind}.{self.path}.adapter."
-        [shard] = adapter_sharded_state_dict(self.adapter, {self.local_name: tensor}, prefix, (), None).values()
+        of, own = self.adapter, {self.local_name: tensor}
+        [shard] = adapter_sharded_state_dict(own, of.placements, of.tp_group, prefix, (), None).values()
         return shard
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dora_fx.cli.errors import UserError
+from dora_fx.files.json_file import parse_json
+from dora_fx.files.regular_file import open_regular, reason_of
 from dora_fx.models.reading import check_no_pointer
-from dora_fx.safe_files.json_file import parse_json
-from dora_fx.safe_files.regular_file import open_regular, reason_of
 
 _UNPACK = "unpack it"
 _NUL = (

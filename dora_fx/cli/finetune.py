@@ -13,6 +13,7 @@ import torch
 
 import dora_fx
 from dora_fx import DoRA
+from dora_fx.attach.report import DoRAReport
 from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base
 from dora_fx.cli.compilation import compile_in_place
 from dora_fx.cli.data import demo_documents, read_documents
@@ -34,7 +35,6 @@ from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.trainer import Trainer
 from dora_fx.cli.training_run import TrainingRun
 from dora_fx.cli.training_text import training_text
-from dora_fx.report import DoRAReport
 
 __all__ = ["HELP", "options_in_order", "parser", "run"]
 

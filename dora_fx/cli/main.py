@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dora_fx.cli.errors import Interrupted, UserError
+from dora_fx.version import __version__
 
 USER_ERROR_EXIT_CODE = 2
 
@@ -50,14 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     import jsonargparse
 
-    import dora_fx
     from dora_fx.cli import export, finetune, inspect, merge
 
     parser = jsonargparse.ArgumentParser(
         prog="dora-fx",
         description="DoRA fine-tuning of Megatron-Core models.",
         exit_on_error=False,
-        version=dora_fx.__version__,
+        version=__version__,
     )
     commands = parser.add_subcommands(required=True, dest="command")
     modules: dict[str, Any] = {"finetune": finetune, "export": export, "merge": merge, "inspect": inspect}

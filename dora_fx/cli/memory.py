@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from dora_fx.cli.errors import UserError
+from dora_fx.files.regular_file import reason_of
 from dora_fx.models.reading import is_out_of_memory
-from dora_fx.safe_files.regular_file import reason_of
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LOGIT_BYTES = 4

@@ -10,10 +10,10 @@ from dora_fx.checkpoint.directory import open_checkpoint
 from dora_fx.cli.base_model import load_checkpoint
 from dora_fx.cli.progress import Display
 from dora_fx.cli.saved_adapter import SavedAdapter, add_arguments, open_saved_adapter, or_user_error, write_folder
-from dora_fx.models.base_digests import base_digests
+from dora_fx.hf.base_digests import base_digests
+from dora_fx.hf.merged_model import merged_state_dict, save_hf_model
 from dora_fx.models.base_files import companion_files
 from dora_fx.models.hf_checkpoint import HFCheckpoint
-from dora_fx.models.hf_merged import merged_state_dict, save_hf_model
 
 HELP = "write the base with the adapter of a run or a checkpoint merged in, as a Hugging Face model"
 

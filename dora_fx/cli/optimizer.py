@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from dora_fx.cli.base_model import DTYPES
 from dora_fx.cli.options import FinetuneOptions, TrainingOptions
-from dora_fx.cpu_runtime import cuda_means_cpu
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_fx.cli.errors import UserError
+from dora_fx.files.yaml_file import read_yaml
 from dora_fx.models.reading import reading
-from dora_fx.safe_files.yaml_file import read_yaml
 
 
 def read_options_file(file: Path, flag: str | None = None) -> dict[str, Any]:

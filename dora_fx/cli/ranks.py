@@ -6,14 +6,16 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from dora_fx.cli.errors import UserError
-from dora_fx.megatron_world import megatron_world
-from dora_fx.safe_files.regular_file import reason_of
+from dora_fx.files.regular_file import reason_of
+from dora_fx.megatron.world import megatron_world
+from dora_fx.ranks.exchange import broadcast_object, gather_objects
+from dora_fx.ranks.groups import world_group
 
 T = TypeVar("T")
 
@@ -83,16 +85,16 @@ class Ranks:
         """Call `function` on rank 0 alone; every rank gets its result, or raises the UserError it raised."""
         if self.world_size == 1:
             return function(*args)
-        outcome: list[Any] = [None, None]
+        result, problem = None, None
         if self.is_main:
             try:
-                outcome[0] = function(*args)
+                result = function(*args)
             except UserError as error:
-                outcome[1] = str(error)
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise UserError(outcome[1])
-        return outcome[0]
+                problem = str(error)
+        result, problem = broadcast_object((result, problem), world_group())
+        if problem is not None:
+            raise UserError(problem)
+        return cast(T, result)
 
     def main_first(self, function: Callable[..., T], *args: Any) -> T:
         """Call `function` on rank 0, then on the others, which find what it left in a cache."""
@@ -103,18 +105,11 @@ class Ranks:
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values, on every rank."""
-        if self.world_size == 1:
-            return value
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return max(values)
+        return max(gather_objects(value, world_group()))
 
     def check_agreement(self, settings: Mapping[str, object]) -> None:
         """Raise UserError on every rank if the settings of one differ from rank 0's, naming them and the rank."""
-        if self.world_size == 1:
-            return
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, {name: repr(value) for name, value in settings.items()})
+        found = gather_objects({name: repr(value) for name, value in settings.items()}, world_group())
         for global_rank, theirs in enumerate(found):
             differing = [name for name in settings if theirs.get(name) != found[0].get(name)]
             if differing:

@@ -25,9 +25,9 @@ from dora_fx.checkpoint import CheckpointError
 from dora_fx.checkpoint.directory import open_checkpoint, previous_of
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.options_file import read_options_file
-from dora_fx.durable_files import give_default_mode, sync
-from dora_fx.safe_files.json_file import parse_json
-from dora_fx.safe_files.regular_file import UnsafeFileError, open_regular
+from dora_fx.files.durable import give_default_mode, sync
+from dora_fx.files.json_file import parse_json
+from dora_fx.files.regular_file import UnsafeFileError, open_regular
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -11,20 +11,21 @@ import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from dora_fx.agreement import raise_on_every_rank
+from dora_fx.function.placement import ADAPTER_TENSORS
 from dora_fx.hf.layers import NamedLinear, adapted_linears, gpt_config, named_linears, true_vocabulary
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
+from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap
 from dora_fx.models.hf_parts import LM_HEAD, OUTPUT_LAYER, HeadShape, hf_rows
-from dora_fx.placement import ADAPTER_TENSORS
-from dora_fx.whole_tensors import AdapterShards
-from dora_fx.wrappers import Model, check_unsharded, chunks_of, unwrap
+from dora_fx.modules.whole_tensors import AdapterShards
+from dora_fx.ranks.agreement import raise_on_every_rank
+from dora_fx.ranks.exchange import gather_objects, gather_objects_on_first_rank
+from dora_fx.ranks.groups import has_other_ranks, world_group
 
 logger = logging.getLogger(__name__)
 
@@ -150,13 +151,13 @@ def _whole_adapter(site: NamedLinear, shards: AdapterShards) -> dict[str, Tensor
 
 
 def _to_first_rank(own: dict[str, PeftModule]) -> dict[str, PeftModule]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    group = world_group()
+    if not has_other_ranks(group):
         return own
     # Tensor- and data-parallel replicas hold the same whole tensors.
     is_speaker = parallel_state.get_tensor_model_parallel_rank() == 0 and _data_parallel_rank() == 0
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(own if is_speaker else {}, parts, dst=0)
-    return {path: module for part in parts or [] for path, module in part.items()}
+    parts = gather_objects_on_first_rank(own if is_speaker else {}, group)
+    return {path: module for part in parts for path, module in part.items()}
 
 
 def _data_parallel_rank() -> int:
@@ -165,19 +166,11 @@ def _data_parallel_rank() -> int:
 
 def _dropout_of_all_ranks(sites: Sequence[NamedLinear]) -> float:
     """The dropout of all adapters on all ranks; a pipeline stage may have none of its own."""
-    found: list[Any] = [[site.module.adapter.dropout for site in sites]]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        own, found = found[0], [None] * dist.get_world_size()
-        dist.all_gather_object(found, own)
+    found = gather_objects([site.module.adapter.dropout for site in sites], world_group())
     dropouts = [dropout for part in found for dropout in part]
     if not dropouts:
         raise ValueError("found no adapted layer, expected a model that DoRA was called on")
     return one_dropout(dropouts)
-
-
-def world_group() -> dist.ProcessGroup | None:
-    """All processes, None where torch.distributed is not started."""
-    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def _global_rank() -> int:

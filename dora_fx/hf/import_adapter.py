@@ -11,19 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dora_fx.agreement import raise_on_every_rank
-from dora_fx.attach import AttachPlan, attach, plan_attachment, rebuild_gradient_buffers
-from dora_fx.config import DoRA
-from dora_fx.dynamo import capture_megatron_whole
-from dora_fx.hf.export_adapter import world_group
+from dora_fx.attach.config import DoRA
+from dora_fx.attach.matching import adapted_layers
+from dora_fx.attach.plan import AttachPlan, attach, plan_attachment
+from dora_fx.function.placement import layout_of
 from dora_fx.hf.join import JoinedAdapter, Part, join_parts
 from dora_fx.hf.layers import NamedLinear, every_hf_path, gpt_config, named_linears, true_vocabulary, whole_sizes
 from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
-from dora_fx.layers import DoRALinear
-from dora_fx.matching import adapted_layers
+from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
+from dora_fx.megatron.dynamo_settings import capture_megatron_whole
+from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of
 from dora_fx.models.hf_parts import LM_HEAD, OUTPUT_LAYER, HeadShape, hf_paths, hf_rows
-from dora_fx.placement import layout_of
-from dora_fx.wrappers import ModelT, check_unsharded, chunks_of
+from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.ranks.agreement import raise_on_every_rank
+from dora_fx.ranks.groups import world_group
 
 logger = logging.getLogger(__name__)
 

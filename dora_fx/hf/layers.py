@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from dora_fx.layers import DoRALinear
-from dora_fx.matching import looks_like_linear
+from dora_fx.attach.matching import looks_like_linear
+from dora_fx.megatron.wrappers import unwrap, walk
 from dora_fx.models.hf_parts import HF_NAMES, LM_HEAD, OUTPUT_LAYER
-from dora_fx.wrappers import unwrap, walk
+from dora_fx.modules.dora_linear import DoRALinear
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dora_fx.durable_files import give_default_mode, sync
+from dora_fx.files.durable import give_default_mode, sync
 
 
 def check_new_folder(path: Path) -> None:

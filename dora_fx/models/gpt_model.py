@@ -30,7 +30,7 @@ def build_gpt_model(
 ) -> nn.Module:
     """A Megatron GPTModel that computes what the Hugging Face model computes.
 
-    Megatron's model-parallel groups must exist (`dora_fx.megatron_world`); each tensor-parallel rank keeps its
+    Megatron's model-parallel groups must exist (`dora_fx.megatron.world`); each tensor-parallel rank keeps its
     shards. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the attention mask.
 
     Args:

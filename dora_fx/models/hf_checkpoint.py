@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_fx.files.regular_file import reason_of
 from dora_fx.models.architecture import architecture_of
 from dora_fx.models.gguf_config import gguf_config
 from dora_fx.models.gguf_tensors import gguf_state_dict, open_gguf
@@ -26,7 +27,6 @@ from dora_fx.models.weight_files import (
     read_weights,
     weights_by_name,
 )
-from dora_fx.safe_files.regular_file import reason_of
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dora_fx.files.model_sizes import check_sizes
+from dora_fx.files.regular_file import check_no_special_files, shortened
 from dora_fx.models.architecture import SUPPORTED_MODEL_TYPES, UnsupportedModelError, architecture_of
 from dora_fx.models.base_files import CONFIG, GENERATION_CONFIG
 from dora_fx.models.reading import check_readable, read_json_object, reading
-from dora_fx.safe_files.model_sizes import check_sizes
-from dora_fx.safe_files.regular_file import check_no_special_files, shortened
 
 UPGRADE = "if a newer version wrote it, upgrade transformers and tokenizers; otherwise download it again"
 

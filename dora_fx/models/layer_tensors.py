@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from dora_fx.function.placement import shard
 from dora_fx.models.architecture import GPTArchitecture
-from dora_fx.placement import shard
 
 # Hugging Face name -> Megatron name, both within their layer, for the tensors that are the same in both.
 _SAME = {

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_fx.files.model_sizes import check_elements
+from dora_fx.files.regular_file import UnsafeFileError, named_beside, shortened
+from dora_fx.files.torch_file import check_torch_file
 from dora_fx.models.model_tensors import (
     EMBEDDING_WEIGHT,
     OUTPUT_WEIGHT,
@@ -26,9 +29,6 @@ from dora_fx.models.model_tensors import (
     expected_shapes,
 )
 from dora_fx.models.reading import UnreadableFileError, check_readable, read_json_object, reading
-from dora_fx.safe_files.model_sizes import check_elements
-from dora_fx.safe_files.regular_file import UnsafeFileError, named_beside, shortened
-from dora_fx.safe_files.torch_file import check_torch_file
 
 # In the order in which transformers looks for them.
 _SINGLE_AND_INDEX = (

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 
 
 def enter_rank(

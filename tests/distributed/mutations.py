@@ -15,18 +15,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dora_fx import (
-    ParallelLinearDoRAAdapter,
-    attach,
-    collectives,
-    dropout,
-    functional,
-    row_scale,
-    site_parameters,
-    weight_norm,
-)
-
-Adapter = ParallelLinearDoRAAdapter
+from dora_fx.attach import plan
+from dora_fx.function import collectives, dropout, formula, row_scale, site_parameters, weight_norm
+from dora_fx.modules.adapter import ParallelLinearDoRAAdapter as Adapter
 
 
 @dataclass(frozen=True)
@@ -41,7 +32,7 @@ class Mutation:
 
 WRONG_GROUP = Mutation(
     "data-parallel group in place of the tensor-parallel one",
-    attach._plan_site,
+    plan._plan_site,
     "linear.tp_group.group_name if",
     "_data_parallel_group().group_name if",
 )
@@ -68,38 +59,38 @@ MUTATIONS = [
     ),
     Mutation(
         "gain applied before the reduce, magnitude's gradient left partial",
-        functional._scaled,
+        formula._scaled,
         "output = _join(_base_product(x, stored, bias), low_rank, stored, bias)",
         "delta = trained_delta(complete.magnitude, *complete.scale)\n        "
         "return _join(_base_product(x, stored, bias) * (delta + 1.0), low_rank * (delta + 1.0), stored, bias)",
     ),
-    Mutation("no dropout correction", functional._scaled_under_dropout, "dropped_product * delta +", ""),
+    Mutation("no dropout correction", formula._scaled_under_dropout, "dropped_product * delta +", ""),
     Mutation(
         "two dropout masks",
-        functional._scaled_under_dropout,
+        formula._scaled_under_dropout,
         "change = dropped_product",
         "other = draw_dropout_key(x, stored.tp_group)\n"
         "    other = dropout(x, other, *stored.dropout, stored.table.shards_input_features)\n"
         "    change = F.linear(other, stored.weight)",
     ),
-    Mutation("input gradient not reduced", functional.adapted_linear, "table.enter in ENTER", 'table.enter == "x"'),
-    Mutation("low-rank product not scaled", functional._scaled_under_dropout, "(delta + 1.0)", "1.0"),
+    Mutation("input gradient not reduced", formula.adapted_linear, "table.enter in ENTER", 'table.enter == "x"'),
+    Mutation("low-rank product not scaled", formula._scaled_under_dropout, "(delta + 1.0)", "1.0"),
     Mutation("gain without minus norm", row_scale.magnitude_delta, "(magnitude - norm)", "magnitude"),
     Mutation(
         "low-rank product not reduced",
-        functional._scaled,
+        formula._scaled,
         "base_output + _reduce(low_rank, stored)",
         "base_output + low_rank",
     ),
     Mutation(
         "low-rank product joined after the reduce",
-        functional._join,
+        formula._join,
         "_reduce(product + addend, stored)",
         "_reduce(product, stored) + addend",
     ),
     Mutation(
         "base collective run twice",
-        functional._join,
+        formula._join,
         "_reduce(product + addend, stored)",
         "_reduce(_reduce(product + addend, stored), stored)",
     ),
@@ -141,14 +132,14 @@ MUTATIONS = [
     ),
     Mutation("weight gradients reduced twice", collectives._reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
     Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),
-    Mutation("group of one rank", attach._plan_site, "linear.tp_group.size() > 1", "linear.tp_group.size() > 2"),
+    Mutation("group of one rank", plan._plan_site, "linear.tp_group.size() > 1", "linear.tp_group.size() > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),
     Mutation("mask differs between replicas", dropout.keep_mask, "tokens ^ key[0]", "tokens ^ key[0] ^ key[2]"),
     Mutation("dropout without rescaling", dropout.dropout, "x * rescale", "x"),
     Mutation("shards not marked", Adapter._mark_sharded_parameters, "placement.dim is not None", "False"),
     Mutation("magnitude marked as a shard", Adapter._mark_sharded_parameters, "placement.dim is not None", "True"),
-    Mutation("A drawn per rank", attach.seed_for, "(seed +", "(seed + _rank() +"),
-    Mutation("gated rows sharded as one block", attach._row_blocks, "2 if gated", "1 if gated"),
+    Mutation("A drawn per rank", plan.seed_for, "(seed +", "(seed + _rank() +"),
+    Mutation("gated rows sharded as one block", plan._row_blocks, "2 if gated", "1 if gated"),
 ]
 
 

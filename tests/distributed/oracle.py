@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_fx.dropout import draw_dropout_key, keep_mask
+from dora_fx.function.dropout import draw_dropout_key, keep_mask
 from tests.distributed.training import NUM_MICROBATCHES, Mode, TrainingRun
 from tests.distributed.zoo import Topology, sites_of, tensors_of
 from tests.reference import ReferenceLinear

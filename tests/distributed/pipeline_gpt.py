@@ -23,8 +23,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import nn
 
 import dora_fx
-from dora_fx.cpu_runtime import cuda_means_cpu
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
+from dora_fx.megatron.world import megatron_world
 from dora_fx.models import causal_mask
 from dora_fx.models.gpt_model import FrozenRMSNorm
 from tests.distributed.zoo import Sharding, shardings, sites_of, split, tensors_of, whole_values

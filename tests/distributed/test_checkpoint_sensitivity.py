@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 import dora_fx
-from dora_fx import CheckpointError, sharded_state_dict, site_parameters
+from dora_fx import CheckpointError
+from dora_fx.function import site_parameters
+from dora_fx.modules import sharded_state_dict
 from tests.closeness import relative_error, rounding
 from tests.distributed.launch import visit_worlds
 from tests.distributed.mutations import Mutation, planted

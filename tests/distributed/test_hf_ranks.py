@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 import dora_fx
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 from tests.distributed.launch import run_ranks
 from tests.hf_models import tiny_hf_model
 from tests.models import randomize_adapters, tiny_gpt

@@ -19,9 +19,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch.multiprocessing import ProcessRaisedException
 
 import dora_fx
-from dora_fx import freshness
-from dora_fx.cpu_runtime import cuda_means_cpu
-from dora_fx.freshness import StaleParametersError
+from dora_fx.cache import freshness
+from dora_fx.cache.freshness import StaleParametersError
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from tests.distributed.launch import run_ranks
 from tests.distributed.mutations import Mutation, planted
 from tests.distributed.zoo import (

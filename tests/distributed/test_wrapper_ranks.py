@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 import dora_fx
-from dora_fx.cpu_runtime import cuda_means_cpu
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from tests.distributed.launch import run_ranks
 from tests.models import config, randomize_adapters, sites
 

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch.utils.checkpoint import checkpoint
 
-from dora_fx.cpu_runtime import cuda_means_cpu
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from tests.distributed.zoo import (
     BATCH,
     LAYERS,

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dora_fx.cpu_runtime import cuda_current_device_is_cpu
+from dora_fx.megatron.cpu_runtime import cuda_current_device_is_cpu
 
 
 @contextlib.contextmanager

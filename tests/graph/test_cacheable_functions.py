@@ -12,7 +12,7 @@ from tests.graph.capture import capture
 from tests.graph.conftest import fake_world
 from tests.graph.sites import IN, adapted, column, row
 
-GATHERING = "dora_fx.collectives.gather_features"
+GATHERING = "dora_fx.function.collectives.gather_features"
 
 
 def functions(tp_size: int, *, tp_rank: int = 0, recompute: bool = False) -> dict[str, str]:
@@ -28,12 +28,12 @@ def functions(tp_size: int, *, tp_rank: int = 0, recompute: bool = False) -> dic
 @pytest.mark.parametrize("recompute", [False, True])
 def test_every_function_of_this_package_is_named(recompute: bool) -> None:
     assert sorted(functions(2, recompute=recompute)) == [
-        "dora_fx.collectives.copy_to_group",
+        "dora_fx.function.collectives.copy_to_group",
         GATHERING,
-        "dora_fx.collectives.gathered_rows_together",
-        "dora_fx.dropout.draw_dropout_key",
-        "dora_fx.dropout.dropout",
-        "dora_fx.row_scale.trained_delta",
+        "dora_fx.function.collectives.gathered_rows_together",
+        "dora_fx.function.dropout.draw_dropout_key",
+        "dora_fx.function.dropout.dropout",
+        "dora_fx.function.row_scale.trained_delta",
     ]
 
 
@@ -47,15 +47,15 @@ def test_the_size_of_the_group_matters() -> None:
     two, four = functions(2), functions(4)
     assert two.keys() == four.keys()
     assert [name for name in two if two[name] == four[name]] == [
-        "dora_fx.dropout.dropout",
-        "dora_fx.row_scale.trained_delta",
+        "dora_fx.function.dropout.dropout",
+        "dora_fx.function.row_scale.trained_delta",
     ]
 
 
 def test_one_rank_without_dropout_has_the_scale_alone(tensor_parallel) -> None:
     tensor_parallel(1)
     [after] = capture(adapted(row()), IN).after
-    assert list(cacheable_functions(after)) == ["dora_fx.row_scale.scale_rows"]
+    assert list(cacheable_functions(after)) == ["dora_fx.function.row_scale.scale_rows"]
     assert calls_only_known_functions(after)
 
 

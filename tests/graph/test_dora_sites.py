@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_fx.ops import dora_linear
+from dora_fx.modules.marker import dora_linear
 from dora_fx.passes.dora_sites import find_dora_sites
 from tests.closeness import assert_close, rounding
 from tests.graph.capture import SEQUENCE, capture

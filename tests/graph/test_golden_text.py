@@ -28,7 +28,7 @@ class GraphModule(torch.nn.Module):
         t: "f32[48, 80]" = weight.t()
         output: "f32[6, 2, 80]" = torch.matmul(x, t)
 
-        output_1: "f32[6, 2, 80]" = dora_fx_ops_dora_linear(output, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, delta, grad_gain, grad_scale, None, None)
+        output_1: "f32[6, 2, 80]" = dora_fx_modules_marker_dora_linear(output, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, delta, grad_gain, grad_scale, None, None)
         return (output_1,)
 """,
     )
@@ -48,7 +48,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + linear_1
         to: "f32[6, 2, 80]" = add.to(torch.float32)
-        scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
         return (scale_rows,)
 """,
     )
@@ -70,7 +70,7 @@ class GraphModule(torch.nn.Module):
         add: "f32[6, 2, 80]" = linear_2 + bias
         add_1: "f32[6, 2, 80]" = add + linear_1
         to: "f32[6, 2, 80]" = add_1.to(torch.float32)
-        scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
         return (scale_rows,)
 """,
     )
@@ -92,7 +92,7 @@ class GraphModule(torch.nn.Module):
         add_1: "f32[6, 2, 80]" = linear_2 + bias
         add_2: "f32[6, 2, 80]" = add_1 + linear_1
         to: "f32[6, 2, 80]" = add_2.to(torch.float32)
-        scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
         return (scale_rows,)
 """,
     )
@@ -106,15 +106,15 @@ def test_linear_with_dropout():
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
-        draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, '')
-        dropout: "f32[6, 2, 48]" = dora_fx_dropout_dropout(x, draw_dropout_key, threshold, rescale, False)
+        draw_dropout_key: "i64[3]" = dora_fx_function_dropout_draw_dropout_key(x, '')
+        dropout: "f32[6, 2, 48]" = dora_fx_function_dropout_dropout(x, draw_dropout_key, threshold, rescale, False)
         cat: "f32[12, 2, 48]" = torch.cat((x, dropout))
         linear_1: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
         chunk = linear_1.chunk(2)
         getitem: "f32[6, 2, 80]" = chunk[0]
         getitem_1: "f32[6, 2, 80]" = chunk[1]
         add: "f32[6, 2, 80]" = getitem + bias
-        trained_delta: "f32[80]" = dora_fx_row_scale_trained_delta(magnitude, delta, grad_gain, grad_scale)
+        trained_delta: "f32[80]" = dora_fx_function_row_scale_trained_delta(magnitude, delta, grad_gain, grad_scale)
         mul: "f32[6, 2, 80]" = getitem_1 * trained_delta
         linear_2: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
         view: "f32[]" = scaling.view(())
@@ -160,7 +160,7 @@ class GraphModule(torch.nn.Module):
             linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, l_model_modules_linear_modules_to_wrap_parameters_weight_, None)
             add: "f32[6, 2, 80]" = linear_2 + linear_1
             to: "f32[6, 2, 80]" = add.to(torch.float32)
-            scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, None, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_delta_, l_model_modules_linear_buffers_cached_grad_gain_, l_model_modules_linear_buffers_cached_grad_scale_)
+            scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_delta_, l_model_modules_linear_buffers_cached_grad_gain_, l_model_modules_linear_buffers_cached_grad_scale_)
             return (scale_rows,)
 """,
     )
@@ -197,13 +197,13 @@ add: "f32[6, 2, 80]" = linear_2 + linear_1
         getitem_6: "f32[40]" = chunk_3[0]
         getitem_7: "f32[40]" = chunk_4[0]
         getitem_8: "f32[40]" = chunk_5[0]
-        scale_rows_1: "f32[6, 2, 40]" = dora_fx_row_scale_scale_rows(getitem_4, None, getitem_5, getitem_6, getitem_7, getitem_8)
+        scale_rows_1: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(getitem_4, None, getitem_5, getitem_6, getitem_7, getitem_8)
         getitem_9: "f32[6, 2, 40]" = chunk_1[1]
         getitem_10: "f32[40]" = chunk_2[1]
         getitem_11: "f32[40]" = chunk_3[1]
         getitem_12: "f32[40]" = chunk_4[1]
         getitem_13: "f32[40]" = chunk_5[1]
-        scale_rows_2: "f32[6, 2, 40]" = dora_fx_row_scale_scale_rows(getitem_9, None, getitem_10, getitem_11, getitem_12, getitem_13)
+        scale_rows_2: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(getitem_9, None, getitem_10, getitem_11, getitem_12, getitem_13)
 
         silu: "f32[6, 2, 40]" = torch.nn.functional.silu(scale_rows_1)
         mul: "f32[6, 2, 40]" = silu * scale_rows_2

@@ -18,9 +18,9 @@ def test_column_on_two_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[40, 48]", x: "f32[6, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]", scaling: "f32[1]", delta: "f32[40]", grad_gain: "f32[40]", grad_scale: "f32[40]", whole_lora_a: "f32[16, 48]"):
 
-        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
+        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
         getitem_1: "f32[16, 48]" = gathered_rows_together[0]
-        copy_to_group: "f32[6, 2, 48]" = dora_fx_collectives_copy_to_group(x, 'tp')
+        copy_to_group: "f32[6, 2, 48]" = dora_fx_function_collectives_copy_to_group(x, 'tp')
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(copy_to_group, getitem_1)
         view: "f32[]" = scaling.view(())
         mul: "f32[6, 2, 16]" = linear * view
@@ -28,7 +28,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[6, 2, 40]" = torch._C._nn.linear(copy_to_group, weight, None)
         add: "f32[6, 2, 40]" = linear_2 + linear_1
         to: "f32[6, 2, 40]" = add.to(torch.float32)
-        scale_rows: "f32[6, 2, 40]" = dora_fx_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
         return (scale_rows,)
 """,
     )
@@ -43,7 +43,7 @@ def test_row_on_two_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
-        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
+        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
         view: "f32[]" = scaling.view(())
@@ -51,9 +51,9 @@ class GraphModule(torch.nn.Module):
         linear_1: "f32[6, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + linear_1
-        reduce_from_group: "f32[6, 2, 80]" = dora_fx_collectives_reduce_from_group(add, 'tp')
+        reduce_from_group: "f32[6, 2, 80]" = dora_fx_function_collectives_reduce_from_group(add, 'tp')
         to: "f32[6, 2, 80]" = reduce_from_group.to(torch.float32)
-        scale_rows: "f32[6, 2, 80]" = dora_fx_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
         return (scale_rows,)
 """,
     )
@@ -68,18 +68,18 @@ def test_row_sequence_parallel_with_dropout_on_two_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
-        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
+        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
-        copy_to_group_together = dora_fx_collectives_copy_to_group_together([magnitude], 'tp')
+        copy_to_group_together = dora_fx_function_collectives_copy_to_group_together([magnitude], 'tp')
         getitem_3: "f32[80]" = copy_to_group_together[0]
-        draw_dropout_key: "i64[3]" = dora_fx_dropout_draw_dropout_key(x, 'tp')
-        dropout: "f32[6, 2, 24]" = dora_fx_dropout_dropout(x, draw_dropout_key, threshold, rescale, True)
+        draw_dropout_key: "i64[3]" = dora_fx_function_dropout_draw_dropout_key(x, 'tp')
+        dropout: "f32[6, 2, 24]" = dora_fx_function_dropout_dropout(x, draw_dropout_key, threshold, rescale, True)
         cat: "f32[12, 2, 24]" = torch.cat((x, dropout))
         linear: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
         chunk = linear.chunk(2)
         getitem_4: "f32[6, 2, 80]" = chunk[0]
         getitem_5: "f32[6, 2, 80]" = chunk[1]
-        trained_delta: "f32[80]" = dora_fx_row_scale_trained_delta(getitem_3, delta, grad_gain, grad_scale)
+        trained_delta: "f32[80]" = dora_fx_function_row_scale_trained_delta(getitem_3, delta, grad_gain, grad_scale)
         mul: "f32[6, 2, 80]" = getitem_5 * trained_delta
         linear_1: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
         view: "f32[]" = scaling.view(())
@@ -90,7 +90,7 @@ class GraphModule(torch.nn.Module):
         add_1: "f32[6, 2, 80]" = mul + mul_2
         to: "f32[6, 2, 80]" = add_1.to(torch.float32)
         add_2: "f32[6, 2, 80]" = getitem_4 + to
-        reduce_scatter_sequence: "f32[3, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add_2, 'tp')
+        reduce_scatter_sequence: "f32[3, 2, 80]" = dora_fx_function_collectives_reduce_scatter_sequence(add_2, 'tp')
         return (reduce_scatter_sequence,)
 """,
     )
@@ -105,9 +105,9 @@ def test_column_sequence_parallel_on_eight_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[10, 48]", x: "f32[1, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]", scaling: "f32[1]", delta: "f32[10]", grad_gain: "f32[10]", grad_scale: "f32[10]", whole_lora_a: "f32[16, 48]"):
 
-        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
+        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
         getitem_2: "f32[16, 48]" = gathered_rows_together[0]
-        gather_sequence: "f32[8, 2, 48]" = dora_fx_collectives_gather_sequence(x, 'tp')
+        gather_sequence: "f32[8, 2, 48]" = dora_fx_function_collectives_gather_sequence(x, 'tp')
         linear: "f32[8, 2, 16]" = torch._C._nn.linear(gather_sequence, getitem_2)
         view: "f32[]" = scaling.view(())
         mul: "f32[8, 2, 16]" = linear * view
@@ -115,7 +115,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[8, 2, 10]" = torch._C._nn.linear(gather_sequence, weight, None)
         add: "f32[8, 2, 10]" = linear_2 + linear_1
         to: "f32[8, 2, 10]" = add.to(torch.float32)
-        scale_rows: "f32[8, 2, 10]" = dora_fx_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[8, 2, 10]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
         return (scale_rows,)
 """,
     )
@@ -130,9 +130,9 @@ def test_row_sequence_parallel_on_eight_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
-        gathered_rows_together = dora_fx_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
+        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
         getitem_2: "f32[80, 16]" = gathered_rows_together[0]
-        copy_to_group_together = dora_fx_collectives_copy_to_group_together([magnitude], 'tp')
+        copy_to_group_together = dora_fx_function_collectives_copy_to_group_together([magnitude], 'tp')
         getitem_3: "f32[80]" = copy_to_group_together[0]
         linear: "f32[8, 2, 16]" = torch._C._nn.linear(x, lora_a)
         view: "f32[]" = scaling.view(())
@@ -140,9 +140,9 @@ class GraphModule(torch.nn.Module):
         linear_1: "f32[8, 2, 80]" = torch._C._nn.linear(mul, getitem_2)
         linear_2: "f32[8, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[8, 2, 80]" = linear_2 + linear_1
-        reduce_scatter_sequence: "f32[1, 2, 80]" = dora_fx_collectives_reduce_scatter_sequence(add, 'tp')
+        reduce_scatter_sequence: "f32[1, 2, 80]" = dora_fx_function_collectives_reduce_scatter_sequence(add, 'tp')
         to: "f32[1, 2, 80]" = reduce_scatter_sequence.to(torch.float32)
-        scale_rows: "f32[1, 2, 80]" = dora_fx_row_scale_scale_rows(to, None, getitem_3, delta, grad_gain, grad_scale)
+        scale_rows: "f32[1, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, getitem_3, delta, grad_gain, grad_scale)
         return (scale_rows,)
 """,
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from dora_fx.ops import dora_linear
+from dora_fx.modules.marker import dora_linear
 from dora_fx.passes.graph_utils import subgraph_modules
 from dora_fx.passes.rewrite_dora_pass import rewrite_dora_pass
 from tests.graph.capture import SEQUENCE, capture
@@ -41,7 +41,7 @@ def test_marker_is_gone_and_new_nodes_are_described(recompute):
     assert len(products) == 3
     for node in products:
         assert "OneLinear" in str(node.meta["nn_module_stack"]) or "DoRALinear" in str(node.meta["nn_module_stack"])
-        assert "layers.py" in node.meta["stack_trace"]
+        assert "dora_linear.py" in node.meta["stack_trace"]
         assert isinstance(node.meta["example_value"], torch.Tensor)
 
 

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dora_fx.function.row_scale import scale_rows
 from dora_fx.passes import default_passes
 from dora_fx.passes.rewrite_dora_pass import rewrite_dora_pass
 from dora_fx.passes.split_scale_pass import find_split_scales, split_scale_pass
-from dora_fx.row_scale import scale_rows
 from tests.graph.capture import capture
 from tests.graph.sites import IN, OneLinear, adapted, column
 from tests.models import randomize_adapters

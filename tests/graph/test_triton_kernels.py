@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dora_fx.functional import adapted_linear
-from dora_fx.site_parameters import CachedParameters, StoredParameters, complete_parameters
+from dora_fx.function.formula import adapted_linear
+from dora_fx.function.site_parameters import CachedParameters, StoredParameters, complete_parameters
 
 pytest.importorskip("triton", reason="Inductor generates Triton code where Triton is installed")
 

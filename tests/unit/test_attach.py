@@ -14,7 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 import dora_fx
-from dora_fx.matching import matches
+from dora_fx.attach.matching import matches
 from tests.closeness import assert_close, rounding, roundings_of
 from tests.models import DIM, GPT_TARGETS, config, logits_of, sites, tiny_gpt, token_ids, trainable
 from tests.unit.hostile_files import is_endless

@@ -19,7 +19,7 @@ import torch
 import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.checkpoint.plain import read_adapters
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 from tests.unit.checkpoints import adapted, are_equal, leftovers, loaded, values
 
 OLD, NEW, NEXT = 1, 2, 3

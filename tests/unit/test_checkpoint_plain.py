@@ -12,7 +12,7 @@ from torch import nn
 import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.checkpoint.plain import read_adapters
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 from tests.models import GPT_TARGETS, randomize_adapters, tiny_gpt
 
 ALIKE = [dict(target_modules=[*GPT_TARGETS, "output_layer"], dim=4, alpha=8, dropout=0.1)]

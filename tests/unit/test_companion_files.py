@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import dora_fx
 from dora_fx.cli.main import main
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 from dora_fx.models import load_hf_checkpoint
 from dora_fx.models.base_files import companion_files
 from tests.gguf_models import write_gguf

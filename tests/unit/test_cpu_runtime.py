@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_fx.cpu_runtime import cuda_current_device_is_cpu
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.cpu_runtime import cuda_current_device_is_cpu
+from dora_fx.megatron.world import megatron_world
 
 PROGRAM = """
 import torch
 {first}
-from dora_fx.dynamo import capture_megatron_whole
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.dynamo_settings import capture_megatron_whole
+from dora_fx.megatron.world import megatron_world
 from dora_fx.models import build_gpt_model, causal_mask
 from tests.hf_models import tiny_hf_model
 
@@ -40,8 +40,8 @@ for _ in range(2):
         "pass",
         "import torch._dynamo",
         'torch.compile(torch.sin, backend="eager")(torch.zeros(2))',
-        "import dora_fx.cpu_runtime, contextlib; contextlib.ExitStack().enter_context("
-        "dora_fx.cpu_runtime.cuda_current_device_is_cpu()); import torch._dynamo",
+        "import dora_fx.megatron.cpu_runtime, contextlib; contextlib.ExitStack().enter_context("
+        "dora_fx.megatron.cpu_runtime.cuda_current_device_is_cpu()); import torch._dynamo",
     ],
     ids=["dynamo_last", "dynamo_first", "compiled_before", "patched_before_dynamo"],
 )

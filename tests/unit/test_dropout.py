@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from dora_fx import dropout as dora_dropout
-from dora_fx.dropout import DropoutFactors, draw_dropout_key, dropout
+from dora_fx.function import dropout as dora_dropout
+from dora_fx.function.dropout import DropoutFactors, draw_dropout_key, dropout
 
 pytestmark = pytest.mark.usefixtures("world")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import dora_fx
 from dora_fx.cli.main import main
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 from dora_fx.models import load_hf_checkpoint
 from tests.closeness import assert_apart
 from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint

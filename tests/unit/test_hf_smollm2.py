@@ -10,9 +10,9 @@ import transformers
 
 import dora_fx
 from dora_fx.cli.smollm2 import fetch_smollm2
+from dora_fx.hf.merged_model import merged_state_dict, save_hf_model
 from dora_fx.hf.peft_files import PeftModule, read_peft_adapter
 from dora_fx.models import load_hf_checkpoint
-from dora_fx.models.hf_merged import merged_state_dict, save_hf_model
 from tests.closeness import assert_apart
 from tests.models import GPT_TARGETS, sites
 from tests.peft_models import assert_same_logits, hf_logits, load_with_peft, megatron_logits, megatron_of

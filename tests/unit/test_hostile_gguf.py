@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import transformers
 
+from dora_fx.files.gguf_header import check_gguf_file
 from dora_fx.models import load_hf_checkpoint
-from dora_fx.safe_files.gguf_header import check_gguf_file
 from tests.gguf_models import write_gguf
 from tests.hf_models import tiny_hf_model, tiny_tokenizer
 from tests.unit.hostile_files import is_endless

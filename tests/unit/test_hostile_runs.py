@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import dora_fx
 from dora_fx.cli.main import main
-from dora_fx.megatron_world import megatron_world
+from dora_fx.megatron.world import megatron_world
 from tests.distributed.bridge import adapter_shards, model_to_load_into, saving_on_cpu
 from tests.hf_models import finetune_inputs
 from tests.unit.hostile_files import (

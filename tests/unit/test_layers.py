@@ -11,8 +11,8 @@ from torch import nn
 
 import dora_fx
 from dora_fx import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter
-from dora_fx.row_scale import row_scale, scale_rows
-from dora_fx.weight_norm import norm_dtype
+from dora_fx.function.row_scale import row_scale, scale_rows
+from dora_fx.function.weight_norm import norm_dtype
 from tests.closeness import assert_apart, assert_close, rounding
 from tests.models import (
     DIM,

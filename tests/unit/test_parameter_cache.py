@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dora_fx
-from dora_fx import freshness
-from dora_fx.freshness import StaleParametersError
+from dora_fx.cache import freshness
+from dora_fx.cache.freshness import StaleParametersError
 from tests.closeness import assert_apart, assert_close
 from tests.distributed.mutations import Mutation, planted
 from tests.models import LinearZoo, adapt_zoo, logits_of, sites, tiny_gpt, token_ids, trainable

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dora_fx import ParallelLinearDoRAAdapter
-from dora_fx.placement import LAYOUTS, layout_of, shard
+from dora_fx.function.placement import LAYOUTS, layout_of, shard
 from tests.models import LINEAR_KINDS, column, config, row
 
 

@@ -254,7 +254,7 @@ def test_files_that_may_not_be_read_are_named(base: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("command", ["export", "merge"])
 def test_export_and_merge_say_it_too(command: str, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import dora_fx
-    from dora_fx.megatron_world import megatron_world
+    from dora_fx.megatron.world import megatron_world
     from tests.models import GPT_TARGETS
     from tests.peft_models import megatron_of
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.measuring import peak_bytes
-from dora_fx import weight_norm
-from dora_fx.weight_norm import norm_dtype, norm_of_terms, norm_terms
+from dora_fx.function import weight_norm
+from dora_fx.function.weight_norm import norm_dtype, norm_of_terms, norm_terms
 from tests.closeness import note_margin
 
 SCALING = 2.0

@@ -19,7 +19,7 @@ from torch.nn.parallel import DataParallel
 import dora_fx
 from dora_fx.checkpoint.contents import all_shards, model_contents
 from dora_fx.checkpoint.tensor_digests import add_digests, shard_digests
-from dora_fx.wrappers import unwrap, walk
+from dora_fx.megatron.wrappers import unwrap, walk
 from tests.models import DIM, GPT_TARGETS, logits_of, randomize_adapters, tiny_gpt, token_ids
 
 pytestmark = pytest.mark.usefixtures("world")

@@ -1,0 +1,1 @@
+"""Adapters onto a model and off again: configuration, matching, plan, report and merge."""

@@ -1,0 +1,112 @@
+"""`DoRA`: which layers are adapted and how; calling it on a model attaches the adapters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import nn
+
+from dora_fx.attach.plan import AttachPlan, attach, check_targets_matched, plan_attachment
+from dora_fx.attach.report import DoRAReport, report_on
+from dora_fx.attach.settings import DoRASettings
+from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
+from dora_fx.megatron.dynamo_settings import capture_megatron_whole
+from dora_fx.megatron.wrappers import ModelT, chunks_of
+from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.ranks.agreement import check_same_settings, value_of_first_replica
+from dora_fx.ranks.exchange import broadcast_object
+from dora_fx.ranks.groups import resolve_group
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DoRA(DoRASettings):
+    """Weight-decomposed low-rank adaptation (arXiv 2402.09353) of a Megatron model.
+
+    Call it on a model to freeze the base and wrap every target in place:
+
+        dora = DoRA(target_modules=["linear_qkv", "linear_proj"], dim=16, alpha=32)
+        model = dora(model)
+
+    Args:
+        target_modules: module names (`linear_qkv`), full paths, or patterns over full paths in which `*`
+            stands for any text (`*.layers.0.*.linear_qkv`). A name or path must be a linear layer; a
+            pattern adapts the linear layers among what it matches. Layers have their numbers in the whole model,
+            whatever the pipeline size.
+        exclude_modules: names, paths or patterns that are never adapted.
+        dim: rank of the low-rank product.
+        alpha: the product is scaled by alpha / dim.
+        dropout: probability of dropping an element of a layer's input, in [0, 1), in training.
+        dropout_position: "pre"; the reference accepts no other for DoRA either.
+        lora_A_init_method, lora_B_init_method: "xavier", "normal" (std 0.2), "kaiming" or "zero".
+        allow_unmatched: log a warning for a target that matches nothing, in place of an error.
+
+    Raises:
+        ValueError: for a field out of its range, naming the value found and the values expected.
+
+    Attributes:
+        report: after a call, what was adapted; `print(dora.report)` shows it as a table.
+    """
+
+    report: DoRAReport | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __call__(self, model: ModelT, training: bool = True) -> ModelT:
+        """Freeze the base, wrap the targets in place and return the model that was given.
+
+        Everything is checked before anything is changed. A second call with the same settings changes
+        nothing. Every rank calls it; a pipeline stage may have no target.
+
+        Args:
+            model: a model, or a list or a tuple of model chunks, bare or wrapped: by torch.compile, activation
+                checkpointing, Megatron's Float16Module or DistributedDataParallel, which gets new gradient buffers,
+                so build optimizers afterwards. Wrapping before or after gives the same paths and initial factors.
+            training: put the model in training mode with trainable adapters. False freezes them too and
+                puts the model in evaluation mode.
+
+        Raises:
+            ValueError: no module matched a target, a base weight is not finite or not floating point, `dim` is
+                not a multiple of the tensor-parallel size, the model was adapted with other settings, the
+                tensor-parallel ranks differ in settings or sites, data parallelism overlaps its parameter gather
+                with the forward pass, torch's DistributedDataParallel is around the model already, or FSDP shards it.
+            TypeError: a target is not a linear layer or is of a class that is not supported.
+        """
+        # Fields may have been set since construction.
+        self._check()
+        chunks = chunks_of(model)
+        plan = plan_attachment(self, chunks)
+        check_targets_matched(self, chunks, plan)
+        seed = self._agree(plan)
+        capture_megatron_whole()
+        self._freeze(chunks)
+        attach(self, plan, seed)
+        for chunk in chunks:
+            chunk.train(training)
+            if not training:
+                chunk.requires_grad_(False)
+        rebuild_gradient_buffers(chunks)
+        self.report = report_on(chunks, plan.unmatched_linears)
+        logger.info("%s", self.report)
+        return model
+
+    def _freeze(self, chunks: Iterable[nn.Module]) -> None:
+        """Freeze all but adapters; those of an earlier call, perhaps with other targets, train on."""
+        for chunk in chunks:
+            sites = [module for module in chunk.modules() if isinstance(module, DoRALinear)]
+            adapters = {id(parameter) for site in sites for parameter in site.adapter.parameters()}
+            for parameter in chunk.parameters():
+                parameter.requires_grad_(id(parameter) in adapters)
+
+    def _agree(self, plan: AttachPlan) -> int:
+        """Compare configuration and sites with the other tensor-parallel ranks; return one seed for all ranks."""
+        seed = value_of_first_replica(torch.initial_seed())
+        for tp_group in dict.fromkeys(site.tp_group for site in plan.new if site.tp_group):
+            group = resolve_group(tp_group)
+            settings = {f"DoRA.{field.name}": getattr(self, field.name) for field in fields(self) if field.init}
+            sites = {site.path: (site.layout.name, site.in_features, site.out_features) for site in plan.new}
+            check_same_settings({**settings, **sites}, group)
+            seed = broadcast_object(seed, group)
+        return seed

@@ -1,0 +1,93 @@
+"""Which modules a DoRA configuration names. Looks only; `plan.py` changes the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from dora_fx.megatron.wrappers import NamedModule, walk
+from dora_fx.modules.dora_linear import DoRALinear
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a module's path is named by a pattern: its last name, its whole path, or `*` wildcards."""
+    if "*" not in pattern:
+        return pattern in (path, path.rpartition(".")[2])
+    start, *middle, end = pattern.split("*")
+    # Each part at the first place that it has leaves the most for the others, so nothing is ever tried again.
+    position, stop = len(start), len(path) - len(end)
+    if position > stop or not path.startswith(start) or not path.endswith(end):
+        return False
+    for part in middle:
+        found = path.find(part, position, stop)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return True
+
+
+def looks_like_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight matrix, of whatever class, so that a pattern may mean it."""
+    return not isinstance(module, nn.Embedding) and "linear" in type(module).__name__.lower()
+
+
+def adapted_layers(chunks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, NamedModule]]:
+    """Every `DoRALinear` of chunks, bare or wrapped, with its chunk as it was given."""
+    for chunk in chunks:
+        for named in walk(chunk, DoRALinear):
+            if isinstance(named.module, DoRALinear):
+                yield chunk, named
+
+
+@dataclass
+class Matches:
+    """What the targets found in one or more model chunks.
+
+    Attributes:
+        targets: chunks as they were given and their modules to adapt or already adapted, in model order.
+        unmatched_targets: targets that named no module in any chunk.
+        unmatched_linears: paths of the linear layers that no target named.
+    """
+
+    targets: list[tuple[nn.Module, NamedModule]] = field(default_factory=list)
+    unmatched_targets: list[str] = field(default_factory=list)
+    unmatched_linears: list[str] = field(default_factory=list)
+
+
+def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: Sequence[str]) -> Matches:
+    """Find the modules that `targets` name and `excluded` does not, by their paths in the whole model.
+
+    Raises:
+        TypeError: a target names, without a wildcard, a module that is no linear layer.
+    """
+    found = Matches()
+    used: set[str] = set()
+    for chunk in chunks:
+        for named in walk(chunk, DoRALinear):
+            _, path, module = named
+            is_linear = looks_like_linear(module)
+            by = [pattern for pattern in targets if matches(pattern, path)]
+            if any(matches(pattern, path) for pattern in excluded):
+                used.update(by)
+                by = []
+            exact = [pattern for pattern in by if "*" not in pattern]
+            if exact and not is_linear:
+                raise TypeError(f"{path}: target {exact[0]!r} names a {type(module).__name__}, expected a linear layer")
+            if by and is_linear:
+                used.update(by)
+                found.targets.append((chunk, named))
+            elif is_linear:
+                found.unmatched_linears.append(path)
+    found.unmatched_targets = [pattern for pattern in targets if pattern not in used]
+    return found
+
+
+def nearest_names(chunks: Sequence[nn.Module], pattern: str, count: int = 3) -> list[str]:
+    """Names of the model's linear layers that are spelled most like `pattern`."""
+    linears = [named for chunk in chunks for named in walk(chunk, DoRALinear) if looks_like_linear(named.module)]
+    names = {named.path.rpartition(".")[2] for named in linears}
+    close = difflib.get_close_matches(pattern.rpartition(".")[2], sorted(names), n=count, cutoff=0.0)
+    return close or sorted(names)[:count]

@@ -1,0 +1,238 @@
+"""Attach DoRA adapters: plan and check everything, then change the model."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+from torch.distributed._composable.replicate import DDP as ComposableDDP
+
+from dora_fx.attach.matching import find_targets, nearest_names
+from dora_fx.attach.settings import DoRASettings
+from dora_fx.function.placement import Layout, layout_of
+from dora_fx.megatron.data_parallel import data_parallel_around
+from dora_fx.megatron.wrappers import NamedModule, TorchDDP, check_unsharded, replace_modules, unwrap
+from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.ranks.agreement import of_all_stages
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One layer that is about to be wrapped, in its chunk; `path` has its number in the whole model."""
+
+    chunk: nn.Module
+    path: str
+    linear: Any
+    weight: nn.Parameter
+    layout: Layout
+    tp_group: str
+    in_features: int
+    out_features: int
+    row_blocks: int
+    padded_in_features: int
+    padded_out_features: int
+
+
+@dataclass(frozen=True)
+class AttachPlan:
+    """What a call of `DoRA` will do: layers to wrap, sites that exist, targets and linears that have no counterpart."""
+
+    new: list[PlannedSite]
+    existing: list[DoRALinear]
+    unmatched_targets: list[str]
+    unmatched_linears: list[str]
+
+
+def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> AttachPlan:
+    """Find and check every target of bare or wrapped model chunks, on this rank alone. Changes nothing.
+
+    Raises:
+        ValueError, TypeError: as `DoRA.__call__` documents.
+    """
+    found = find_targets(chunks, settings.target_modules, settings.exclude_modules)
+    new, existing = [], []
+    for chunk, named in found.targets:
+        if isinstance(named.module, DoRALinear):
+            _check_same_settings(settings, named.whole_path, named.module)
+            existing.append(named.module)
+        else:
+            new.append(_plan_site(settings, chunk, named))
+    _check_data_parallelism(chunks, new)
+    return AttachPlan(new, existing, found.unmatched_targets, found.unmatched_linears)
+
+
+def check_targets_matched(settings: DoRASettings, chunks: Sequence[nn.Module], plan: AttachPlan) -> None:
+    """Raise ValueError for a target that no pipeline stage has; every rank calls it. A stage may have none at all."""
+    stages = of_all_stages((len(plan.new) + len(plan.existing), plan.unmatched_targets))
+    if not any(num_targets for num_targets, _ in stages):
+        names = nearest_names(chunks, settings.target_modules[0] if settings.target_modules else "")
+        raise ValueError(
+            f"DoRA.target_modules: no module matched {list(settings.target_modules)}; "
+            f"the nearest linear layers are {names}"
+        )
+    for pattern in plan.unmatched_targets:
+        if not all(pattern in unmatched for _, unmatched in stages):
+            continue
+        message = (
+            f"DoRA.target_modules: {pattern!r} matched nothing; "
+            f"the nearest linear layers are {nearest_names(chunks, pattern)}"
+        )
+        if not settings.allow_unmatched:
+            raise ValueError(f"{message}. Pass allow_unmatched=True to make this a warning")
+        logger.warning("%s", message)
+
+
+def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
+    """Wrap the planned layers in place; `seed` is that of all initial factors, the same on every rank."""
+    replacements: dict[nn.Module, dict[nn.Module, nn.Module]] = {}
+    for site in plan.new:
+        adapter = ParallelLinearDoRAAdapter(
+            site.in_features,
+            site.out_features,
+            settings.dim,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            layout=site.layout.name,
+            tp_group=site.tp_group,
+            row_blocks=site.row_blocks,
+            padded_in_features=site.padded_in_features,
+            padded_out_features=site.padded_out_features,
+            column_init_method=settings.lora_A_init_method,
+            row_init_method=settings.lora_B_init_method,
+            seed=seed_for(site.path, seed),
+            dtype=site.weight.dtype,
+            device=site.weight.device,
+        )
+        borrowed = site.weight if site.linear.weight is None else None
+        adapted = DoRALinear(site.linear, adapter, path=site.path, base_weight=borrowed)
+        replacements.setdefault(site.chunk, {})[site.linear] = adapted
+    for chunk, of_chunk in replacements.items():
+        replace_modules(chunk, of_chunk)
+
+
+def seed_for(path: str, seed: int) -> int:
+    """Seed of the initial A and B at a path, so that attaching draws nothing from torch's generator."""
+    return (seed + (zlib.crc32(path.encode()) << 31)) % 2**63
+
+
+def _check_data_parallelism(chunks: Iterable[nn.Module], new: Iterable[PlannedSite]) -> None:
+    linears: set[nn.Module] = {site.linear for site in new}
+    replicas = [module for chunk in {site.chunk for site in new} for module in chunk.modules()]
+    unaware = any(isinstance(module, ComposableDDP) for module in replicas)
+    for wrapper in data_parallel_around(chunks):
+        if isinstance(wrapper, TorchDDP):
+            unaware |= not linears.isdisjoint(wrapper.modules())
+        elif wrapper.ddp_config.overlap_param_gather:  # type: ignore[union-attr]
+            raise ValueError(
+                "DistributedDataParallel: found overlap_param_gather=True, expected False: the norms of a step need "
+                "the parameters before the forward pass begins"
+            )
+    if unaware:
+        raise ValueError(
+            "torch.nn.parallel.DistributedDataParallel: found one that was made before the adapters exist and would "
+            "never synchronise their gradients, so that ranks drift apart; expected DoRA to be called first, and "
+            "DistributedDataParallel on what it returns. Delete the one that is there"
+        )
+
+
+def _check_same_settings(settings: DoRASettings, path: str, site: DoRALinear) -> None:
+    adapter = site.adapter
+    for name, found in (("dim", adapter.dim), ("alpha", adapter.alpha), ("dropout", adapter.dropout)):
+        if found != getattr(settings, name):
+            raise ValueError(
+                f"{path}: already adapted with {name}={found}, this configuration has {name}={getattr(settings, name)}"
+            )
+
+
+def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> PlannedSite:
+    path, linear = named.whole_path, cast(Any, named.module)
+    check_unsharded(path, linear)
+    layout = _supported_layout(path, linear)
+    weight = linear.weight if linear.weight is not None else _tied_weight(unwrap(chunk), path)
+    _check_weight(path, weight)
+    if isinstance(linear, nn.Linear):
+        in_features, out_features, tp_group = linear.in_features, linear.out_features, ""
+    else:
+        _check_group(path, linear)
+        in_features, out_features = linear.input_size, linear.output_size
+        tp_group = linear.tp_group.group_name if linear.tp_group.size() > 1 else ""
+        _check_divisible(settings, path, linear.tp_group.size(), layout)
+    return PlannedSite(
+        chunk=chunk,
+        path=path,
+        linear=linear,
+        weight=weight,
+        layout=layout,
+        tp_group=tp_group,
+        in_features=in_features,
+        out_features=out_features,
+        row_blocks=_row_blocks(linear, path),
+        # Set by `models.build_gpt_model` on layers that it pads.
+        padded_in_features=getattr(linear, "padded_in_features", 0),
+        padded_out_features=getattr(linear, "padded_out_features", 0),
+    )
+
+
+def _supported_layout(path: str, linear: nn.Module) -> Layout:
+    if getattr(linear, "is_expert", False):
+        raise TypeError(f"{path}: {type(linear).__name__} of an expert is not supported")
+    try:
+        return layout_of(linear)
+    except TypeError as error:
+        supported = ", ".join(kind.__name__ for kind in (ColumnParallelLinear, RowParallelLinear, nn.Linear))
+        raise TypeError(f"{path}: {error}; supported are {supported}") from None
+
+
+def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:
+    """The embedding that a Megatron output layer without a weight of its own multiplies by."""
+    tied = getattr(chunk, "shared_embedding_or_output_weight", None)
+    weight = tied() if path == "output_layer" and tied is not None else None
+    if weight is None:
+        raise ValueError(f"{path}: the layer has no weight and is not an output layer tied to an embedding")
+    return weight
+
+
+def _check_weight(path: str, weight: torch.Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(f"{path}: the base weight is on the meta device; load it before attaching DoRA")
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dim() != 2:
+        raise ValueError(
+            f"{path}: found a {weight.dtype} base weight of shape {tuple(weight.shape)}, expected a floating-point "
+            "matrix of 16, 32 or 64 bits; quantised base weights are not supported"
+        )
+    if not torch.isfinite(weight).all():
+        rows = (~torch.isfinite(weight)).any(1).nonzero().flatten()
+        raise ValueError(
+            f"{path}: the base weight has NaN or inf in {rows.numel()} of {weight.shape[0]} rows, "
+            f"the first is row {int(rows[0])}; expected finite values"
+        )
+
+
+def _check_group(path: str, linear: Any) -> None:
+    if linear.tp_group is None:
+        raise ValueError(
+            f"{path}: found a layer without a tensor-parallel group, expected one that was built after "
+            "megatron.core.parallel_state.initialize_model_parallel()"
+        )
+
+
+def _check_divisible(settings: DoRASettings, path: str, tp_size: int, layout: Layout) -> None:
+    if layout.lora_a_dim == 0 and settings.dim % tp_size:
+        raise ValueError(
+            f"{path}: dim {settings.dim} is sharded over {tp_size} tensor-parallel ranks, "
+            f"expected a multiple of {tp_size}"
+        )
+
+
+def _row_blocks(linear: nn.Module, path: str) -> int:
+    gated = getattr(getattr(linear, "config", None), "gated_linear_unit", False)
+    return 2 if gated and path.rpartition(".")[2] == "linear_fc1" else 1

@@ -1,0 +1,82 @@
+"""What a call of `DoRA` adapted: one row per site, and totals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from dora_fx.attach.matching import adapted_layers
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One adapted layer: shapes are this rank's shards, `path` has its number in the whole model."""
+
+    path: str
+    layout: str
+    weight: tuple[int, ...]
+    lora_a: tuple[int, ...]
+    lora_b: tuple[int, ...]
+    trainable: int
+
+
+@dataclass(frozen=True)
+class DoRAReport:
+    """Sites in model order, the linear layers left alone, and parameter counts of this rank."""
+
+    sites: tuple[SiteReport, ...]
+    unmatched_linears: tuple[str, ...]
+    num_trainable: int
+    num_total: int
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("module", "layout", "weight", "A", "B", "trainable")]
+        rows += [
+            (
+                site.path,
+                site.layout,
+                *(_shape(s) for s in (site.weight, site.lora_a, site.lora_b)),
+                f"{site.trainable:,}",
+            )
+            for site in self.sites
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        share = 100.0 * self.num_trainable / max(self.num_total, 1)
+        lines.append(
+            f"{len(self.sites)} layers adapted: {self.num_trainable:,} trainable of "
+            f"{self.num_total:,} parameters ({share:.2f} %)"
+        )
+        if self.unmatched_linears:
+            lines.append(f"not adapted: {', '.join(self.unmatched_linears)}")
+        return "\n".join(lines)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def report_on(chunks: Sequence[nn.Module], unmatched_linears: Sequence[str]) -> DoRAReport:
+    """Describe every DoRA site of the chunks."""
+    sites = []
+    for _, (_, path, site) in adapted_layers(chunks):
+        adapter = site.adapter
+        a, b = adapter.linear_in.weight, adapter.linear_out.weight
+        sites.append(
+            SiteReport(
+                path=path,
+                layout=adapter.layout,
+                weight=tuple(site.base_weight.shape),
+                lora_a=tuple(a.shape),
+                lora_b=tuple(b.shape),
+                trainable=sum(p.numel() for p in adapter.parameters() if p.requires_grad),
+            )
+        )
+    return DoRAReport(
+        sites=tuple(sites),
+        unmatched_linears=tuple(unmatched_linears),
+        num_trainable=sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad),
+        num_total=sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+    )

@@ -1,0 +1,1 @@
+"""What is computed once per optimizer step, and whether it still holds."""

@@ -1,0 +1,170 @@
+"""What follows from DoRA's parameters alone is computed once per optimizer step, not once per call.
+
+The scales of rows, and the factors that a layout gathers, are buffers of each site. `refresh` fills those that are
+stale, for all sites of a graph together: one gather and one reduction per process group, whatever the number of sites.
+Micro-batches, recomputation, evaluation and generation then read them. A buffer that was never filled is NaN, so a
+forgotten refresh shows at once.
+
+A stale site makes its group communicate. After an optimizer's step all ranks of a group have the same stale sites, as
+each of them must step alike. In all other cases ranks agree first: one that alone moved its parameters finds the same
+bits and has nothing to do, and one that alone changed them is told so where it would hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from dora_fx.cache.freshness import (
+    StaleParametersError,
+    is_fresh,
+    is_from_earlier_step,
+    raise_if_answered_stale,
+    record_fresh,
+)
+from dora_fx.function.placement import LAYOUTS
+from dora_fx.function.row_scale import RowScale
+from dora_fx.function.site_parameters import CachedParameters, CompleteParameters, StoredParameters, complete_parameters
+from dora_fx.function.weight_norm import base_norm_squared, norm_dtype
+from dora_fx.ranks.agreement import stale_on_any_rank
+from dora_fx.ranks.groups import group_size
+
+_RANK_TIMEOUT = 300.0
+_SAMPLED_ROWS = 8
+
+
+class CachedSite(NamedTuple):
+    """One site at run time: its parameters and the buffers to keep in step with them.
+
+    Attributes:
+        path: module path, for messages.
+        stored, cached: real tensors of this rank.
+    """
+
+    path: str
+    stored: StoredParameters
+    cached: CachedParameters
+
+
+def empty_base_norm(weight: torch.Tensor) -> torch.Tensor:
+    """Allocate the buffer of `measure_base`, `[out]` or this rank's `[out/tp]`, NaN until it is filled."""
+    return torch.full((weight.shape[0],), torch.nan, dtype=norm_dtype(weight.dtype), device=weight.device)
+
+
+def empty_cache(
+    base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, layout: str, tp_group: str
+) -> CachedParameters:
+    """Allocate one site's buffers, NaN until they are refreshed."""
+    table, tp_size = LAYOUTS[layout], group_size(tp_group)
+
+    def gathered(factor: torch.Tensor, is_gathered: bool) -> torch.Tensor | None:
+        whole_shape = (tp_size * factor.shape[0], factor.shape[1])
+        return factor.new_full(whole_shape, torch.nan) if is_gathered and tp_size > 1 else None
+
+    delta, grad_gain, grad_scale = (torch.full_like(base_norm_sq, torch.nan) for _ in RowScale._fields)
+    return CachedParameters(
+        delta,
+        grad_gain,
+        grad_scale,
+        gathered(lora_a, table.gathers_lora_a),
+        gathered(lora_b, table.gathers_lora_b),
+    )
+
+
+@torch.no_grad()
+def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) -> None:
+    """Bring the buffers of all stale sites up to date, in place.
+
+    Args:
+        sites: of one graph, the same on every rank of their tensor-parallel groups.
+        rank_timeout: how long other ranks may take to agree, in seconds.
+
+    Raises:
+        StaleParametersError: an earlier call on an accelerator used what was stale.
+        RuntimeError: the parameters of this rank changed outside an optimizer's step, and another rank's did not.
+    """
+    raise_if_answered_stale()
+    for site in sites:
+        assert site.stored.base_norm_sq is not None
+        measure_base(site.path, site.stored.weight, site.stored.base_norm_sq)
+    is_stale = [not _is_fresh(site) for site in sites]
+    if any(is_stale) and not any(is_from_earlier_step(site.cached.delta) for site in sites):
+        is_stale = _agree(sites, is_stale, rank_timeout)
+    stale = [site for site, flag in zip(sites, is_stale, strict=True) if flag]
+    if not stale:
+        return
+    for site, complete in zip(stale, complete_parameters([site.stored for site in stale]), strict=True):
+        for buffer, value in _buffers_and_values(site.cached, complete):
+            buffer.copy_(value)
+        record_fresh(site.cached.delta, _sources(site), _other_buffers(site))
+
+
+@torch.no_grad()
+def check(sites: Sequence[CachedSite]) -> None:
+    """Compute everything again, the base's norms too, and compare bit by bit.
+
+    Raises:
+        StaleParametersError: naming the first site whose buffers differ, and by how much.
+    """
+    stored = [site.stored._replace(base_norm_sq=None) for site in sites]
+    for site, complete in zip(sites, complete_parameters(stored), strict=True):
+        for buffer, value in _buffers_and_values(site.cached, complete):
+            if not torch.equal(buffer, value):
+                raise StaleParametersError(
+                    f"{site.path}: its cached scales or factors are off by up to {(buffer - value).abs().max():.3e}; "
+                    "its parameters were written in a way that nothing tells: call dora_fx.invalidate_norms(model) "
+                    "after writing"
+                )
+
+
+@torch.no_grad()
+def measure_base(path: str, weight: torch.Tensor, base_norm_sq: torch.Tensor) -> None:
+    """Bring the frozen weight's squared norms up to date, in place, if they were measured of other values.
+
+    No rank needs another one for that. Writes past PyTorch's version counter are told by a sample of rows, as the
+    whole weight would cost more to look at than the rest of DoRA: one into the whole weight shows, one into a few rows
+    need not.
+    """
+    sample = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]
+    if is_fresh(path, base_norm_sq, (sample,), sampled=True):
+        return
+    squares = base_norm_squared(weight)
+    if not torch.equal(squares, base_norm_sq):
+        base_norm_sq.copy_(squares)
+    record_fresh(base_norm_sq, (sample,), sources_are_trained=False)
+
+
+def _agree(sites: Sequence[CachedSite], is_stale: list[bool], rank_timeout: float) -> list[bool]:
+    """Add the sites that are stale on other ranks; every rank that finds a stale site waits for its whole group."""
+    is_stale = list(is_stale)
+    for tp_group in sorted({site.stored.tp_group for site in sites} - {""}):
+        own = [index for index, site in enumerate(sites) if site.stored.tp_group == tp_group]
+        if any(is_stale[index] for index in own):
+            described = {index: sites[index].path for index in own}
+            for index in stale_on_any_rank(described, [i for i in own if is_stale[i]], tp_group, rank_timeout):
+                is_stale[index] = True
+    return is_stale
+
+
+def _is_fresh(site: CachedSite) -> bool:
+    return is_fresh(site.path, site.cached.delta, _sources(site), _other_buffers(site))
+
+
+def _sources(site: CachedSite) -> list[torch.Tensor]:
+    stored = site.stored
+    assert stored.base_norm_sq is not None
+    return [stored.lora_a, stored.lora_b, stored.magnitude, stored.base_norm_sq, stored.scaling]
+
+
+def _other_buffers(site: CachedSite) -> list[torch.Tensor]:
+    _, *others = site.cached
+    return [buffer for buffer in others if buffer is not None]
+
+
+def _buffers_and_values(
+    cached: CachedParameters, complete: CompleteParameters
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    values = (*complete.scale, complete.lora_a, complete.lora_b)
+    yield from ((buffer, value) for buffer, value in zip(cached, values, strict=True) if buffer is not None)

@@ -1,0 +1,208 @@
+"""`.metadata` of torch's distributed checkpoints, a pickle that torch itself loads without looking at it.
+
+Its classes become records of what the file says of them: nothing of torch, nor of anything else, is called while the
+pickle is loaded. What torch's planners read of the records is then checked and made of torch's own classes.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from dora_fx.files.pickle_opcodes import opcodes
+from dora_fx.files.regular_file import UnsafeFileError, reason_of, shortened
+
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties"),
+        *("_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "BytesStorageMetadata"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    # Plans of the ranks, which some writers leave in it.
+    "torch.distributed.checkpoint.planner": {
+        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    },
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+# These cannot be changed by a pickle, whatever it does to them.
+_BUILTINS = {("torch", "Size"): tuple, ("collections", "OrderedDict"): dict}
+
+_MOST_DIMENSIONS = 64
+
+
+@dataclass(frozen=True)
+class StoredPiece:
+    """Where a file of the checkpoint has one chunk of a tensor, or one object, as `torch.save` writes it.
+
+    Attributes:
+        name: of the file.
+        offset, length: in bytes.
+    """
+
+    name: str
+    offset: int
+    length: int
+
+
+def read_dcp_metadata(data: bytes, where: str) -> Metadata:
+    """The contents of `.metadata`: torch's class, with `StoredPiece` objects as its storage data.
+
+    Args:
+        data: the bytes of the file.
+        where: they come from, for messages.
+
+    Raises:
+        UnsafeFileError: it is damaged, has other classes than such a file has, or values of other types.
+    """
+    for _ in opcodes(data, where):
+        pass
+    unpickler = _RecordUnpickler(data, where)
+    try:
+        found = unpickler.load()
+    except UnsafeFileError:
+        raise
+    # A pickle can make the unpickler raise anything.
+    except Exception as error:
+        raise UnsafeFileError(f"{where}: cannot be read ({reason_of(error)})") from error
+    return _Reading(where).metadata(found)
+
+
+class _RecordUnpickler(pickle.Unpickler):
+    """Makes records of the classes on the list, and refuses every other."""
+
+    def __init__(self, data: bytes, where: str) -> None:
+        super().__init__(io.BytesIO(data))
+        self._where = where
+        self._records: dict[tuple[str, str], type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _BUILTINS:
+            return _BUILTINS[module, name]
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
+        if name not in _RECORDS.get(module, ()):
+            raise UnsafeFileError(
+                f"{self._where}: found {shortened(f'{module}.{name}')} in it, expected what a checkpoint says of its "
+                "tensors; it may run code"
+            )
+        if (module, name) not in self._records:
+            # A class for this one reading: a pickle may set attributes of a class.
+            self._records[module, name] = _record_class(name)
+        return self._records[module, name]
+
+
+def _record_class(name: str) -> type:
+    def construct(self: Any, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def set_state(self: Any, state: Any) -> None:
+        self.state = state
+
+    return type(name, (), {"state": None, "__init__": construct, "__setstate__": set_state})
+
+
+class _Reading:
+    """Makes torch's classes of the records of one file."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._pieces_left = 0
+
+    def metadata(self, found: Any) -> Metadata:
+        fields = self._fields(found, "Metadata")
+        tensors = self._dict(fields, "state_dict_metadata")
+        pieces = self._dict(fields, "storage_data")
+        self._pieces_left = len(pieces)
+        return Metadata(
+            state_dict_metadata={self._text(key): self._stored(value) for key, value in tensors.items()},
+            storage_data={self._index(key): self._piece(value) for key, value in pieces.items()},
+        )
+
+    def _stored(self, found: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+        if type(found).__name__ == "BytesStorageMetadata":
+            return BytesStorageMetadata()
+        fields = self._fields(found, "TensorStorageMetadata")
+        return TensorStorageMetadata(
+            properties=TensorProperties(dtype=self._dtype(fields.get("properties"))),
+            size=self._size(fields.get("size")),
+            chunks=list(self._chunks(fields.get("chunks"))),
+        )
+
+    def _dtype(self, found: Any) -> torch.dtype:
+        state = getattr(found, "state", None)
+        dtype = state[0] if type(found).__name__ == "TensorProperties" and isinstance(state, tuple) and state else None
+        if not isinstance(dtype, torch.dtype):
+            raise self._wrong(found, "the properties of a tensor")
+        return dtype
+
+    def _chunks(self, found: Any) -> Iterator[ChunkStorageMetadata]:
+        if not isinstance(found, list):
+            raise self._wrong(found, "a list of chunks")
+        # One long list in the place of many would be read as often as it is named.
+        self._pieces_left -= len(found)
+        if self._pieces_left < 0:
+            raise UnsafeFileError(f"{self._where}: found more chunks of tensors than pieces in the files")
+        for chunk in found:
+            fields = self._fields(chunk, "ChunkStorageMetadata")
+            yield ChunkStorageMetadata(self._size(fields.get("offsets")), self._size(fields.get("sizes")))
+
+    def _index(self, found: Any) -> MetadataIndex:
+        fields = self._fields(found, "MetadataIndex")
+        offset, index = fields.get("offset"), fields.get("index")
+        return MetadataIndex(
+            self._text(fields.get("fqn")),
+            None if offset is None else self._size(offset),
+            None if index is None else self._count(index),
+        )
+
+    def _piece(self, found: Any) -> StoredPiece:
+        fields = self._fields(found, "_StorageInfo")
+        if fields.get("transform_descriptors"):
+            raise self._wrong(fields["transform_descriptors"], "data as it is, not compressed or otherwise transformed")
+        name = self._text(fields.get("relative_path"))
+        return StoredPiece(name, self._count(fields.get("offset")), self._count(fields.get("length")))
+
+    def _fields(self, found: Any, kind: str) -> Mapping[str, Any]:
+        state = getattr(found, "state", None)
+        if type(found).__name__ != kind or not isinstance(state, dict):
+            raise self._wrong(found, f"a {kind}")
+        return state
+
+    def _dict(self, fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
+        if not isinstance(fields.get(name), dict):
+            raise self._wrong(fields.get(name), f"a dict as {name}")
+        return fields[name]
+
+    def _size(self, found: Any) -> torch.Size:
+        if not isinstance(found, tuple) or len(found) > _MOST_DIMENSIONS:
+            raise self._wrong(found, f"at most {_MOST_DIMENSIONS} sizes")
+        return torch.Size([self._count(size) for size in found])
+
+    def _count(self, found: Any) -> int:
+        if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < 2**63:
+            raise self._wrong(found, "a number of elements or bytes")
+        return found
+
+    def _text(self, found: Any) -> str:
+        if not isinstance(found, str):
+            raise self._wrong(found, "a name")
+        return found
+
+    def _wrong(self, found: Any, expected: str) -> UnsafeFileError:
+        return UnsafeFileError(f"{self._where}: found {shortened(found)}, expected {expected}")

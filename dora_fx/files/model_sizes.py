@@ -1,0 +1,45 @@
+"""Sizes of a model that its weights cannot have, before anybody builds layers and tables of those sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_fx.files.regular_file import UnsafeFileError, shortened
+
+# Configurations make lists as long as these numbers; the deepest models have some hundred layers.
+_COUNTS, _LARGEST_COUNT = ("num_hidden_layers", "num_labels"), 10_000
+_WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
+
+
+def check_sizes(path: Path, sizes: Mapping[str, Any], elements: int) -> None:
+    """Raise UnsafeFileError for sizes that need more weights, or make longer lists, than any model has.
+
+    Args:
+        path: where they are from.
+        sizes: by their names in a Hugging Face configuration, among other fields.
+        elements: of all weights together.
+    """
+    for name in ("num_hidden_layers", *_WIDTHS):
+        size = sizes.get(name)
+        if size is not None and (not isinstance(size, int) or not 0 < size <= elements):
+            raise UnsafeFileError(f"{path}: found {shortened(size)} as {name}, expected what its weights have room for")
+    for name in _COUNTS:
+        count = sizes.get(name)
+        if count is not None and (not isinstance(count, int) or count > _LARGEST_COUNT):
+            raise UnsafeFileError(f"{path}: found {shortened(count)} as {name}, expected at most {_LARGEST_COUNT:,}")
+    layers, hidden = sizes.get("num_hidden_layers") or 1, sizes.get("hidden_size") or 1
+    for width in (layers, *(sizes.get(name) or 1 for name in _WIDTHS)):
+        if width * hidden > elements:
+            raise UnsafeFileError(
+                f"{path}: found sizes that need {width * hidden:,} elements, expected at most the {elements:,} that "
+                "its weights have room for"
+            )
+
+
+def check_elements(path: Path, elements: int, size: int) -> None:
+    """Raise UnsafeFileError if a file of `size` bytes describes tensors of more elements than it can hold."""
+    # No type takes less than a bit for an element.
+    if elements > 8 * size:
+        raise UnsafeFileError(f"{path}: found {elements:,} elements of tensors, expected at most {8 * size:,}")

@@ -1,0 +1,127 @@
+"""The DoRA function, written once: eager calls run it on tensors, the graph rewrite runs it on FX proxies.
+
+    z = W0 x + s B A x          n = || W0 + s B A || per output row, detached          delta = (m - n) / n
+    y = z + delta z + bias                                                 (DoRA, arXiv 2402.09353, eq. 5)
+
+with dropout d(x), one mask for both terms:
+
+    y = W0 x + delta W0 d(x) + (1 + delta) s B A d(x) + bias
+
+The scale of the rows and its gradient are in `row_scale.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from dora_fx.function.collectives import ENTER, REDUCE, gather_features, split_features
+from dora_fx.function.dropout import draw_dropout_key, dropout
+from dora_fx.function.row_scale import scale_rows, trained_delta
+from dora_fx.function.site_parameters import CompleteParameters, StoredParameters
+
+
+def adapted_linear(
+    x: torch.Tensor,
+    stored: StoredParameters,
+    complete: CompleteParameters,
+    bias: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    base_output: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the output of one DoRA linear layer.
+
+    Args:
+        x: the layer's input as the caller passes it, `[s, b, in]` or `[tokens, in]`; `[s/tp, b, in]` with
+            sequence parallelism in a column layout, `[s, b, in/tp]` in a row layout.
+        stored: what the site stores; its weight and settings are read here.
+        complete: from `complete_parameters`.
+        bias: the bias that the base layer adds itself, None if it returns it or has none.
+        dtype: of the output.
+        base_output: what the base layer returned, bias included. None to compute it here, so that the
+            low-rank product goes through the base layer's own collective.
+
+    Returns:
+        the adapted output, shaped and sharded like the base layer's.
+    """
+    table, tp_group = stored.table, stored.tp_group
+    if table.enter in ENTER:
+        x = ENTER[table.enter](x, tp_group)
+    if base_output is not None and table.leave == "gather_features":
+        base_output = split_features(base_output, tp_group)
+    scaled = _scaled if stored.dropout is None else _scaled_under_dropout
+    output = scaled(x, stored, complete, bias, dtype, base_output)
+    return gather_features(output, tp_group) if table.leave == "gather_features" else output
+
+
+def _scaled(
+    x: torch.Tensor,
+    stored: StoredParameters,
+    complete: CompleteParameters,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    base_output: torch.Tensor | None,
+) -> torch.Tensor:
+    """y = z + delta z + bias."""
+    low_rank = _low_rank_product(x, stored, complete)
+    if base_output is None:
+        output = _join(_base_product(x, stored, bias), low_rank, stored, bias)
+    else:
+        output = base_output + _reduce(low_rank, stored)
+    return scale_rows(output.to(dtype), bias, complete.magnitude, *complete.scale)
+
+
+def _scaled_under_dropout(
+    x: torch.Tensor,
+    stored: StoredParameters,
+    complete: CompleteParameters,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    base_output: torch.Tensor | None,
+) -> torch.Tensor:
+    """y = W0 x + delta W0 d(x) + (1 + delta) s B A d(x) + bias."""
+    assert stored.dropout is not None
+    key = draw_dropout_key(x, stored.tp_group)
+    dropped = dropout(x, key, *stored.dropout, stored.table.shards_input_features)
+    if base_output is None and torch.compiler.is_compiling():
+        # One GEMM reads the weight once: 0.7 to 0.9 of the time of two, from 8 to 1024 tokens.
+        product, dropped_product = F.linear(torch.cat((x, dropped)), stored.weight).chunk(2)
+        if bias is not None and stored.table.adds_bias_in_product:
+            product = product + bias
+    else:
+        # Eager code rounds as the base layer itself does, which a product of twice as many rows need not.
+        product = base_output if base_output is not None else _base_product(x, stored, bias)
+        dropped_product = F.linear(dropped, stored.weight)
+    delta = trained_delta(complete.magnitude, *complete.scale)
+    change = dropped_product * delta + _low_rank_product(dropped, stored, complete) * (delta + 1.0)
+    change = change.to(dtype)
+    if base_output is not None:
+        return base_output + _reduce(change, stored)
+    return _join(product, change, stored, bias)
+
+
+def _base_product(x: torch.Tensor, stored: StoredParameters, bias: torch.Tensor | None) -> torch.Tensor:
+    """W0 x, with the bias where the base layer adds it inside the product: rounding alike keeps an adapter silent."""
+    return F.linear(x, stored.weight, bias if stored.table.adds_bias_in_product else None)
+
+
+def _low_rank_product(x: torch.Tensor, stored: StoredParameters, complete: CompleteParameters) -> torch.Tensor:
+    """s B A x; without a dimension the factor leaves the product's dtype alone."""
+    return F.linear(F.linear(x, complete.lora_a) * stored.scaling.view(()), complete.lora_b)
+
+
+def _join(
+    product: torch.Tensor, addend: torch.Tensor, stored: StoredParameters, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Base product + addend + bias, summed over the group where the layout's products are partial."""
+    late_bias = None if stored.table.adds_bias_in_product else bias
+    if stored.reduces:
+        output = _reduce(product + addend, stored)
+        return output if late_bias is None else output + late_bias
+    return (product if late_bias is None else product + late_bias) + addend
+
+
+def _reduce(partial: torch.Tensor, stored: StoredParameters) -> torch.Tensor:
+    """Sum over the group where the layout's products are partial."""
+    return REDUCE[stored.table.leave](partial, stored.tp_group) if stored.reduces else partial

@@ -1,0 +1,193 @@
+"""From the shards that DoRA sites store to the tensors that their products take, with few collectives.
+
+Which tensor is gathered or reduced is the layout table's business (`placement.py`). All sites that are handed
+over together share one collective of each kind per process group and dtype: a graph of many layers sends its
+low-rank factors in one message, not in two per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from dora_fx.function.collectives import (
+    REDUCE,
+    copy_to_group_together,
+    gather_rows_together,
+    gathered_rows_together,
+    reduce_from_group_together,
+)
+from dora_fx.function.dropout import DropoutFactors
+from dora_fx.function.placement import LAYOUTS, Layout
+from dora_fx.function.row_scale import RowScale, row_scale
+from dora_fx.function.weight_norm import base_norm_squared, norm_dtype, norm_of_terms, norm_terms
+
+
+class StoredParameters(NamedTuple):
+    """What one site stores on this rank, and how it is spread.
+
+    Attributes:
+        weight, lora_a, lora_b, magnitude: shards, see `placement.LAYOUTS`.
+        base_norm_sq: `[out]` or this rank's `[out/tp]`, from `weight_norm.base_norm_squared`: partial sums in a row
+            layout. None to have it computed with the norm.
+        scaling: alpha / dim, a tensor `[1]`.
+        dropout_threshold, dropout_rescale: of this call, see `dropout.DropoutFactors`; None without dropout.
+        layout, tp_group: names of the layout and of the process group; "" for a layer that is not parallel.
+        dtype: of the weight and the low-rank factors.
+    """
+
+    weight: torch.Tensor
+    base_norm_sq: torch.Tensor | None
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    magnitude: torch.Tensor
+    scaling: torch.Tensor
+    dropout_threshold: torch.Tensor | None
+    dropout_rescale: torch.Tensor | None
+    layout: str
+    tp_group: str
+    dtype: torch.dtype
+
+    @property
+    def table(self) -> Layout:
+        """The site's row in the layout table."""
+        return LAYOUTS[self.layout]
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the products are partial sums, which the layout's own collective adds up."""
+        return bool(self.tp_group) and self.table.leave in REDUCE
+
+    @property
+    def dropout(self) -> DropoutFactors | None:
+        """The factors of this call's dropout, None without dropout."""
+        if self.dropout_threshold is None or self.dropout_rescale is None:
+            return None
+        return DropoutFactors(self.dropout_threshold, self.dropout_rescale)
+
+
+class CompleteParameters(NamedTuple):
+    """What the products of one site take.
+
+    Attributes:
+        lora_a: `[dim, in]`, or this rank's `[dim, in/tp]` in a row layout.
+        lora_b: `[out, dim]`, or this rank's `[out/tp, dim]` in a column layout.
+        magnitude: m as stored; its gradient is completed on the way back.
+        scale: of the output rows.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    magnitude: torch.Tensor
+    scale: RowScale
+
+
+class CachedParameters(NamedTuple):
+    """What `complete_parameters` computed of a site's parameters for all calls until they change.
+
+    Attributes:
+        delta, grad_gain, grad_scale: a `RowScale`.
+        lora_a, lora_b: the gathered factor where the layout gathers it, None where the stored one serves.
+    """
+
+    delta: torch.Tensor
+    grad_gain: torch.Tensor
+    grad_scale: torch.Tensor
+    lora_a: torch.Tensor | None
+    lora_b: torch.Tensor | None
+
+
+class _Request(NamedTuple):
+    """A tensor of a site, and whether its collective is needed for it."""
+
+    tensor: torch.Tensor
+    wanted: bool
+    tp_group: str
+    dtype: torch.dtype
+
+
+def complete_parameters(
+    sites: Sequence[StoredParameters], cached: Sequence[CachedParameters] | None = None
+) -> list[CompleteParameters]:
+    """Complete the parameters of several sites: gather factors, compute norms, reduce what is partial.
+
+    Args:
+        sites: of one graph.
+        cached: what an earlier call for the same parameters gave, one per site. Nothing is gathered and no norm is
+            computed then; gradients are completed as without it.
+    """
+    lora_a, lora_b = _whole_factors(sites, cached)
+    if cached is None:
+        norms = _row_norms(sites, lora_a, lora_b)
+        scales = [row_scale(site.magnitude, n, site.dtype) for site, n in zip(sites, norms, strict=True)]
+    else:
+        scales = [RowScale(cache.delta, cache.grad_gain, cache.grad_scale) for cache in cached]
+    magnitudes = _magnitudes(sites)
+    return [CompleteParameters(*parts) for parts in zip(lora_a, lora_b, magnitudes, scales, strict=True)]
+
+
+def row_norms(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
+    """Row norms of W0 + s B A of several sites, `[out]` or this rank's `[out/tp]`, detached, float32 at least."""
+    return _row_norms(sites, *_whole_factors(sites, None))
+
+
+def _whole_factors(
+    sites: Sequence[StoredParameters], cached: Sequence[CachedParameters] | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    requests = [_Request(site.lora_a, site.table.gathers_lora_a, site.tp_group, site.dtype) for site in sites]
+    requests += [_Request(site.lora_b, site.table.gathers_lora_b, site.tp_group, site.dtype) for site in sites]
+    if cached is None:
+        whole = _together(gather_rows_together, requests)
+    else:
+        gathered = [cache.lora_a for cache in cached] + [cache.lora_b for cache in cached]
+        whole = _together(gathered_rows_together, requests, gathered)
+    return whole[: len(sites)], whole[len(sites) :]
+
+
+def _row_norms(
+    sites: Sequence[StoredParameters], lora_a: Sequence[torch.Tensor], lora_b: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    requests = []
+    for site, a, b in zip(sites, lora_a, lora_b, strict=True):
+        dtype = norm_dtype(site.dtype)
+        base_norm_sq = base_norm_squared(site.weight) if site.base_norm_sq is None else site.base_norm_sq
+        terms = norm_terms(base_norm_sq, site.weight, a, b, scaling=site.scaling, dtype=dtype)
+        requests += [_Request(terms[i], site.table.shards_input_features, site.tp_group, dtype) for i in (0, 1)]
+    whole = _together(reduce_from_group_together, requests)
+    return [
+        norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
+        for site, linear_terms, gram, b in zip(sites, whole[::2], whole[1::2], lora_b, strict=True)
+    ]
+
+
+def _magnitudes(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
+    requests = []
+    for site in sites:
+        is_partial = site.table.magnitude_grad_is_partial(dropout=site.dropout is not None)
+        requests.append(_Request(site.magnitude, is_partial, site.tp_group, norm_dtype(site.dtype)))
+    return _together(copy_to_group_together, requests)
+
+
+def _together(
+    collective: Callable[..., Sequence[torch.Tensor]],
+    requests: Sequence[_Request],
+    *others: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """Send every wanted tensor through one collective per group and dtype; the others come back as they are.
+
+    Args:
+        collective: takes tensors, the group, and of each of `others` the items that belong to the tensors.
+    """
+    results = [request.tensor for request in requests]
+    messages: dict[tuple[str, torch.dtype], list[int]] = {}
+    for index, request in enumerate(requests):
+        if request.wanted and request.tp_group:
+            messages.setdefault((request.tp_group, request.dtype), []).append(index)
+    for (tp_group, _), indices in messages.items():
+        tensors, *more = ([items[index] for index in indices] for items in (results, *others))
+        completed = collective(tensors, tp_group, *more)
+        for position, index in enumerate(indices):
+            results[index] = completed[position]
+    return results

@@ -1,0 +1,1 @@
+"""What surrounds a model in a Megatron program: its world, wrappers, Dynamo's settings, a machine without CUDA."""

@@ -1,0 +1,50 @@
+"""Data-parallel wrappers around a model whose parameters change."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as TorchDDP
+
+_DATA_PARALLEL = (DistributedDataParallel, TorchDDP)
+
+
+def rebuild_gradient_buffers(chunks: Iterable[nn.Module]) -> None:
+    """Give Megatron's data-parallel wrappers of the chunks buffers and hooks for what is trainable now.
+
+    They allocate them once, at construction; adapters attached later would never be synchronised. Nothing of theirs
+    makes them anew but their constructor (read in megatron-core 0.16 to 0.19), so it is called again.
+    """
+    for wrapper in data_parallel_around(chunks):
+        if isinstance(wrapper, DistributedDataParallel):
+            wrapper.__init__(config=wrapper.config, ddp_config=wrapper.ddp_config, module=wrapper.module)
+
+
+def data_parallel_around(chunks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Megatron's and torch's DistributedDataParallel objects of this process that hold a part of one of the chunks.
+
+    A caller may pass the model inside such a wrapper, which the model has no reference to, and train through the
+    wrapper all the same. So where there are ranks to drift apart they are looked for among all objects.
+    """
+    parts = dict.fromkeys(module for chunk in chunks for module in chunk.modules())
+    everywhere = _data_parallel_objects() if dist.is_initialized() and dist.get_world_size() > 1 else []
+    wrappers = [found for found in dict.fromkeys([*parts, *everywhere]) if isinstance(found, _DATA_PARALLEL)]
+    return [wrapper for wrapper in wrappers if any(module in parts for module in wrapper.modules())]
+
+
+def _data_parallel_objects() -> list[nn.Module]:
+    def find() -> list[nn.Module]:
+        objects = gc.get_objects()
+        # A process has millions of objects, of some thousand classes.
+        kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, _DATA_PARALLEL)}
+        return [found for found in objects if type(found) in kinds]
+
+    if not find():
+        return []
+    # Wrappers that nobody uses any more live on in cycles until they are collected.
+    gc.collect()
+    return find()

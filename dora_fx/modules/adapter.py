@@ -1,0 +1,212 @@
+"""The module that holds DoRA's parameters for one linear layer: A, B and m, or this rank's shards of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_fx.function.dropout import DropoutFactors
+from dora_fx.function.placement import LAYOUTS
+from dora_fx.function.weight_norm import norm_dtype
+from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
+from dora_fx.ranks.groups import group_rank, group_size
+
+INIT_METHODS: dict[str, Callable[..., Any]] = {
+    "xavier": nn.init.xavier_normal_,
+    "normal": lambda tensor, generator: nn.init.normal_(tensor, mean=0.0, std=0.2, generator=generator),
+    "kaiming": lambda tensor, generator: nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator),
+    "zero": lambda tensor, generator: nn.init.zeros_(tensor),
+}
+
+
+class LowRankFactor(nn.Module):
+    """One factor of the low-rank product, or this rank's shard of it. It holds a weight and computes nothing."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.shape = tuple(weight.shape)
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.weight.shape)}, dtype={self.weight.dtype}"
+
+
+class ParallelLinearDoRAAdapter(nn.Module):
+    """DoRA's parameters for one linear layer.
+
+    State-dict keys are `linear_in.weight` (A), `linear_out.weight` (B) and `weight_magnitude` (m). A and B
+    have the base weight's dtype. m is float32, or float64 in a float64 model, and stays so under
+    `.bfloat16()` and `.half()`: a bfloat16 step of m is larger than what training moves it by.
+
+    Shapes of the stored shards, with tp the tensor-parallel size:
+
+        column layouts   A [dim/tp, in]    B [out/tp, dim]    m [out/tp]
+        row layouts      A [dim, in/tp]    B [out/tp, dim]    m [out], equal on every rank
+        nn.Linear        A [dim, in]       B [out, dim]       m [out]
+
+    Args:
+        in_features, out_features: sizes of the whole layer.
+        dim: rank of the low-rank product, over all tensor-parallel ranks.
+        alpha: the product is scaled by alpha / dim. May be set later.
+        dropout: probability in [0, 1) of dropping an element of the input in training, for the low-rank product and
+            the magnitude's part of the base product. May be set later.
+        layout: name in `placement.LAYOUTS`.
+        tp_group: name of the tensor-parallel process group; "" for a layer that is not parallel.
+        row_blocks: blocks of output rows that are sharded each on its own (2 for a gated linear_fc1).
+        padded_in_features, padded_out_features: how many of the layer's last features are padding, zero in the
+            base weight. Their columns of A and rows of B start as zero; as neither side of a padded feature
+            carries anything, they get no gradient and stay so.
+        column_init_method, row_init_method: initialisation of A and of B, keys of `INIT_METHODS`. The whole
+            matrix is drawn in float32 and sharded, so it is the same at every tensor-parallel size.
+        seed: seed of that draw.
+        dtype, device: of A and B.
+
+    Attributes:
+        scaling_factor: `scaling` as a tensor `[1]`, of the magnitude's dtype.
+        dropout_threshold, dropout_rescale: see `dropout.DropoutFactors`.
+        has_dropout: whether `dropout` is above zero.
+
+        The tensors are buffers that are not saved. Compiled code takes tensors as inputs but numbers as constants, so
+        layers that differ in alpha or dropout share a graph. They have a dimension because Dynamo reads a symbol out of
+        a float64 without one, and compiles twice.
+    """
+
+    scaling_factor: torch.Tensor
+    dropout_threshold: torch.Tensor
+    dropout_rescale: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        dim: int,
+        *,
+        alpha: float = 64,
+        dropout: float = 0.0,
+        layout: str = "replicated",
+        tp_group: str = "",
+        row_blocks: int = 1,
+        padded_in_features: int = 0,
+        padded_out_features: int = 0,
+        column_init_method: str = "xavier",
+        row_init_method: str = "zero",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.dim, self._alpha, self._dropout = dim, alpha, dropout
+        self.layout, self.tp_group, self.row_blocks = layout, tp_group, row_blocks
+        self.placements = LAYOUTS[layout].adapter_parameters(
+            in_features,
+            out_features,
+            dim,
+            row_blocks=row_blocks,
+            padded_in_features=padded_in_features,
+            padded_out_features=padded_out_features,
+        )
+        self.tp_size, self.tp_rank = group_size(tp_group), group_rank(tp_group)
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(name: str, method: str) -> LowRankFactor:
+            placement = self.placements[name]
+            whole = torch.empty(placement.shape, dtype=torch.float32)
+            INIT_METHODS[method](whole, generator=generator)
+            part = placement.pad_and_shard(whole, self.tp_rank, self.tp_size)
+            return LowRankFactor(part.to(dtype=dtype, device=device))
+
+        self.linear_in = draw("linear_in.weight", column_init_method)
+        self.linear_out = draw("linear_out.weight", row_init_method)
+        self.weight_magnitude: nn.Parameter
+        for name in ("scaling_factor", "dropout_threshold", "dropout_rescale"):
+            self.register_buffer(name, None, persistent=False)
+        self._set_factors()
+
+    @property
+    def alpha(self) -> float:
+        """Numerator of `scaling`."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._alpha = value
+        self._set_factors()
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping an element of the input in training."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"dropout: found {value!r}, expected a probability in [0, 1)")
+        self._dropout = value
+        self._set_factors()
+
+    @property
+    def scaling(self) -> float:
+        """alpha / dim, the factor of the low-rank product."""
+        return self.alpha / self.dim
+
+    def _set_factors(self) -> None:
+        """Make the buffers of alpha and dropout anew, beside A and in the dtype of norms and magnitudes."""
+        lora_a = self.linear_in.weight
+        dtype = norm_dtype(lora_a.dtype)
+        self.scaling_factor = torch.tensor([self.scaling], dtype=dtype, device=lora_a.device)
+        self.dropout_threshold, self.dropout_rescale = DropoutFactors.of(self.dropout, dtype, lora_a.device)
+        self.has_dropout = self.dropout > 0
+
+    def init_weight_magnitude(self, value: torch.Tensor) -> None:
+        """Set m, `[out]` or this rank's `[out/tp]`, and mark all parameters for Megatron's optimizer."""
+        self.weight_magnitude = nn.Parameter(value.detach().clone())
+        self._mark_sharded_parameters()
+
+    def get_weight_magnitude(self) -> nn.Parameter:
+        """Return m, `[out]` or this rank's `[out/tp]`."""
+        return self.weight_magnitude
+
+    def _mark_sharded_parameters(self) -> None:
+        """Tell Megatron which parameters are shards, or its gradient norm would count them on rank 0 alone."""
+        for name, placement in self.placements.items():
+            if placement.dim is not None:
+                parameter = self.get_parameter(name)
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+                parameter.partition_dim = placement.dim  # type: ignore[attr-defined]
+                parameter.partition_stride = placement.blocks  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # Detached aliases keep the values: the cast below replaces the data of the same parameter and gradient.
+        grad = self.weight_magnitude.grad
+        precise, precise_grad = self.weight_magnitude.detach(), None if grad is None else grad.detach()
+        super()._apply(fn, recurse)
+        magnitude = self.weight_magnitude
+        wide = norm_dtype(magnitude.dtype)
+        if magnitude.dtype != wide:
+            magnitude.grad = None
+            magnitude.data = precise.to(device=magnitude.device, dtype=wide)
+            if precise_grad is not None:
+                magnitude.grad = precise_grad.to(device=magnitude.device, dtype=wide)
+        self._set_factors()
+        return self
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """A, B and m as shards of global tensors; see `sharded_state_dict.py`."""
+        own = self.state_dict(prefix="", keep_vars=True)
+        return adapter_sharded_state_dict(own, self.placements, self.tp_group, prefix, sharded_offsets, metadata)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise TypeError("a DoRA adapter holds parameters; DoRALinear.forward computes with them")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, dim={self.dim}, "
+            f"alpha={self.alpha}, dropout={self.dropout}, layout={self.layout}"
+        )

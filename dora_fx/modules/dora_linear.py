@@ -1,0 +1,331 @@
+"""`DoRALinear` wraps one linear layer and computes with the parameters that its adapter holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.utils.hooks import RemovableHandle
+
+from dora_fx.cache.parameter_cache import CachedSite, empty_base_norm, empty_cache, measure_base
+from dora_fx.function.placement import LAYOUTS, Layout
+from dora_fx.function.site_parameters import CachedParameters, StoredParameters, row_norms
+from dora_fx.function.weight_norm import norm_dtype
+from dora_fx.megatron.wrappers import Model, chunks_of
+from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+from dora_fx.modules.base_attributes import BaseAttributes
+from dora_fx.modules.marker import MarkedSite, mark
+from dora_fx.modules.site_paths import note_path
+from dora_fx.ranks.groups import group_size
+
+_CACHE_BUFFERS = tuple(f"cached_{name}" for name in CachedParameters._fields)
+
+
+class DoRALinear(BaseAttributes):
+    """A linear layer with a DoRA adapter; a drop-in for the layer it wraps, with its attributes.
+
+    The base layer's state-dict keys do not change; the adapter's are under `adapter.`.
+
+    Args:
+        to_wrap: ColumnParallelLinear, RowParallelLinear or nn.Linear, frozen.
+        adapter: its DoRA parameters. A missing magnitude starts as the norm, so attaching changes nothing.
+        path: the module's path in its model, for error messages.
+        base_weight: the weight of a layer that has none of its own (an output layer tied to the embedding).
+    """
+
+    base_norm_sq: torch.Tensor
+
+    def __init__(
+        self,
+        to_wrap: nn.Module,
+        adapter: ParallelLinearDoRAAdapter,
+        *,
+        path: str = "",
+        base_weight: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.to_wrap = to_wrap
+        self.adapter = adapter
+        self.path = path or type(to_wrap).__name__
+        self._borrowed_weight = (base_weight,)
+        self._adapter_enabled = True
+        for name in ("base_norm_sq", *_CACHE_BUFFERS):
+            self.register_buffer(name, None, persistent=False)
+        self.invalidate_norm()
+        if not hasattr(adapter, "weight_magnitude"):
+            adapter.init_weight_magnitude(self._get_weight_norm())
+        self._register_load_state_dict_pre_hook(self._rename_base_keys)
+        self.register_load_state_dict_post_hook(_after_load_state_dict)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / dim."""
+        return self.adapter.scaling
+
+    @property
+    def layout(self) -> Layout:
+        """The site's row in the layout table."""
+        return LAYOUTS[self.adapter.layout]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the base layer returns, with its output adapted.
+
+        Args:
+            x: the base layer's input, `[s, b, h]` or `[tokens, h]`.
+            args, kwargs: passed on to the base layer.
+
+        Returns:
+            `(output, bias)` for Megatron's layers, a tensor for `nn.Linear`.
+
+        Raises:
+            ValueError: naming the path, if x does not fit the layer or the layer is in a state that would
+                train another function: a base weight that requires grad, an adapter of another dtype or
+                on another device.
+        """
+        if not self._adapter_enabled:
+            return self.to_wrap(x, *args, **kwargs)
+        weight = args[0] if args else kwargs.get("weight")
+        if weight is None:
+            weight = self.base_weight
+        self._check_call(x, weight)
+        _check_group_exists(self.adapter.tp_group)
+        adapter = self.adapter
+        layout, drops = self._call_layout(*args, **kwargs), self.training and adapter.has_dropout
+        if not torch.compiler.is_compiling() and _is_product_alone(self.to_wrap):
+            returned = self._returned_without_output()
+            base_output = None
+        else:
+            returned = self.to_wrap(x, *args, **kwargs)
+            base_output = returned[0] if isinstance(returned, tuple) else returned
+        bias = None if getattr(self.to_wrap, "skip_bias_add", False) else self.to_wrap.bias
+        output = mark(MarkedSite(base_output, x, bias, self._stored(weight, layout, drops), self._cached()))
+        return (output, *returned[1:]) if isinstance(returned, tuple) else output
+
+    def _returned_without_output(self) -> Any:
+        """What the base layer returns beside its output, with None for the output."""
+        if isinstance(self.to_wrap, nn.Linear):
+            return None
+        return None, self.to_wrap.bias if self.to_wrap.skip_bias_add else None
+
+    def _call_layout(
+        self, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None, **_: Any
+    ) -> str:
+        """The layout of one call, for which Megatron may switch what does not move the parameters."""
+        layout = self.adapter.layout
+        if not hasattr(self.to_wrap, "sequence_parallel") or layout == "row_split_input":
+            return layout
+        kind = "row" if layout.startswith("row") else "column"
+        gathers = kind == "column" and self.to_wrap.gather_output
+        if runtime_gather_output is not None:
+            gathers = runtime_gather_output
+        sequence_parallel = "_sequence_parallel" if self.to_wrap.sequence_parallel else ""
+        return f"{kind}{sequence_parallel}{'_gather_output' if gathers else ''}"
+
+    def _check_call(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        if weight.requires_grad:
+            raise ValueError(
+                f"{self.path}: the base weight requires grad; DoRA trains a frozen base. "
+                "Call requires_grad_(False) on it, or merge the adapter before training the base."
+            )
+        features = weight.shape[1] * (self.adapter.tp_size if self.layout.enter == "split_features" else 1)
+        if x.shape[-1] != features:
+            raise ValueError(f"{self.path}: the input has {x.shape[-1]} features, the layer takes {features}")
+        for name, factor in (("linear_in", self.adapter.linear_in), ("linear_out", self.adapter.linear_out)):
+            found = factor.weight
+            if found.dtype != weight.dtype or found.device != weight.device:
+                raise ValueError(
+                    f"{self.path}.adapter.{name}: found {found.dtype} on {found.device}, "
+                    f"expected the base weight's {weight.dtype} on {weight.device}"
+                )
+            if tuple(found.shape) != factor.shape:
+                raise ValueError(
+                    f"{self.path}.adapter.{name}: found a shard of shape {tuple(found.shape)}, expected {factor.shape}"
+                )
+        magnitude = self.adapter.weight_magnitude
+        if magnitude.device != weight.device or magnitude.shape != self.base_norm_sq.shape:
+            raise ValueError(
+                f"{self.path}.adapter.weight_magnitude: found shape {tuple(magnitude.shape)} on {magnitude.device}, "
+                f"expected {tuple(self.base_norm_sq.shape)} on the base weight's {weight.device}"
+            )
+
+    def invalidate_norm(self) -> None:
+        """Forget the norms of the base weight and all that is cached of the adapter, on this rank alone.
+
+        The next forward pass, where all ranks are, computes them.
+        """
+        adapter, weight = self.adapter, self.base_weight
+        self.base_norm_sq = empty_base_norm(weight)
+        cached = empty_cache(
+            self.base_norm_sq, adapter.linear_in.weight, adapter.linear_out.weight, adapter.layout, adapter.tp_group
+        )
+        for name, buffer in zip(_CACHE_BUFFERS, cached, strict=True):
+            setattr(self, name, buffer)
+        note_path(adapter.linear_in.weight, self.path)
+
+    def _fit_buffers(self) -> None:
+        """Forget what is cached if parameters have got another dtype or device than the buffers.
+
+        Values that merely moved moved with the buffers; `freshness.py` finds out.
+        """
+        weight = self.base_weight
+        note_path(self.adapter.linear_in.weight, self.path)
+        if self.base_norm_sq.dtype != norm_dtype(weight.dtype) or self.base_norm_sq.device != weight.device:
+            self.invalidate_norm()
+
+    @torch.no_grad()
+    def _get_weight_norm(self) -> torch.Tensor:
+        """Row norms of W0 + scaling * B A, `[out]` or this rank's `[out/tp]`, float32 at least, detached.
+
+        Every rank of the layer's tensor-parallel group calls it.
+        """
+        measure_base(self.path, self.base_weight, self.base_norm_sq)
+        return row_norms([self.cached_site().stored])[0]
+
+    def cached_site(self) -> CachedSite:
+        """What `parameter_cache.refresh` takes: the parameters outside any call, and the buffers made of them."""
+        return CachedSite(self.path, self._stored(self.base_weight, self.adapter.layout, False), self._cached())
+
+    def _stored(self, weight: torch.Tensor, layout: str, drops: bool) -> StoredParameters:
+        adapter = self.adapter
+        return StoredParameters(
+            weight=weight,
+            base_norm_sq=self.base_norm_sq,
+            lora_a=adapter.linear_in.weight,
+            lora_b=adapter.linear_out.weight,
+            # A norm does not depend on the magnitude, which is initialised with it.
+            magnitude=getattr(adapter, "weight_magnitude", self.base_norm_sq),
+            scaling=adapter.scaling_factor,
+            dropout_threshold=adapter.dropout_threshold if drops else None,
+            dropout_rescale=adapter.dropout_rescale if drops else None,
+            layout=layout,
+            tp_group=adapter.tp_group,
+            dtype=weight.dtype,
+        )
+
+    def _cached(self) -> CachedParameters:
+        return CachedParameters(*(getattr(self, name) for name in _CACHE_BUFFERS))
+
+    def enable_adapter_layers(self) -> None:
+        """Let the adapter take part in the forward pass."""
+        self._adapter_enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Make the forward pass that of the base layer alone."""
+        self._adapter_enabled = False
+
+    def register_forward_pre_hook(self, hook: Callable[..., Any], **kwargs: Any) -> RemovableHandle:
+        """As of any module, but for the hook of a parameter gather that overlaps the forward pass.
+
+        Raises:
+            ValueError: Megatron's DistributedDataParallel registers such a hook on every module, to wait for the
+                parameters of that module alone. Norms are worked out before any hook runs.
+        """
+        if getattr(hook, "__qualname__", "").startswith("DistributedDataParallel._make_forward_pre_hook"):
+            raise ValueError(
+                f"{self.path}: found DistributedDataParallel with overlap_param_gather=True, expected False: "
+                "the norms of a step need the parameters before the forward pass begins"
+            )
+        return super().register_forward_pre_hook(hook, **kwargs)
+
+    def backward_dw(self) -> None:
+        """Delayed weight gradients of the base layer: a frozen layer has none, Megatron calls it all the same."""
+        self.to_wrap.backward_dw()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self._fit_buffers()
+        return self
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The base layer's entries under the keys it has without an adapter, and the adapter's."""
+        destination = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        wrapped = f"{prefix}to_wrap."
+        for key in [key for key in destination if key.startswith(wrapped)]:
+            destination[prefix + key.removeprefix(wrapped)] = destination.pop(key)
+        return destination
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The base layer's sharded tensors under its own keys, and the adapter's under `adapter.`."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return {
+            **sharded_state_dict_default(self.to_wrap, prefix, sharded_offsets, metadata),
+            **self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata),
+        }
+
+    def _rename_base_keys(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        children = (f"{prefix}adapter.", f"{prefix}to_wrap.")
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(children)]:
+            state_dict[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def _is_product_alone(linear: Any) -> bool:
+    """Tell whether calling a base layer would do nothing but its product, bias and collective."""
+    if type(linear) not in (ColumnParallelLinear, RowParallelLinear, nn.Linear) or "forward" in vars(linear):
+        return False
+    hooks = (
+        *(linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks),
+        *(module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks),
+        *(module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks),
+    )
+    if any(hooks) or torch.is_autocast_enabled(linear.weight.device.type if linear.weight is not None else "cuda"):
+        return False
+    config = getattr(linear, "config", None)
+    offloading = getattr(config, "_cpu_offloading_context", None)
+    defers = getattr(config, "defer_embedding_wgrad_compute", False)
+    return not (defers or (offloading is not None and offloading.inside_context))
+
+
+@torch.compiler.assume_constant_result
+def _check_group_exists(tp_group: str) -> int:
+    """Raise RuntimeError, while Dynamo traces a call too, if the group is gone: Megatron's own error names nothing."""
+    return group_size(tp_group)
+
+
+def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:
+    for keys in incompatible_keys:
+        keys[:] = [key.replace(".to_wrap.", ".").removeprefix("to_wrap.") for key in keys]
+    module._fit_buffers()
+
+
+def invalidate_norms(model: Model) -> None:
+    """Have everything that is cached of a model's adapters, and the base's norms, worked out again.
+
+    Needed only after writes that nothing tells: on an accelerator those past PyTorch's version counter (through
+    `.data`, say) outside an optimizer's step, which raise StaleParametersError in a later forward pass; everywhere such
+    writes into a few rows of a base weight. Steps, in-place writes, loads, casts and moves are noticed, on a CPU every
+    write into an adapter.
+
+    Args:
+        model: a model, or a list or a tuple of model chunks, bare or wrapped. Every rank of a tensor-parallel group
+            calls it.
+    """
+    for chunk in chunks_of(model):
+        for module in chunk.modules():
+            if isinstance(module, DoRALinear):
+                module.invalidate_norm()
+
+
+@contextmanager
+def disable_adapter(model: Model) -> Iterator[None]:
+    """Within the context every adapter of the model is off; each returns to the state it had before.
+
+    Args:
+        model: a model, or a list or a tuple of model chunks, bare or wrapped.
+    """
+    sites = [module for chunk in chunks_of(model) for module in chunk.modules() if isinstance(module, DoRALinear)]
+    before = [site._adapter_enabled for site in sites]
+    try:
+        for site in sites:
+            site.disable_adapter_layers()
+        yield
+    finally:
+        for site, enabled in zip(sites, before, strict=True):
+            site._adapter_enabled = enabled

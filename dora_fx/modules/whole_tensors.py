@@ -1,0 +1,46 @@
+"""Whole adapter tensors out of the ranks' shards.
+
+A whole tensor does not depend on the tensor-parallel size: shards are joined as the layout table says, and what
+pads the base model to a size that divides (see `ParallelLinearDoRAAdapter`) is cut off.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dora_fx.function.placement import ParameterPlacement
+from dora_fx.megatron.wrappers import walk
+from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+from dora_fx.ranks.groups import resolve_group
+
+
+class AdapterShards:
+    """The adapter parameters of a model on this rank, by name, with anything of their shape (gradients, moments).
+
+    Args:
+        model: after `DoRA` ran on it, bare or wrapped.
+
+    Attributes:
+        parameters: name in the model -> parameter, in model order.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners: dict[str, tuple[ParallelLinearDoRAAdapter, ParameterPlacement]] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        for path, _, module in walk(model):
+            if isinstance(module, ParallelLinearDoRAAdapter):
+                for name, parameter in module.named_parameters():
+                    self._owners[f"{path}.{name}"] = (module, module.placements[name])
+                    self.parameters[f"{path}.{name}"] = parameter
+
+    def gather(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        """The whole of a tensor that is sharded as parameter `name` is. Every rank of the group calls it."""
+        adapter, placement = self._owners[name]
+        local = local.detach().contiguous()
+        parts = [local]
+        if adapter.tp_size > 1 and placement.dim is not None:
+            parts = [torch.empty_like(local) for _ in range(adapter.tp_size)]
+            dist.all_gather(parts, local, group=resolve_group(adapter.tp_group))
+        return placement.unshard_and_cut(parts)
