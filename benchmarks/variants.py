@@ -15,6 +15,10 @@ from torch import nn
 
 import dora_fx
 from dora_fx import DoRALinear
+from dora_fx.megatron.dynamo_settings import capture_megatron_whole
+
+# LoRA's graphs are whole too.
+capture_megatron_whole()
 
 HAS_BRIDGE = importlib.util.find_spec("megatron.bridge") is not None
 

@@ -12,7 +12,7 @@ import importlib.util
 import re
 import subprocess
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,28 @@ def h100_at_hand() -> Iterator[None]:
         yield
 
 
-def triton_source(function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Generated:
+    """The ATen graph of a forward or backward pass, with fake values, and the code generated for it."""
+
+    graph: fx.GraphModule
+    source: str
+
+
+def triton_source(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> tuple[str, str]:
     """Generated code of the forward and the backward pass of a function of CPU tensors, as for CUDA tensors."""
-    sources: list[str] = []
+    forward, backward = generate_for_h100(function, inputs)
+    return forward.source, backward.source
+
+
+def generate_for_h100(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[Generated]:
+    """Forward and backward pass of a function of CPU tensors, as for CUDA tensors."""
+    generated: list[Generated] = []
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def lower(is_backward: bool) -> Callable[..., Any]:
         def compiler(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-            sources.append(_lower_for_cuda(copy.deepcopy(gm), example_inputs, mode, is_backward))
+            generated.append(_lower_for_cuda(copy.deepcopy(gm), example_inputs, mode, is_backward))
             return make_boxed_func(gm)
 
         return compiler
@@ -80,13 +94,12 @@ def triton_source(function: Callable[..., torch.Tensor], inputs: tuple[torch.Ten
     with mode:
         output = compiled(*(mode.from_tensor(tensor) for tensor in inputs))
         output.backward(torch.empty_like(output))
-    forward, backward = sources
-    return forward, backward
+    return generated
 
 
 def _lower_for_cuda(
     gm: fx.GraphModule, example_inputs: list[torch.Tensor], mode: FakeTensorMode, is_backward: bool
-) -> str:
+) -> Generated:
     for node in gm.graph.nodes:
         if node.kwargs.get("device") is not None:
             node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
@@ -98,7 +111,7 @@ def _lower_for_cuda(
         with V.set_graph_handler(lowering):
             lowering.run(*inputs)
             wrapper, _ = lowering.codegen()
-    return getattr(wrapper, "value", wrapper)
+    return Generated(gm, getattr(wrapper, "value", wrapper))
 
 
 def kernel_sources(source: str) -> dict[str, str]:
