@@ -24,6 +24,7 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 from variants import with_dora, with_lora, with_peft
 
+import dora_fx
 from dora_fx.megatron.world import megatron_world
 from dora_fx.models import build_gpt_model, causal_mask
 
@@ -117,9 +118,14 @@ def make_variants(options: argparse.Namespace, device: str, *, only: str | None 
 
 def compile_layers(model: Any, options: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Compile each layer by itself; with recomputation, inside a checkpoint."""
-    model.embedding.register_forward_hook(_with_gradient)
+    if settings["backend"] == "dora_fx":
+        dora_fx.compile_model(model, **settings.get("options", {}))
+    else:
+        # What `compile_model` does for its own backend.
+        model.embedding.register_forward_hook(_with_gradient)
+        for layer in model.decoder.layers:
+            layer.compile(fullgraph=True, **settings)
     for layer in model.decoder.layers:
-        layer.compile(fullgraph=True, **settings)
         if options.recompute:
             compiled = layer.forward
             layer.forward = lambda *args, f=compiled, **kwargs: checkpoint(f, *args, use_reentrant=False, **kwargs)

@@ -3,6 +3,7 @@
 from dora_fx.attach.config import DoRA
 from dora_fx.attach.merge import merge, unmerge
 from dora_fx.checkpoint import CheckpointError, load_bridge_checkpoint, load_checkpoint, save_checkpoint
+from dora_fx.compilation import compile_model
 from dora_fx.hf import export_hf, import_hf
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.dora_linear import DoRALinear, disable_adapter, invalidate_norms
@@ -14,6 +15,7 @@ __all__ = [
     "DoRALinear",
     "ParallelLinearDoRAAdapter",
     "__version__",
+    "compile_model",
     "disable_adapter",
     "export_hf",
     "import_hf",

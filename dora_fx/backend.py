@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch._functorch import config as functorch_config
 
 from dora_fx.cache.parameter_cache import check, refresh
 from dora_fx.megatron.dynamo_settings import allow_many_graphs, capture_megatron_whole
-from dora_fx.passes import default_passes
+from dora_fx.passes import Unmatched, default_passes
 from dora_fx.passes.cacheable_functions import cacheable_functions, calls_only_known_functions
 from dora_fx.passes.pipeline import run_passes
 from dora_fx.passes.site_inputs import SiteInputs, site_inputs_of, tensor_parallel_groups
@@ -31,6 +32,32 @@ UNMATCHED = ("warn", "error")
 
 capture_megatron_whole()
 allow_many_graphs()
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """The checked options of one compilation; see `dora_fx`."""
+
+    inner_compiler: str
+    weight_norm: str
+    unmatched: Unmatched
+    rank_timeout: float
+    inductor_settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], mode: str | None = None) -> BackendOptions:
+        """Check options and an Inductor mode; raises ValueError as `dora_fx` documents."""
+        options = dict(options)
+        inner_compiler = _pop_choice(options, "inner_compiler", INNER_COMPILERS)
+        weight_norm = _pop_choice(options, "weight_norm", WEIGHT_NORMS)
+        unmatched = _pop_choice(options, "unmatched", UNMATCHED)
+        rank_timeout = options.pop("rank_timeout", 300.0)
+        if not isinstance(rank_timeout, (int, float)) or not rank_timeout > 0:
+            raise ValueError(f"rank_timeout: found {rank_timeout!r}, expected a positive number of seconds")
+        settings = _inductor_settings(options.pop("mode", mode), options)
+        if inner_compiler != "inductor" and settings:
+            raise ValueError(f"inner_compiler {inner_compiler!r} takes no Inductor settings; found {sorted(settings)}")
+        return cls(inner_compiler, weight_norm, unmatched, rank_timeout, settings)
 
 
 def dora_fx(
@@ -52,7 +79,8 @@ def dora_fx(
             every call would give); `unmatched`, what to do about an adapted layer whose base call cannot be read from
             the graph, "warn" (by default: it runs beside its base layer) or "error"; `rank_timeout`, how many seconds
             the other tensor-parallel ranks may take to compile the same graph, or to agree on a refresh outside an
-            optimizer's step (300.0 by default); any other key is an option of Inductor.
+            optimizer's step (300.0 by default); `mode`, which wins over the argument; any other key is an option of
+            Inductor.
         name: of the compiled region, in logs; torch passes it from 2.15 on.
 
     Raises:
@@ -61,25 +89,18 @@ def dora_fx(
         UnmatchedDoRASiteError: `unmatched` is "error", and there is such a layer.
         RuntimeError: another tensor-parallel rank compiles another graph, or none.
     """
-    options = dict(options or {})
-    inner_compiler = _pop_choice(options, "inner_compiler", INNER_COMPILERS)
-    weight_norm = _pop_choice(options, "weight_norm", WEIGHT_NORMS)
-    unmatched = _pop_choice(options, "unmatched", UNMATCHED)
-    rank_timeout = options.pop("rank_timeout", 300.0)
-    if not isinstance(rank_timeout, (int, float)) or not rank_timeout > 0:
-        raise ValueError(f"rank_timeout: found {rank_timeout!r}, expected a positive number of seconds")
-    settings = _inductor_settings(mode, options)
-    if inner_compiler != "inductor" and settings:
-        raise ValueError(f"inner_compiler {inner_compiler!r} takes no Inductor settings; found {sorted(settings)}")
+    chosen = BackendOptions.of(options or {}, mode)
     passes = default_passes(
-        cached_parameters=weight_norm != "every_call", unmatched=unmatched, fuses=inner_compiler == "inductor"
+        cached_parameters=chosen.weight_norm != "every_call",
+        unmatched=chosen.unmatched,
+        fuses=chosen.inner_compiler == "inductor",
     )
     gm = run_passes(gm, example_inputs, passes)
     for tp_group in tensor_parallel_groups(gm):
-        check_same_graph(gm, tp_group, _shapes_of_activations(example_inputs), rank_timeout)
+        check_same_graph(gm, tp_group, _shapes_of_activations(example_inputs), chosen.rank_timeout)
     counters["dora_fx"]["graphs_compiled"] += 1
-    compiled = _compile(gm, example_inputs, inner_compiler, settings, name)
-    return with_refresh(compiled, gm, checked=weight_norm == "checked", rank_timeout=rank_timeout)
+    compiled = _compile(gm, example_inputs, chosen.inner_compiler, chosen.inductor_settings, name)
+    return with_refresh(compiled, gm, checked=chosen.weight_norm == "checked", rank_timeout=chosen.rank_timeout)
 
 
 def with_refresh(

@@ -13,7 +13,6 @@ from dora_fx.attach.plan import AttachPlan, attach, check_targets_matched, plan_
 from dora_fx.attach.report import DoRAReport, report_on
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
-from dora_fx.megatron.dynamo_settings import capture_megatron_whole
 from dora_fx.megatron.wrappers import ModelT, chunks_of
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.ranks.agreement import check_same_settings, value_of_first_replica
@@ -80,7 +79,6 @@ class DoRA(DoRASettings):
         plan = plan_attachment(self, chunks)
         check_targets_matched(self, chunks, plan)
         seed = self._agree(plan)
-        capture_megatron_whole()
         self._freeze(chunks)
         attach(self, plan, seed)
         for chunk in chunks:

@@ -15,7 +15,6 @@ import dora_fx
 from dora_fx import DoRA
 from dora_fx.attach.report import DoRAReport
 from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base
-from dora_fx.cli.compilation import compile_in_place
 from dora_fx.cli.data import demo_documents, read_documents
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.memory import fitting_in_memory
@@ -78,7 +77,8 @@ def run(parsed: dict[str, Any]) -> int:
         with display.phase("building the Megatron model"):
             model = build_base_model(checkpoint, options, device)
         report = _adapt(dora, model)
-        compile_in_place(model, options)
+        if options.compile != "none":
+            dora_fx.compile_model(model, options.compile, inner_compiler=options.inner_compiler)
         display.say(
             f"text: {blocks.num_tokens:,} tokens; {len(blocks.train)} training sequences and "
             f"{len(blocks.held_out)} held-out ones of {options.sequence_length}; "

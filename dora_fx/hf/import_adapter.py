@@ -19,7 +19,6 @@ from dora_fx.hf.join import JoinedAdapter, Part, join_parts
 from dora_fx.hf.layers import NamedLinear, every_hf_path, gpt_config, named_linears, true_vocabulary, whole_sizes
 from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
-from dora_fx.megatron.dynamo_settings import capture_megatron_whole
 from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of
 from dora_fx.models.hf_parts import LM_HEAD, OUTPUT_LAYER, HeadShape, hf_paths, hf_rows
 from dora_fx.modules.dora_linear import DoRALinear
@@ -190,7 +189,6 @@ def _plan_attachments(imports: Sequence[PlannedImport], dropout: float) -> list[
 
 
 def _attach(chunks: Sequence[nn.Module], plans: Sequence[tuple[DoRA, AttachPlan]], training: bool) -> None:
-    capture_megatron_whole()
     for chunk in chunks:
         chunk.requires_grad_(False)
     for dora, plan in plans:

@@ -1,4 +1,8 @@
-"""The Dynamo settings that Megatron-Core needs to be captured as a whole."""
+"""The Dynamo settings that Megatron-Core needs to be captured as a whole.
+
+They hold for the whole process, so nothing sets them before something is compiled: importing `dora_fx.backend` does,
+which torch does for `backend="dora_fx"`, and another compiler's Dynamo when it comes to an adapted layer.
+"""
 
 from __future__ import annotations
 

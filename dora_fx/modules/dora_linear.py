@@ -17,6 +17,7 @@ from dora_fx.cache.parameter_cache import CachedSite, empty_base_norm, empty_cac
 from dora_fx.function.placement import LAYOUTS, Layout
 from dora_fx.function.site_parameters import CachedParameters, StoredParameters, row_norms
 from dora_fx.function.weight_norm import norm_dtype
+from dora_fx.megatron.dynamo_settings import capture_megatron_whole
 from dora_fx.megatron.wrappers import Model, chunks_of
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.base_attributes import BaseAttributes
@@ -95,6 +96,8 @@ class DoRALinear(BaseAttributes):
             weight = self.base_weight
         self._check_call(x, weight)
         _check_group_exists(self.adapter.tp_group)
+        if torch.compiler.is_compiling():
+            _prepare_trace()
         adapter = self.adapter
         layout, drops = self._call_layout(*args, **kwargs), self.training and adapter.has_dropout
         if not torch.compiler.is_compiling() and _is_product_alone(self.to_wrap):
@@ -287,6 +290,12 @@ def _is_product_alone(linear: Any) -> bool:
 def _check_group_exists(tp_group: str) -> int:
     """Raise RuntimeError, while Dynamo traces a call too, if the group is gone: Megatron's own error names nothing."""
     return group_size(tp_group)
+
+
+@torch.compiler.assume_constant_result
+def _prepare_trace() -> None:
+    """Any compiler's Dynamo is about to trace the base layer; with this package's backend it was prepared before."""
+    capture_megatron_whole()
 
 
 def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:

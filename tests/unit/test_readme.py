@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from torch import nn
+from torch._dynamo.utils import counters
 
 import dora_fx
 from tests.distributed.bridge import adapter_shards, saving_on_cpu
@@ -39,17 +40,18 @@ def save_as_bridge(folder: Path, target_modules: list[str], **settings: Any) -> 
 def test_python_blocks_run_in_order(world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 3
     gpt_model = tiny_gpt(num_layers=1)
     before = {name: value.clone() for name, value in gpt_model.named_parameters()}
     names: dict[str, Any] = {"gpt_model": gpt_model, "batches": [batch(1), batch(2)]}
+    counters.clear()
     for number, block in enumerate(blocks):
         if number == len(blocks) - 1:
             dora = names["dora"]
             save_as_bridge(tmp_path / "bridge", dora.target_modules, dim=dora.dim, alpha=dora.alpha)
         exec(compile(block, f"README.md, block {number + 1}", "exec"), names)
     model: nn.Module = names["model"]
-    assert isinstance(model, torch._dynamo.OptimizedModule)
+    assert model is gpt_model and counters["dora_fx"]["sites_rewritten"] >= 4
     assert len(sites(gpt_model)) == 4
     assert names["extra"] == {"step": 100}
     assert len(names["optimizer"].state) == 12

@@ -1,0 +1,132 @@
+"""Compile a Megatron model through the dora_fx backend, with as few graphs as it can do with."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Literal, get_args
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+from torch import Tensor, nn
+
+from dora_fx.megatron.wrappers import ModelT, chunks_of, unwrap, walk
+
+Scope = Literal["layer", "model"]
+
+_compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def compile_model(
+    model: ModelT,
+    scope: Scope = "layer",
+    *,
+    fullgraph: bool = True,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    **options: Any,
+) -> ModelT:
+    """Have a Megatron model compiled through `backend="dora_fx"` at its next calls; return the model that was given.
+
+    It is compiled in place, so names, state dicts and checkpoints stay as they are. Adapters may be attached before or
+    after. All layers of a kind share a graph, and lengths that change take at most one more:
+
+    - the embedding's output is copied, for with one sequence in the batch it is a view, which Megatron copies in a way
+      that Dynamo does not trace; with `scope="layer"` it also gets a gradient, as the input of all other layers has
+      one, at the price of one layer's gradient of its input;
+    - Megatron's buffer for attention scores is allocated before the compiled code that writes into it runs.
+
+    Compiling changes settings of Dynamo for the whole process, see `megatron.dynamo_settings`; importing `dora_fx` and
+    attaching adapters do not.
+
+    Args:
+        model: a model, or a list or a tuple of model chunks, bare or wrapped.
+        scope: "layer" compiles each transformer layer by itself: short compilation, whatever the depth. "model" makes
+            one graph of each chunk.
+        fullgraph: raise where Dynamo would break a graph, in place of running a part uncompiled.
+        dynamic, mode: as in `torch.compile`.
+        options: of the backend (`inner_compiler`, `weight_norm`, `unmatched`, `rank_timeout`), or Inductor's.
+
+    Raises:
+        ValueError: `scope` is neither, a chunk has no transformer layer to compile, or it is compiled already.
+            Options raise as in `dora_fx.backend.dora_fx`. Nothing is changed then.
+    """
+    from dora_fx.backend import BackendOptions, dora_fx
+
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope: found {scope!r}, expected one of {list(get_args(Scope))}")
+    # torch.compile takes a mode or options, and the backend both.
+    options = {**options, "mode": mode} if mode is not None else options
+    BackendOptions.of(options)
+    settings = {"backend": dora_fx, "fullgraph": fullgraph, "dynamic": dynamic, "options": options}
+    chunks = [unwrap(chunk) for chunk in chunks_of(model)]
+    for chunk in chunks:
+        _check_compilable(chunk, scope)
+    for chunk in chunks:
+        _compile_chunk(chunk, scope, settings)
+    return model
+
+
+def _layers(chunk: nn.Module) -> list[nn.Module]:
+    return [named.module for named in walk(chunk) if isinstance(named.module, BaseTransformerLayer)]
+
+
+def _check_compilable(chunk: nn.Module, scope: Scope) -> None:
+    if scope == "layer" and not _layers(chunk):
+        raise ValueError(
+            f"model: found no transformer layer in a {type(chunk).__name__}, expected at least one; "
+            "scope='model' compiles it as a whole"
+        )
+    if chunk in _compiled:
+        raise ValueError(f"model: found a {type(chunk).__name__} that is compiled already, expected one that is not")
+
+
+def _compile_chunk(chunk: nn.Module, scope: Scope, settings: dict[str, Any]) -> None:
+    _compiled.add(chunk)
+    chunk.register_forward_pre_hook(_allocate_buffers, with_kwargs=True)
+    embedding_hook = _as_a_fresh_tensor if scope == "model" else _like_a_layer_output
+    for named in walk(chunk):
+        if isinstance(named.module, LanguageModelEmbedding):
+            named.module.register_forward_hook(embedding_hook)
+    if scope == "model":
+        # The chunk's own hooks stay outside of the graph.
+        chunk.forward = torch.compile(chunk.forward, **settings)
+        return
+    for layer in _layers(chunk):
+        layer.compile(**settings)
+
+
+def _as_a_fresh_tensor(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Copy the hidden states, which with one sequence in the batch are a view: a transposed embedding.
+
+    Megatron would copy a view itself, through `torch.empty(..., requires_grad=True)`, which Dynamo does not trace.
+    """
+    return output.clone(memory_format=torch.contiguous_format)
+
+
+def _like_a_layer_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Give the first layer's input what the other layers' inputs have, so that one graph serves them all.
+
+    That is a gradient, which a frozen embedding does not ask for, and the strides of a tensor that is no view.
+    """
+    output = _as_a_fresh_tensor(module, inputs, output)
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+def _allocate_buffers(chunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Let the buffer that Megatron shares among attentions and gathers be large enough before it is traced.
+
+    Megatron's local attention takes its scores `[b * heads/tp, s, s]`, and a gather its output `[s, b, h]`, from one
+    buffer that grows when it must. Dynamo guards on what it was.
+    """
+    tokens = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() == 2]
+    attentions = [module for module in chunk.modules() if isinstance(module, DotProductAttention)]
+    if not tokens or not attentions:
+        return
+    batch, sequence = tokens[0].shape
+    for attention in attentions:
+        config, heads = attention.config, attention.num_attention_heads_per_partition
+        size = max(batch * heads * sequence * sequence, sequence * batch * config.hidden_size)
+        parallel_state.get_global_memory_buffer().get_tensor((size,), config.params_dtype, "mpu")
