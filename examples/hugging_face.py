@@ -41,6 +41,7 @@ def load_base(base: str | None) -> tuple[Any, dict[str, torch.Tensor], torch.Ten
     return config, LlamaForCausalLM(config).state_dict(), torch.randint(config.vocab_size, (2, LENGTH + 1))
 
 
+# --8<-- [start:main]
 def main(out: str, base: str | None) -> None:
     config, state_dict, tokens = load_base(base)
     tokens = tokens.to(DEVICE)
@@ -55,7 +56,7 @@ def main(out: str, base: str | None) -> None:
     dora = dora_fx.DoRA(target_modules=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], dim=8, alpha=16)
     model = dora(build_gpt_model(config, state_dict, device=DEVICE))
     print(dora.report)
-    model.compile(backend="dora_fx")
+    dora_fx.compile_model(model)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     for step in range(STEPS):
@@ -74,6 +75,7 @@ def main(out: str, base: str | None) -> None:
     print(f"the adapter for PEFT is in {out}")
 
 
+# --8<-- [end:main]
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)

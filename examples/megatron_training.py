@@ -22,11 +22,11 @@ import dora_fx
 STEPS, MICRO_BATCHES = 5, 2
 
 
+# --8<-- [start:main]
 def main(out: Path) -> None:
     dora = dora_fx.DoRA(target_modules=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], dim=8, alpha=16)
     model = dora(gpt_model())
-    for layer in model.decoder.layers:
-        layer.compile(backend="dora_fx", fullgraph=True)
+    dora_fx.compile_model(model)
 
     with megatron_on_this_device():
         ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
@@ -52,6 +52,7 @@ def main(out: Path) -> None:
     dora_fx.save_checkpoint(model, out, optimizer, extra={"step": done + STEPS})
 
 
+# --8<-- [end:main]
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)

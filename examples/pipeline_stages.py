@@ -23,6 +23,7 @@ import dora_fx
 STEPS, MICRO_BATCHES, BATCH = 5, 4, 2
 
 
+# --8<-- [start:main]
 def forward_step(batches: Iterator[dict[str, Any]], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
     """Megatron's forward step: a stage's output for the next micro-batch, and what the last stage makes of it."""
     output = model(**next(batches))
@@ -32,8 +33,7 @@ def forward_step(batches: Iterator[dict[str, Any]], model: Any) -> tuple[torch.T
 def main() -> None:
     dora = dora_fx.DoRA(target_modules=["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], dim=8, alpha=16)
     model = dora(gpt_model(num_layers=2))
-    for layer in model.decoder.layers:
-        layer.compile(backend="dora_fx", fullgraph=True)
+    dora_fx.compile_model(model)
 
     with megatron_on_this_device():
         ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
@@ -59,6 +59,7 @@ def main() -> None:
             print(f"step {step + 1}: loss {sum(losses).item() / MICRO_BATCHES:.4f}")
 
 
+# --8<-- [end:main]
 if __name__ == "__main__":
     with world(tensor_parallel=1, pipeline_parallel=2):
         main()

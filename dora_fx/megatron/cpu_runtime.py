@@ -1,4 +1,4 @@
-"""What Megatron-Core needs on a machine without CUDA. Only the command line and the tests call this module.
+"""What Megatron-Core needs on a machine without CUDA. Only the command line, examples and tests call this module.
 
 Building a model and running it: `torch.cuda.current_device()` must answer, for Megatron asks it where to put rotary
 frequencies and the buffers of its collectives. Everything else on a CPU is an ordinary option (gloo,
