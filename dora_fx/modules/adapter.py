@@ -48,9 +48,9 @@ class ParallelLinearDoRAAdapter(nn.Module):
         row layouts      A [dim, in/tp]    B [out/tp, dim]    m [out], equal on every rank
         nn.Linear        A [dim, in]       B [out, dim]       m [out]
 
-    Scaling and dropout are tensors too, in buffers that are not saved. Compiled code takes tensors as inputs and numbers
-    as constants, so layers that differ in alpha or dropout share a graph. The tensors have a dimension because Dynamo
-    reads a symbol out of a float64 without one, and compiles twice.
+    Scaling and dropout are tensors too, in buffers that are not saved. Compiled code takes tensors as inputs and
+    numbers as constants, so layers that differ in alpha or dropout share a graph. The tensors have a dimension because
+    Dynamo reads a symbol out of a float64 without one, and compiles twice.
 
     Args:
         in_features, out_features: sizes of the whole layer.
