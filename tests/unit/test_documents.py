@@ -83,6 +83,11 @@ def test_files_that_the_documents_name_are_there() -> None:
     assert not missing
 
 
+def test_the_citation_is_of_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {dora_fx.__version__}\n" in citation
+
+
 def test_every_public_name_is_in_the_reference() -> None:
     listed = re.findall(
         r"^        - (\w+)$", (DOCS / "reference" / "index.md").read_text(encoding="utf-8"), re.MULTILINE
