@@ -23,8 +23,8 @@ from dora_fx.megatron.dynamo_settings import allow_many_graphs, capture_megatron
 from dora_fx.passes import Unmatched, default_passes
 from dora_fx.passes.cacheable_functions import cacheable_functions, calls_only_known_functions
 from dora_fx.passes.pipeline import run_passes
+from dora_fx.passes.same_graph import check_same_graph
 from dora_fx.passes.site_inputs import SiteInputs, site_inputs_of, tensor_parallel_groups
-from dora_fx.ranks.same_graph import check_same_graph
 
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 WEIGHT_NORMS = ("once_per_step", "every_call", "checked")

@@ -29,6 +29,11 @@ def subgraph_modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
             yield from subgraph_modules(child)
 
 
+def target_name(node: fx.Node) -> str:
+    """The name that fx prints for what a node calls; its function for that is private (read in torch 2.11 to 2.15)."""
+    return node._pretty_print_target(node.target)
+
+
 def referenced_graph_maybe(node: fx.Node) -> fx.GraphModule | None:
     """Return the graph module that a `get_attr` node names, None for any other node."""
     if node.op != "get_attr":

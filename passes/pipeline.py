@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import fx
 from torch._logging import trace_structured
 
-from dora_fx.passes.graph_utils import subgraph_modules
+from dora_fx.passes.graph_utils import subgraph_modules, target_name
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: Sequen
 def count_ops(gm: fx.GraphModule) -> Counter[str]:
     """How many nodes of each target a graph and its subgraphs have."""
     return Counter(
-        node._pretty_print_target(node.target)
+        target_name(node)
         for module in subgraph_modules(gm)
         for node in module.graph.nodes
         if node.op in ("call_function", "call_method")

@@ -21,7 +21,7 @@ Results = dict[str, torch.Tensor]
 def draw_mask(site: DoRALinear, x: torch.Tensor) -> torch.Tensor:
     """Draw the dropout mask that the site draws when it is called with `x` in the same state of the generator."""
     key = draw_dropout_key(x, site.adapter.tp_group)
-    return keep_mask(x, key, site.adapter.dropout_threshold, sharded_features=site.layout.shards_input_features)
+    return keep_mask(x, key, site.adapter.dropout_threshold, sharded_features=site.adapter.layout.shards_input_features)
 
 
 def reference_layer(site: DoRALinear) -> reference.ReferenceLinear:

@@ -101,10 +101,12 @@ class DoRA(DoRASettings):
     def _agree(self, plan: AttachPlan) -> int:
         """Compare configuration and sites with the other tensor-parallel ranks; return one seed for all ranks."""
         seed = value_of_first_replica(torch.initial_seed())
-        for tp_group in dict.fromkeys(site.tp_group for site in plan.new if site.tp_group):
+        for tp_group in dict.fromkeys(site.spec.tp_group_name for site in plan.new if site.spec.tp_group_name):
             group = resolve_group(tp_group)
             settings = {f"DoRA.{field.name}": getattr(self, field.name) for field in fields(self) if field.init}
-            sites = {site.path: (site.layout.name, site.in_features, site.out_features) for site in plan.new}
+            sites = {
+                site.path: (site.spec.layout.name, site.spec.in_features, site.spec.out_features) for site in plan.new
+            }
             check_same_settings({**settings, **sites}, group)
             seed = broadcast_object(seed, group)
         return seed

@@ -10,6 +10,7 @@ from torch import nn
 
 from dora_fx.megatron.wrappers import NamedModule, walk
 from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.kinds import looks_like_linear
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -27,11 +28,6 @@ def matches(pattern: str, path: str) -> bool:
             return False
         position = found + len(part)
     return True
-
-
-def looks_like_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a weight matrix, of whatever class, so that a pattern may mean it."""
-    return not isinstance(module, nn.Embedding) and "linear" in type(module).__name__.lower()
 
 
 def adapted_layers(chunks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, NamedModule]]:

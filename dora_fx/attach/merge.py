@@ -115,12 +115,12 @@ def merged_weight(site: DoRALinear) -> torch.Tensor:
 
     Every rank of the layer's tensor-parallel group calls it.
     """
-    adapter, table = site.adapter, site.layout
+    adapter, layout = site.adapter, site.adapter.layout
     lora_a, lora_b = adapter.linear_in.weight.detach(), adapter.linear_out.weight.detach()
     if adapter.tp_group:
-        if table.gathers_lora_a:
+        if layout.gathers_lora_a:
             [lora_a] = gather_rows_together([lora_a], adapter.tp_group)
-        if table.gathers_lora_b:
+        if layout.gathers_lora_b:
             [lora_b] = gather_rows_together([lora_b], adapter.tp_group)
     delta = magnitude_delta(adapter.weight_magnitude, site._get_weight_norm())
     return merge_tensors(site.base_weight, lora_a, lora_b, delta, adapter.scaling)

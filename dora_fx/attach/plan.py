@@ -6,20 +6,18 @@ import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 from torch.distributed._composable.replicate import DDP as ComposableDDP
 
 from dora_fx.attach.matching import find_targets, nearest_names
 from dora_fx.attach.settings import DoRASettings
-from dora_fx.function.placement import Layout, layout_of
 from dora_fx.megatron.data_parallel import data_parallel_around
 from dora_fx.megatron.wrappers import NamedModule, TorchDDP, check_unsharded, replace_modules, unwrap
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.kinds import LinearSpec, describe_linear
 from dora_fx.ranks.agreement import of_all_stages
 
 logger = logging.getLogger(__name__)
@@ -27,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedSite:
-    """One layer that is about to be wrapped, in its chunk; `path` has its number in the whole model."""
+    """One layer that is about to be wrapped.
+
+    Attributes:
+        chunk: as it was given, bare or wrapped.
+        path: with the layer's number in the whole model.
+        weight: the layer's own, or the one that it borrows.
+    """
 
     chunk: nn.Module
     path: str
-    linear: Any
+    linear: nn.Module
+    spec: LinearSpec
     weight: nn.Parameter
-    layout: Layout
-    tp_group: str
-    in_features: int
-    out_features: int
-    row_blocks: int
-    padded_in_features: int
-    padded_out_features: int
 
 
 @dataclass(frozen=True)
@@ -95,24 +93,25 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
     """Wrap the planned layers in place; `seed` is that of all initial factors, the same on every rank."""
     replacements: dict[nn.Module, dict[nn.Module, nn.Module]] = {}
     for site in plan.new:
+        spec = site.spec
         adapter = ParallelLinearDoRAAdapter(
-            site.in_features,
-            site.out_features,
+            spec.in_features,
+            spec.out_features,
             settings.dim,
             alpha=settings.alpha,
             dropout=settings.dropout,
-            layout=site.layout.name,
-            tp_group=site.tp_group,
-            row_blocks=site.row_blocks,
-            padded_in_features=site.padded_in_features,
-            padded_out_features=site.padded_out_features,
+            layout_name=spec.layout.name,
+            tp_group=spec.tp_group_name,
+            row_blocks=spec.row_blocks,
+            padded_in_features=spec.padded_in_features,
+            padded_out_features=spec.padded_out_features,
             column_init_method=settings.lora_A_init_method,
             row_init_method=settings.lora_B_init_method,
             seed=seed_for(site.path, seed),
             dtype=site.weight.dtype,
             device=site.weight.device,
         )
-        borrowed = site.weight if site.linear.weight is None else None
+        borrowed = site.weight if spec.weight is None else None
         adapted = DoRALinear(site.linear, adapter, path=site.path, base_weight=borrowed)
         replacements.setdefault(site.chunk, {})[site.linear] = adapted
     for chunk, of_chunk in replacements.items():
@@ -154,42 +153,17 @@ def _check_same_settings(settings: DoRASettings, path: str, site: DoRALinear) ->
 
 
 def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> PlannedSite:
-    path, linear = named.whole_path, cast(Any, named.module)
+    path, linear = named.whole_path, named.module
     check_unsharded(path, linear)
-    layout = _supported_layout(path, linear)
-    weight = linear.weight if linear.weight is not None else _tied_weight(unwrap(chunk), path)
+    spec = describe_linear(path, linear)
+    weight = spec.weight if spec.weight is not None else _tied_weight(unwrap(chunk), path)
     _check_weight(path, weight)
-    if isinstance(linear, nn.Linear):
-        in_features, out_features, tp_group = linear.in_features, linear.out_features, ""
-    else:
-        _check_group(path, linear)
-        in_features, out_features = linear.input_size, linear.output_size
-        tp_group = linear.tp_group.group_name if linear.tp_group.size() > 1 else ""
-        _check_divisible(settings, path, linear.tp_group.size(), layout)
-    return PlannedSite(
-        chunk=chunk,
-        path=path,
-        linear=linear,
-        weight=weight,
-        layout=layout,
-        tp_group=tp_group,
-        in_features=in_features,
-        out_features=out_features,
-        row_blocks=_row_blocks(linear, path),
-        # Set by `models.build_gpt_model` on layers that it pads.
-        padded_in_features=getattr(linear, "padded_in_features", 0),
-        padded_out_features=getattr(linear, "padded_out_features", 0),
-    )
-
-
-def _supported_layout(path: str, linear: nn.Module) -> Layout:
-    if getattr(linear, "is_expert", False):
-        raise TypeError(f"{path}: {type(linear).__name__} of an expert is not supported")
-    try:
-        return layout_of(linear)
-    except TypeError as error:
-        supported = ", ".join(kind.__name__ for kind in (ColumnParallelLinear, RowParallelLinear, nn.Linear))
-        raise TypeError(f"{path}: {error}; supported are {supported}") from None
+    if settings.dim % spec.dim_multiple:
+        raise ValueError(
+            f"{path}: dim {settings.dim} is sharded over {spec.tp_size} tensor-parallel ranks, "
+            f"expected a multiple of {spec.dim_multiple}"
+        )
+    return PlannedSite(chunk, path, linear, spec, weight)
 
 
 def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:
@@ -215,24 +189,3 @@ def _check_weight(path: str, weight: torch.Tensor) -> None:
             f"{path}: the base weight has NaN or inf in {rows.numel()} of {weight.shape[0]} rows, "
             f"the first is row {int(rows[0])}; expected finite values"
         )
-
-
-def _check_group(path: str, linear: Any) -> None:
-    if linear.tp_group is None:
-        raise ValueError(
-            f"{path}: found a layer without a tensor-parallel group, expected one that was built after "
-            "megatron.core.parallel_state.initialize_model_parallel()"
-        )
-
-
-def _check_divisible(settings: DoRASettings, path: str, tp_size: int, layout: Layout) -> None:
-    if layout.lora_a_dim == 0 and settings.dim % tp_size:
-        raise ValueError(
-            f"{path}: dim {settings.dim} is sharded over {tp_size} tensor-parallel ranks, "
-            f"expected a multiple of {tp_size}"
-        )
-
-
-def _row_blocks(linear: nn.Module, path: str) -> int:
-    gated = getattr(getattr(linear, "config", None), "gated_linear_unit", False)
-    return 2 if gated and path.rpartition(".")[2] == "linear_fc1" else 1

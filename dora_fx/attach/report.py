@@ -67,7 +67,7 @@ def report_on(chunks: Sequence[nn.Module], unmatched_linears: Sequence[str]) -> 
         sites.append(
             SiteReport(
                 path=path,
-                layout=adapter.layout,
+                layout=adapter.layout_name,
                 weight=tuple(site.base_weight.shape),
                 lora_a=tuple(a.shape),
                 lora_b=tuple(b.shape),

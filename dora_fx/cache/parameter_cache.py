@@ -24,7 +24,7 @@ from dora_fx.cache.freshness import (
     raise_if_answered_stale,
     record_fresh,
 )
-from dora_fx.function.placement import LAYOUTS
+from dora_fx.function.placement import Layout
 from dora_fx.function.row_scale import RowScale
 from dora_fx.function.site_parameters import CachedParameters, CompleteParameters, StoredParameters, complete_parameters
 from dora_fx.function.weight_norm import base_norm_squared, norm_dtype
@@ -54,10 +54,10 @@ def empty_base_norm(weight: torch.Tensor) -> torch.Tensor:
 
 
 def empty_cache(
-    base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, layout: str, tp_group: str
+    base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, layout: Layout, tp_group: str
 ) -> CachedParameters:
     """Allocate one site's buffers, NaN until they are refreshed."""
-    table, tp_size = LAYOUTS[layout], group_size(tp_group)
+    tp_size = group_size(tp_group)
 
     def gathered(factor: torch.Tensor, is_gathered: bool) -> torch.Tensor | None:
         whole_shape = (tp_size * factor.shape[0], factor.shape[1])
@@ -68,8 +68,8 @@ def empty_cache(
         delta,
         grad_gain,
         grad_scale,
-        gathered(lora_a, table.gathers_lora_a),
-        gathered(lora_b, table.gathers_lora_b),
+        gathered(lora_a, layout.gathers_lora_a),
+        gathered(lora_b, layout.gathers_lora_b),
     )
 
 

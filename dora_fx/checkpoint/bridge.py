@@ -68,7 +68,7 @@ class StoredShard:
     @property
     def is_partial(self) -> bool:
         """Whether Bridge stores rank 0's part in place of the whole."""
-        return self.name == _MAGNITUDE and self.site.layout.shards_input_features
+        return self.name == _MAGNITUDE and self.site.adapter.layout.shards_input_features
 
 
 def load_bridge_checkpoint(
@@ -193,9 +193,9 @@ def _check_size(path: Path, stored: dict[str, Any], wanted: Sequence[StoredShard
     """Compare the given tensor-parallel size with the number of pieces that A was saved in."""
     for shard in wanted:
         placement = shard.site.adapter.placements[shard.name]
-        if shard.name != "linear_in.weight" or placement.dim is None:
+        if shard.name != "linear_in.weight" or placement.shard_dim is None:
             continue
-        axis = shard.shards[0].prepend_axis_num + placement.dim
+        axis = shard.shards[0].prepend_axis_num + placement.shard_dim
         found = len({chunk.offsets[axis] for chunk in stored[shard.key].chunks})
         if found != expected:
             raise ValueError(

@@ -210,10 +210,14 @@ def _locked(directory: Path) -> Iterator[int]:
 
 
 def _lock(handle: int, *, wait: bool = False) -> bool:
-    """Lock an open directory; False if another process holds it or the file system has no locks."""
+    """Lock an open directory; False if another process holds it.
+
+    Raises:
+        OSError: the file system has no locks. Without them savers would take each other's work for leftovers.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
     return True
 

@@ -45,14 +45,14 @@ def adapted_linear(
     Returns:
         the adapted output, shaped and sharded like the base layer's.
     """
-    table, tp_group = stored.table, stored.tp_group
-    if table.enter in ENTER:
-        x = ENTER[table.enter](x, tp_group)
-    if base_output is not None and table.leave == "gather_features":
+    layout, tp_group = stored.layout, stored.tp_group
+    if layout.enter in ENTER:
+        x = ENTER[layout.enter](x, tp_group)
+    if base_output is not None and layout.leave == "gather_features":
         base_output = split_features(base_output, tp_group)
     scaled = _scaled if stored.dropout is None else _scaled_under_dropout
     output = scaled(x, stored, complete, bias, dtype, base_output)
-    return gather_features(output, tp_group) if table.leave == "gather_features" else output
+    return gather_features(output, tp_group) if layout.leave == "gather_features" else output
 
 
 def _scaled(
@@ -83,11 +83,11 @@ def _scaled_under_dropout(
     """y = W0 x + delta W0 d(x) + (1 + delta) s B A d(x) + bias."""
     assert stored.dropout is not None
     key = draw_dropout_key(x, stored.tp_group)
-    dropped = dropout(x, key, *stored.dropout, stored.table.shards_input_features)
+    dropped = dropout(x, key, *stored.dropout, stored.layout.shards_input_features)
     if base_output is None and torch.compiler.is_compiling():
         # One GEMM reads the weight once: 0.7 to 0.9 of the time of two, from 8 to 1024 tokens.
         product, dropped_product = F.linear(torch.cat((x, dropped)), stored.weight).chunk(2)
-        if bias is not None and stored.table.adds_bias_in_product:
+        if bias is not None and stored.layout.adds_bias_in_product:
             product = product + bias
     else:
         # Eager code rounds as the base layer itself does, which a product of twice as many rows need not.
@@ -103,7 +103,7 @@ def _scaled_under_dropout(
 
 def _base_product(x: torch.Tensor, stored: StoredParameters, bias: torch.Tensor | None) -> torch.Tensor:
     """W0 x, with the bias where the base layer adds it inside the product: rounding alike keeps an adapter silent."""
-    return F.linear(x, stored.weight, bias if stored.table.adds_bias_in_product else None)
+    return F.linear(x, stored.weight, bias if stored.layout.adds_bias_in_product else None)
 
 
 def _low_rank_product(x: torch.Tensor, stored: StoredParameters, complete: CompleteParameters) -> torch.Tensor:
@@ -115,7 +115,7 @@ def _join(
     product: torch.Tensor, addend: torch.Tensor, stored: StoredParameters, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Base product + addend + bias, summed over the group where the layout's products are partial."""
-    late_bias = None if stored.table.adds_bias_in_product else bias
+    late_bias = None if stored.layout.adds_bias_in_product else bias
     if stored.reduces:
         output = _reduce(product + addend, stored)
         return output if late_bias is None else output + late_bias
@@ -124,4 +124,4 @@ def _join(
 
 def _reduce(partial: torch.Tensor, stored: StoredParameters) -> torch.Tensor:
     """Sum over the group where the layout's products are partial."""
-    return REDUCE[stored.table.leave](partial, stored.tp_group) if stored.reduces else partial
+    return REDUCE[stored.layout.leave](partial, stored.tp_group) if stored.reduces else partial

@@ -17,8 +17,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from torch import nn
 
 # An adapter's A, B and magnitude by their names in its state dict.
 ADAPTER_TENSORS = ("linear_in.weight", "linear_out.weight", "weight_magnitude")
@@ -36,36 +34,34 @@ class Layout:
         enter: what happens to the layer's input before the products. "copy" is the identity whose
             gradient is all-reduced.
         leave: what happens to the sum of the products.
-        weight_dim, lora_a_dim, lora_b_dim, magnitude_dim: the sharded dimension of each stored tensor.
+        weight_shard_dim, lora_a_shard_dim, lora_b_shard_dim, magnitude_shard_dim: the sharded
+            dimension of each stored tensor.
+        adds_bias_in_product: the layer adds its bias inside the product, as nn.Linear does and Megatron's do not.
     """
 
     name: str
     enter: Enter
     leave: Leave
-    weight_dim: int | None
-    lora_a_dim: int | None
-    lora_b_dim: int | None
-    magnitude_dim: int | None
+    weight_shard_dim: int | None
+    lora_a_shard_dim: int | None
+    lora_b_shard_dim: int | None
+    magnitude_shard_dim: int | None
+    adds_bias_in_product: bool = False
 
     @property
     def shards_input_features(self) -> bool:
         """Each rank multiplies its own slice of the input features, so products are partial sums."""
-        return self.weight_dim == 1
-
-    @property
-    def adds_bias_in_product(self) -> bool:
-        """nn.Linear adds its bias inside the product, Megatron's layers after it."""
-        return self.weight_dim is None
+        return self.weight_shard_dim == 1
 
     @property
     def gathers_lora_a(self) -> bool:
         """lora_a is stored in row blocks and needed whole: gathered, its gradient reduce-scattered."""
-        return self.lora_a_dim == 0
+        return self.lora_a_shard_dim == 0
 
     @property
     def gathers_lora_b(self) -> bool:
         """lora_b is stored in row blocks and needed whole, because the layer's output rows are."""
-        return self.lora_b_dim == 0 and self.magnitude_dim is None
+        return self.lora_b_shard_dim == 0 and self.magnitude_shard_dim is None
 
     def magnitude_grad_is_partial(self, dropout: bool) -> bool:
         """Whether each rank sees only a part of the magnitude's gradient.
@@ -73,7 +69,7 @@ class Layout:
         A replicated magnitude is scaled after the reduction and sees all of it, unless the output is
         sequence-sharded, or dropout moves the scale in front of the reduction.
         """
-        return self.magnitude_dim is None and (
+        return self.magnitude_shard_dim is None and (
             self.leave == "reduce_scatter_sequence" or (dropout and self.leave == "all_reduce")
         )
 
@@ -97,9 +93,11 @@ class Layout:
         """
         columns, rows = in_features - padded_in_features, out_features - padded_out_features
         return {
-            "linear_in.weight": ParameterPlacement(self.lora_a_dim, 1, (dim, columns), (dim, in_features)),
-            "linear_out.weight": ParameterPlacement(self.lora_b_dim, row_blocks, (rows, dim), (out_features, dim)),
-            "weight_magnitude": ParameterPlacement(self.magnitude_dim, row_blocks, (rows,), (out_features,)),
+            "linear_in.weight": ParameterPlacement(self.lora_a_shard_dim, 1, (dim, columns), (dim, in_features)),
+            "linear_out.weight": ParameterPlacement(
+                self.lora_b_shard_dim, row_blocks, (rows, dim), (out_features, dim)
+            ),
+            "weight_magnitude": ParameterPlacement(self.magnitude_shard_dim, row_blocks, (rows,), (out_features,)),
         }
 
 
@@ -108,15 +106,15 @@ class ParameterPlacement:
     """How one parameter of an adapter lies on the ranks of its tensor-parallel group.
 
     Attributes:
-        dim: the sharded dimension, or None where every rank holds the whole tensor.
-        blocks: how many equal blocks `dim` is made of, each sharded on its own; 2 for the output rows of a
+        shard_dim: the sharded dimension, or None where every rank holds the whole tensor.
+        blocks: how many equal blocks that dimension is made of, each sharded on its own; 2 for the output rows of a
             gated linear_fc1, whose ranks hold `[gate_i; up_i]`.
         shape: of the whole tensor.
         padded_shape: of the whole tensor with what pads the base layer, at the end of each dimension. The ranks
             hold equal parts of it.
     """
 
-    dim: int | None
+    shard_dim: int | None
     blocks: int
     shape: tuple[int, ...]
     padded_shape: tuple[int, ...]
@@ -128,26 +126,28 @@ class ParameterPlacement:
             for size, padded_size in zip(reversed(self.shape), reversed(self.padded_shape), strict=True)
             for amount in (0, padded_size - size)
         ]
-        return shard(F.pad(whole, padding), self.dim, tp_rank, tp_size, self.blocks)
+        return shard(F.pad(whole, padding), self.shard_dim, tp_rank, tp_size, self.blocks)
 
     def unshard_and_cut(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the tensor of `shape` from the parts of ranks 0, 1, ...; one part where `dim` is None."""
-        whole = parts[0] if self.dim is None else unshard(parts, self.dim, self.blocks)
+        """Return the tensor of `shape` from the parts of ranks 0, 1, ...; one part where `shard_dim` is None."""
+        whole = parts[0] if self.shard_dim is None else unshard(parts, self.shard_dim, self.blocks)
         return whole[tuple(slice(size) for size in self.shape)].clone()
 
 
 def _column(name: str, enter: Enter, leave: Leave = "none") -> Layout:
-    return Layout(name, enter, leave, weight_dim=0, lora_a_dim=0, lora_b_dim=0, magnitude_dim=0)
+    return Layout(name, enter, leave, weight_shard_dim=0, lora_a_shard_dim=0, lora_b_shard_dim=0, magnitude_shard_dim=0)
 
 
 def _row(name: str, leave: Leave, enter: Enter = "none") -> Layout:
-    return Layout(name, enter, leave, weight_dim=1, lora_a_dim=1, lora_b_dim=0, magnitude_dim=None)
+    return Layout(
+        name, enter, leave, weight_shard_dim=1, lora_a_shard_dim=1, lora_b_shard_dim=0, magnitude_shard_dim=None
+    )
 
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("replicated", "none", "none", None, None, None, None),
+        Layout("replicated", "none", "none", None, None, None, None, adds_bias_in_product=True),
         _column("column", enter="copy"),
         _column("column_sequence_parallel", enter="gather_sequence"),
         _column("column_gather_output", enter="copy", leave="gather_features"),
@@ -157,22 +157,6 @@ LAYOUTS: dict[str, Layout] = {
         _row("row_split_input", leave="all_reduce", enter="split_features"),
     )
 }
-
-
-def layout_of(linear: nn.Module) -> Layout:
-    """Return the layout of a supported linear layer.
-
-    Raises:
-        TypeError: for a class that has no row in the table.
-    """
-    if type(linear) is nn.Linear:
-        return LAYOUTS["replicated"]
-    sequence_parallel = "_sequence_parallel" if getattr(linear, "sequence_parallel", False) else ""
-    if type(linear) is ColumnParallelLinear:
-        return LAYOUTS[f"column{sequence_parallel}{'_gather_output' if linear.gather_output else ''}"]
-    if type(linear) is RowParallelLinear:
-        return LAYOUTS[f"row{sequence_parallel}" if linear.input_is_parallel else "row_split_input"]
-    raise TypeError(f"{type(linear).__module__}.{type(linear).__qualname__} has no DoRA layout")
 
 
 def shard(tensor: torch.Tensor, dim: int | None, tp_rank: int, tp_size: int, blocks: int = 1) -> torch.Tensor:

@@ -34,7 +34,7 @@ class StoredParameters(NamedTuple):
             layout. None to have it computed with the norm.
         scaling: alpha / dim, a tensor `[1]`.
         dropout_threshold, dropout_rescale: of this call, see `dropout.DropoutFactors`; None without dropout.
-        layout, tp_group: names of the layout and of the process group; "" for a layer that is not parallel.
+        layout_name, tp_group: names of the layout and of the process group; "" for a layer that is not parallel.
         dtype: of the weight and the low-rank factors.
     """
 
@@ -46,19 +46,19 @@ class StoredParameters(NamedTuple):
     scaling: torch.Tensor
     dropout_threshold: torch.Tensor | None
     dropout_rescale: torch.Tensor | None
-    layout: str
+    layout_name: str
     tp_group: str
     dtype: torch.dtype
 
     @property
-    def table(self) -> Layout:
+    def layout(self) -> Layout:
         """The site's row in the layout table."""
-        return LAYOUTS[self.layout]
+        return LAYOUTS[self.layout_name]
 
     @property
     def reduces(self) -> bool:
         """Whether the products are partial sums, which the layout's own collective adds up."""
-        return bool(self.tp_group) and self.table.leave in REDUCE
+        return bool(self.tp_group) and self.layout.leave in REDUCE
 
     @property
     def dropout(self) -> DropoutFactors | None:
@@ -136,8 +136,8 @@ def row_norms(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
 def _whole_factors(
     sites: Sequence[StoredParameters], cached: Sequence[CachedParameters] | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    requests = [_Request(site.lora_a, site.table.gathers_lora_a, site.tp_group, site.dtype) for site in sites]
-    requests += [_Request(site.lora_b, site.table.gathers_lora_b, site.tp_group, site.dtype) for site in sites]
+    requests = [_Request(site.lora_a, site.layout.gathers_lora_a, site.tp_group, site.dtype) for site in sites]
+    requests += [_Request(site.lora_b, site.layout.gathers_lora_b, site.tp_group, site.dtype) for site in sites]
     if cached is None:
         whole = _together(gather_rows_together, requests)
     else:
@@ -154,7 +154,7 @@ def _row_norms(
         dtype = norm_dtype(site.dtype)
         base_norm_sq = base_norm_squared(site.weight) if site.base_norm_sq is None else site.base_norm_sq
         terms = norm_terms(base_norm_sq, site.weight, a, b, scaling=site.scaling, dtype=dtype)
-        requests += [_Request(terms[i], site.table.shards_input_features, site.tp_group, dtype) for i in (0, 1)]
+        requests += [_Request(terms[i], site.layout.shards_input_features, site.tp_group, dtype) for i in (0, 1)]
     whole = _together(reduce_from_group_together, requests)
     return [
         norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
@@ -165,7 +165,7 @@ def _row_norms(
 def _magnitudes(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
     requests = []
     for site in sites:
-        is_partial = site.table.magnitude_grad_is_partial(dropout=site.dropout is not None)
+        is_partial = site.layout.magnitude_grad_is_partial(dropout=site.dropout is not None)
         requests.append(_Request(site.magnitude, is_partial, site.tp_group, norm_dtype(site.dtype)))
     return _together(copy_to_group_together, requests)
 

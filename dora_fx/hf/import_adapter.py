@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from dora_fx.attach.config import DoRA
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.plan import AttachPlan, attach, plan_attachment
-from dora_fx.function.placement import layout_of
 from dora_fx.hf.join import JoinedAdapter, Part, join_parts
-from dora_fx.hf.layers import NamedLinear, every_hf_path, gpt_config, named_linears, true_vocabulary, whole_sizes
+from dora_fx.hf.layers import NamedLinear, every_hf_path, gpt_config, named_linears, true_vocabulary
 from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
 from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of
@@ -142,7 +141,8 @@ def _joined_maybe(
     if not hf_paths(path):
         return None
     check_unsharded(path, linear.module)
-    in_features, out_features = whole_sizes(linear.module)
+    spec = linear.describe()
+    in_features, out_features = spec.true_sizes
     num_rows = out_features if path != OUTPUT_LAYER or vocabulary is None else vocabulary
     rows = hf_rows(path, num_rows, heads)
     parts = {
@@ -150,9 +150,7 @@ def _joined_maybe(
     }
     if not parts:
         return None
-    base = linear.module.to_wrap if isinstance(linear.module, DoRALinear) else linear.module
-    tp_size = base.tp_group.size() if layout_of(base).lora_a_dim == 0 else 1
-    return join_parts(path, parts, rows, out_features, tp_size)
+    return join_parts(path, parts, rows, out_features, spec.dim_multiple)
 
 
 def _part(adapter: PeftAdapter, name: str, in_features: int, out_features: int) -> Part:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from dora_fx.attach.matching import looks_like_linear
 from dora_fx.megatron.wrappers import unwrap, walk
 from dora_fx.models.hf_parts import HF_NAMES, LM_HEAD, OUTPUT_LAYER
 from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.kinds import LinearSpec, describe_linear, looks_like_linear
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class NamedLinear:
     path: str
     whole_path: str
     module: Any
+
+    def describe(self) -> LinearSpec:
+        """The layer itself, adapted or not."""
+        base = self.module.to_wrap if isinstance(self.module, DoRALinear) else self.module
+        return describe_linear(self.whole_path, base)
 
 
 def named_linears(chunks: Sequence[nn.Module]) -> list[NamedLinear]:
@@ -74,7 +79,7 @@ def true_vocabulary(config: Any, linears: Sequence[NamedLinear], stated: int | N
     Raises:
         ValueError: the statement is no number of rows of the output layer.
     """
-    sizes = [whole_sizes(linear.module)[1] for linear in linears if linear.whole_path == OUTPUT_LAYER]
+    sizes = [linear.describe().true_sizes[1] for linear in linears if linear.whole_path == OUTPUT_LAYER]
     if stated is not None and (stated <= 0 or any(stated > size for size in sizes)):
         raise ValueError(
             f"vocab_size: found {stated}, expected a positive number, at most the {sizes[0] if sizes else 'number of'} "
@@ -90,14 +95,3 @@ def every_hf_path(config: Any) -> list[str]:
         f"model.layers.{i}.{name}" for i in range(config.num_layers) for names in HF_NAMES.values() for name in names
     ]
     return [*layers, LM_HEAD]
-
-
-def whole_sizes(linear: Any) -> tuple[int, int]:
-    """Input and output features of a whole layer, adapted or not, without padding."""
-    linear = linear.to_wrap if isinstance(linear, DoRALinear) else linear
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
-    return (
-        linear.input_size - getattr(linear, "padded_in_features", 0),
-        linear.output_size - getattr(linear, "padded_out_features", 0),
-    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
@@ -16,12 +18,37 @@ _DATA_PARALLEL = (DistributedDataParallel, TorchDDP)
 def rebuild_gradient_buffers(chunks: Iterable[nn.Module]) -> None:
     """Give Megatron's data-parallel wrappers of the chunks buffers and hooks for what is trainable now.
 
-    They allocate them once, at construction; adapters attached later would never be synchronised. Nothing of theirs
-    makes them anew but their constructor (read in megatron-core 0.16 to 0.19), so it is called again.
+    They allocate them once, at construction; adapters attached later would never be synchronised.
     """
     for wrapper in data_parallel_around(chunks):
         if isinstance(wrapper, DistributedDataParallel):
-            wrapper.__init__(config=wrapper.config, ddp_config=wrapper.ddp_config, module=wrapper.module)
+            _construct_again(wrapper)
+
+
+def _construct_again(wrapper: Any) -> None:
+    """Call the constructor of Megatron's wrapper with what it was called with, in place.
+
+    Nothing of its own makes buffers anew (read in megatron-core 0.16 to 0.19). It does not keep its arguments, but what
+    it made of them: groups under these names, and no bucket size where buckets were turned off.
+    """
+    groups = ProcessGroupCollection()
+    for name in ("dp", "dp_cp", "intra_dp_cp", "expt_dp", "intra_expt_dp", "inter_dist_opt", "tp", "pp", "ep"):
+        setattr(groups, name, getattr(wrapper, f"{name}_group", None))
+    wrapper.__init__(
+        config=wrapper.config,
+        ddp_config=wrapper.ddp_config,
+        module=wrapper.module,
+        disable_bucketing=wrapper.bucket_size is None,
+        pg_collection=groups,
+    )
+
+
+def is_parameter_gather_hook(hook: object) -> bool:
+    """Whether a forward pre-hook is that of Megatron's wrapper which waits for the parameters of one module.
+
+    It is a function inside a private method, and has nothing but that name to be known by (megatron-core 0.16 to 0.19).
+    """
+    return getattr(hook, "__qualname__", "").startswith("DistributedDataParallel._make_forward_pre_hook")
 
 
 def data_parallel_around(chunks: Iterable[nn.Module]) -> list[nn.Module]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dora_fx.function.dropout import DropoutFactors
-from dora_fx.function.placement import LAYOUTS
+from dora_fx.function.placement import LAYOUTS, Layout
 from dora_fx.function.weight_norm import norm_dtype
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.ranks.groups import group_rank, group_size
@@ -58,7 +58,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
         alpha: the product is scaled by alpha / dim. May be set later.
         dropout: probability in [0, 1) of dropping an element of the input in training, for the low-rank product and
             the magnitude's part of the base product. May be set later.
-        layout: name in `placement.LAYOUTS`.
+        layout_name: of a row of `placement.LAYOUTS`.
         tp_group: name of the tensor-parallel process group; "" for a layer that is not parallel.
         row_blocks: blocks of output rows that are sharded each on its own (2 for a gated linear_fc1).
         padded_in_features, padded_out_features: how many of the layer's last features are padding, zero in the
@@ -87,7 +87,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
         *,
         alpha: float = 64,
         dropout: float = 0.0,
-        layout: str = "replicated",
+        layout_name: str = "replicated",
         tp_group: str = "",
         row_blocks: int = 1,
         padded_in_features: int = 0,
@@ -101,8 +101,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.dim, self._alpha, self._dropout = dim, alpha, dropout
-        self.layout, self.tp_group, self.row_blocks = layout, tp_group, row_blocks
-        self.placements = LAYOUTS[layout].adapter_parameters(
+        self.layout_name, self.tp_group, self.row_blocks = layout_name, tp_group, row_blocks
+        self.placements = self.layout.adapter_parameters(
             in_features,
             out_features,
             dim,
@@ -126,6 +126,11 @@ class ParallelLinearDoRAAdapter(nn.Module):
         for name in ("scaling_factor", "dropout_threshold", "dropout_rescale"):
             self.register_buffer(name, None, persistent=False)
         self._set_factors()
+
+    @property
+    def layout(self) -> Layout:
+        """The layer's row in the layout table."""
+        return LAYOUTS[self.layout_name]
 
     @property
     def alpha(self) -> float:
@@ -174,10 +179,10 @@ class ParallelLinearDoRAAdapter(nn.Module):
     def _mark_sharded_parameters(self) -> None:
         """Tell Megatron which parameters are shards, or its gradient norm would count them on rank 0 alone."""
         for name, placement in self.placements.items():
-            if placement.dim is not None:
+            if placement.shard_dim is not None:
                 parameter = self.get_parameter(name)
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-                parameter.partition_dim = placement.dim  # type: ignore[attr-defined]
+                parameter.partition_dim = placement.shard_dim  # type: ignore[attr-defined]
                 parameter.partition_stride = placement.blocks  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -208,5 +213,5 @@ class ParallelLinearDoRAAdapter(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, dim={self.dim}, "
-            f"alpha={self.alpha}, dropout={self.dropout}, layout={self.layout}"
+            f"alpha={self.alpha}, dropout={self.dropout}, layout={self.layout_name}"
         )

@@ -7,20 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import nn
-from torch.nn.modules import module as module_hooks
 from torch.utils.hooks import RemovableHandle
 
 from dora_fx.cache.parameter_cache import CachedSite, empty_base_norm, empty_cache, measure_base
-from dora_fx.function.placement import LAYOUTS, Layout
 from dora_fx.function.site_parameters import CachedParameters, StoredParameters, row_norms
 from dora_fx.function.weight_norm import norm_dtype
+from dora_fx.megatron.data_parallel import is_parameter_gather_hook
 from dora_fx.megatron.dynamo_settings import capture_megatron_whole
 from dora_fx.megatron.wrappers import Model, chunks_of
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.base_attributes import BaseAttributes
+from dora_fx.modules.kinds import describe_linear
 from dora_fx.modules.marker import MarkedSite, mark
 from dora_fx.modules.site_paths import note_path
 from dora_fx.ranks.groups import group_size
@@ -54,6 +53,7 @@ class DoRALinear(BaseAttributes):
         self.to_wrap = to_wrap
         self.adapter = adapter
         self.path = path or type(to_wrap).__name__
+        self.kind = describe_linear(self.path, to_wrap).kind
         self._borrowed_weight = (base_weight,)
         self._adapter_enabled = True
         for name in ("base_norm_sq", *_CACHE_BUFFERS):
@@ -68,11 +68,6 @@ class DoRALinear(BaseAttributes):
     def scaling(self) -> float:
         """alpha / dim."""
         return self.adapter.scaling
-
-    @property
-    def layout(self) -> Layout:
-        """The site's row in the layout table."""
-        return LAYOUTS[self.adapter.layout]
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the base layer returns, with its output adapted.
@@ -99,36 +94,16 @@ class DoRALinear(BaseAttributes):
         if torch.compiler.is_compiling():
             _prepare_trace()
         adapter = self.adapter
-        layout, drops = self._call_layout(*args, **kwargs), self.training and adapter.has_dropout
-        if not torch.compiler.is_compiling() and _is_product_alone(self.to_wrap):
-            returned = self._returned_without_output()
-            base_output = None
+        layout_name = self.kind.call_layout(self.to_wrap, adapter.layout_name, *args, **kwargs)
+        if not torch.compiler.is_compiling() and self.kind.is_product_alone(self.to_wrap):
+            base_output, beside = None, self.kind.returned_beside_output(self.to_wrap)
         else:
             returned = self.to_wrap(x, *args, **kwargs)
-            base_output = returned[0] if isinstance(returned, tuple) else returned
-        bias = None if getattr(self.to_wrap, "skip_bias_add", False) else self.to_wrap.bias
-        output = mark(MarkedSite(base_output, x, bias, self._stored(weight, layout, drops), self._cached()))
-        return (output, *returned[1:]) if isinstance(returned, tuple) else output
-
-    def _returned_without_output(self) -> Any:
-        """What the base layer returns beside its output, with None for the output."""
-        if isinstance(self.to_wrap, nn.Linear):
-            return None
-        return None, self.to_wrap.bias if self.to_wrap.skip_bias_add else None
-
-    def _call_layout(
-        self, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None, **_: Any
-    ) -> str:
-        """The layout of one call, for which Megatron may switch what does not move the parameters."""
-        layout = self.adapter.layout
-        if not hasattr(self.to_wrap, "sequence_parallel") or layout == "row_split_input":
-            return layout
-        kind = "row" if layout.startswith("row") else "column"
-        gathers = kind == "column" and self.to_wrap.gather_output
-        if runtime_gather_output is not None:
-            gathers = runtime_gather_output
-        sequence_parallel = "_sequence_parallel" if self.to_wrap.sequence_parallel else ""
-        return f"{kind}{sequence_parallel}{'_gather_output' if gathers else ''}"
+            base_output, beside = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
+        stored = self._stored(weight, layout_name, self.training and adapter.has_dropout)
+        bias = self.kind.added_bias(self.to_wrap)
+        output = mark(MarkedSite(base_output, x, bias, stored, self._cached()))
+        return output if beside is None else (output, *beside)
 
     def _check_call(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         if weight.requires_grad:
@@ -136,7 +111,7 @@ class DoRALinear(BaseAttributes):
                 f"{self.path}: the base weight requires grad; DoRA trains a frozen base. "
                 "Call requires_grad_(False) on it, or merge the adapter before training the base."
             )
-        features = weight.shape[1] * (self.adapter.tp_size if self.layout.enter == "split_features" else 1)
+        features = weight.shape[1] * (self.adapter.tp_size if self.adapter.layout.enter == "split_features" else 1)
         if x.shape[-1] != features:
             raise ValueError(f"{self.path}: the input has {x.shape[-1]} features, the layer takes {features}")
         for name, factor in (("linear_in", self.adapter.linear_in), ("linear_out", self.adapter.linear_out)):
@@ -192,9 +167,9 @@ class DoRALinear(BaseAttributes):
 
     def cached_site(self) -> CachedSite:
         """What `parameter_cache.refresh` takes: the parameters outside any call, and the buffers made of them."""
-        return CachedSite(self.path, self._stored(self.base_weight, self.adapter.layout, False), self._cached())
+        return CachedSite(self.path, self._stored(self.base_weight, self.adapter.layout_name, False), self._cached())
 
-    def _stored(self, weight: torch.Tensor, layout: str, drops: bool) -> StoredParameters:
+    def _stored(self, weight: torch.Tensor, layout_name: str, drops: bool) -> StoredParameters:
         adapter = self.adapter
         return StoredParameters(
             weight=weight,
@@ -206,7 +181,7 @@ class DoRALinear(BaseAttributes):
             scaling=adapter.scaling_factor,
             dropout_threshold=adapter.dropout_threshold if drops else None,
             dropout_rescale=adapter.dropout_rescale if drops else None,
-            layout=layout,
+            layout_name=layout_name,
             tp_group=adapter.tp_group,
             dtype=weight.dtype,
         )
@@ -229,7 +204,7 @@ class DoRALinear(BaseAttributes):
             ValueError: Megatron's DistributedDataParallel registers such a hook on every module, to wait for the
                 parameters of that module alone. Norms are worked out before any hook runs.
         """
-        if getattr(hook, "__qualname__", "").startswith("DistributedDataParallel._make_forward_pre_hook"):
+        if is_parameter_gather_hook(hook):
             raise ValueError(
                 f"{self.path}: found DistributedDataParallel with overlap_param_gather=True, expected False: "
                 "the norms of a step need the parameters before the forward pass begins"
@@ -267,23 +242,6 @@ class DoRALinear(BaseAttributes):
         children = (f"{prefix}adapter.", f"{prefix}to_wrap.")
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(children)]:
             state_dict[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-
-
-def _is_product_alone(linear: Any) -> bool:
-    """Tell whether calling a base layer would do nothing but its product, bias and collective."""
-    if type(linear) not in (ColumnParallelLinear, RowParallelLinear, nn.Linear) or "forward" in vars(linear):
-        return False
-    hooks = (
-        *(linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks),
-        *(module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks),
-        *(module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks),
-    )
-    if any(hooks) or torch.is_autocast_enabled(linear.weight.device.type if linear.weight is not None else "cuda"):
-        return False
-    config = getattr(linear, "config", None)
-    offloading = getattr(config, "_cpu_offloading_context", None)
-    defers = getattr(config, "defer_embedding_wgrad_compute", False)
-    return not (defers or (offloading is not None and offloading.inside_context))
 
 
 @torch.compiler.assume_constant_result

@@ -44,7 +44,7 @@ def adapter_sharded_state_dict(
     sharded = make_sharded_tensors_for_checkpoint(
         tensors,
         prefix,
-        {name: placement.dim for name, placement in placements.items() if placement.dim is not None},
+        {name: placement.shard_dim for name, placement in placements.items() if placement.shard_dim is not None},
         sharded_offsets,
         tp_group=tp_group,
         dp_cp_group=dp_cp_group,

@@ -40,7 +40,7 @@ class AdapterShards:
         adapter, placement = self._owners[name]
         local = local.detach().contiguous()
         parts = [local]
-        if adapter.tp_size > 1 and placement.dim is not None:
+        if adapter.tp_size > 1 and placement.shard_dim is not None:
             parts = [torch.empty_like(local) for _ in range(adapter.tp_size)]
             dist.all_gather(parts, local, group=resolve_group(adapter.tp_group))
         return placement.unshard_and_cut(parts)

@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from dora_fx.attach import plan
 from dora_fx.function import collectives, dropout, formula, row_scale, site_parameters, weight_norm
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter as Adapter
+from dora_fx.modules.kinds import LinearSpec, megatron_linear
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Mutation:
 
 WRONG_GROUP = Mutation(
     "data-parallel group in place of the tensor-parallel one",
-    plan._plan_site,
-    "linear.tp_group.group_name if",
+    LinearSpec.tp_group_name.fget,
+    "self.tp_group.group_name if",
     "_data_parallel_group().group_name if",
 )
 MUTATIONS = [
@@ -48,7 +49,7 @@ MUTATIONS = [
     Mutation(
         "magnitude's gradient left partial",
         site_parameters._magnitudes,
-        "site.table.magnitude_grad_is_partial(dropout=site.dropout is not None)",
+        "site.layout.magnitude_grad_is_partial(dropout=site.dropout is not None)",
         "False",
     ),
     Mutation(
@@ -70,10 +71,10 @@ MUTATIONS = [
         formula._scaled_under_dropout,
         "change = dropped_product",
         "other = draw_dropout_key(x, stored.tp_group)\n"
-        "    other = dropout(x, other, *stored.dropout, stored.table.shards_input_features)\n"
+        "    other = dropout(x, other, *stored.dropout, stored.layout.shards_input_features)\n"
         "    change = F.linear(other, stored.weight)",
     ),
-    Mutation("input gradient not reduced", formula.adapted_linear, "table.enter in ENTER", 'table.enter == "x"'),
+    Mutation("input gradient not reduced", formula.adapted_linear, "layout.enter in ENTER", 'layout.enter == "x"'),
     Mutation("low-rank product not scaled", formula._scaled_under_dropout, "(delta + 1.0)", "1.0"),
     Mutation("gain without minus norm", row_scale.magnitude_delta, "(magnitude - norm)", "magnitude"),
     Mutation(
@@ -98,7 +99,7 @@ MUTATIONS = [
     Mutation("norm over the wrong axis", weight_norm.base_norm_squared, "dim=1", "dim=0"),
     Mutation("norm over both axes", weight_norm.norm_of_terms, "gram) * wide_b).sum(1)", "gram) * wide_b).sum()"),
     Mutation("norm in bfloat16", weight_norm.norm_of_terms, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),
-    Mutation("norm's terms not reduced", site_parameters._row_norms, "site.table.shards_input_features", "False"),
+    Mutation("norm's terms not reduced", site_parameters._row_norms, "site.layout.shards_input_features", "False"),
     Mutation("norm's terms swapped", site_parameters._row_norms, "whole[::2], whole[1::2]", "whole[1::2], whole[::2]"),
     Mutation("norm's scaling not squared", weight_norm.norm_of_terms, "scaling**2", "scaling"),
     Mutation(
@@ -132,14 +133,16 @@ MUTATIONS = [
     ),
     Mutation("weight gradients reduced twice", collectives._reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
     Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),
-    Mutation("group of one rank", plan._plan_site, "linear.tp_group.size() > 1", "linear.tp_group.size() > 2"),
+    Mutation("group of one rank", LinearSpec.tp_group_name.fget, "self.tp_size > 1", "self.tp_size > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),
     Mutation("mask differs between replicas", dropout.keep_mask, "tokens ^ key[0]", "tokens ^ key[0] ^ key[2]"),
     Mutation("dropout without rescaling", dropout.dropout, "x * rescale", "x"),
-    Mutation("shards not marked", Adapter._mark_sharded_parameters, "placement.dim is not None", "False"),
-    Mutation("magnitude marked as a shard", Adapter._mark_sharded_parameters, "placement.dim is not None", "True"),
+    Mutation("shards not marked", Adapter._mark_sharded_parameters, "placement.shard_dim is not None", "False"),
+    Mutation(
+        "magnitude marked as a shard", Adapter._mark_sharded_parameters, "placement.shard_dim is not None", "True"
+    ),
     Mutation("A drawn per rank", plan.seed_for, "(seed +", "(seed + _rank() +"),
-    Mutation("gated rows sharded as one block", plan._row_blocks, "2 if gated", "1 if gated"),
+    Mutation("gated rows sharded as one block", megatron_linear._row_blocks, "2 if linear", "1 if linear"),
 ]
 
 

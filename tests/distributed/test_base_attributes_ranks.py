@@ -32,7 +32,7 @@ def difference() -> tuple[float, str]:
         layer.sequence_parallel = True
         again, _ = layer(x.chunk(TP)[dist.get_rank()].contiguous())
     assert torch.equal(again, sharded)
-    return (sharded - gathered).abs().max().item() / sharded.abs().max().item(), layer.adapter.layout
+    return (sharded - gathered).abs().max().item() / sharded.abs().max().item(), layer.adapter.layout_name
 
 
 def test_sequence_parallelism_is_switched_off_for_a_call() -> None:

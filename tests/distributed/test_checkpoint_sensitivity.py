@@ -32,12 +32,14 @@ MUTATIONS = [
     Mutation(
         "row magnitude of each rank's own columns",
         site_parameters._row_norms,
-        "site.table.shards_input_features",
+        "site.layout.shards_input_features",
         "False",
     ),
     Mutation("gated magnitude in one block", describe, "blocks == 2]", 'blocks == 2 and "out" in name]'),
     Mutation("gated B in one block", describe, "blocks == 2]", 'blocks == 2 and "out" not in name]'),
-    Mutation("shards of other ranks dropped", describe, "placement.dim is not None}", "placement.dim is name}"),
+    Mutation(
+        "shards of other ranks dropped", describe, "placement.shard_dim is not None}", "placement.shard_dim is name}"
+    ),
     Mutation(
         "replicas saved twice",
         describe,
@@ -50,7 +52,9 @@ MUTATIONS = [
         "        sharded_offsets,\n        tp_group=tp_group",
         "        tuple((axis, layer % 2, total) for axis, layer, total in sharded_offsets),\n        tp_group=tp_group",
     ),
-    Mutation("A sharded along the other dimension", describe, "name: placement.dim", "name: len(placement.shape) - 1"),
+    Mutation(
+        "A sharded along the other dimension", describe, "name: placement.shard_dim", "name: len(placement.shape) - 1"
+    ),
 ]
 KIND, LAYOUTS = Kind(), [Layout(tp=2), Layout(pp=2)]
 

@@ -76,7 +76,7 @@ def test_tensor_parallel(tensor_parallel, layer, features, sequence, layout, col
     tensor_parallel(2)
     model = adapted(layer(tensor_model_parallel_size=2))
     (site,) = sites_of(capture(model, features, sequence=sequence))
-    assert site.marked.stored.layout == layout
+    assert site.marked.stored.layout_name == layout
     assert [name for name in site.op_names if name.startswith(("all_", "reduce_scatter"))] == collectives
 
 
@@ -88,7 +88,7 @@ def test_sequence_parallel(tensor_parallel, layer, features, sequence, collectiv
     tensor_parallel(2)
     model = adapted(layer(tensor_model_parallel_size=2, sequence_parallel=True))
     (site,) = sites_of(capture(model, features, sequence=sequence))
-    assert site.marked.stored.layout.endswith("_sequence_parallel")
+    assert site.marked.stored.layout_name.endswith("_sequence_parallel")
     assert collective in site.op_names
 
 
@@ -178,7 +178,7 @@ def test_symbolic_sizes_are_no_work_on_tensors(tensor_parallel, layer, sequence_
         model = adapted(layer(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel))
     except RuntimeError as error:
         pytest.skip(str(error))
-    features = model.linear.base_weight.shape[1] * (2 if model.linear.layout.enter == "split_features" else 1)
+    features = model.linear.base_weight.shape[1] * (2 if model.linear.adapter.layout.enter == "split_features" else 1)
     backend = RecordingBackend()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.set_grad_enabled(grad):

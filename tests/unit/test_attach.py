@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from torch import nn
 
@@ -254,6 +256,22 @@ def test_data_parallel_buffers_hold_the_adapters_alone() -> None:
     dora_fx.DoRA(["second"], dim=2)(model)
     buffered = sum(buffer.numel_unpadded for buffer in model.buffers if buffer is not None)
     assert buffered == sum(parameter.numel() for parameter in trainable(model).values()) == 2 * (8 + 4) + 4
+
+
+def test_a_wrapper_keeps_its_groups_and_its_bucketing() -> None:
+    groups = ProcessGroupCollection()
+    for name in ("dp", "dp_cp", "expt_dp", "tp", "pp", "ep"):
+        setattr(groups, name, dist.new_group([0]))
+    settings = DistributedDataParallelConfig(overlap_grad_reduce=True)
+    module = Regression()
+    model = DistributedDataParallel(module.config, settings, module, disable_bucketing=True, pg_collection=groups)
+    buffers = model.buffers
+    dora_fx.DoRA(["second"], dim=2)(model)
+    assert model.buffers is not buffers
+    assert all(buffer.data_parallel_group is groups.dp_cp for buffer in model.buffers)
+    for name in ("dp", "dp_cp", "expt_dp", "tp", "pp", "ep"):
+        assert getattr(model, f"{name}_group") is getattr(groups, name)
+    assert model.bucket_size is None
 
 
 def test_layers_that_count_in_another_way_keep_their_names() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +174,18 @@ def test_a_model_that_megatron_cannot_save(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     assert refusal(adapted(2), tmp_path / "checkpoint") == f"{tmp_path / 'checkpoint'}: no such checkpoint"
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Savers that cannot tell each other's work from leftovers would delete it."""
+
+    def flock(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(CheckpointError, match=r"cannot write a checkpoint there .No locks available"):
+        dora_fx.save_checkpoint(adapted(1), tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
 
 
 def test_loading_a_file(tmp_path: Path) -> None:

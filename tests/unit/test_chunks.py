@@ -125,6 +125,7 @@ def calls(folder: Path) -> dict[str, Callable[[Any], Any]]:
         "unmerge": dora_fx.unmerge,
         "disable_adapter": lambda model: dora_fx.disable_adapter(model).__enter__(),
         "invalidate_norms": dora_fx.invalidate_norms,
+        "compile_model": dora_fx.compile_model,
         "save_checkpoint": lambda model: dora_fx.save_checkpoint(model, folder / "checkpoint"),
         "load_checkpoint": lambda model: dora_fx.load_checkpoint(model, folder / "checkpoint"),
         "export_hf": lambda model: dora_fx.export_hf(model, folder / "adapter"),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dora_fx import ParallelLinearDoRAAdapter
-from dora_fx.function.placement import LAYOUTS, layout_of, shard
+from dora_fx.function.placement import LAYOUTS, shard
+from dora_fx.modules.kinds import describe_linear
 from tests.models import LINEAR_KINDS, column, config, row
 
 
@@ -25,7 +26,7 @@ from tests.models import LINEAR_KINDS, column, config, row
     ],
 )
 def test_layout_of_a_layer(kind: str, layout: str, world: None) -> None:
-    assert layout_of(LINEAR_KINDS[kind]()).name == layout
+    assert describe_linear("layer", LINEAR_KINDS[kind]()).layout.name == layout
 
 
 @pytest.mark.parametrize(("build", "layout"), [(column, "column_sequence_parallel"), (row, "row_sequence_parallel")])
@@ -33,25 +34,25 @@ def test_layout_of_a_sequence_parallel_layer(build, layout: str, world: None) ->
     layer = build(config=config())
     # Megatron switches it off again in a world of one rank.
     layer.sequence_parallel = True
-    assert layout_of(layer).name == layout
+    assert describe_linear("layer", layer).layout.name == layout
 
 
 def test_subclass_has_no_layout() -> None:
     class Doubled(nn.Linear):
         pass
 
-    with pytest.raises(TypeError, match="Doubled"):
-        layout_of(Doubled(2, 2))
+    with pytest.raises(TypeError, match=r"^layer: .*Doubled has no DoRA layout; supported are"):
+        describe_linear("layer", Doubled(2, 2))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_shapes_of_a_layout_multiply(layout) -> None:
     """With factors gathered as the table says, every rank's product has the shape of its base product."""
     tp_size, in_features, out_features, dim = 4, 24, 40, 8
-    weight = shard(torch.zeros(out_features, in_features), layout.weight_dim, 0, tp_size)
-    lora_a = shard(torch.zeros(dim, in_features), layout.lora_a_dim, 0, tp_size)
-    lora_b = shard(torch.zeros(out_features, dim), layout.lora_b_dim, 0, tp_size)
-    magnitude = shard(torch.zeros(out_features), layout.magnitude_dim, 0, tp_size)
+    weight = shard(torch.zeros(out_features, in_features), layout.weight_shard_dim, 0, tp_size)
+    lora_a = shard(torch.zeros(dim, in_features), layout.lora_a_shard_dim, 0, tp_size)
+    lora_b = shard(torch.zeros(out_features, dim), layout.lora_b_shard_dim, 0, tp_size)
+    magnitude = shard(torch.zeros(out_features), layout.magnitude_shard_dim, 0, tp_size)
     a_rows = lora_a.shape[0] * (tp_size if layout.gathers_lora_a else 1)
     b_rows = lora_b.shape[0] * (tp_size if layout.gathers_lora_b else 1)
     assert (a_rows, lora_a.shape[1]) == (dim, weight.shape[1])
@@ -93,7 +94,7 @@ def test_shard_is_a_copy() -> None:
     ],
 )
 def test_parameters_tell_megatron_how_they_are_sharded(layout: str, partition_dims: tuple[int | None, ...]) -> None:
-    adapter = ParallelLinearDoRAAdapter(24, 40, 8, layout=layout, row_blocks=2)
+    adapter = ParallelLinearDoRAAdapter(24, 40, 8, layout_name=layout, row_blocks=2)
     adapter.init_weight_magnitude(torch.ones(40))
     parameters = (adapter.linear_in.weight, adapter.linear_out.weight, adapter.weight_magnitude)
     for parameter, dim, stride in zip(parameters, partition_dims, (1, 2, 2), strict=True):

@@ -7,6 +7,7 @@ import hashlib
 import torch
 from torch import fx
 
+from dora_fx.passes.graph_utils import target_name
 from dora_fx.ranks.exchange import gather_through_store
 from dora_fx.ranks.groups import has_other_ranks, resolve_group
 
@@ -25,7 +26,7 @@ def graph_fingerprint(gm: fx.GraphModule) -> str:
             positions[node] = len(positions)
             value = node.meta.get("example_value")
             shape = f"{value.dtype}{tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
-            target = node._pretty_print_target(node.target) if node.op.startswith("call") else ""
+            target = target_name(node) if node.op.startswith("call") else ""
             inputs = [positions[operand] for operand in node.all_input_nodes]
             digest.update(f"{node.op} {target} {shape} {inputs}\n".encode())
     return digest.hexdigest()[:16]

@@ -1,0 +1,41 @@
+"""The kinds of linear layers that DoRA adapts. Adding one is a file here and a line in `KINDS`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
+from dora_fx.modules.kinds.megatron_linear import ColumnParallel, RowParallel
+from dora_fx.modules.kinds.torch_linear import TorchLinear
+
+KINDS: tuple[type[LinearKind], ...] = (ColumnParallel, RowParallel, TorchLinear)
+
+
+def describe_linear(path: str, module: nn.Module) -> LinearSpec:
+    """Describe a linear layer, or say why it cannot be adapted.
+
+    Args:
+        path: of the module in its model; kinds go by its last name where Megatron does.
+        module: the layer itself, not an adapted one.
+
+    Raises:
+        TypeError: of a class that is no kind, or an expert's.
+        ValueError: as the kind's `describe`.
+    """
+    if getattr(module, "is_expert", False):
+        raise TypeError(f"{path}: {type(module).__name__} of an expert is not supported")
+    for kind in KINDS:
+        # A subclass may compute anything.
+        if type(module) is kind.linear_class:
+            return kind.describe(path, module)
+    supported = ", ".join(kind.linear_class.__name__ for kind in KINDS)
+    found = f"{type(module).__module__}.{type(module).__qualname__}"
+    raise TypeError(f"{path}: {found} has no DoRA layout; supported are {supported}")
+
+
+def looks_like_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight matrix, of whatever class, so that a pattern may mean it."""
+    return not isinstance(module, nn.Embedding) and "linear" in type(module).__name__.lower()
+
+
+__all__ = ["KINDS", "LinearKind", "LinearSpec", "describe_linear", "looks_like_linear"]

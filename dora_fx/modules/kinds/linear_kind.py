@@ -1,0 +1,118 @@
+"""One description of a linear layer, and what a kind of them has to say to get one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules import module as module_hooks
+
+from dora_fx.function.placement import Layout
+
+BiasMode = Literal["none", "added", "returned"]
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer that DoRA can adapt, described once for everybody who has to know it.
+
+    Attributes:
+        kind: of the layer; computes with it.
+        layout: its row in the layout table, outside of any call.
+        in_features, out_features: of the whole layer, padding included.
+        padded_in_features, padded_out_features: how many of the last of them are padding, zero in the weight.
+        row_blocks: blocks of output rows that are sharded each on its own; 2 for the gate and up of a linear_fc1.
+        tp_group: its tensor-parallel group, even of one rank; None for a layer that is not parallel.
+        weight: W0, or this rank's shard; None for a layer that multiplies by a borrowed weight.
+        bias: "added" to the output, "returned" beside it, or "none".
+    """
+
+    kind: type[LinearKind]
+    layout: Layout
+    in_features: int
+    out_features: int
+    padded_in_features: int
+    padded_out_features: int
+    row_blocks: int
+    tp_group: dist.ProcessGroup | None
+    weight: nn.Parameter | None
+    bias: BiasMode
+
+    @property
+    def tp_size(self) -> int:
+        return 1 if self.tp_group is None else self.tp_group.size()
+
+    @property
+    def tp_group_name(self) -> str:
+        """Name of the tensor-parallel group; "" where it has one rank, which needs no collectives."""
+        return self.tp_group.group_name if self.tp_group is not None and self.tp_size > 1 else ""
+
+    @property
+    def dim_multiple(self) -> int:
+        """The adapter's rank is a multiple of it."""
+        return self.tp_size if self.layout.gathers_lora_a else 1
+
+    @property
+    def true_sizes(self) -> tuple[int, int]:
+        """Input and output features of the whole layer, without padding."""
+        return self.in_features - self.padded_in_features, self.out_features - self.padded_out_features
+
+
+class LinearKind:
+    """One kind of linear layer: a class of modules, and how such a module is described and called.
+
+    Kinds are classes without instances; nothing in the package but they reads attributes of a linear layer. They are
+    read while Dynamo traces too, so what a caller may switch between two calls is asked for at each call.
+    """
+
+    linear_class: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def describe(cls, path: str, linear: Any) -> LinearSpec:
+        """Describe a layer of this kind, or refuse it.
+
+        Raises:
+            ValueError, TypeError: naming the path, what was found and what was expected.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def call_layout(linear: Any, layout_name: str) -> str:
+        """The layout of one call. A kind whose calls take more than the input takes it here too."""
+        return layout_name
+
+    @staticmethod
+    def added_bias(linear: Any) -> torch.Tensor | None:
+        """The bias that a call adds itself, `[out]` or this rank's `[out/tp]`."""
+        return linear.bias
+
+    @staticmethod
+    def returned_beside_output(linear: Any) -> tuple[torch.Tensor | None, ...] | None:
+        """What a call returns after its output; None where it returns the output alone."""
+        return None
+
+    @classmethod
+    def is_product_alone(cls, linear: Any) -> bool:
+        """Whether calling the layer now would do nothing but its product, bias and collective.
+
+        Then they need not be the layer's own, and the low-rank product goes through the same collective.
+        """
+        if type(linear) is not cls.linear_class or "forward" in vars(linear):
+            return False
+        weight = cast(torch.Tensor | None, linear.weight)
+        device_type = "cuda" if weight is None else weight.device.type
+        return not _has_hooks(linear) and not torch.is_autocast_enabled(device_type)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether code of others runs when a module is called; `nn.Module` keeps it under these names (torch 2.11-2.15)."""
+    return any(
+        (
+            *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
+            *(module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks),
+            *(module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks),
+        )
+    )

@@ -1,0 +1,101 @@
+"""Megatron's own ColumnParallelLinear and RowParallelLinear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+from dora_fx.function.placement import LAYOUTS
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
+
+
+class _MegatronLinear(LinearKind):
+    @classmethod
+    def describe(cls, path: str, linear: Any) -> LinearSpec:
+        if linear.tp_group is None:
+            raise ValueError(
+                f"{path}: found a layer without a tensor-parallel group, expected one that was built after "
+                "megatron.core.parallel_state.initialize_model_parallel()"
+            )
+        return LinearSpec(
+            kind=cls,
+            layout=LAYOUTS[cls._layout_name(linear)],
+            in_features=linear.input_size,
+            out_features=linear.output_size,
+            # Set by `models.build_gpt_model` on layers that it pads.
+            padded_in_features=getattr(linear, "padded_in_features", 0),
+            padded_out_features=getattr(linear, "padded_out_features", 0),
+            row_blocks=_row_blocks(path, linear),
+            tp_group=linear.tp_group,
+            weight=linear.weight,
+            bias="none" if linear.bias is None else "returned" if linear.skip_bias_add else "added",
+        )
+
+    @staticmethod
+    def _layout_name(linear: Any) -> str:
+        raise NotImplementedError
+
+    @staticmethod
+    def added_bias(linear: Any) -> torch.Tensor | None:
+        return None if linear.skip_bias_add else linear.bias
+
+    @staticmethod
+    def returned_beside_output(linear: Any) -> tuple[torch.Tensor | None, ...]:
+        return (linear.bias if linear.skip_bias_add else None,)
+
+    @classmethod
+    def is_product_alone(cls, linear: Any) -> bool:
+        config = linear.config
+        # A private name of Megatron's (0.16 to 0.19): its own layers look at it to offload what they save.
+        offloading = getattr(config, "_cpu_offloading_context", None)
+        offloads = offloading is not None and offloading.inside_context
+        defers = getattr(config, "defer_embedding_wgrad_compute", False)
+        return super().is_product_alone(linear) and not (offloads or defers)
+
+
+class ColumnParallel(_MegatronLinear):
+    """Output rows are sharded."""
+
+    linear_class = ColumnParallelLinear
+
+    @staticmethod
+    def _layout_name(linear: Any) -> str:
+        return _column_layout_name(linear, linear.gather_output)
+
+    @staticmethod
+    def call_layout(
+        linear: Any,
+        layout_name: str,
+        weight: torch.Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> str:
+        # Megatron switches sequence parallelism and gathering of an output layer for a call; parameters stay.
+        return _column_layout_name(
+            linear, linear.gather_output if runtime_gather_output is None else runtime_gather_output
+        )
+
+
+class RowParallel(_MegatronLinear):
+    """Input columns are sharded."""
+
+    linear_class = RowParallelLinear
+
+    @staticmethod
+    def _layout_name(linear: Any) -> str:
+        if not linear.input_is_parallel:
+            return "row_split_input"
+        return "row_sequence_parallel" if linear.sequence_parallel else "row"
+
+    @staticmethod
+    def call_layout(linear: Any, layout_name: str) -> str:
+        return RowParallel._layout_name(linear)
+
+
+def _column_layout_name(linear: Any, gathers: bool) -> str:
+    return f"column{'_sequence_parallel' * linear.sequence_parallel}{'_gather_output' * gathers}"
+
+
+def _row_blocks(path: str, linear: Any) -> int:
+    return 2 if linear.config.gated_linear_unit and path.rpartition(".")[2] == "linear_fc1" else 1

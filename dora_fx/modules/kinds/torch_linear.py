@@ -1,0 +1,29 @@
+"""`torch.nn.Linear`: every rank holds the whole layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dora_fx.function.placement import LAYOUTS
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
+
+
+class TorchLinear(LinearKind):
+    linear_class = nn.Linear
+
+    @classmethod
+    def describe(cls, path: str, linear: Any) -> LinearSpec:
+        return LinearSpec(
+            kind=cls,
+            layout=LAYOUTS["replicated"],
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            padded_in_features=0,
+            padded_out_features=0,
+            row_blocks=1,
+            tp_group=None,
+            weight=linear.weight,
+            bias="none" if linear.bias is None else "added",
+        )
