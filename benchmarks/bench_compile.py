@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import save
+from measuring import save_tables
 from torch._dynamo.utils import counters
 
 STARTS = ("first start", "second start")
@@ -96,7 +96,7 @@ def main() -> None:
         for name, row in table.items():
             print(f"{name:24}", *(f"{value:22.2f}" for value in row.values()))
     if options.json:
-        save(options.json, tables, **{k: v for k, v in vars(options).items() if k != "json"})
+        save_tables(options.json, tables, **{k: v for k, v in vars(options).items() if k != "json"})
 
 
 if __name__ == "__main__":

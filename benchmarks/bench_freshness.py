@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from bench_layer import DTYPES, TARGETS, make_step
-from measuring import interleaved, save
+from measuring import interleaved, save_tables
 from variants import gated_mlp, with_dora
 
 from dora_fx import DoRALinear
@@ -57,7 +57,9 @@ def main() -> None:
         row = measure(options, device)
     print("  ".join(f"{name} {value:.3f}" for name, value in row.items()))
     if options.json:
-        save(options.json, {"freshness": {"dora_fx": row}}, **{k: v for k, v in vars(options).items() if k != "json"})
+        save_tables(
+            options.json, {"freshness": {"dora_fx": row}}, **{k: v for k, v in vars(options).items() if k != "json"}
+        )
 
 
 if __name__ == "__main__":

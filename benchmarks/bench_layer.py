@@ -1,7 +1,8 @@
 """What does a training step of one DoRA layer cost beside LoRA, the frozen base, and other implementations?
 
 A gated MLP of Megatron's column and row layers: some micro-batches forward and backward, then AdamW. All variants run
-in turn within one round, and each round gives ratios to compiled LoRA.
+in turn within one round, and each round gives ratios to compiled LoRA. LoRA built and compiled again is the control:
+rounds go on until the interval of its ratio is within 1 %, or the table says that it did not get there.
 
     python benchmarks/bench_layer.py
     python benchmarks/bench_layer.py --hidden 2048 --ffn 5632 --dim 64 --tokens 64
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Table, interleaved, peak_bytes, ratios, save, saved_bytes, show
+from measuring import CONTROL, Comparison, compare, peak_bytes, save, saved_bytes, show
 from torch import nn
 from variants import HAS_BRIDGE, PlainGatedMLP, gated_mlp, with_bridge_dora, with_dora, with_lora, with_peft
 
@@ -38,6 +40,7 @@ def make_variants(options: argparse.Namespace, device: str) -> dict[str, tuple[n
     variants: dict[str, tuple[nn.Module, dict[str, Any] | None]] = {
         "base compiled": (gated_mlp(*sizes), inductor),
         REFERENCE: (mlp(with_lora), inductor),
+        CONTROL: (mlp(with_lora), inductor),
         "dora_fx": (mlp(with_dora), {"backend": "dora_fx"}),
         "dora_fx, norm every call": (mlp(with_dora), every_call),
         "dora_fx eager": (mlp(with_dora), None),
@@ -47,7 +50,8 @@ def make_variants(options: argparse.Namespace, device: str) -> dict[str, tuple[n
     if HAS_BRIDGE:
         variants["Megatron-Bridge eager"] = (mlp(with_bridge_dora), None)
         variants["Megatron-Bridge under Inductor"] = (mlp(with_bridge_dora), inductor)
-    return variants
+    wanted = variants if options.only is None else {REFERENCE, CONTROL, *options.only}
+    return {name: variant for name, variant in variants.items() if name in wanted}
 
 
 def make_step(call: Callable[..., Any], model: nn.Module, x: torch.Tensor, micro_batches: int) -> Callable[[], None]:
@@ -66,7 +70,7 @@ def make_step(call: Callable[..., Any], model: nn.Module, x: torch.Tensor, micro
     return step
 
 
-def measure(options: argparse.Namespace, device: str) -> Table:
+def measure(options: argparse.Namespace, device: str) -> Comparison:
     x = torch.randn(options.tokens, 1, options.hidden, dtype=DTYPES[options.dtype], device=device, requires_grad=True)
     steps, memory = {}, {}
     for name, (model, settings) in make_variants(options, device).items():
@@ -78,24 +82,25 @@ def measure(options: argparse.Namespace, device: str) -> Table:
             "saved MiB": saved_bytes(lambda call=call: call(x)[0], model) / 2**20,
             "peak MiB": peak / 2**20,
         }
-    table = ratios(interleaved(steps, options.rounds, device), REFERENCE)
-    return {name: row | memory[name] for name, row in table.items()}
+    found = compare(steps, REFERENCE, device, rounds=options.rounds, max_rounds=options.max_rounds)
+    return replace(found, table={name: row | memory[name] for name, row in found.table.items()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"hidden": 1024, "ffn": 2816, "dim": 16, "tokens": 1024, "micro-batches": 8, "rounds": 7}
+    sizes = {"hidden": 1024, "ffn": 2816, "dim": 16, "tokens": 1024, "micro-batches": 8, "rounds": 7, "max-rounds": 28}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--only", nargs="+", help="names of variants to measure beside the reference and its control")
     parser.add_argument("--json", type=Path, help="write the table here")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with megatron_world(device):
-        table = measure(options, device)
-    show(table, REFERENCE)
+        found = measure(options, device)
+    show(found, REFERENCE)
     if options.json:
-        save(options.json, {"layer": table}, **{k: v for k, v in vars(options).items() if k != "json"})
+        save(options.json, {"layer": found}, **{k: v for k, v in vars(options).items() if k != "json"})
 
 
 if __name__ == "__main__":

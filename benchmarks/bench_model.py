@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Table, interleaved, peak_bytes, ratios, save, show
+from measuring import CONTROL, Comparison, compare, peak_bytes, save, show
 from torch import nn
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
@@ -108,6 +109,7 @@ def make_variants(options: argparse.Namespace, device: str, *, only: str | None 
     every_call = {"weight_norm": "every_call"}
     makers: dict[str, Callable[[], Variant]] = {
         REFERENCE: lambda: megatron(with_lora, backend="inductor"),
+        CONTROL: lambda: megatron(with_lora, backend="inductor"),
         "dora_fx": lambda: megatron(with_dora, backend="dora_fx"),
         "dora_fx, norm every call": lambda: megatron(with_dora, backend="dora_fx", options=every_call),
         "PEFT LoRA eager": lambda: huggingface(use_dora=False),
@@ -137,7 +139,7 @@ def _with_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tens
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
-def measure(options: argparse.Namespace, device: str) -> dict[str, Table]:
+def measure(options: argparse.Namespace, device: str) -> dict[str, Comparison]:
     variants = make_variants(options, device)
     extra = {}
     for name, variant in variants.items():
@@ -149,19 +151,20 @@ def measure(options: argparse.Namespace, device: str) -> dict[str, Table]:
             variant.evaluate()
         peak = peak_bytes(variant.train_step, device)
         extra[name] = {"first step s": seconds, "peak MiB": peak / 2**20}
-    training = interleaved({name: variant.train_step for name, variant in variants.items()}, options.rounds, device)
-    evaluation = interleaved({name: variant.evaluate for name, variant in variants.items()}, options.rounds, device)
-    table = ratios(training, REFERENCE)
+    rounds = {"rounds": options.rounds, "max_rounds": options.max_rounds}
+    steps = {name: variant.train_step for name, variant in variants.items()}
+    evaluations = {name: variant.evaluate for name, variant in variants.items()}
+    training = compare(steps, REFERENCE, device, **rounds)
     return {
-        "training step": {name: row | extra[name] for name, row in table.items()},
-        "evaluation": ratios(evaluation, REFERENCE),
+        "training step": replace(training, table={name: row | extra[name] for name, row in training.table.items()}),
+        "evaluation": compare(evaluations, REFERENCE, device, **rounds),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"layers": 2, "hidden": 576, "ffn": 1536, "heads": 9, "groups": 3, "vocab": 1024, "dim": 16}
-    sizes |= {"tokens": 256, "micro-batches": 8, "rounds": 7}
+    sizes |= {"tokens": 256, "micro-batches": 8, "rounds": 7, "max-rounds": 28}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
@@ -170,12 +173,12 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with megatron_world(device):
-        tables = measure(options, device)
-    for title, table in tables.items():
+        comparisons = measure(options, device)
+    for title, comparison in comparisons.items():
         print(f"\n{title}")
-        show(table, REFERENCE)
+        show(comparison, REFERENCE)
     if options.json:
-        save(options.json, tables, **{k: v for k, v in vars(options).items() if k != "json"})
+        save(options.json, comparisons, **{k: v for k, v in vars(options).items() if k != "json"})
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measuring import Table, interleaved, peak_bytes, ratios, save, show
+from measuring import CONTROL, Comparison, compare, peak_bytes, save, show
 
 from dora_fx.function.weight_norm import norm_dtype, norm_of_terms, norm_terms
 
@@ -63,7 +64,7 @@ NORMS: dict[str, Norm] = {
 }
 
 
-def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int) -> Table:
+def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds: int) -> Comparison:
     out_features, in_features, dim = shape
     weight = torch.randn(out_features, in_features, dtype=dtype, device=device) * in_features**-0.5
     lora_a = torch.randn(dim, in_features, dtype=dtype, device=device) * in_features**-0.5
@@ -77,8 +78,10 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds
         found = norm(*tensors)
         errors[name] = {"error x 1e6": float(((found.double() - exact) / exact).abs().max()) * 1e6}
     calls = {name: lambda norm=norm: norm(*tensors) for name, norm in NORMS.items()}
-    table = ratios(interleaved(calls, rounds, device), REFERENCE)
-    return {name: row | memory[name] | errors[name] for name, row in table.items()}
+    calls[CONTROL] = calls[REFERENCE]
+    found = compare(calls, REFERENCE, device, rounds=rounds, max_rounds=4 * rounds)
+    rows = {name: row | memory.get(name, {}) | errors.get(name, {}) for name, row in found.table.items()}
+    return replace(found, table=rows)
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

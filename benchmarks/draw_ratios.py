@@ -1,4 +1,6 @@
-"""Draw the ratios that benchmarks wrote as JSON: one panel per table, a bar per variant, the range of the rounds on it.
+"""Draw the ratios that benchmarks wrote as JSON: one panel per table, a bar per variant, its 95 % interval on it.
+
+A run whose control did not hold is not drawn.
 
 python benchmarks/draw_ratios.py benchmarks/results/layer_*.json --png benchmarks/results/layers.png
 """
@@ -18,6 +20,9 @@ def panels(files: list[Path]) -> list[tuple[str, dict[str, dict[str, float]]]]:
     found = []
     for file in files:
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        for name, control in result["controls"].items():
+            if not control["held"]:
+                raise SystemExit(f"{file}: the control of {name!r} did not hold, expected a run on a quiet machine")
         sizes = ", ".join(f"{key.replace('_', '-')} {result[key]}" for key in TITLE_KEYS if key in result)
         found += [(f"{name}\n{sizes}", table) for name, table in result["tables"].items()]
     return found
@@ -35,8 +40,8 @@ def draw(files: list[Path], path: Path) -> None:
         names = list(table)[::-1]
         values = [table[name]["ratio"] for name in names]
         ranges = [
-            [value - table[name]["ratio_min"] for name, value in zip(names, values, strict=True)],
-            [table[name]["ratio_max"] - value for name, value in zip(names, values, strict=True)],
+            [value - table[name]["ratio_low"] for name, value in zip(names, values, strict=True)],
+            [table[name]["ratio_high"] - value for name, value in zip(names, values, strict=True)],
         ]
         colours = ["tab:orange" if name.startswith("dora_fx") else "tab:gray" for name in names]
         axis.barh(names, values, xerr=ranges, color=colours, error_kw={"elinewidth": 1, "ecolor": "black"})
@@ -44,7 +49,7 @@ def draw(files: list[Path], path: Path) -> None:
         for index, value in enumerate(values):
             axis.text(0.02, index, f"{value:.2f}", va="center", color="white", fontweight="bold")
         axis.set_title(title, fontsize=9)
-    axes[-1, 0].set_xlabel("time, compiled LoRA = 1; bars are medians, lines the range of the rounds")
+    axes[-1, 0].set_xlabel("time, compiled LoRA = 1; bars are medians, lines their 95 % intervals")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,61 @@ from torch.profiler import ProfilerActivity, profile
 Table = dict[str, dict[str, float]]
 
 
+# The control is the reference built and compiled a second time, so that its ratio is 1 but for the machine.
+CONTROL = "control"
+CONTROL_WITHIN = 0.01
+
+
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of one call, per variant and round, after a first round that warms up."""
+    """Seconds of one call, per variant and round, after a first round that warms up.
+
+    Every other round goes backwards, so that a machine which slows down or speeds up favours nobody.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(-1, rounds):
-        for name, function in functions.items():
+        for name in list(functions)[:: 1 if round_number % 2 else -1]:
             _wait_for(device)
             begin = time.perf_counter()
-            function()
+            functions[name]()
             _wait_for(device)
             if round_number >= 0:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Variants measured beside a reference and its control.
+
+    Attributes:
+        table: rows by variant, as `ratios` gives them.
+        rounds: how many it took.
+        held: whether the interval of the control's ratio is within 1 % of 1. If not, the machine was too noisy for
+            the other ratios to mean anything.
+    """
+
+    table: Table
+    rounds: int
+    held: bool
+
+
+def compare(
+    functions: Mapping[str, Callable[[], Any]], reference: str, device: str, *, rounds: int, max_rounds: int
+) -> Comparison:
+    """Measure variants in turn, `rounds` at a time, until the control holds or there were `max_rounds`.
+
+    Args:
+        functions: one call of every variant; `reference` and `CONTROL` are among them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    while True:
+        for name, more in interleaved(functions, rounds, device).items():
+            seconds[name] += more
+        table, done = ratios(seconds, reference), len(seconds[reference])
+        low, high = (table[CONTROL][name] for name in ("ratio_low", "ratio_high"))
+        held = 1 - CONTROL_WITHIN <= low <= high <= 1 + CONTROL_WITHIN
+        if held or done >= max_rounds:
+            return Comparison(table, done, held)
 
 
 def _wait_for(device: str) -> None:
@@ -38,17 +83,25 @@ def _wait_for(device: str) -> None:
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], reference: str) -> Table:
-    """Medians, and medians and ranges of the ratios to the reference, taken round by round."""
+    """Median times, and the median ratios to the reference, taken round by round, with their 95 % intervals."""
     table = {}
     for name, times in seconds.items():
         each = [mine / theirs for mine, theirs in zip(times, seconds[reference], strict=True)]
+        low, high = median_interval(each)
         table[name] = {
             "median_ms": 1e3 * statistics.median(times),
             "ratio": statistics.median(each),
-            "ratio_min": min(each),
-            "ratio_max": max(each),
+            "ratio_low": low,
+            "ratio_high": high,
         }
     return table
+
+
+def median_interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of a median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(resamples))
+    return medians[round(0.025 * resamples)], medians[round(0.975 * resamples) - 1]
 
 
 def saved_bytes(function: Callable[[], Any], model: torch.nn.Module) -> int:
@@ -84,19 +137,29 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
     return max(itertools.accumulate(changes, initial=0))
 
 
-def show(table: Table, reference: str) -> None:
-    """Print a table, a line per variant, with the columns that its rows have."""
+def show(comparison: Comparison, reference: str) -> None:
+    """Print a comparison, a line per variant, with the columns that its rows have, and whether its control held."""
+    table = comparison.table
     others = [name for name in next(iter(table.values())) if not name.startswith(("median_ms", "ratio"))]
     width = max(map(len, table))
-    print(f"{'':{width}} {'median ms':>10} {'/ ' + reference:>18} {'range':>14}", *(f"{name:>14}" for name in others))
+    print(f"{'':{width}} {'median ms':>10} {'/ ' + reference:>18} {'95 %':>14}", *(f"{name:>14}" for name in others))
     for name, row in table.items():
-        span = f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}"
+        span = f"{row['ratio_low']:.3f}-{row['ratio_high']:.3f}"
         cells = [f"{row[other]:14.1f}" if row.get(other) is not None else f"{'-':>14}" for other in others]
         print(f"{name:{width}} {row['median_ms']:10.2f} {row['ratio']:18.3f} {span:>14}", *cells)
+    verdict = "held" if comparison.held else "DID NOT HOLD: the machine is too noisy for these ratios"
+    print(f"{comparison.rounds} rounds; the control, {reference} again, {verdict}")
 
 
-def save(path: Path, tables: Mapping[str, Table], **sizes: Any) -> None:
-    """Write tables as JSON, with the date, the versions and the machine they were measured on."""
+def save(path: Path, comparisons: Mapping[str, Comparison], **sizes: Any) -> None:
+    """Write comparisons as JSON, with the date, the versions and the machine they were measured on."""
+    tables = {name: comparison.table for name, comparison in comparisons.items()}
+    controls = {name: {"rounds": found.rounds, "held": found.held} for name, found in comparisons.items()}
+    save_tables(path, tables, controls=controls, **sizes)
+
+
+def save_tables(path: Path, tables: Mapping[str, Table], **more: Any) -> None:
+    """Write tables that need no control as JSON, with the date, the versions and the machine."""
     import megatron.core
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
@@ -107,4 +170,4 @@ def save(path: Path, tables: Mapping[str, Table], **sizes: Any) -> None:
         "device": device,
         "threads": torch.get_num_threads(),
     }
-    path.write_text(json.dumps({**about, **sizes, "tables": tables}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**about, **more, "tables": tables}, indent=1) + "\n", encoding="utf-8")

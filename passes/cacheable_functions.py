@@ -47,7 +47,7 @@ def cacheable_functions(gm: fx.GraphModule) -> dict[str, str]:
 
 
 def calls_only_known_functions(gm: fx.GraphModule) -> bool:
-    """Whether a graph and the bodies of its higher-order ops call nothing but torch and this package."""
+    """Return whether a graph and the bodies of its higher-order ops call nothing but torch and this package."""
     return all(_package(node.target) in _KNOWN_PACKAGES for node in _calls(gm))
 
 

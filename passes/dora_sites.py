@@ -139,7 +139,7 @@ def _sizes_used_outside(call: set[fx.Node], marker: fx.Node) -> set[fx.Node]:
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Whether a node is a size, a part of one or arithmetic on some, and so reads no tensor's elements."""
+    """Return whether a node is a size, a part of one or arithmetic on some, and so reads no tensor's elements."""
     value = node.meta.get("example_value")
     parts = value if isinstance(value, (tuple, list)) else (value,)
     if not all(isinstance(part, (int, torch.SymInt, torch.SymBool)) for part in parts):
@@ -148,7 +148,7 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _ends_in_writes(node: fx.Node) -> bool:
-    """Whether a node and everything computed from it serves in-place writes alone."""
+    """Return whether a node and everything computed from it serves in-place writes alone."""
     if node.op == "output" or _op(node) not in HELPERS:
         return False
     return all(map(_ends_in_writes, node.users)) if node.users else _op(node) == "copy_"
@@ -191,7 +191,7 @@ def _tensor_ops(nodes: list[fx.Node]) -> Iterator[fx.Node]:
 
 
 def _op(node: fx.Node) -> Any:
-    """What a node calls, by identity: a function, an op without its overload, or the name of a tensor method."""
+    """Return what a node calls, by identity: a function, an op without its overload, or the name of a tensor method."""
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
 
 

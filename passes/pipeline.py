@@ -39,7 +39,7 @@ def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], passes: Sequen
 
 
 def count_ops(gm: fx.GraphModule) -> Counter[str]:
-    """How many nodes of each target a graph and its subgraphs have."""
+    """Count the nodes of each target in a graph and its subgraphs."""
     return Counter(
         target_name(node)
         for module in subgraph_modules(gm)

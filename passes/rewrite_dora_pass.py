@@ -1,7 +1,7 @@
 """Rewrite each DoRA site into one explicit subgraph.
 
     before                                                after
-    %h = autograd_function_apply(..., x, weight)          %w = gathered_rows_together([lora_a, ...])   once per graph
+    %h = autograd_function_apply(..., x, weight)          %w = substitute_gathered_rows([lora_a, ...])   once per graph
     %base = getitem(%h, 0)                                %delta = (magnitude - norm) / norm
     %y = dora_linear(%base, x, weight, ...)               %p = linear(x, weight) + low_rank
                                                           %z = reduce_from_group(%p)                   where partial
@@ -12,7 +12,7 @@ collective: sum_i(W_i x_i) + sum_i(s B A_i x_i) = sum_i(W_i x_i + s B A_i x_i). 
 from the new forward, where the two input gradients meet in front of one collective for the same reason. What
 depends on parameters alone comes first in the graph, for all sites together, and so its gradients take one collective
 of each kind. Norms and gathered factors are inputs of the graph, refreshed before it runs (`parameter_cache.py`). For a
-site whose parameters are themselves computed in the graph, they are worked out in the graph as well.
+site whose parameters are themselves computed in the graph, they are computed in the graph as well.
 
 Assumes what the finder checked: nothing outside a site uses its base call. Leaves every unmarked linear alone. Where
 the finder could not read the base call, its output is taken as it comes, as the marker itself does, and the rest is
@@ -152,7 +152,7 @@ def _path(gm: fx.GraphModule, site: DoRASite, example_inputs: Sequence[Any]) -> 
 
 
 def _stores_inputs(site: DoRASite) -> bool:
-    """Whether everything the site stores comes into its graph from outside, as parameters do."""
+    """Return whether everything the site stores comes into its graph from outside, as parameters do."""
     values: Sequence[Any] = site.marked.stored
     return all(value.op in ("placeholder", "get_attr") for value in values if isinstance(value, fx.Node))
 

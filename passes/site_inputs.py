@@ -1,4 +1,4 @@
-"""Which inputs of a compiled graph hold a DoRA site's parameters and buffers, so that they can be found at run time.
+"""Find the inputs of a compiled graph that hold a DoRA site's parameters and buffers, for use at run time.
 
     example graph                                         its `SiteInputs`
     placeholders  weight, x, lora_a, lora_b, ...          stored (Input(0), ..., Input(2), Input(3), ..., "row", "3")
@@ -54,7 +54,7 @@ class SiteSources:
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """Where one site's tensors are among a graph's inputs: `Input`s in place of tensors.
+    """The places of one site's tensors among a graph's inputs: `Input`s in place of tensors.
 
     Attributes:
         path: module path, for messages.

@@ -1,4 +1,4 @@
-"""Which modules a DoRA configuration names. Looks only; `plan.py` changes the model."""
+"""Find the modules that a DoRA configuration names. `plan.py` changes the model; nothing here does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dora_fx.modules.kinds import looks_like_linear
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a module's path is named by a pattern: its last name, its whole path, or `*` wildcards."""
+    """Return whether a module's path is named by a pattern: its last name, its whole path, or `*` wildcards."""
     if "*" not in pattern:
         return pattern in (path, path.rpartition(".")[2])
     start, *middle, end = pattern.split("*")
@@ -40,7 +40,7 @@ def adapted_layers(chunks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Nam
 
 @dataclass
 class Matches:
-    """What the targets found in one or more model chunks.
+    """The modules that targets name in one or more model chunks.
 
     Attributes:
         targets: chunks as they were given and their modules to adapt or already adapted, in model order.

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dora_fx.attach.matching import adapted_layers
-from dora_fx.function.collectives import gather_rows_together
+from dora_fx.function.collectives import gather_rows_coalesced
 from dora_fx.function.row_scale import magnitude_delta
 from dora_fx.function.weight_norm import norm_dtype
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
@@ -33,7 +33,7 @@ _KEPT = "_dora_fx_kept"
 
 @dataclass(frozen=True)
 class KeptAdapter:
-    """What `unmerge` needs, kept on the merged layer; not a module, so that the model does not contain it.
+    """The data that `unmerge` needs, kept on the merged layer; not a module, so that the model does not contain it.
 
     Attributes:
         site: the adapted layer that the merged one stands in for.
@@ -119,9 +119,9 @@ def merged_weight(site: DoRALinear) -> torch.Tensor:
     lora_a, lora_b = adapter.linear_in.weight.detach(), adapter.linear_out.weight.detach()
     if adapter.tp_group:
         if layout.gathers_lora_a:
-            [lora_a] = gather_rows_together([lora_a], adapter.tp_group)
+            [lora_a] = gather_rows_coalesced([lora_a], adapter.tp_group)
         if layout.gathers_lora_b:
-            [lora_b] = gather_rows_together([lora_b], adapter.tp_group)
+            [lora_b] = gather_rows_coalesced([lora_b], adapter.tp_group)
     delta = magnitude_delta(adapter.weight_magnitude, site._get_weight_norm())
     return merge_tensors(site.base_weight, lora_a, lora_b, delta, adapter.scaling)
 

@@ -42,7 +42,7 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class AttachPlan:
-    """What a call of `DoRA` will do: layers to wrap, sites that exist, targets and linears that have no counterpart."""
+    """The plan of a call of `DoRA`: layers to wrap, sites that exist, targets and linears that have no counterpart."""
 
     new: list[PlannedSite]
     existing: list[DoRALinear]

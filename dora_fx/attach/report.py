@@ -1,4 +1,4 @@
-"""What a call of `DoRA` adapted: one row per site, and totals."""
+"""The report of a call of `DoRA`: one row per site, and totals."""
 
 from __future__ import annotations
 

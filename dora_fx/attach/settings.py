@@ -12,7 +12,7 @@ from dora_fx.modules.adapter import INIT_METHODS
 
 @dataclass
 class DoRASettings:
-    """Which layers are adapted and how; see `DoRA`, which has them."""
+    """The choice of layers to adapt and how to adapt them; see `DoRA`, which has them."""
 
     target_modules: Sequence[str] = field(
         default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]

@@ -1,1 +1,1 @@
-"""What is computed once per optimizer step, and whether it still holds."""
+"""The cache of what is computed once per optimizer step, and the detection of stale values."""

@@ -41,12 +41,12 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 def num_optimizer_steps() -> int:
-    """How many steps all optimizers of this process took."""
+    """Return the number of steps that all optimizers of this process took."""
     return _optimizer_steps
 
 
 class _Memory(NamedTuple):
-    """Where a tensor lies, kept from being mistaken for later memory at the same address, and its version there."""
+    """A tensor's memory and its version there, not to be mistaken for later memory at the same address."""
 
     storage: StorageWeakRef
     address: int
@@ -79,11 +79,11 @@ class Snapshot(NamedTuple):
         return cls(tuple(map(_Memory.of, tensors)), _kinds(tensors), fingerprint(tensors))
 
     def in_same_memory(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the tensors that it was taken of, and PyTorch counted no write into them."""
+        """Return whether these are the tensors that it was taken of, and PyTorch counted no write into them."""
         return len(tensors) == len(self.memory) and all(map(_Memory.is_still, self.memory, tensors))
 
     def has_same_bits(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether these tensors hold what those did, wherever; waits for the device."""
+        """Return whether these tensors hold what those did, wherever; waits for the device."""
         if self.kinds != _kinds(tensors):
             return False
         return bool(self.bits.to(tensors[0].device) == fingerprint(tensors))
@@ -94,7 +94,7 @@ def _kinds(tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.Size, torch.dty
 
 
 class _Record(NamedTuple):
-    """What a value was computed from. The value is in it too, as somebody may write into it.
+    """The tensors that a value was computed from. The value is in it too, as somebody may write into it.
 
     Attributes:
         steps: `num_optimizer_steps` then; None for sources that no optimizer trains.
@@ -107,7 +107,7 @@ class _Record(NamedTuple):
 
 
 class _Question(NamedTuple):
-    """Whether the bits of sources on an accelerator were what their record says; answered when the device gets there.
+    """The question whether the bits of sources on an accelerator are as recorded; answered when the device gets there.
 
     Attributes:
         path: of the site, for messages.
@@ -137,7 +137,7 @@ def record_fresh(
 
 
 def is_from_earlier_step(value: torch.Tensor) -> bool:
-    """Whether an optimizer stepped since `value` was recorded; the same on every rank that steps alike."""
+    """Return whether an optimizer stepped since `value` was recorded; the same on every rank that steps alike."""
     record = _records.get(value)
     return record is not None and record.steps not in (None, _optimizer_steps)
 
@@ -150,7 +150,7 @@ def is_fresh(
     *,
     sampled: bool = False,
 ) -> bool:
-    """Whether `value` and `others` were recorded with these sources and hold what follows from them.
+    """Return whether `value` and `others` were recorded with these sources and hold what follows from them.
 
     On an accelerator True may be an answer that a later look takes back; see `raise_if_answered_stale`.
 

@@ -1,4 +1,4 @@
-"""What follows from DoRA's parameters alone is computed once per optimizer step, not once per call.
+"""Values that follow from DoRA's parameters alone are computed once per optimizer step, not once per call.
 
 The scales of rows, and the factors that a layout gathers, are buffers of each site. `refresh` fills those that are
 stale, for all sites of a graph together: one gather and one reduction per process group, whatever the number of sites.

@@ -62,12 +62,12 @@ class StoredShard:
 
     @property
     def in_order_of_ranks(self) -> bool:
-        """Whether Bridge stores the rows of this magnitude rank by rank, gate and up of each."""
+        """Return whether Bridge stores the rows of this magnitude rank by rank, gate and up of each."""
         return self.name == _MAGNITUDE and self.site.adapter.row_blocks == 2
 
     @property
     def is_partial(self) -> bool:
-        """Whether Bridge stores rank 0's part in place of the whole."""
+        """Return whether Bridge stores rank 0's part in place of the whole."""
         return self.name == _MAGNITUDE and self.site.adapter.layout.shards_input_features
 
 
@@ -116,7 +116,7 @@ def load_bridge_checkpoint(
 
 
 def _adapter_tensors(reader: CheckedReader) -> dict[str, TensorStorageMetadata]:
-    """What torch's checkpoint format says of every adapter tensor: size, and the chunks it was saved in."""
+    """Return the checkpoint's entry of every adapter tensor: its size, and the chunks it was saved in."""
     if not (reader.directory / METADATA).exists():
         raise ValueError(
             f"{reader.directory}: there is no .metadata, expected a torch_dist checkpoint such as iter_0000100"

@@ -1,4 +1,4 @@
-"""What is checked before a checkpoint is loaded. Each check names what it found, what it expected and what to do."""
+"""The checks before a checkpoint is loaded. Each check names what it found, what it expected and what to do."""
 
 from __future__ import annotations
 

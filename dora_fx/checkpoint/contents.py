@@ -1,4 +1,4 @@
-"""What of a model goes into a checkpoint: adapter shards, the settings of the sites, and shards of their base."""
+"""The contents of a checkpoint: adapter shards, the settings of the sites, and shards of their base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies and how a new one takes its place: whole or not at all.
+"""A checkpoint's directory, and how a new one takes its place: whole or not at all.
 
 A save fills a hidden sibling `.NAME.saving-*` and then renames it to NAME. Where NAME exists, two renames replace
 it, because no portable call swaps two directories:
@@ -35,7 +35,7 @@ _ATTEMPTS = 5
 
 
 def previous_of(path: Path) -> Path:
-    """Where the replaced checkpoint lies while a new one takes its place."""
+    """Return the path of the replaced checkpoint while a new one takes its place."""
     return path.with_name(f".{path.name}.previous")
 
 
@@ -84,7 +84,7 @@ def read_unreplaced(
 
 
 def was_replaced(path: Path, manifest: Manifest) -> bool:
-    """Whether another save took the place of the checkpoint of this manifest."""
+    """Return whether another save took the place of the checkpoint of this manifest."""
     try:
         return open_checkpoint(path)[1].save_id != manifest.save_id
     except CheckpointError:

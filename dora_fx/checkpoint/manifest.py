@@ -58,7 +58,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """The description of what a checkpoint holds.
 
     Attributes:
         save_id: differs between any two saves.

@@ -125,7 +125,7 @@ class CheckedReader(FileSystemReader):
         return sum(piece.length for piece in pieces)
 
     def _piece(self, key: str, stored: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> StoredPiece:
-        """Where a chunk is, once it is known to be in a file."""
+        """Return the place of a chunk, once it is known to be in a file."""
         where = f"{self.directory / METADATA}: {key}"
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=False)]
         if not len(chunk.offsets) == len(chunk.sizes) == len(stored.size) or any(

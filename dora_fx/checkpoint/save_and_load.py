@@ -116,7 +116,7 @@ def load_checkpoint(
 
 
 class _Shards(NamedTuple):
-    """What a save writes.
+    """The content of a save.
 
     Attributes:
         own: this rank's shards.
@@ -172,7 +172,7 @@ def _find(path: Path) -> tuple[Path, Manifest]:
 
 
 def _was_replaced(path: Path, manifest: Manifest) -> bool:
-    """Whether another save took the checkpoint's place; every rank calls it."""
+    """Return whether another save took the checkpoint's place; every rank calls it."""
     replaced = was_replaced(path, manifest) if dist.get_rank() == 0 else None
     return from_first_rank(replaced, f"loading {path}")
 
@@ -246,7 +246,7 @@ def _copy_into_parameters(contents: ModelContents, state: dict[str, Any]) -> Non
 
 
 def _other_versions(manifest: Manifest) -> str:
-    """Which packages were others when the checkpoint was written; torch reads no checkpoint of a later torch."""
+    """Return the packages whose versions differ from those that wrote; torch reads no checkpoint of a later torch."""
     own = _versions()
     others = [
         f"{name} {saved} (here {own.get(name, 'none')})"

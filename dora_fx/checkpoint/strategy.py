@@ -1,4 +1,4 @@
-"""How shards are written and read: Megatron's torch_dist format, with the layers of a rank in one piece.
+"""The reading and writing of shards: Megatron's torch_dist format, with the layers of a rank in one piece.
 
 Megatron saves each layer of each rank as a tensor of its own, in forked processes that a spawned manager watches.
 Adapters are small: a file header per layer would cost more than one percent of them, and a manager more time than

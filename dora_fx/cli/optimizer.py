@@ -49,7 +49,7 @@ class AdapterOptimizer:
             optimizer="adam",
             lr=options.lr,
             weight_decay=options.weight_decay,
-            # Megatron works out no norm for zero, and an infinite one leaves gradients alone.
+            # Megatron computes no norm for zero, and an infinite one leaves gradients alone.
             clip_grad=options.max_grad_norm or math.inf,
             params_dtype=DTYPES[options.dtype],
             bf16=options.dtype == "bf16",

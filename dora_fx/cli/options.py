@@ -195,7 +195,7 @@ def options_from(parsed: dict[str, Any]) -> FinetuneOptions:
 
 
 def saved_options(options: FinetuneOptions) -> dict[str, Any]:
-    """What config.yaml holds: the options without the folder, which may be moved."""
+    """Return the content of config.yaml: the options without the folder, which may be moved."""
     values = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("run", "resume")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 

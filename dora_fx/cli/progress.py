@@ -1,4 +1,4 @@
-"""What the user sees: a live bar on a terminal, plain lines in a file or a pipe."""
+"""The command's output: a live bar on a terminal, plain lines in a file or a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `export` and `merge` start from: a run or a checkpoint, and the base that its adapters belong to."""
+"""The input of `export` and `merge`: a run or a checkpoint, and the base that its adapters belong to."""
 
 from __future__ import annotations
 

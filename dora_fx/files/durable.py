@@ -1,4 +1,4 @@
-"""What a file or folder needs between being filled under a temporary name and taking its own."""
+"""The steps that a file or folder needs between being filled under a temporary name and taking its own."""
 
 from __future__ import annotations
 

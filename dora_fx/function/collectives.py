@@ -101,7 +101,7 @@ gather_features = _differentiable(
 )
 
 
-def _all_reduce_together(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[torch.Tensor, ...]:
+def _all_reduce_coalesced(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[torch.Tensor, ...]:
     total = _all_reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), group_name)
     parts = total.split([tensor.numel() for tensor in tensors])
     return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
@@ -129,13 +129,13 @@ def _identities(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[torch
     return tuple(tensor.view_as(tensor) for tensor in tensors)
 
 
-MappingTogether = Callable[[Sequence[torch.Tensor], str], Sequence[torch.Tensor]]
+CoalescedMapping = Callable[[Sequence[torch.Tensor], str], Sequence[torch.Tensor]]
 
 
-def _differentiable_together(
-    name: str, forward: MappingTogether, backward: MappingTogether, doc: str
-) -> MappingTogether:
-    """As `_differentiable`, for several tensors of one dtype in one message."""
+def _differentiable_coalesced(
+    name: str, forward: CoalescedMapping, backward: CoalescedMapping, doc: str
+) -> CoalescedMapping:
+    """Do as `_differentiable`, for several tensors of one dtype in one message."""
 
     class Collective(torch.autograd.Function):
         @staticmethod
@@ -159,8 +159,8 @@ def _differentiable_together(
     return collective
 
 
-gather_rows_together = _differentiable_together(
-    "gather_rows_together",
+gather_rows_coalesced = _differentiable_coalesced(
+    "gather_rows_coalesced",
     _all_gather_rows,
     _reduce_scatter_rows,
     "Row-sharded weights `[rows/tp, ...]` to `[rows, ...]`; their gradients are partial and reduce-scattered.",
@@ -178,25 +178,28 @@ class _GatheredRows(torch.autograd.Function):
         return None, None, *_reduce_scatter_rows(grads, ctx.group_name), *[None] * len(grads)
 
 
-def gathered_rows_together(
+def substitute_gathered_rows(
     shards: Sequence[torch.Tensor], group_name: str, wholes: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor]:
-    """As `gather_rows_together`, with the gathered weights at hand: nothing is sent until the gradients are."""
+    """Take the place of `gather_rows_coalesced` where the gathered weights are at hand.
+
+    Nothing is sent on the way there; the gradients are reduce-scattered as usual.
+    """
     if group_size(group_name) == 1:
         return shards
     if has_torch_function((*shards, *wholes)):
-        return handle_torch_function(gathered_rows_together, (*shards, *wholes), shards, group_name, wholes)
+        return handle_torch_function(substitute_gathered_rows, (*shards, *wholes), shards, group_name, wholes)
     return _GatheredRows.apply(group_name, len(shards), *shards, *wholes)
 
 
-copy_to_group_together = _differentiable_together(
-    "copy_to_group_together",
+copy_to_group_coalesced = _differentiable_coalesced(
+    "copy_to_group_coalesced",
     _identities,
-    _all_reduce_together,
+    _all_reduce_coalesced,
     "Replicated weights in, the same out; their gradients are partial and all-reduced.",
 )
-reduce_from_group_together = _differentiable_together(
-    "reduce_from_group_together", _all_reduce_together, _identities, "Partial sums in, their sums on every rank out."
+reduce_from_group_coalesced = _differentiable_coalesced(
+    "reduce_from_group_coalesced", _all_reduce_coalesced, _identities, "Partial sums in, their sums on every rank out."
 )
 
 # What these return, or their gradients, is another part of a tensor on every rank, and so is the traced graph.

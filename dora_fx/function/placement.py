@@ -1,4 +1,4 @@
-"""Which rank holds what: the one table of tensor-parallel layouts.
+"""The one table of tensor-parallel layouts: which rank holds what.
 
 Everything that has to know how a DoRA site is sharded reads `LAYOUTS`: the eager function, the graph
 rewrite, parameter attributes, initialisation, norms and state dicts. Dimensions are those of the stored
@@ -27,7 +27,7 @@ Leave = Literal["none", "all_reduce", "reduce_scatter_sequence", "gather_feature
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of linear layer is spread over its tensor-parallel group.
+    """The distribution of one kind of linear layer over its tensor-parallel group.
 
     Attributes:
         name: key in `LAYOUTS`; the graph marker carries it as a constant.
@@ -64,7 +64,7 @@ class Layout:
         return self.lora_b_shard_dim == 0 and self.magnitude_shard_dim is None
 
     def magnitude_grad_is_partial(self, dropout: bool) -> bool:
-        """Whether each rank sees only a part of the magnitude's gradient.
+        """Return whether each rank sees only a part of the magnitude's gradient.
 
         A replicated magnitude is scaled after the reduction and sees all of it, unless the output is
         sequence-sharded, or dropout moves the scale in front of the reduction.
@@ -83,7 +83,7 @@ class Layout:
         padded_in_features: int = 0,
         padded_out_features: int = 0,
     ) -> dict[str, ParameterPlacement]:
-        """Where an adapter's parameters lie, by their names in its state dict.
+        """Return the placements of an adapter's parameters, by their names in its state dict.
 
         Args:
             in_features, out_features: of the whole layer, padding included.
@@ -103,7 +103,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class ParameterPlacement:
-    """How one parameter of an adapter lies on the ranks of its tensor-parallel group.
+    """The placement of one parameter of an adapter on the ranks of its tensor-parallel group.
 
     Attributes:
         shard_dim: the sharded dimension, or None where every rank holds the whole tensor.

@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
 class RowScale(NamedTuple):
-    """What follows from m and n for each output row, `[out]` or this rank's `[out/tp]`, float32 at least, detached.
+    """The scale of each output row, `[out]` or this rank's `[out/tp]`, float32 at least, detached.
 
     Attributes:
         delta: (m - n) / n, and zero (so g = 1) for a row of zeros.

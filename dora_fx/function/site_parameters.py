@@ -14,10 +14,10 @@ import torch
 
 from dora_fx.function.collectives import (
     REDUCE,
-    copy_to_group_together,
-    gather_rows_together,
-    gathered_rows_together,
-    reduce_from_group_together,
+    copy_to_group_coalesced,
+    gather_rows_coalesced,
+    reduce_from_group_coalesced,
+    substitute_gathered_rows,
 )
 from dora_fx.function.dropout import DropoutFactors
 from dora_fx.function.placement import LAYOUTS, Layout
@@ -26,7 +26,7 @@ from dora_fx.function.weight_norm import base_norm_squared, norm_dtype, norm_of_
 
 
 class StoredParameters(NamedTuple):
-    """What one site stores on this rank, and how it is spread.
+    """The parameters that one site stores on this rank, and their distribution.
 
     Attributes:
         weight, lora_a, lora_b, magnitude: shards, see `placement.LAYOUTS`.
@@ -57,7 +57,7 @@ class StoredParameters(NamedTuple):
 
     @property
     def reduces(self) -> bool:
-        """Whether the products are partial sums, which the layout's own collective adds up."""
+        """Return whether the products are partial sums, which the layout's own collective adds up."""
         return bool(self.tp_group) and self.layout.leave in REDUCE
 
     @property
@@ -69,7 +69,7 @@ class StoredParameters(NamedTuple):
 
 
 class CompleteParameters(NamedTuple):
-    """What the products of one site take.
+    """The parameters that the products of one site take.
 
     Attributes:
         lora_a: `[dim, in]`, or this rank's `[dim, in/tp]` in a row layout.
@@ -85,7 +85,7 @@ class CompleteParameters(NamedTuple):
 
 
 class CachedParameters(NamedTuple):
-    """What `complete_parameters` computed of a site's parameters for all calls until they change.
+    """The results of `complete_parameters` that hold for all calls until they change.
 
     Attributes:
         delta, grad_gain, grad_scale: a `RowScale`.
@@ -139,10 +139,10 @@ def _whole_factors(
     requests = [_Request(site.lora_a, site.layout.gathers_lora_a, site.tp_group, site.dtype) for site in sites]
     requests += [_Request(site.lora_b, site.layout.gathers_lora_b, site.tp_group, site.dtype) for site in sites]
     if cached is None:
-        whole = _together(gather_rows_together, requests)
+        whole = _together(gather_rows_coalesced, requests)
     else:
         gathered = [cache.lora_a for cache in cached] + [cache.lora_b for cache in cached]
-        whole = _together(gathered_rows_together, requests, gathered)
+        whole = _together(substitute_gathered_rows, requests, gathered)
     return whole[: len(sites)], whole[len(sites) :]
 
 
@@ -155,7 +155,7 @@ def _row_norms(
         base_norm_sq = base_norm_squared(site.weight) if site.base_norm_sq is None else site.base_norm_sq
         terms = norm_terms(base_norm_sq, site.weight, a, b, scaling=site.scaling, dtype=dtype)
         requests += [_Request(terms[i], site.layout.shards_input_features, site.tp_group, dtype) for i in (0, 1)]
-    whole = _together(reduce_from_group_together, requests)
+    whole = _together(reduce_from_group_coalesced, requests)
     return [
         norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
         for site, linear_terms, gram, b in zip(sites, whole[::2], whole[1::2], lora_b, strict=True)
@@ -167,7 +167,7 @@ def _magnitudes(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
     for site in sites:
         is_partial = site.layout.magnitude_grad_is_partial(dropout=site.dropout is not None)
         requests.append(_Request(site.magnitude, is_partial, site.tp_group, norm_dtype(site.dtype)))
-    return _together(copy_to_group_together, requests)
+    return _together(copy_to_group_coalesced, requests)
 
 
 def _together(

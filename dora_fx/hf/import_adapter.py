@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedImport:
-    """What becomes of one linear layer: its adapter, or None where the files have none for it."""
+    """The import of one linear layer: its adapter, or None where the files have none for it."""
 
     linear: NamedLinear
     joined: JoinedAdapter | None
@@ -208,7 +208,7 @@ def _copy(site: DoRALinear, joined: JoinedAdapter) -> None:
 
     adapter.linear_in.weight.copy_(own("linear_in.weight", joined.lora_a))
     adapter.linear_out.weight.copy_(own("linear_out.weight", joined.lora_b))
-    # The norm itself, as it is worked out in a forward pass, so that a row without an adapter is bitwise its base.
+    # The norm itself, as a forward pass computes it, so that a row without an adapter is bitwise its base.
     norm = site._get_weight_norm()
     magnitude = own("weight_magnitude", joined.magnitude).to(norm)
     is_adapted = own("weight_magnitude", joined.has_magnitude).to(norm.device)

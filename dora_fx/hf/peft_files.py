@@ -140,7 +140,7 @@ class PeftAdapter:
         return int(by_pattern(self.config.get("rank_pattern"), path, self.config.get("r")))
 
     def scaling(self, path: str) -> Fraction:
-        """What B A is multiplied by, exactly; under `use_rslora` the float that PEFT computes."""
+        """Return the factor of B A, exactly; under `use_rslora` the float that PEFT computes."""
         alpha = by_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha"))
         if self.config.get("use_rslora"):
             return Fraction(alpha / math.sqrt(self.rank(path)))
@@ -151,7 +151,7 @@ class PeftAdapter:
         return self._file.get_tensor(self._keys[path][name])
 
     def is_target(self, path: str) -> bool | None:
-        """Whether the config means a layer; None where it leaves out layers in a way that is not followed here."""
+        """Return whether the config targets a layer; None where it excludes layers in a way not followed here."""
         targets = self.config.get("target_modules")
         if self.config.get("layers_to_transform") is not None or self.config.get("exclude_modules"):
             return None

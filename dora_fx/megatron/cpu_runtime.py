@@ -1,4 +1,4 @@
-"""What Megatron-Core needs on a machine without CUDA. Only the command line, examples and tests call this module.
+"""Stand-ins for what Megatron-Core needs of CUDA, on a machine without it. The command, examples and tests call it.
 
 Building a model and running it: `torch.cuda.current_device()` must answer, for Megatron asks it where to put rotary
 frequencies and the buffers of its collectives. Everything else on a CPU is an ordinary option (gloo,

@@ -44,7 +44,7 @@ def _construct_again(wrapper: Any) -> None:
 
 
 def is_parameter_gather_hook(hook: object) -> bool:
-    """Whether a forward pre-hook is that of Megatron's wrapper which waits for the parameters of one module.
+    """Return whether a forward pre-hook is that of Megatron's wrapper which waits for the parameters of one module.
 
     It is a function inside a private method, and has nothing but that name to be known by (megatron-core 0.16 to 0.19).
     """

@@ -149,7 +149,7 @@ def _llama3_factor(opened: GGUFFile, base: float, head_dim: int) -> float | None
 
 
 def llama3_divisors(base: float, head_dim: int, factor: float) -> np.ndarray:
-    """What Llama 3 divides each rotary frequency by, `[head_dim / 2]`, as `convert_hf_to_gguf.py` computes it."""
+    """Return the divisors of Llama 3's rotary frequencies, `[head_dim / 2]`, as `convert_hf_to_gguf.py` computes it."""
     low, high, original = LLAMA3_CONSTANTS.values()
     wavelengths = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)

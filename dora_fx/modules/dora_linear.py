@@ -166,7 +166,7 @@ class DoRALinear(BaseAttributes):
         return row_norms([self.cached_site().stored])[0]
 
     def cached_site(self) -> CachedSite:
-        """What `parameter_cache.refresh` takes: the parameters outside any call, and the buffers made of them."""
+        """Return the parameters outside any call and the buffers made of them, for `parameter_cache.refresh`."""
         return CachedSite(self.path, self._stored(self.base_weight, self.adapter.layout_name, False), self._cached())
 
     def _stored(self, weight: torch.Tensor, layout_name: str, drops: bool) -> StoredParameters:
@@ -198,11 +198,11 @@ class DoRALinear(BaseAttributes):
         self._adapter_enabled = False
 
     def register_forward_pre_hook(self, hook: Callable[..., Any], **kwargs: Any) -> RemovableHandle:
-        """As of any module, but for the hook of a parameter gather that overlaps the forward pass.
+        """Register a hook as any module does, but refuse that of a parameter gather that overlaps the forward pass.
 
         Raises:
             ValueError: Megatron's DistributedDataParallel registers such a hook on every module, to wait for the
-                parameters of that module alone. Norms are worked out before any hook runs.
+                parameters of that module alone. Norms are computed before any hook runs.
         """
         if is_parameter_gather_hook(hook):
             raise ValueError(
@@ -263,7 +263,7 @@ def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:
 
 
 def invalidate_norms(model: Model) -> None:
-    """Have everything that is cached of a model's adapters, and the base's norms, worked out again.
+    """Forget everything that is cached of a model's adapters, and the base's norms.
 
     Needed only after writes that nothing tells: on an accelerator those past PyTorch's version counter (through
     `.data`, say) outside an optimizer's step, which raise StaleParametersError in a later forward pass; everywhere such

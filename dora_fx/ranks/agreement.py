@@ -36,7 +36,7 @@ def check_same_settings(settings: Mapping[str, Any], group: dist.ProcessGroup) -
 
 
 def of_all_stages(value: T) -> list[T]:
-    """What every pipeline stage passes, first stage first; every rank calls it."""
+    """Return the value of every pipeline stage, first stage first; every rank calls it."""
     group = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
     return gather_objects(value, group)
 

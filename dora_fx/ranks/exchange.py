@@ -27,7 +27,7 @@ def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
 
 
 def gather_objects_on_first_rank(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """As `gather_objects`, but the list is empty on all ranks but the group's first."""
+    """Do as `gather_objects`, but the list is empty on all ranks but the group's first."""
     if group is None or not has_other_ranks(group):
         return [value]
     values: list[Any] | None = [None] * group.size() if group.rank() == 0 else None

@@ -40,5 +40,5 @@ def world_group() -> dist.ProcessGroup | None:
 
 
 def has_other_ranks(group: dist.ProcessGroup | None) -> bool:
-    """Whether the group has other processes to talk to; torch's "fake" backend has none."""
+    """Return whether the group has other processes to talk to; torch's "fake" backend has none."""
     return group is not None and group.size() > 1 and dist.get_backend(group) != "fake"

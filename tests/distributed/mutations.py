@@ -120,15 +120,15 @@ MUTATIONS = [
     Mutation(
         "gradient of A not reduced",
         site_parameters._whole_factors,
-        "_together(gathered_rows_together, requests, gathered)",
+        "_together(substitute_gathered_rows, requests, gathered)",
         "_together(_gathered_rows_only, requests[: len(sites)], gathered[: len(sites)])"
-        " + _together(gathered_rows_together, requests[len(sites) :], gathered[len(sites) :])",
+        " + _together(substitute_gathered_rows, requests[len(sites) :], gathered[len(sites) :])",
     ),
     Mutation(
         "gradient of B not reduced",
         site_parameters._whole_factors,
-        "_together(gathered_rows_together, requests, gathered)",
-        "_together(gathered_rows_together, requests[: len(sites)], gathered[: len(sites)])"
+        "_together(substitute_gathered_rows, requests, gathered)",
+        "_together(substitute_gathered_rows, requests[: len(sites)], gathered[: len(sites)])"
         " + _together(_gathered_rows_only, requests[len(sites) :], gathered[len(sites) :])",
     ),
     Mutation("weight gradients reduced twice", collectives._reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
@@ -161,7 +161,7 @@ class _GatheredRowsOnly(torch.autograd.Function):
 def _gathered_rows_only(
     shards: Sequence[torch.Tensor], group_name: str, wholes: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor]:
-    """As `collectives.gathered_rows_together`, but no gradient is reduced."""
+    """As `collectives.substitute_gathered_rows`, but no gradient is reduced."""
     if has_torch_function((*shards, *wholes)):
         return handle_torch_function(_gathered_rows_only, (*shards, *wholes), shards, group_name, wholes)
     return _GatheredRowsOnly.apply(group_name, len(shards), *shards, *wholes)

@@ -30,7 +30,7 @@ def test_every_function_of_this_package_is_named(recompute: bool) -> None:
     assert sorted(functions(2, recompute=recompute)) == [
         "dora_fx.function.collectives.copy_to_group",
         GATHERING,
-        "dora_fx.function.collectives.gathered_rows_together",
+        "dora_fx.function.collectives.substitute_gathered_rows",
         "dora_fx.function.dropout.draw_dropout_key",
         "dora_fx.function.dropout.dropout",
         "dora_fx.function.row_scale.trained_delta",

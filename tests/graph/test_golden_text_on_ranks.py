@@ -18,8 +18,8 @@ def test_column_on_two_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[40, 48]", x: "f32[6, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]", scaling: "f32[1]", delta: "f32[40]", grad_gain: "f32[40]", grad_scale: "f32[40]", whole_lora_a: "f32[16, 48]"):
 
-        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
-        getitem_1: "f32[16, 48]" = gathered_rows_together[0]
+        substitute_gathered_rows = dora_fx_function_collectives_substitute_gathered_rows([lora_a], 'tp', [whole_lora_a])
+        getitem_1: "f32[16, 48]" = substitute_gathered_rows[0]
         copy_to_group: "f32[6, 2, 48]" = dora_fx_function_collectives_copy_to_group(x, 'tp')
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(copy_to_group, getitem_1)
         view: "f32[]" = scaling.view(())
@@ -43,8 +43,8 @@ def test_row_on_two_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
-        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
-        getitem_2: "f32[80, 16]" = gathered_rows_together[0]
+        substitute_gathered_rows = dora_fx_function_collectives_substitute_gathered_rows([lora_b], 'tp', [whole_lora_b])
+        getitem_2: "f32[80, 16]" = substitute_gathered_rows[0]
         linear: "f32[6, 2, 16]" = torch._C._nn.linear(x, lora_a)
         view: "f32[]" = scaling.view(())
         mul: "f32[6, 2, 16]" = linear * view
@@ -68,10 +68,10 @@ def test_row_sequence_parallel_with_dropout_on_two_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 24]", x: "f32[6, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
-        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
-        getitem_2: "f32[80, 16]" = gathered_rows_together[0]
-        copy_to_group_together = dora_fx_function_collectives_copy_to_group_together([magnitude], 'tp')
-        getitem_3: "f32[80]" = copy_to_group_together[0]
+        substitute_gathered_rows = dora_fx_function_collectives_substitute_gathered_rows([lora_b], 'tp', [whole_lora_b])
+        getitem_2: "f32[80, 16]" = substitute_gathered_rows[0]
+        copy_to_group_coalesced = dora_fx_function_collectives_copy_to_group_coalesced([magnitude], 'tp')
+        getitem_3: "f32[80]" = copy_to_group_coalesced[0]
         draw_dropout_key: "i64[3]" = dora_fx_function_dropout_draw_dropout_key(x, 'tp')
         dropout: "f32[6, 2, 24]" = dora_fx_function_dropout_dropout(x, draw_dropout_key, threshold, rescale, True)
         cat: "f32[12, 2, 24]" = torch.cat((x, dropout))
@@ -105,8 +105,8 @@ def test_column_sequence_parallel_on_eight_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[10, 48]", x: "f32[1, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]", scaling: "f32[1]", delta: "f32[10]", grad_gain: "f32[10]", grad_scale: "f32[10]", whole_lora_a: "f32[16, 48]"):
 
-        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_a], 'tp', [whole_lora_a])
-        getitem_2: "f32[16, 48]" = gathered_rows_together[0]
+        substitute_gathered_rows = dora_fx_function_collectives_substitute_gathered_rows([lora_a], 'tp', [whole_lora_a])
+        getitem_2: "f32[16, 48]" = substitute_gathered_rows[0]
         gather_sequence: "f32[8, 2, 48]" = dora_fx_function_collectives_gather_sequence(x, 'tp')
         linear: "f32[8, 2, 16]" = torch._C._nn.linear(gather_sequence, getitem_2)
         view: "f32[]" = scaling.view(())
@@ -130,10 +130,10 @@ def test_row_sequence_parallel_on_eight_ranks(tensor_parallel):
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 6]", x: "f32[8, 2, 6]", lora_a: "f32[16, 6]", lora_b: "f32[10, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
-        gathered_rows_together = dora_fx_function_collectives_gathered_rows_together([lora_b], 'tp', [whole_lora_b])
-        getitem_2: "f32[80, 16]" = gathered_rows_together[0]
-        copy_to_group_together = dora_fx_function_collectives_copy_to_group_together([magnitude], 'tp')
-        getitem_3: "f32[80]" = copy_to_group_together[0]
+        substitute_gathered_rows = dora_fx_function_collectives_substitute_gathered_rows([lora_b], 'tp', [whole_lora_b])
+        getitem_2: "f32[80, 16]" = substitute_gathered_rows[0]
+        copy_to_group_coalesced = dora_fx_function_collectives_copy_to_group_coalesced([magnitude], 'tp')
+        getitem_3: "f32[80]" = copy_to_group_coalesced[0]
         linear: "f32[8, 2, 16]" = torch._C._nn.linear(x, lora_a)
         view: "f32[]" = scaling.view(())
         mul: "f32[8, 2, 16]" = linear * view

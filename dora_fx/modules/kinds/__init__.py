@@ -34,7 +34,7 @@ def describe_linear(path: str, module: nn.Module) -> LinearSpec:
 
 
 def looks_like_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a weight matrix, of whatever class, so that a pattern may mean it."""
+    """Return whether a module multiplies by a weight matrix, of whatever class, so that a pattern may mean it."""
     return not isinstance(module, nn.Embedding) and "linear" in type(module).__name__.lower()
 
 

@@ -91,12 +91,12 @@ class LinearKind:
 
     @staticmethod
     def returned_beside_output(linear: Any) -> tuple[torch.Tensor | None, ...] | None:
-        """What a call returns after its output; None where it returns the output alone."""
+        """Return what a call returns after its output; None where it returns the output alone."""
         return None
 
     @classmethod
     def is_product_alone(cls, linear: Any) -> bool:
-        """Whether calling the layer now would do nothing but its product, bias and collective.
+        """Return whether calling the layer now would do nothing but its product, bias and collective.
 
         Then they need not be the layer's own, and the low-rank product goes through the same collective.
         """
@@ -108,7 +108,7 @@ class LinearKind:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether code of others runs when a module is called; `nn.Module` keeps it under these names (torch 2.11-2.15)."""
+    """Return whether calling a module runs hooks; `nn.Module` keeps them under private names (torch 2.11 to 2.15)."""
     return any(
         (
             *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
