@@ -1,4 +1,4 @@
-"""Stand-ins for what Megatron-Core needs of CUDA, on a machine without it. Only the command and the tests call it.
+"""Stand-ins for what Megatron-Core needs of CUDA, on a machine without it. The command, examples and tests call it.
 
 Building a model and running it: `torch.cuda.current_device()` must answer, for Megatron asks it where to put rotary
 frequencies and the buffers of its collectives. Everything else on a CPU is an ordinary option (gloo,
@@ -39,9 +39,10 @@ def cuda_current_device_is_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cuda_means_cpu() -> Iterator[None]:
-    """Let Megatron's data parallelism and optimizer run on a CPU. Not to be entered around torch.compile.
+    """Let Megatron's data parallelism and optimizer run on a CPU, and its pipeline schedule.
 
-    Tensors asked for on "cuda" come on the CPU, and those on the CPU say that their type is a CUDA one.
+    Tensors asked for on "cuda" come on the CPU, and those on the CPU say that their type is a CUDA one. Code that was
+    compiled outside is compiled once more where it is called inside.
     """
     original = torch.cuda.current_stream
     no_stream = types.SimpleNamespace(wait_stream=lambda stream: None, wait_event=lambda event: None)

@@ -48,6 +48,10 @@ class ParallelLinearDoRAAdapter(nn.Module):
         row layouts      A [dim, in/tp]    B [out/tp, dim]    m [out], equal on every rank
         nn.Linear        A [dim, in]       B [out, dim]       m [out]
 
+    Scaling and dropout are tensors too, in buffers that are not saved. Compiled code takes tensors as inputs and
+    numbers as constants, so layers that differ in alpha or dropout share a graph. The tensors have a dimension because
+    Dynamo reads a symbol out of a float64 without one, and compiles twice.
+
     Args:
         in_features, out_features: sizes of the whole layer.
         dim: rank of the low-rank product, over all tensor-parallel ranks.
@@ -69,10 +73,6 @@ class ParallelLinearDoRAAdapter(nn.Module):
         scaling_factor: `scaling` as a tensor `[1]`, of the magnitude's dtype.
         dropout_threshold, dropout_rescale: see `dropout.DropoutFactors`.
         has_dropout: whether `dropout` is above zero.
-
-        The tensors are buffers that are not saved. Compiled code takes tensors as inputs but numbers as constants, so
-        layers that differ in alpha or dropout share a graph. They have a dimension because Dynamo reads a symbol out of
-        a float64 without one, and compiles twice.
     """
 
     scaling_factor: torch.Tensor

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def source_files() -> dict[str, Path]:
-    """Every module's file by its name; those of the passes lie beside the package, behind a link."""
-    files = {}
-    for folder, package in ((ROOT / "dora_fx", "dora_fx"), (ROOT / "passes", "dora_fx.passes")):
-        for path in folder.rglob("*.py"):
-            parts = path.relative_to(folder).with_suffix("").parts
-            files[".".join([package, *parts]).removesuffix(".__init__")] = path
-    return files
-
-
-def imported(tree: ast.AST, modules: Mapping[str, Path]) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in modules)
-        elif isinstance(node, ast.ImportFrom) and node.module in modules:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in modules else node.module for name in names)
-
-
-def import_graph() -> dict[str, set[str]]:
-    modules = source_files()
-    return {name: set(imported(ast.parse(path.read_text()), modules)) for name, path in modules.items()}
-
-
-def folder_graph(graph: Mapping[str, set[str]], modules: Mapping[str, Path]) -> dict[str, set[str]]:
-    def folder(name: str) -> str:
-        is_package = modules[name].name == "__init__.py"
-        package = name if is_package else name.rpartition(".")[0]
-        # Files beside the folders stand for themselves.
-        return package if package != "dora_fx" or is_package else name
-
-    folders: dict[str, set[str]] = {}
-    for name, targets in graph.items():
-        folders.setdefault(folder(name), set()).update(folder(target) for target in targets)
-    return {name: targets - {name} for name, targets in folders.items()}
+from tests.import_graph import (
+    PICTURE,
+    drawing,
+    folder_graph,
+    import_graph,
+    source_files,
+    with_current_drawing,
+    without_shortcuts,
+)
 
 
 def assert_no_circle(graph: Mapping[str, set[str]]) -> None:
@@ -72,3 +41,20 @@ def test_no_folder_imports_in_a_circle():
 def test_a_circle_is_found():
     with pytest.raises(pytest.fail.Exception, match=r"a -> b -> a|b -> a -> b"):
         assert_no_circle({"a": {"b"}, "b": {"a"}})
+
+
+def test_the_documents_show_the_imports_as_they_are():
+    page = PICTURE.read_text(encoding="utf-8")
+    assert page == with_current_drawing(page), "python -m tests.import_graph draws docs/architecture.md anew"
+
+
+def test_an_import_that_is_not_drawn_is_noticed():
+    graph = folder_graph(import_graph(), source_files())
+    more = {**graph, "dora_fx.files": graph["dora_fx.files"] | {"dora_fx.ranks"}}
+    assert "files --> ranks" not in drawing(graph)
+    assert "files --> ranks" in drawing(more)
+
+
+def test_arrows_that_follow_from_others_are_left_out():
+    graph = {"a": {"b", "c", "d"}, "b": {"c"}, "c": {"d"}, "d": set(), "e": {"a", "d"}}
+    assert without_shortcuts(graph) == {"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": set(), "e": {"a"}}

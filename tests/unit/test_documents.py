@@ -1,0 +1,95 @@
+"""The documents: commands and Python blocks run in order, graphs are golden text, files that are named are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dora_fx
+from dora_fx.cli.main import main
+from tests.hf_models import save_tiny_checkpoint
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def tutorial_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the tutorial says is there: a model in `base` and a text in `text.txt`."""
+    save_tiny_checkpoint(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 30)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_tutorial_s_python_runs(tutorial_folder: Path) -> None:
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks("tutorial.md", "python")):
+        exec(compile(block, f"tutorial.md, block {number + 1}", "exec"), names)
+    losses = names["losses"]
+    assert len(losses) == 10 and losses[-1] < 0.9 * losses[0]
+    # Training began with the base's loss, as an untrained adapter is silent; eager code may order sums otherwise.
+    assert names["base_loss"] == pytest.approx(losses[0], rel=1e-5)
+    assert names["merged_loss"] < losses[-1]
+    assert names["extra"] == {"step": 10}
+    assert (tutorial_folder / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_the_tutorial_s_commands_run(tutorial_folder: Path) -> None:
+    commands = [line.removeprefix("$ ") for block in blocks("tutorial.md", "console") for line in block.splitlines()]
+    assert len(commands) == 5
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "dora-fx"
+        # What is compiled, other tests run; here the options and files of the text are looked at.
+        eager = ["--compile", "none", "--sample-tokens", "2"] if "--base" in arguments else []
+        assert main([*arguments, *eager]) == 0, command
+    assert (tutorial_folder / "runs" / "first" / "loss.png").is_file()
+    assert (tutorial_folder / "adapter" / "adapter_config.json").is_file()
+    assert (tutorial_folder / "merged" / "config.json").is_file()
+
+
+def test_the_graphs_of_the_design_are_golden_text() -> None:
+    golden = {
+        line.strip()
+        for name in ("test_golden_text.py", "test_golden_text_on_ranks.py")
+        for line in (ROOT / "tests" / "graph" / name).read_text(encoding="utf-8").splitlines()
+    }
+    graphs = blocks("design.md", "text")
+    assert len(graphs) == 3
+    for graph in graphs:
+        lines = graph.splitlines()
+        assert len(lines) >= 4 and set(lines) <= golden, set(lines) - golden
+
+
+def test_files_that_the_documents_name_are_there() -> None:
+    named = set()
+    for page in [*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        text = page.read_text(encoding="utf-8").partition("## Before the rooms")[0]
+        named |= {(page.name, path) for path in re.findall(r"`((?:\w+/)+[\w.]*\.(?:py|md))`", text)}
+    assert len(named) > 20
+    missing = [
+        found for found in sorted(named) if not any((root / found[1]).is_file() for root in (ROOT, ROOT / "dora_fx"))
+    ]
+    assert not missing
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {dora_fx.__version__}\n" in citation
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    listed = re.findall(
+        r"^        - (\w+)$", (DOCS / "reference" / "index.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(set(dora_fx.__all__) - {"__version__"})
