@@ -143,6 +143,13 @@ def test_padded_query_groups_are_cut_off_and_put_back(tmp_path: Path) -> None:
     assert config_of(tmp_path / "padded") == config_of(tmp_path / "plain")
 
 
+def test_a_model_type_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    model = adapted_megatron(tiny_hf_model(), ["linear_proj"])
+    with pytest.raises(ValueError, match=r"model_type: found 'gpt2', expected one of llama, mistral"):
+        dora_fx.export_hf(model, tmp_path / "adapter", model_type="gpt2")
+    assert not (tmp_path / "adapter").exists()
+
+
 # From PEFT to Megatron
 
 SETTINGS: dict[str, dict[str, Any]] = {
