@@ -105,8 +105,11 @@ def _check_features(hf: HFArchitecture, config: Any) -> None:
     layer_types = getattr(config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in layer_types):
         _refuse("layer_types", sorted(set(layer_types)), "full_attention only")
-    if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None:
-        _refuse("sliding_window", config.sliding_window, "none")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    longest = config.max_position_embeddings
+    # A window as wide as the longest text hides nothing.
+    if window is not None and window < longest:
+        _refuse("sliding_window", window, f"none, or at least max_position_embeddings, {longest}")
     if config.num_attention_heads % config.num_key_value_heads:
         _refuse("num_key_value_heads", config.num_key_value_heads, f"a divisor of {config.num_attention_heads}")
 

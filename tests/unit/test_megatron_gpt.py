@@ -10,7 +10,7 @@ import torch
 
 from dora_fx.models import UnsupportedModelError, architecture_of, build_gpt_model, causal_mask, load_hf_checkpoint
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
-from tests.closeness import assert_as_exact, assert_close, rounding, roundings_of
+from tests.closeness import assert_apart, assert_as_exact, assert_close, rounding, roundings_of
 from tests.hf_models import CONFIGS, save_tiny_checkpoint, tiny_hf_config, tiny_hf_model
 
 
@@ -93,6 +93,7 @@ def test_a_size_that_does_not_divide_is_refused() -> None:
         ("llama", dict(attention_bias=True), "attention_bias = True"),
         ("llama", dict(mlp_bias=True), "mlp_bias = True"),
         ("mistral", dict(sliding_window=16), "sliding_window = 16"),
+        ("mistral", dict(sliding_window=127), "sliding_window = 127, .* at least max_position_embeddings, 128"),
         ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "layer_types = "),
         (
             "llama",
@@ -118,6 +119,16 @@ def test_a_size_that_does_not_divide_is_refused() -> None:
 def test_unsupported_features_are_named(kind: str, overrides: dict, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         architecture_of(tiny_hf_config(kind, **overrides))
+
+
+def test_a_window_that_the_longest_text_fits_in_changes_nothing(world: None) -> None:
+    """It is on, as a narrow one shows in transformers."""
+    kind, size = "mistral", TOKENS.shape[1]
+    hf = tiny_hf_model(kind, sliding_window=size, max_position_embeddings=size)
+    model = build_gpt_model(hf.config, hf.state_dict())
+    expected = hf_logits(hf, TOKENS)
+    assert_close(megatron_logits(model, TOKENS), expected, rounding(torch.float32, roundings_of(model)))
+    assert_apart(hf_logits(tiny_hf_model(kind, sliding_window=size // 2), TOKENS), expected)
 
 
 def test_an_unsupported_architecture_is_named() -> None:
