@@ -147,6 +147,15 @@ def test_tensors_without_a_place_and_missing_ones_are_named(world: None) -> None
         build_gpt_model(hf.config, tensors)
 
 
+def test_a_layer_whose_parts_are_of_other_sizes_is_named(world: None) -> None:
+    hf = tiny_hf_model()
+    query, key = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qk")
+    tensors = dict(hf.state_dict())
+    tensors[query], tensors[key] = torch.zeros(40, 48), torch.zeros(24, 48)
+    with pytest.raises(ValueError, match=r"q_proj.weight: found 40 rows, expected 48 of .*linear_qkv's 80"):
+        build_gpt_model(hf.config, tensors)
+
+
 def test_a_directory_loads_with_its_tokenizer(tmp_path: Path, world: None) -> None:
     checkpoint = load_hf_checkpoint(save_tiny_checkpoint(tmp_path / "base", "qwen2"))
     model = build_gpt_model(checkpoint.config, checkpoint.state_dict)
