@@ -79,8 +79,17 @@ _QWEN3 = dataclasses.replace(
     gguf="qwen3",
     gguf_rotary_pairs=False,
 )
+# Its dropout after attention and MLP has no counterpart here.
+_PHI3 = dataclasses.replace(
+    _LLAMA,
+    model_type="phi3",
+    linears={**_LLAMA.linears, LINEAR_QKV: ("self_attn.qkv_proj",), LINEAR_FC1: ("mlp.gate_up_proj",)},
+    unset=(*_LLAMA.unset, "resid_pdrop", "embd_pdrop"),
+    gguf="phi3",
+    gguf_rotary_pairs=False,
+)
 
-HF_ARCHITECTURES = {hf.model_type: hf for hf in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3)}
+HF_ARCHITECTURES = {hf.model_type: hf for hf in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _PHI3)}
 SUPPORTED_MODEL_TYPES = tuple(HF_ARCHITECTURES)
 GGUF_ARCHITECTURES = {hf.gguf: hf for hf in HF_ARCHITECTURES.values() if hf.gguf is not None}
 # Whose names a Megatron model is given that nobody said more of: most architectures share them.

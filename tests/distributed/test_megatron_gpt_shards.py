@@ -19,6 +19,7 @@ from tests.hf_models import tiny_hf_model
 CASES: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "llama": ("llama", {}, None),
     "qwen2": ("qwen2", {}, None),
+    "phi3": ("phi3", {}, None),
     "zero_group": ("llama_tied", dict(num_key_value_heads=3), 4),
 }
 # As many tokens as two ranks share.

@@ -146,7 +146,7 @@ def test_what_cannot_be_exported_is_named(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "phi3"])
 @pytest.mark.parametrize("targets", [[*GPT_TARGETS, "output_layer"], ["*.layers.1.*"]], ids=["alike", "unlike"])
 def test_an_adapter_is_merged_into_its_own_base_alone(
     kind: str, targets: list[str], world: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
