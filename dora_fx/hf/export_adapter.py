@@ -30,7 +30,14 @@ from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
 from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap
 from dora_fx.models.base_files import CONFIG
-from dora_fx.models.hf_architectures import HF_ARCHITECTURES, LM_HEAD, OUTPUT_LAYER, HFArchitecture
+from dora_fx.models.gpt_model import noted_architecture_maybe
+from dora_fx.models.hf_architectures import (
+    HF_ARCHITECTURES,
+    LM_HEAD,
+    OUTPUT_LAYER,
+    SUPPORTED_MODEL_TYPES,
+    HFArchitecture,
+)
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.whole_tensors import AdapterShards
 from dora_fx.ranks.agreement import raise_on_every_rank
@@ -62,7 +69,8 @@ def export_hf(
         vocab_size: number of tokens of the base, where Megatron padded the output layer to more rows. Those beyond are
             cut off an adapter of it. A model of Megatron-Bridge knows it itself.
         model_type: of the base's config, whose names the layers get. A model of `build_gpt_model` knows it itself;
-            others are named as Llama's, as they are of most architectures.
+            others are named as Llama's, as they are of most architectures, with a warning unless the config of a
+            `base_model` that is a directory says the same.
 
     Raises:
         ValueError: on every rank: no layer is adapted, one has no Hugging Face counterpart, adapters differ in
@@ -94,6 +102,8 @@ def export_hf(
                 )
         except OSError as error:
             problem = f"{target}: {error}"
+        if model_type is None and noted_architecture_maybe(unwrap(chunks[0])) is None:
+            _warn_of_assumed_names(parts.hf, base_model)
         warn_of_tied_output(modules, tied=bool(unwrap(chunks[0]).share_embeddings_and_output_weights))
         logger.info("exported %d adapters to %s", len(modules), target)
     raise_on_every_rank(problem, world_group())
@@ -237,6 +247,16 @@ def _check_model_type(hf: HFArchitecture, base_fields: Mapping[str, Any], base_m
         raise ValueError(
             f"{base_model}: found model_type {found!r} in {CONFIG}, expected a base that names its layers as "
             f"{hf.model_type} does; pass model_type={found!r} if the model is of that base"
+        )
+
+
+def _warn_of_assumed_names(hf: HFArchitecture, base_model: str | None) -> None:
+    """Log whose names a model's layers were given, where nothing says that they are the right ones."""
+    if _config_of_directory(base_model).get("model_type") not in SUPPORTED_MODEL_TYPES:
+        logger.warning(
+            "the model does not say what architecture it is of: its layers were named as those of %s; pass model_type, "
+            "because PEFT skips layers whose names it does not find",
+            hf.model_type,
         )
 
 

@@ -242,7 +242,7 @@ def test_an_adapter_of_other_names_than_the_models_is_refused(tmp_path: Path) ->
     refuse(tmp_path / "of phi3", "found an adapter of .*expected layers such as .*q_proj")
 
 
-def test_a_model_that_was_made_elsewhere_is_named_as_stated(tmp_path: Path) -> None:
+def test_a_model_that_was_made_elsewhere_is_named_as_stated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A list of chunks that hold no note of an architecture, as of any other program."""
     hf = tiny_hf_model("phi3")
     dora_fx.export_hf(adapted_megatron(hf), tmp_path / "noted")
@@ -254,6 +254,9 @@ def test_a_model_that_was_made_elsewhere_is_named_as_stated(tmp_path: Path) -> N
         dora_fx.export_hf([model], tmp_path / "stated", base_model=phi3["base_model"])
     dora_fx.export_hf([model], tmp_path / "stated", **phi3)
     assert_same(stored(tmp_path / "stated"), stored(tmp_path / "noted"))
+    assert "does not say" not in caplog.text
+    dora_fx.export_hf([model], tmp_path / "assumed", base_model="a/name")
+    assert "does not say what architecture it is of: its layers were named as those of llama" in caplog.text
     # Names in the files say what they are of.
     dora_fx.import_hf([empty], tmp_path / "stated")
     assert_same(adapter_tensors(empty), adapter_tensors(model))
