@@ -33,7 +33,7 @@ class HFArchitecture:
         linears: Megatron linear layer -> the Hugging Face layers that its rows are dealt out to: one for each of its
             blocks (query, key and value; gate and up), or a single one, which has the blocks one after another.
         norms: Megatron norm -> Hugging Face norm.
-        biased: Megatron linear layers that have a bias.
+        qkv_bias: whether query, key and value have a bias; no other layer may.
         unset: fields of a config that must be absent, None, False or zero.
         gguf: `general.architecture` of GGUF files that hold such a model; None where llama.cpp has no name of its own.
         gguf_rotary_pairs: whether llama.cpp stores the rows of q and k as pairs of rotary dimensions, which
@@ -43,17 +43,14 @@ class HFArchitecture:
     model_type: str
     linears: Mapping[str, tuple[str, ...]]
     norms: Mapping[str, str]
-    biased: tuple[str, ...] = ()
+    qkv_bias: bool = False
     unset: tuple[str, ...] = ("attention_bias", "mlp_bias", "quantization_config")
     gguf: str | None = None
     gguf_rotary_pairs: bool = False
 
     @property
-    def qkv_bias(self) -> bool:
-        return LINEAR_QKV in self.biased
-
-    @property
     def qk_layernorm(self) -> bool:
+        """Whether each head of query and key is normalised."""
         return _Q_LAYERNORM in self.norms
 
 
@@ -71,7 +68,7 @@ _LLAMA = HFArchitecture(
 )
 # Converters write Mistral models as architecture llama.
 _MISTRAL = dataclasses.replace(_LLAMA, model_type="mistral", gguf=None)
-_QWEN2 = dataclasses.replace(_LLAMA, model_type="qwen2", biased=(LINEAR_QKV,), gguf="qwen2", gguf_rotary_pairs=False)
+_QWEN2 = dataclasses.replace(_LLAMA, model_type="qwen2", qkv_bias=True, gguf="qwen2", gguf_rotary_pairs=False)
 _QWEN3 = dataclasses.replace(
     _LLAMA,
     model_type="qwen3",
@@ -92,5 +89,5 @@ _PHI3 = dataclasses.replace(
 HF_ARCHITECTURES = {hf.model_type: hf for hf in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _PHI3)}
 SUPPORTED_MODEL_TYPES = tuple(HF_ARCHITECTURES)
 GGUF_ARCHITECTURES = {hf.gguf: hf for hf in HF_ARCHITECTURES.values() if hf.gguf is not None}
-# Whose names a Megatron model is given that nobody said more of: most architectures share them.
+# Names for a Megatron model of which nothing more is known: most architectures share them.
 DEFAULT_ARCHITECTURE = _LLAMA

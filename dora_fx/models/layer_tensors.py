@@ -84,7 +84,7 @@ def shard_of(name: str, full: Tensor, partition_dim: int, tp_rank: int, tp_size:
 
 
 def _kinds(hf: HFArchitecture, linear: str) -> tuple[str, ...]:
-    return ("weight", "bias") if linear in hf.biased else ("weight",)
+    return ("weight", "bias") if hf.qkv_bias and linear == LINEAR_QKV else ("weight",)
 
 
 def _joined(parts: HFParts, linear: str, tensors: Mapping[str, Tensor]) -> Tensor:
