@@ -15,16 +15,18 @@ _LAYER_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 _WHOLE_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3"}
 
 
 def write_gguf(
@@ -39,7 +41,7 @@ def write_gguf(
 
     Args:
         path: of the file.
-        model: a llama, mistral, qwen2 or qwen3 model with 64 tokens.
+        model: a model of an architecture in `_ARCHITECTURES`, with 64 tokens.
         metadata: keys beside or instead of the model's own; None leaves one out.
         tensors: likewise, by their names in the file.
         quantisations: of tensors whose data is packed already, by gguf's names.

@@ -48,6 +48,8 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "mistral": (transformers.MistralConfig, dict(sliding_window=None)),
     "qwen2": (transformers.Qwen2Config, {}),
     "qwen3": (transformers.Qwen3Config, dict(head_dim=16)),
+    # Its own default is a token that the tiny vocabulary has not.
+    "phi3": (transformers.Phi3Config, dict(pad_token_id=None, eos_token_id=0)),
 }
 
 

@@ -20,6 +20,12 @@ HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 TOKENS = torch.randint(0, 64, (2, 19), generator=torch.Generator().manual_seed(8))
 
 
+def hf_targets(base: nn.Module) -> list[str]:
+    """Names of all linear layers of a model, without the output layer."""
+    names = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    return sorted(names - {"lm_head"})
+
+
 def megatron_logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
@@ -34,7 +40,7 @@ def hf_logits(model: nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 @torch.no_grad()
 def save_peft_adapter(base: nn.Module, folder: Path, **settings: Any) -> nn.Module:
     """Write an adapter of its own for every target of `base`; returns the PEFT model."""
-    defaults = dict(r=4, lora_alpha=12, use_dora=True, target_modules=HF_TARGETS, task_type="CAUSAL_LM")
+    defaults = dict(r=4, lora_alpha=12, use_dora=True, target_modules=hf_targets(base), task_type="CAUSAL_LM")
     model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**(defaults | settings)))
     generator = torch.Generator().manual_seed(4)
     for name, parameter in model.named_parameters():

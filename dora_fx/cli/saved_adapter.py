@@ -18,7 +18,7 @@ from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule
 from dora_fx.models.architecture import architecture_of
 from dora_fx.models.hf_checkpoint import load_hf_config
-from dora_fx.models.hf_parts import HeadShape, check_size
+from dora_fx.models.hf_parts import HFParts, check_size
 
 T = TypeVar("T")
 
@@ -115,9 +115,10 @@ def _base_of(source: Path) -> str:
 def _modules(config: Any, layers: Mapping[str, WholeAdapter]) -> dict[str, PeftModule]:
     """The adapters of the Hugging Face layers; raises ValueError for layers that the base has not."""
     architecture = architecture_of(config)
+    parts = HFParts.of(architecture.hf, architecture)
     modules: dict[str, PeftModule] = {}
     for path, adapter in layers.items():
         columns, rows = adapter.tensors["linear_in.weight"].shape[1], adapter.tensors["linear_out.weight"].shape[0]
         check_size(path, (rows, columns), architecture)
-        modules |= split_adapter(path, adapter.tensors, adapter.settings.alpha, HeadShape.of(architecture))
+        modules |= split_adapter(path, adapter.tensors, adapter.settings.alpha, parts)
     return modules

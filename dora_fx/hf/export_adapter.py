@@ -11,17 +11,34 @@ import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from dora_fx.function.placement import ADAPTER_TENSORS
-from dora_fx.hf.layers import NamedLinear, adapted_linears, gpt_config, named_linears, true_vocabulary
+from dora_fx.hf.layers import (
+    NamedLinear,
+    adapted_linears,
+    gpt_config,
+    named_architecture,
+    named_linears,
+    true_vocabulary,
+)
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
 from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap
-from dora_fx.models.hf_parts import LM_HEAD, OUTPUT_LAYER, HeadShape, hf_rows
+from dora_fx.models.base_files import CONFIG
+from dora_fx.models.gpt_model import noted_architecture_maybe
+from dora_fx.models.hf_architectures import (
+    HF_ARCHITECTURES,
+    LM_HEAD,
+    OUTPUT_LAYER,
+    SUPPORTED_MODEL_TYPES,
+    HFArchitecture,
+)
+from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.whole_tensors import AdapterShards
 from dora_fx.ranks.agreement import raise_on_every_rank
 from dora_fx.ranks.exchange import gather_objects, gather_objects_on_first_rank
@@ -37,6 +54,7 @@ def export_hf(
     base_model: str | None = None,
     revision: str | None = None,
     vocab_size: int | None = None,
+    model_type: str | None = None,
 ) -> None:
     """Write the model's adapters as a DoRA adapter that Hugging Face PEFT loads.
 
@@ -45,26 +63,30 @@ def export_hf(
     adapted output layer that is tied to the embedding is exported too, with a warning: see `warn_of_tied_output`.
 
     Args:
-        model: a Megatron GPTModel of the Llama family, or a list or a tuple of its chunks, bare or wrapped.
+        model: a Megatron GPTModel of a supported architecture, or a list or a tuple of its chunks, bare or wrapped.
         folder: a name that is free, or an empty folder.
         base_model, revision: a Hugging Face name or directory, for PEFT to find the base by.
         vocab_size: number of tokens of the base, where Megatron padded the output layer to more rows. Those beyond are
             cut off an adapter of it. A model of Megatron-Bridge knows it itself.
+        model_type: of the base's config, whose names the layers get. A model of `build_gpt_model` knows it itself;
+            others are named as Llama's, as they are of most architectures, with a warning unless the config of a
+            `base_model` that is a directory says the same.
 
     Raises:
         ValueError: on every rank: no layer is adapted, one has no Hugging Face counterpart, adapters differ in
-            dropout, the folder exists or cannot be written, or the output layer's rows are not the vocabulary of a
-            `base_model` that is a directory.
+            dropout, the folder exists or cannot be written, `model_type` is not that of the model, or a `base_model`
+            that is a directory has another vocabulary than the output layer has rows, or other layers.
     """
     chunks = chunks_of(model)
     target = Path(folder)
     sites = adapted_linears(chunks)
-    raise_on_every_rank(_problem_maybe(chunks, sites, target, base_model, vocab_size), world_group())
+    raise_on_every_rank(_problem_maybe(chunks, sites, target, base_model, vocab_size, model_type), world_group())
     dropout = _dropout_of_all_ranks(sites)
     config = gpt_config(chunks)
     vocabulary = true_vocabulary(config, sites, vocab_size)
+    parts = HFParts.of(named_architecture(chunks, model_type), config)
     modules: dict[str, PeftModule] = {}
-    for part in _layer_by_layer(sites, HeadShape.of(config), config.num_layers, vocabulary):
+    for part in _layer_by_layer(sites, parts, config.num_layers, vocabulary):
         modules.update(part)
     problem = None
     if _global_rank() == 0:
@@ -80,24 +102,26 @@ def export_hf(
                 )
         except OSError as error:
             problem = f"{target}: {error}"
+        if model_type is None and noted_architecture_maybe(unwrap(chunks[0])) is None:
+            _warn_of_assumed_names(parts.hf, base_model)
         warn_of_tied_output(modules, tied=bool(unwrap(chunks[0]).share_embeddings_and_output_weights))
         logger.info("exported %d adapters to %s", len(modules), target)
     raise_on_every_rank(problem, world_group())
 
 
-def split_adapter(path: str, tensors: Mapping[str, Tensor], alpha: float, heads: HeadShape) -> dict[str, PeftModule]:
+def split_adapter(path: str, tensors: Mapping[str, Tensor], alpha: float, parts: HFParts) -> dict[str, PeftModule]:
     """The adapters of the Hugging Face layers that one Megatron layer is made of.
 
     Args:
         path: of the layer, with its number in the whole model.
         tensors: whole tensors without padding: `linear_in.weight`, `linear_out.weight` and `weight_magnitude`.
         alpha: of the adapter.
-        heads: how linear_qkv's rows are grouped.
+        parts: of the model, says which rows go where.
     """
     lora_a, lora_b, magnitude = (tensors[name] for name in ADAPTER_TENSORS)
     return {
         name: PeftModule(lora_a.clone(), lora_b[rows], magnitude[rows], alpha)
-        for name, rows in hf_rows(path, magnitude.shape[0], heads).items()
+        for name, rows in parts.rows(path, magnitude.shape[0]).items()
     }
 
 
@@ -129,7 +153,7 @@ def one_dropout(dropouts: Iterable[float]) -> float:
 
 
 def _layer_by_layer(
-    sites: Sequence[NamedLinear], heads: HeadShape, num_layers: int, vocabulary: int | None
+    sites: Sequence[NamedLinear], parts: HFParts, num_layers: int, vocabulary: int | None
 ) -> Iterator[dict[str, PeftModule]]:
     """On global rank 0 the adapters of each layer of the whole model in turn; nothing on the others."""
     shards = {id(site.chunk): AdapterShards(site.chunk) for site in sites}
@@ -141,7 +165,7 @@ def _layer_by_layer(
                 gathered = _whole_adapter(site, shards[id(site.chunk)])
                 if site.whole_path == OUTPUT_LAYER and vocabulary is not None:
                     gathered = cut_rows(gathered, vocabulary)
-                own.update(split_adapter(site.whole_path, gathered, site.module.adapter.alpha, heads))
+                own.update(split_adapter(site.whole_path, gathered, site.module.adapter.alpha, parts))
         yield _to_first_rank(own)
 
 
@@ -183,15 +207,19 @@ def _problem_maybe(
     target: Path,
     base_model: str | None,
     vocab_size: int | None,
+    model_type: str | None,
 ) -> str | None:
     try:
         config = gpt_config(chunks)
+        hf = named_architecture(chunks, model_type)
+        base_fields = _config_of_directory(base_model)
+        _check_model_type(hf, base_fields, base_model)
         vocabulary = true_vocabulary(config, named_linears(chunks), vocab_size)
         for site in sites:
             check_unsharded(site.whole_path, site.module)
-            hf_rows(site.whole_path, _whole_rows(site), HeadShape.of(config))
+            HFParts.of(hf, config).rows(site.whole_path, _whole_rows(site))
             if site.whole_path == OUTPUT_LAYER:
-                _check_vocabulary(vocabulary or _whole_rows(site), base_model)
+                _check_vocabulary(vocabulary or _whole_rows(site), base_fields, base_model)
         if _global_rank() == 0:
             check_new_folder(target)
     except (ValueError, OSError) as error:
@@ -199,20 +227,46 @@ def _problem_maybe(
     return None
 
 
-def _check_vocabulary(exported: int, base_model: str | None) -> None:
-    """Raise ValueError unless lm_head's rows are the tokens of the base, where it is a directory."""
+def _config_of_directory(base_model: str | None) -> dict[str, Any]:
+    """The config of a base that is a directory, empty for others."""
     if base_model is None:
-        return
-    config_file = Path(base_model) / "config.json"
+        return {}
     try:
-        expected = json.loads(config_file.read_text(encoding="utf-8")).get("vocab_size")
-    except (OSError, ValueError, AttributeError):
+        found = json.loads((Path(base_model) / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         # A name at a hub, or a file that whoever loads the base will complain about.
-        return
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_model_type(hf: HFArchitecture, base_fields: Mapping[str, Any], base_model: str | None) -> None:
+    """Raise ValueError if the base, where its config is at hand, names its layers otherwise."""
+    found = base_fields.get("model_type")
+    base = HF_ARCHITECTURES.get(found) if isinstance(found, str) else None
+    if base is not None and base.linears != hf.linears:
+        raise ValueError(
+            f"{base_model}: found model_type {found!r} in {CONFIG}, expected a base that names its layers as "
+            f"{hf.model_type} does; pass model_type={found!r} if the model is of that base"
+        )
+
+
+def _warn_of_assumed_names(hf: HFArchitecture, base_model: str | None) -> None:
+    """Log whose names a model's layers were given, where nothing says that they are the right ones."""
+    if _config_of_directory(base_model).get("model_type") not in SUPPORTED_MODEL_TYPES:
+        logger.warning(
+            "the model does not say what architecture it is of: its layers were named as those of %s; pass model_type, "
+            "because PEFT skips layers whose names it does not find",
+            hf.model_type,
+        )
+
+
+def _check_vocabulary(exported: int, base_fields: Mapping[str, Any], base_model: str | None) -> None:
+    """Raise ValueError unless lm_head's rows are the tokens of the base, where its config is at hand."""
+    expected = base_fields.get("vocab_size")
     if expected is not None and expected != exported:
         raise ValueError(
             f"{OUTPUT_LAYER}: {LM_HEAD}'s adapter would have {exported} rows, expected the {expected} tokens that "
-            f"{config_file} says; pass vocab_size={expected} if the rows beyond pad the vocabulary"
+            f"{Path(base_model or '') / CONFIG} says; pass vocab_size={expected} if the rows beyond pad the vocabulary"
         )
 
 

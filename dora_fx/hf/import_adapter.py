@@ -15,11 +15,25 @@ from dora_fx.attach.config import DoRA
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.plan import AttachPlan, attach, plan_attachment
 from dora_fx.hf.join import JoinedAdapter, Part, join_parts
-from dora_fx.hf.layers import NamedLinear, every_hf_path, gpt_config, named_linears, true_vocabulary
+from dora_fx.hf.layers import (
+    NamedLinear,
+    every_hf_path,
+    gpt_config,
+    named_linears,
+    true_vocabulary,
+)
 from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
-from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of
-from dora_fx.models.hf_parts import LM_HEAD, OUTPUT_LAYER, HeadShape, hf_paths, hf_rows
+from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, unwrap
+from dora_fx.models.gpt_model import noted_architecture_maybe
+from dora_fx.models.hf_architectures import (
+    DEFAULT_ARCHITECTURE,
+    HF_ARCHITECTURES,
+    LM_HEAD,
+    OUTPUT_LAYER,
+    HFArchitecture,
+)
+from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.ranks.agreement import raise_on_every_rank
 from dora_fx.ranks.groups import world_group
@@ -51,9 +65,9 @@ def import_hf(
     reads the files. Everything is checked before anything is changed.
 
     Args:
-        model: a Megatron GPTModel of the Llama family, or a list or a tuple of its chunks, bare or wrapped. Without
-            adapters they are attached, with the files' dropout, as `DoRA` does it. With adapters these must be on the
-            same layers and of the same dim and scaling; they keep their dropout and what of them is trained.
+        model: a Megatron GPTModel of a supported architecture, or a list or a tuple of its chunks, bare or wrapped.
+            Without adapters they are attached, with the files' dropout, as `DoRA` does it. With adapters these must
+            be on the same layers and of the same dim and scaling; they keep their dropout and what of them is trained.
         folder: with adapter_config.json and adapter_model.safetensors.
         base_model: raise if the files name another `base_model_name_or_path`.
         vocab_size: number of tokens, where the model's output layer has more rows than the files' lm_head because
@@ -93,7 +107,8 @@ def _check_base(adapter: PeftAdapter, expected: str | None) -> None:
 
 def _plan_imports(chunks: Sequence[nn.Module], adapter: PeftAdapter, vocab_size: int | None) -> list[PlannedImport]:
     config = gpt_config(chunks)
-    known = every_hf_path(config)
+    hf = noted_architecture_maybe(unwrap(chunks[0])) or _architecture_of_files(adapter, config.num_layers)
+    known = every_hf_path(hf, config.num_layers)
     unknown = sorted(set(adapter.shapes) - set(known))
     if unknown:
         raise ValueError(
@@ -105,16 +120,22 @@ def _plan_imports(chunks: Sequence[nn.Module], adapter: PeftAdapter, vocab_size:
         raise ValueError(
             f"{adapter.folder}: target_modules names {missing[0]}, which has no tensors ({len(missing)} such layers)"
         )
-    heads, linears = HeadShape.of(config), named_linears(chunks)
+    parts, linears = HFParts.of(hf, config), named_linears(chunks)
     vocabulary = true_vocabulary(config, linears, vocab_size)
     if vocab_size is None and adapter.shapes.get(LM_HEAD, {}).get("magnitude") != (vocabulary,):
         # The model knows of padding, and the files are of a base that is padded alike.
         vocabulary = None
-    imports = [PlannedImport(linear, _joined_maybe(linear, adapter, heads, vocabulary)) for linear in linears]
+    imports = [PlannedImport(linear, _joined_maybe(linear, adapter, parts, vocabulary)) for linear in linears]
     if _is_adapted(imports):
         for planned in imports:
             _check_fits(adapter.folder, planned)
     return imports
+
+
+def _architecture_of_files(adapter: PeftAdapter, num_layers: int) -> HFArchitecture:
+    """The first architecture that has all the layers that the files name."""
+    fitting = (hf for hf in HF_ARCHITECTURES.values() if adapter.shapes.keys() <= set(every_hf_path(hf, num_layers)))
+    return next(fitting, DEFAULT_ARCHITECTURE)
 
 
 def _is_adapted(imports: Sequence[PlannedImport]) -> bool:
@@ -135,16 +156,16 @@ def _check_fits(folder: Path, planned: PlannedImport) -> None:
 
 
 def _joined_maybe(
-    linear: NamedLinear, adapter: PeftAdapter, heads: HeadShape, vocabulary: int | None
+    linear: NamedLinear, adapter: PeftAdapter, hf_parts: HFParts, vocabulary: int | None
 ) -> JoinedAdapter | None:
     path = linear.whole_path
-    if not hf_paths(path):
+    if not hf_parts.paths(path):
         return None
     check_unsharded(path, linear.module)
     spec = linear.describe()
     in_features, out_features = spec.true_sizes
     num_rows = out_features if path != OUTPUT_LAYER or vocabulary is None else vocabulary
-    rows = hf_rows(path, num_rows, heads)
+    rows = hf_parts.rows(path, num_rows)
     parts = {
         name: _part(adapter, name, in_features, len(index)) for name, index in rows.items() if name in adapter.shapes
     }

@@ -59,7 +59,7 @@ def join_parts(
     Args:
         path: of the Megatron layer, for messages.
         parts: by the paths of the Hugging Face layers; some may be missing, not all.
-        rows: from `hf_parts.hf_rows`.
+        rows: from `hf_parts.HFParts.rows`.
         out_features: of the Megatron layer; rows of no Hugging Face layer, which pad a vocabulary, have no adapter.
         dim_multiple: the joined rank is filled up with zeros to a multiple of it.
 

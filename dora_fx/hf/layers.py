@@ -9,7 +9,16 @@ from typing import Any
 from torch import nn
 
 from dora_fx.megatron.wrappers import unwrap, walk
-from dora_fx.models.hf_parts import HF_NAMES, LM_HEAD, OUTPUT_LAYER
+from dora_fx.models.gpt_model import noted_architecture_maybe
+from dora_fx.models.hf_architectures import (
+    DEFAULT_ARCHITECTURE,
+    HF_ARCHITECTURES,
+    LAYERS,
+    LM_HEAD,
+    OUTPUT_LAYER,
+    SUPPORTED_MODEL_TYPES,
+    HFArchitecture,
+)
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.modules.kinds import LinearSpec, describe_linear, looks_like_linear
 
@@ -52,7 +61,7 @@ def gpt_config(chunks: Sequence[nn.Module]) -> Any:
     """The Megatron configuration of GPT chunks whose layers have Hugging Face counterparts.
 
     Raises:
-        ValueError: the model computes what the Llama family does not; names the field, or the model's class.
+        ValueError: the model computes what no known architecture does; names the field, or the model's class.
     """
     model = unwrap(chunks[0])
     config = getattr(model, "config", None)
@@ -61,8 +70,30 @@ def gpt_config(chunks: Sequence[nn.Module]) -> Any:
     for name, expected in (("gated_linear_unit", True), ("multi_latent_attention", False), ("num_moe_experts", None)):
         found = getattr(config, name, expected)
         if found != expected:
-            raise ValueError(f"the model's config has {name} = {found!r}, expected {expected!r} for the Llama family")
+            raise ValueError(
+                f"the model's config has {name} = {found!r}, expected {expected!r} as in every supported architecture"
+            )
     return config
+
+
+def named_architecture(chunks: Sequence[nn.Module], stated: str | None) -> HFArchitecture:
+    """The architecture whose names a model's layers are given.
+
+    Args:
+        chunks: of the model.
+        stated: a `model_type` by the caller, None to go by the model.
+
+    Raises:
+        ValueError: the statement is no known type, or names layers otherwise than the checkpoint that the model is of.
+    """
+    if stated is not None and stated not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(f"model_type: found {stated!r}, expected one of {', '.join(SUPPORTED_MODEL_TYPES)}")
+    noted = noted_architecture_maybe(unwrap(chunks[0]))
+    if stated is None:
+        return noted or DEFAULT_ARCHITECTURE
+    if noted is not None and noted.linears != HF_ARCHITECTURES[stated].linears:
+        raise ValueError(f"model_type: found {stated!r}, expected {noted.model_type!r}, which the model was built from")
+    return HF_ARCHITECTURES[stated]
 
 
 def true_vocabulary(config: Any, linears: Sequence[NamedLinear], stated: int | None) -> int | None:
@@ -89,9 +120,7 @@ def true_vocabulary(config: Any, linears: Sequence[NamedLinear], stated: int | N
     return known if known is not None and all(known < size for size in sizes) else None
 
 
-def every_hf_path(config: Any) -> list[str]:
+def every_hf_path(hf: HFArchitecture, num_layers: int) -> list[str]:
     """Paths of all linear layers of the Hugging Face model."""
-    layers = [
-        f"model.layers.{i}.{name}" for i in range(config.num_layers) for names in HF_NAMES.values() for name in names
-    ]
-    return [*layers, LM_HEAD]
+    names = [name for parts in hf.linears.values() for name in parts]
+    return [*(f"{LAYERS}.{i}.{name}" for i in range(num_layers) for name in names), LM_HEAD]

@@ -13,8 +13,8 @@ from dora_fx.function.row_scale import magnitude_delta
 from dora_fx.function.weight_norm import norm_dtype
 from dora_fx.hf.peft_files import PeftModule
 from dora_fx.models.base_files import GENERATION_CONFIG, copy_companions, write_config
+from dora_fx.models.hf_architectures import LM_HEAD
 from dora_fx.models.hf_checkpoint import HFCheckpoint
-from dora_fx.models.hf_parts import LM_HEAD
 from dora_fx.models.model_tensors import empty_model
 from dora_fx.models.reading import writing
 

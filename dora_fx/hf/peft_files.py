@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from dora_fx.hf.peft_patterns import by_pattern, check_patterns
+from dora_fx.models.hf_architectures import LM_HEAD
 from dora_fx.models.reading import check_readable, read_json_object, reading
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -156,7 +157,7 @@ class PeftAdapter:
         if self.config.get("layers_to_transform") is not None or self.config.get("exclude_modules"):
             return None
         if isinstance(targets, str):
-            return path != "lm_head" if targets == "all-linear" else re.fullmatch(targets, path) is not None
+            return path != LM_HEAD if targets == "all-linear" else re.fullmatch(targets, path) is not None
         return any(path == target or path.endswith(f".{target}") for target in targets or ())
 
 

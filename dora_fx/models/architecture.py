@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+from dora_fx.models.hf_architectures import HF_ARCHITECTURES, SUPPORTED_MODEL_TYPES, HFArchitecture
 
 # Megatron has these three numbers of Llama 3's rotary scaling as constants; only the factor is an option.
 LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -21,10 +21,11 @@ class UnsupportedModelError(ValueError):
 class GPTArchitecture:
     """A decoder with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
 
-    `kv_channels` is the size of one head; `llama3_rope_factor` and `linear_rope_factor` are None where positions
-    are not rescaled that way.
+    `hf` has the names of its tensors in a checkpoint, its biases and norms. `kv_channels` is the size of one head;
+    `llama3_rope_factor` and `linear_rope_factor` are None where positions are not rescaled that way.
     """
 
+    hf: HFArchitecture
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -35,8 +36,6 @@ class GPTArchitecture:
     max_sequence_length: int
     layernorm_epsilon: float
     attention_dropout: float
-    qkv_bias: bool
-    qk_layernorm: bool
     tied_embeddings: bool
     rotary_base: float
     llama3_rope_factor: float | None = None
@@ -48,17 +47,19 @@ class GPTArchitecture:
 
 
 def architecture_of(config: Any) -> GPTArchitecture:
-    """Read a transformers config (`LlamaConfig`, `MistralConfig`, `Qwen2Config`, `Qwen3Config`).
+    """Read the transformers config of a model type that is in `hf_architectures.py`.
 
     Raises:
         UnsupportedModelError: the model type, or a feature the config turns on, is not supported; the message
             names the config's field, the value found and the values supported.
     """
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        _refuse("model_type", config.model_type, f"one of {', '.join(SUPPORTED_MODEL_TYPES)}")
-    _check_features(config)
+    hf = HF_ARCHITECTURES.get(config.model_type)
+    if hf is None:
+        return _refuse("model_type", config.model_type, f"one of {', '.join(SUPPORTED_MODEL_TYPES)}")
+    _check_features(hf, config)
     factors = _rope_factors(config.rope_parameters)
     return GPTArchitecture(
+        hf=hf,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
@@ -69,8 +70,6 @@ def architecture_of(config: Any) -> GPTArchitecture:
         max_sequence_length=config.max_position_embeddings,
         layernorm_epsilon=config.rms_norm_eps,
         attention_dropout=float(config.attention_dropout or 0.0),
-        qkv_bias=config.model_type == "qwen2",
-        qk_layernorm=config.model_type == "qwen3",
         tied_embeddings=bool(config.tie_word_embeddings),
         rotary_base=config.rope_parameters["rope_theta"],
         **factors,
@@ -96,18 +95,21 @@ def with_query_groups(architecture: GPTArchitecture, num_query_groups: int) -> G
     )
 
 
-def _check_features(config: Any) -> None:
+def _check_features(hf: HFArchitecture, config: Any) -> None:
     if config.hidden_act != "silu":
         _refuse("hidden_act", config.hidden_act, "silu")
-    for name in ("attention_bias", "mlp_bias", "quantization_config"):
+    for name in hf.unset:
         if getattr(config, name, None):
             _refuse(name, getattr(config, name), "none")
-    # Qwen configs carry a window that `use_sliding_window` turns off, and Mistral's has no such switch.
+    # Some configs carry a window that `use_sliding_window` turns off, others have no such switch.
     layer_types = getattr(config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in layer_types):
         _refuse("layer_types", sorted(set(layer_types)), "full_attention only")
-    if getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None) is not None:
-        _refuse("sliding_window", config.sliding_window, "none")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    longest = config.max_position_embeddings
+    # A window as wide as the longest text hides nothing.
+    if window is not None and window < longest:
+        _refuse("sliding_window", window, f"none, or at least max_position_embeddings, {longest}")
     if config.num_attention_heads % config.num_key_value_heads:
         _refuse("num_key_value_heads", config.num_key_value_heads, f"a divisor of {config.num_attention_heads}")
 

@@ -1,7 +1,7 @@
 """A GGUF file's metadata as a transformers config: every key of the model is honoured, known to be neutral, or refused.
 
-transformers' own reader leaves out what has no place in its table (`rope.scaling.*`, `rope_freqs.weight`, a head size
-of qwen models) and takes its classes' defaults for what a file does not state. The names and defaults here are
+transformers' own reader leaves out what has no place in its table (`rope.scaling.*`, `rope_freqs.weight`, the head
+size of most models) and takes its classes' defaults for what a file does not state. The names and defaults here are
 llama.cpp's: its GGUF documentation, `llama-model.cpp` and `convert_hf_to_gguf.py`.
 """
 
@@ -15,9 +15,8 @@ import numpy as np
 
 from dora_fx.models.architecture import LLAMA3_CONSTANTS, UnsupportedModelError
 from dora_fx.models.gguf_tensors import DOWNLOAD, ROPE_FREQS, TOKEN_EMBEDDING, GGUFFile
+from dora_fx.models.hf_architectures import GGUF_ARCHITECTURES
 from dora_fx.models.reading import reading
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 _DEFAULT_ROPE_BASE = 10000.0
 # Keys that say how large the model is, or how it was made, and are read below or say nothing about the function.
@@ -57,12 +56,13 @@ def gguf_config(opened: GGUFFile) -> Any:
 
     with reading(opened.path, DOWNLOAD):
         architecture = opened.metadata["general.architecture"]
-        if architecture not in ARCHITECTURES:
-            _refuse(opened, "general.architecture", architecture, f"one of {', '.join(ARCHITECTURES)}")
+        if architecture not in GGUF_ARCHITECTURES:
+            _refuse(opened, "general.architecture", architecture, f"one of {', '.join(GGUF_ARCHITECTURES)}")
         _check_whole_model(opened)
         values = _Values(opened, architecture)
         _check_keys(opened, architecture)
-        return AutoConfig.for_model(architecture, **_shape(values), **_tokens(opened.metadata))
+        model_type = GGUF_ARCHITECTURES[architecture].model_type
+        return AutoConfig.for_model(model_type, **_shape(values), **_tokens(opened.metadata))
 
 
 class _Values:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dora_fx.files.gguf_header import check_gguf_file
+from dora_fx.models.hf_architectures import HF_ARCHITECTURES, LINEAR_QKV
 from dora_fx.models.model_tensors import check_names, check_shape, expected_shapes
 from dora_fx.models.reading import check_readable, reading
 
@@ -88,15 +89,23 @@ def _hf_names(config: Any, expected: Iterable[str]) -> dict[str, str]:
     """Names in the file -> names in the model."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    names = get_tensor_name_map(MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
+    gguf = HF_ARCHITECTURES[config.model_type].gguf
+    assert gguf is not None, f"gguf_config makes no config of model_type {config.model_type}"
+    names = get_tensor_name_map(MODEL_ARCH[gguf.upper()], config.num_hidden_layers)
     parts = {name: name.rpartition(".") for name in expected}
     return {f"{names.get_name(path)}.{kind}": name for name, (path, _, kind) in parts.items()}
 
 
 def _rotary_halves(config: Any, name: str, weight: Tensor) -> Tensor:
-    """Undo ggml's order of a llama's q and k rows: pairs of rotary dimensions, where transformers has two halves."""
-    heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
-    num_heads = heads.get(name.rpartition("self_attn.")[2])
-    if config.model_type != "llama" or num_heads is None:
+    """Undo ggml's order of q and k rows where it has pairs of rotary dimensions, and transformers two halves."""
+    hf = HF_ARCHITECTURES[config.model_type]
+    if not hf.gguf_rotary_pairs:
+        return weight
+    query, key, _ = hf.linears[LINEAR_QKV]
+    if name.endswith(f".{query}.weight"):
+        num_heads = config.num_attention_heads
+    elif name.endswith(f".{key}.weight"):
+        num_heads = config.num_key_value_heads
+    else:
         return weight
     return weight.view(num_heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

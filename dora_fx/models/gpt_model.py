@@ -13,8 +13,16 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from dora_fx.models.architecture import GPTArchitecture, architecture_of, with_query_groups
+from dora_fx.models.hf_architectures import (
+    EMBEDDING_WEIGHT,
+    FINAL_NORM_WEIGHT,
+    HF_ARCHITECTURES,
+    LAYERS,
+    OUTPUT_WEIGHT,
+    HFArchitecture,
+)
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
-from dora_fx.models.model_tensors import EMBEDDING_WEIGHT, OUTPUT_WEIGHT, listed, raise_for_names
+from dora_fx.models.model_tensors import listed, raise_for_names
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +39,8 @@ def build_gpt_model(
     """A Megatron GPTModel that computes what the Hugging Face model computes.
 
     Megatron's model-parallel groups must exist (`dora_fx.megatron.world`); each tensor-parallel rank keeps its
-    shards. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the attention mask.
+    shards. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the attention mask. `export_hf` gives the
+    layers the checkpoint's names again.
 
     Args:
         config: the checkpoint's transformers config.
@@ -57,7 +66,14 @@ def build_gpt_model(
     model = _empty_gpt_model(architecture, dtype, device, sequence_parallel)
     _copy_weights(architecture, state_dict, model)
     _note_padding(model, unpadded, architecture)
+    model.hf_model_type = architecture.hf.model_type  # read by noted_architecture_maybe
     return model
+
+
+def noted_architecture_maybe(model: nn.Module) -> HFArchitecture | None:
+    """The architecture of the checkpoint that `build_gpt_model` made a model of; None for a model made elsewhere."""
+    noted = getattr(model, "hf_model_type", None)
+    return None if noted is None else HF_ARCHITECTURES[noted]
 
 
 def architecture_with_tensors(config: Any, state_dict: Mapping[str, Tensor]) -> GPTArchitecture:
@@ -93,19 +109,17 @@ def causal_mask(sequence_length: int, device: torch.device | str) -> Tensor:
     return ones.triu(diagonal=1)
 
 
-def _empty_gpt_model(
-    architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool
-) -> nn.Module:
+def _empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     config = _transformer_config(architecture, dtype, device, sequence_parallel)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.hf.qk_layernorm)
     # Megatron's own choice depends on what else is installed, and refuses sequence parallelism without it.
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
-    if architecture.qk_layernorm:
+    if architecture.hf.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = FrozenRMSNorm
     block = TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=FrozenRMSNorm)
     model = GPTModel(
@@ -138,9 +152,9 @@ def _transformer_config(architecture: GPTArchitecture, dtype: torch.dtype, devic
         attention_dropout=architecture.attention_dropout,
         hidden_dropout=0.0,
         normalization="RMSNorm",
-        qk_layernorm=architecture.qk_layernorm,
+        qk_layernorm=architecture.hf.qk_layernorm,
         add_bias_linear=False,
-        add_qkv_bias=architecture.qkv_bias,
+        add_qkv_bias=architecture.hf.qkv_bias,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
         attention_softmax_in_fp32=True,
@@ -182,9 +196,9 @@ def _note_padding(model: Any, unpadded: GPTArchitecture, padded: GPTArchitecture
 
 
 def _check_names(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor]) -> None:
-    expected = {EMBEDDING_WEIGHT, "model.norm.weight", OUTPUT_WEIGHT}
+    expected = {EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, OUTPUT_WEIGHT}
     names = hf_layer_names(architecture)
-    expected |= {f"model.layers.{i}.{name}" for i in range(architecture.num_layers) for name in names}
+    expected |= {f"{LAYERS}.{i}.{name}" for i in range(architecture.num_layers) for name in names}
     missing, unexpected = expected - set(state_dict), set(state_dict) - expected
     if architecture.tied_embeddings:
         missing.discard(OUTPUT_WEIGHT)
@@ -197,11 +211,10 @@ def full_tensors(
     """(parameter name, full tensor) for the whole model, a layer at a time."""
     yield "embedding.word_embeddings.weight", state_dict[EMBEDDING_WEIGHT]
     for local, index in layer_indices.items():
-        prefix = f"model.layers.{index}."
-        hf = {name: state_dict[prefix + name] for name in hf_layer_names(architecture)}
+        hf = {name: state_dict[f"{LAYERS}.{index}.{name}"] for name in hf_layer_names(architecture)}
         for name, tensor in megatron_layer_tensors(architecture, hf).items():
             yield f"decoder.layers.{local}.{name}", tensor
-    yield "decoder.final_layernorm.weight", state_dict["model.norm.weight"]
+    yield "decoder.final_layernorm.weight", state_dict[FINAL_NORM_WEIGHT]
     if not architecture.tied_embeddings:
         yield "output_layer.weight", state_dict[OUTPUT_WEIGHT]
 

@@ -1,13 +1,12 @@
-"""Which Hugging Face linear layers a Megatron linear layer is made of, as rows of its weight.
+"""Rows of a Megatron linear layer as rows of the Hugging Face layers that it is made of.
 
-    self_attention.linear_qkv    self_attn.q_proj, k_proj, v_proj: per query group [q ... q k v]
-    self_attention.linear_proj   self_attn.o_proj
-    mlp.linear_fc1               mlp.gate_proj, mlp.up_proj: [gate; up]
-    mlp.linear_fc2               mlp.down_proj
-    output_layer                 lm_head
+    linear_qkv     blocks query, key and value, interleaved: per query group [q ... q k v]
+    linear_fc1     blocks gate and up: [gate; up]
+    others         one block
 
-The rows of a DoRA adapter's B and m are the weight's, and A serves all of them, so the same table splits and joins
-weights, biases and adapters without arithmetic. Sizes are those of whole layers without padding.
+Which Hugging Face layers have a block of their own, and which several, is in `hf_architectures.py`. The rows of a DoRA
+adapter's B and m are the weight's, and A serves all of them, so the same rows split and join weights, biases and
+adapters without arithmetic. Sizes are those of whole layers without padding.
 """
 
 from __future__ import annotations
@@ -20,41 +19,87 @@ import torch
 from torch import Tensor
 
 from dora_fx.models.architecture import GPTArchitecture
-
-HF_NAMES: dict[str, tuple[str, ...]] = {
-    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attention.linear_proj": ("self_attn.o_proj",),
-    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.linear_fc2": ("mlp.down_proj",),
-}
-OUTPUT_LAYER, LM_HEAD = "output_layer", "lm_head"
+from dora_fx.models.hf_architectures import (
+    LAYERS,
+    LINEAR_FC1,
+    LINEAR_FC2,
+    LINEAR_PROJ,
+    LINEAR_QKV,
+    LM_HEAD,
+    OUTPUT_LAYER,
+    HFArchitecture,
+)
 
 _LAYER_PATH = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class HeadShape:
-    """How the rows of linear_qkv are grouped: queries of one group, and features of one head."""
+class HFParts:
+    """The Hugging Face layers of a Megatron model's linear layers.
 
+    Attributes:
+        hf: names them.
+        queries_per_group, kv_channels: how linear_qkv's rows are grouped, queries of one group and features of one
+            head.
+    """
+
+    hf: HFArchitecture
     queries_per_group: int
     kv_channels: int
 
     @classmethod
-    def of(cls, config: Any) -> HeadShape:
-        """From a `GPTArchitecture` or a Megatron `TransformerConfig`."""
-        return cls(config.num_attention_heads // config.num_query_groups, config.kv_channels)
+    def of(cls, hf: HFArchitecture, config: Any) -> HFParts:
+        """Take the heads from a `GPTArchitecture` or a Megatron `TransformerConfig`."""
+        return cls(hf, config.num_attention_heads // config.num_query_groups, config.kv_channels)
 
+    def paths(self, path: str) -> tuple[str, ...]:
+        """Paths of the Hugging Face layers in a Megatron layer; none where it has no counterpart.
 
-def hf_paths(path: str) -> tuple[str, ...]:
-    """Paths of the Hugging Face layers in a Megatron layer; none where it has no counterpart.
+        Args:
+            path: of the Megatron layer, with its layer's number in the whole model.
+        """
+        if path == OUTPUT_LAYER:
+            return (LM_HEAD,)
+        match = _LAYER_PATH.fullmatch(path)
+        return tuple(f"{LAYERS}.{match[1]}.{name}" for name in self.hf.linears.get(match[2], ())) if match else ()
 
-    Args:
-        path: of the Megatron layer, with its layer's number in the whole model.
-    """
-    if path == OUTPUT_LAYER:
-        return (LM_HEAD,)
-    match = _LAYER_PATH.fullmatch(path)
-    return tuple(f"model.layers.{match[1]}.{name}" for name in HF_NAMES.get(match[2], ())) if match else ()
+    def rows(self, path: str, out_features: int) -> dict[str, Tensor]:
+        """Path of each Hugging Face layer -> its rows among the `out_features` rows of the Megatron layer, in order.
+
+        Raises:
+            ValueError: the layer has no counterpart, or its rows are not those of such a layer.
+        """
+        paths = self.paths(path)
+        if not paths:
+            known = ", ".join([*self.hf.linears, OUTPUT_LAYER])
+            raise ValueError(f"{path}: found no Hugging Face layer that it stands for, expected one of {known}")
+        return dict(zip(paths, self.row_parts(path, out_features), strict=True))
+
+    def row_parts(self, path: str, out_features: int) -> tuple[Tensor, ...]:
+        """`rows` without their paths; `path` may be a name within a layer.
+
+        Raises:
+            ValueError: the rows are not those of such a layer.
+        """
+        blocks = self._blocks(path, out_features)
+        num_parts = len(self.hf.linears.get(_within_layer(path), (LM_HEAD,)))
+        return blocks if num_parts == len(blocks) else (torch.cat(blocks),)
+
+    def _blocks(self, path: str, out_features: int) -> tuple[Tensor, ...]:
+        linear, rows = _within_layer(path), torch.arange(out_features)
+        if linear == LINEAR_FC1:
+            if out_features % 2:
+                raise ValueError(f"{path}: found {out_features} rows, expected an even number, gate's and up's")
+            return rows.chunk(2)
+        if linear != LINEAR_QKV:
+            return (rows,)
+        group = (self.queries_per_group + 2) * self.kv_channels
+        if out_features % group:
+            raise ValueError(
+                f"{path}: found {out_features} rows, expected a multiple of {group}, the rows of a query group"
+            )
+        sizes = [self.queries_per_group * self.kv_channels, self.kv_channels, self.kv_channels]
+        return tuple(part.flatten() for part in rows.view(-1, group).split(sizes, dim=1))
 
 
 def check_size(path: str, found: tuple[int, int], architecture: GPTArchitecture) -> None:
@@ -63,13 +108,13 @@ def check_size(path: str, found: tuple[int, int], architecture: GPTArchitecture)
     heads, groups = architecture.num_attention_heads, architecture.num_query_groups
     hidden, head = architecture.hidden_size, architecture.kv_channels
     sizes = {
-        "self_attention.linear_qkv": ((heads + 2 * groups) * head, hidden),
-        "self_attention.linear_proj": (hidden, heads * head),
-        "mlp.linear_fc1": (2 * architecture.ffn_hidden_size, hidden),
-        "mlp.linear_fc2": (hidden, architecture.ffn_hidden_size),
+        LINEAR_QKV: ((heads + 2 * groups) * head, hidden),
+        LINEAR_PROJ: (hidden, heads * head),
+        LINEAR_FC1: (2 * architecture.ffn_hidden_size, hidden),
+        LINEAR_FC2: (hidden, architecture.ffn_hidden_size),
         OUTPUT_LAYER: (architecture.vocab_size, hidden),
     }
-    expected = sizes.get(match[2] if match else path)
+    expected = sizes.get(_within_layer(path))
     if expected is None:
         raise ValueError(f"{path}: found no Hugging Face layer that it stands for, expected one of {', '.join(sizes)}")
     if match and int(match[1]) >= architecture.num_layers:
@@ -78,27 +123,7 @@ def check_size(path: str, found: tuple[int, int], architecture: GPTArchitecture)
         raise ValueError(f"{path}: found an adapter for a weight of shape {found}, the base's has {expected}")
 
 
-def hf_rows(path: str, out_features: int, heads: HeadShape) -> dict[str, Tensor]:
-    """Path of each Hugging Face layer -> its rows among the `out_features` rows of the Megatron layer.
-
-    Raises:
-        ValueError: the layer has no counterpart, or its rows are not those of such a layer.
-    """
-    names, rows = hf_paths(path), torch.arange(out_features)
-    if not names:
-        known = ", ".join([*HF_NAMES, OUTPUT_LAYER])
-        raise ValueError(f"{path}: found no Hugging Face layer that it stands for, expected one of {known}")
-    if len(names) == 1:
-        return {names[0]: rows}
-    if len(names) == 2:
-        if out_features % 2:
-            raise ValueError(f"{path}: found {out_features} rows, expected an even number, gate's and up's")
-        return dict(zip(names, rows.chunk(2), strict=True))
-    group = (heads.queries_per_group + 2) * heads.kv_channels
-    if out_features % group:
-        raise ValueError(
-            f"{path}: found {out_features} rows, expected a multiple of {group}, the rows of a query group"
-        )
-    sizes = [heads.queries_per_group * heads.kv_channels, heads.kv_channels, heads.kv_channels]
-    parts = rows.view(-1, group).split(sizes, dim=1)
-    return {name: part.flatten() for name, part in zip(names, parts, strict=True)}
+def _within_layer(path: str) -> str:
+    """The part of a path that is within a layer; the whole of one that is in none."""
+    match = _LAYER_PATH.fullmatch(path)
+    return match[2] if match else path

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-EMBEDDING_WEIGHT, OUTPUT_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
+from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, OUTPUT_WEIGHT
+
 _MOST_LISTED = 5
 
 

@@ -20,14 +20,8 @@ from torch import Tensor
 from dora_fx.files.model_sizes import check_elements
 from dora_fx.files.regular_file import UnsafeFileError, named_beside, shortened
 from dora_fx.files.torch_file import check_torch_file
-from dora_fx.models.model_tensors import (
-    EMBEDDING_WEIGHT,
-    OUTPUT_WEIGHT,
-    check_names,
-    check_shape,
-    empty_model,
-    expected_shapes,
-)
+from dora_fx.models.hf_architectures import DECODER_PREFIX, EMBEDDING_WEIGHT, OUTPUT_WEIGHT, ROTARY_FREQUENCIES
+from dora_fx.models.model_tensors import check_names, check_shape, empty_model, expected_shapes
 from dora_fx.models.reading import UnreadableFileError, check_readable, read_json_object, reading
 
 # In the order in which transformers looks for them.
@@ -35,7 +29,6 @@ _SINGLE_AND_INDEX = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_BASE_PREFIX = "model."
 _DAMAGED = "the file is damaged or incomplete, download it again"
 _DAMAGED_ARCHIVE = "download it again, or write it anew, as safetensors if you can"
 
@@ -89,7 +82,7 @@ def weights_by_name(folder: Path, config: Any, headers: Iterable[StoredWeight]) 
                 f"{weight.file}: found {weight.key}, which {found[name].file.name} has too; expected it once"
             )
         found[name] = weight
-    rotary = {name: found.pop(name) for name in list(found) if name.endswith("rotary_emb.inv_freq")}
+    rotary = {name: found.pop(name) for name in list(found) if name.endswith(ROTARY_FREQUENCIES)}
     check_names(folder, config, found)
     for name, weight in found.items():
         check_shape(weight.file, name, weight.shape, expected[name])
@@ -201,12 +194,12 @@ def _tensors_of(file: Path, found: object) -> dict[str, Tensor]:
 
 def _full_name(key: str, expected: Mapping[str, Any]) -> str:
     """The name in the causal language model: a decoder that was saved by itself has names without a prefix."""
-    return _BASE_PREFIX + key if key not in expected and _BASE_PREFIX + key in expected else key
+    return DECODER_PREFIX + key if key not in expected and DECODER_PREFIX + key in expected else key
 
 
 def _check_inverse_frequencies(config: Any, weight: StoredWeight) -> None:
     """Old checkpoints hold the rotary frequencies, which transformers computes from the config instead."""
-    rotary = type(empty_model(config).model.rotary_emb)(config)
+    rotary = type(empty_model(config).base_model.rotary_emb)(config)
     found = read_weights({weight.key: weight}, torch.float32)[weight.key]
     # What is stored in 16 bits has lost up to 2**-8 of its value in bfloat16, and more of it where float16 underflows.
     if found.shape != rotary.inv_freq.shape or not torch.allclose(found, rotary.inv_freq, rtol=2**-7, atol=2**-24):

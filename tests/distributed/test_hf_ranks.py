@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
     "padded": ("qwen2", dict(num_key_value_heads=3)),
+    "phi3": ("phi3", dict(num_key_value_heads=3)),
 }
 
 

@@ -47,9 +47,11 @@ def test_every_architecture_is_read_as_it_was_written(kind: str, tmp_path: Path)
     assert found.config.tie_word_embeddings == model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "llama_wide_heads", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "llama_wide_heads", "qwen2", "phi3"])
 def test_transformers_reads_the_same_of_a_plain_file(kind: str, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "model.gguf", tiny_hf_model(kind))
+    # What a file does not state, transformers takes from its classes, whose tokens these models have not.
+    metadata = {"tokenizer.ggml.padding_token_id": 0}
+    path = write_gguf(tmp_path / "model.gguf", tiny_hf_model(kind), metadata=metadata)
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
     checkpoint = load_hf_checkpoint(path)
     assert checkpoint.state_dict.keys() == expected.state_dict().keys()
@@ -117,6 +119,8 @@ REFUSED_METADATA: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"qwen2.rope.dimension_count": 4}, "qwen2.rope.dimension_count is 4, .* expected 8"),
     ("llama", {"llama.attention.value_length": 4}, "llama.attention.value_length is 4, .* expected 8"),
     ("llama", {"llama.attention.sliding_window": 16}, "llama.attention.sliding_window is 16"),
+    ("phi3", {"phi3.attention.sliding_window": 2047}, "phi3.attention.sliding_window is 2047"),
+    ("phi3", {"phi3.rope.scaling.attn_factor": 1.19}, "phi3.rope.scaling.attn_factor is 1.19"),
     ("llama", {"llama.attention.causal": False}, "llama.attention.causal is False"),
     ("llama", {"llama.logit_scale": 8.0}, "llama.logit_scale is 8.0, .* expected 0.0 or 1.0"),
     ("llama", {"llama.embedding_scale": 12.0}, "llama.embedding_scale is 12.0"),
@@ -152,6 +156,7 @@ def test_what_would_change_the_function_is_refused_by_its_key(
         ("llama", {"blk.2.attn_norm.weight": np.ones(48, np.float32)}, "without a place .* blk.2.attn_norm.weight"),
         ("qwen2", {"blk.0.attn_output.bias": np.ones(48, np.float32)}, "without a place .* blk.0.attn_output.bias"),
         ("qwen2", {"blk.0.attn_q.bias": None}, "missing model.layers.0.self_attn.q_proj.bias"),
+        ("phi3", {"rope_factors_long.weight": np.ones(4, np.float32)}, "without a place .* rope_factors_long.weight"),
         ("llama", {"token_embd.weight": None}, "found no token_embd.weight"),
         ("llama", {"output_norm.weight": np.ones(47, np.float32)}, r"output_norm.weight has shape \(47,\).* \(48,\)"),
     ],

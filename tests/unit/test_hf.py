@@ -23,6 +23,7 @@ from tests.peft_models import (
     adapted_megatron,
     assert_same_logits,
     hf_logits,
+    hf_targets,
     load_with_peft,
     megatron_logits,
     megatron_of,
@@ -31,7 +32,7 @@ from tests.peft_models import (
 
 pytestmark = pytest.mark.usefixtures("world")
 
-KINDS = ["llama", "llama_wide_heads", "llama_one_group", "qwen2", "qwen3"]
+KINDS = ["llama", "llama_wide_heads", "llama_one_group", "qwen2", "qwen3", "phi3"]
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -59,7 +60,7 @@ def test_peft_computes_the_logits_of_the_exported_adapter(kind: str, tmp_path: P
     assert_apart(expected, hf_logits(hf))
     assert_same_logits(hf_logits(load_with_peft(hf, tmp_path / "adapter")), expected, model)
     config = config_of(tmp_path / "adapter")
-    assert config["target_modules"] == sorted(HF_TARGETS)
+    assert config["target_modules"] == hf_targets(hf)
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12, 0.05)
     assert (config["base_model_name_or_path"], config["task_type"]) == ("some/base", "CAUSAL_LM")
 
@@ -114,7 +115,7 @@ def test_layers_that_differ_in_rank_and_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
 def test_there_and_back_is_bitwise(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     hf = tiny_hf_model(kind)
     model = adapted_megatron(hf, dtype=dtype)
@@ -132,8 +133,9 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_padded_query_groups_are_cut_off_and_put_back(tmp_path: Path) -> None:
-    hf = tiny_hf_model("qwen2")
+@pytest.mark.parametrize("kind", ["qwen2", "phi3"])
+def test_padded_query_groups_are_cut_off_and_put_back(kind: str, tmp_path: Path) -> None:
+    hf = tiny_hf_model(kind)
     plain, padded = adapted_megatron(hf), megatron_of(hf, num_query_groups=4)
     dora_fx.export_hf(plain, tmp_path / "plain")
     dora_fx.import_hf(padded, tmp_path / "plain")
@@ -141,6 +143,13 @@ def test_padded_query_groups_are_cut_off_and_put_back(tmp_path: Path) -> None:
     dora_fx.export_hf(padded, tmp_path / "padded")
     assert_same(stored(tmp_path / "padded"), stored(tmp_path / "plain"))
     assert config_of(tmp_path / "padded") == config_of(tmp_path / "plain")
+
+
+def test_a_model_type_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    model = adapted_megatron(tiny_hf_model(), ["linear_proj"])
+    with pytest.raises(ValueError, match=r"model_type: found 'gpt2', expected one of llama, mistral"):
+        dora_fx.export_hf(model, tmp_path / "adapter", model_type="gpt2")
+    assert not (tmp_path / "adapter").exists()
 
 
 # From PEFT to Megatron
@@ -158,11 +167,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "regex_targets": dict(target_modules=r".*\.layers\.1\..*(gate|o)_proj"),
     "some_layers": dict(layers_to_transform=[1]),
     "lm_head": dict(target_modules=["k_proj", "lm_head"]),
+    "fused": dict(
+        target_modules=["qkv_proj", "gate_up_proj"],
+        rank_pattern={"layers.1.self_attn.qkv_proj": 8},
+        alpha_pattern={"gate_up_proj": 5},
+    ),
 }
+SETTINGS_OF_KINDS = [
+    *((settings, kind) for settings in SETTINGS if settings != "fused" for kind in ("llama", "qwen2")),
+    *((settings, "phi3") for settings in ("own_a_for_every_layer", "rslora", "fused")),
+]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(("settings", "kind"), SETTINGS_OF_KINDS)
 def test_megatron_computes_the_logits_of_a_peft_adapter(settings: str, kind: str, tmp_path: Path) -> None:
     hf = tiny_hf_model(kind)
     peft_model = save_peft_adapter(hf, tmp_path / "adapter", **SETTINGS[settings])
@@ -194,6 +211,55 @@ def test_separate_factors_are_stacked_and_rows_without_an_adapter_are_the_base(t
     assert lora_b[value, :4].abs().max() == lora_b[key].abs().max() == 0.0
     assert torch.equal(site.adapter.weight_magnitude[key], site._get_weight_norm()[key])
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_rows_of_a_fused_layer_are_in_the_order_of_each_side(tmp_path: Path) -> None:
+    hf = tiny_hf_model("phi3")
+    model = adapted_megatron(hf, ["linear_qkv"])
+    adapter = model.decoder.layers[1].self_attention.linear_qkv.adapter
+    dora_fx.export_hf(model, tmp_path / "adapter")
+    prefix = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_"
+    exported = stored(tmp_path / "adapter")[f"{prefix}magnitude_vector"]
+    # Two groups of three queries, a key and a value of eight rows each.
+    rows = adapter.weight_magnitude.detach().view(2, 5, 8)
+    assert torch.equal(exported, torch.cat([rows[:, :3].flatten(), rows[:, 3].flatten(), rows[:, 4].flatten()]))
+    assert torch.equal(stored(tmp_path / "adapter")[f"{prefix}A.weight"], adapter.linear_in.weight)
+
+
+def test_an_adapter_of_other_names_than_the_models_is_refused(tmp_path: Path) -> None:
+    llama, phi3 = tiny_hf_model(), tiny_hf_model("phi3")
+    adapted = adapted_megatron(phi3)
+    for stated in ("llama", "qwen3"):
+        with pytest.raises(ValueError, match=f"model_type: found '{stated}', expected 'phi3', which the model was"):
+            dora_fx.export_hf(adapted, tmp_path / "adapter", model_type=stated)
+    llama.config.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"base: found model_type 'llama' in config.json, .* as phi3 does; pass"):
+        dora_fx.export_hf(adapted, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    assert not (tmp_path / "adapter").exists()
+    save_peft_adapter(llama, tmp_path / "of llama")
+    refuse(tmp_path / "of llama", "found an adapter of .*expected layers such as .*qkv_proj", kind="phi3")
+    save_peft_adapter(phi3, tmp_path / "of phi3")
+    refuse(tmp_path / "of phi3", "found an adapter of .*expected layers such as .*q_proj")
+
+
+def test_a_model_that_was_made_elsewhere_is_named_as_stated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A list of chunks that hold no note of an architecture, as of any other program."""
+    hf = tiny_hf_model("phi3")
+    dora_fx.export_hf(adapted_megatron(hf), tmp_path / "noted")
+    model, empty = adapted_megatron(hf), megatron_of(hf)
+    del model.hf_model_type, empty.hf_model_type
+    phi3 = dict(base_model=str(tmp_path / "base"), model_type="phi3")
+    hf.config.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"found model_type 'phi3' .* as llama does; pass model_type='phi3'"):
+        dora_fx.export_hf([model], tmp_path / "stated", base_model=phi3["base_model"])
+    dora_fx.export_hf([model], tmp_path / "stated", **phi3)
+    assert_same(stored(tmp_path / "stated"), stored(tmp_path / "noted"))
+    assert "does not say" not in caplog.text
+    dora_fx.export_hf([model], tmp_path / "assumed", base_model="a/name")
+    assert "does not say what architecture it is of: its layers were named as those of llama" in caplog.text
+    # Names in the files say what they are of.
+    dora_fx.import_hf([empty], tmp_path / "stated")
+    assert_same(adapter_tensors(empty), adapter_tensors(model))
 
 
 def test_an_adapted_model_takes_only_what_fits_it(tmp_path: Path) -> None:

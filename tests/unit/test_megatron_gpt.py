@@ -10,7 +10,7 @@ import torch
 
 from dora_fx.models import UnsupportedModelError, architecture_of, build_gpt_model, causal_mask, load_hf_checkpoint
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
-from tests.closeness import assert_as_exact, assert_close, rounding, roundings_of
+from tests.closeness import assert_apart, assert_as_exact, assert_close, rounding, roundings_of
 from tests.hf_models import CONFIGS, save_tiny_checkpoint, tiny_hf_config, tiny_hf_model
 
 
@@ -45,7 +45,7 @@ def test_logits_equal_transformers_in_bfloat16(world: None) -> None:
     assert_as_exact(megatron_logits(model, TOKENS), hf_logits(hf, TOKENS), exact)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
 def test_zero_query_groups_keep_the_function(kind: str, world: None) -> None:
     hf = tiny_hf_model(kind)
     model = build_gpt_model(hf.config, hf.state_dict(), num_query_groups=4)
@@ -61,13 +61,27 @@ def test_fewer_query_groups_than_the_model_has_are_refused(world: None) -> None:
         build_gpt_model(hf.config, hf.state_dict(), num_query_groups=1)
 
 
+_QKV = (0, 8), (100, 4), (200, 4)
+_INTERLEAVED = [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
+
+
 def test_qkv_rows_are_interleaved_by_query_group() -> None:
     architecture = architecture_of(tiny_hf_config("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=2))
     hf = {name: torch.zeros(1, 1) for name in hf_layer_names(architecture)}
-    for name, first, heads in (("q", 0, 4), ("k", 100, 2), ("v", 200, 2)):
-        hf[f"self_attn.{name}_proj.weight"] = torch.arange(first, first + 2 * heads).float()[:, None]
+    for name, (begin, rows) in zip("qkv", _QKV, strict=True):
+        hf[f"self_attn.{name}_proj.weight"] = torch.arange(begin, begin + rows).float()[:, None]
     fused = megatron_layer_tensors(architecture, hf)["self_attention.linear_qkv.weight"]
-    assert fused[:, 0].tolist() == [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
+    assert fused[:, 0].tolist() == _INTERLEAVED
+
+
+def test_rows_that_the_checkpoint_fuses_are_interleaved_too() -> None:
+    architecture = architecture_of(tiny_hf_config("phi3", num_attention_heads=4, num_key_value_heads=2, head_dim=2))
+    hf = {name: torch.zeros(2, 1) for name in hf_layer_names(architecture)}
+    hf["self_attn.qkv_proj.weight"] = torch.cat([torch.arange(begin, begin + n) for begin, n in _QKV]).float()[:, None]
+    hf["mlp.gate_up_proj.weight"] = torch.arange(6.0)[:, None]
+    tensors = megatron_layer_tensors(architecture, hf)
+    assert tensors["self_attention.linear_qkv.weight"][:, 0].tolist() == _INTERLEAVED
+    assert tensors["mlp.linear_fc1.weight"] is hf["mlp.gate_up_proj.weight"]
 
 
 def test_shards_of_the_gated_mlp_hold_a_part_of_gate_and_of_up() -> None:
@@ -86,6 +100,9 @@ def test_a_size_that_does_not_divide_is_refused() -> None:
         shard_of("linear_proj.weight", torch.zeros(3, 5), 1, 0, 2)
 
 
+LONGROPE = dict(rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+
+
 @pytest.mark.parametrize(
     ("kind", "overrides", "message"),
     [
@@ -93,7 +110,15 @@ def test_a_size_that_does_not_divide_is_refused() -> None:
         ("llama", dict(attention_bias=True), "attention_bias = True"),
         ("llama", dict(mlp_bias=True), "mlp_bias = True"),
         ("mistral", dict(sliding_window=16), "sliding_window = 16"),
+        ("mistral", dict(sliding_window=127), "sliding_window = 127, .* at least max_position_embeddings, 128"),
         ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "layer_types = "),
+        ("phi3", dict(sliding_window=16), "sliding_window = 16"),
+        ("phi3", dict(resid_pdrop=0.1), "resid_pdrop = 0.1"),
+        ("phi3", dict(embd_pdrop=0.1), "embd_pdrop = 0.1"),
+        ("phi3", dict(partial_rotary_factor=0.5), "rope_parameters.partial_rotary_factor = 0.5"),
+        # As the configs of long Phi-3 models have it, and as transformers writes it.
+        ("phi3", dict(rope_scaling=LONGROPE | dict(type="longrope")), "rope_parameters.rope_type = 'longrope'"),
+        ("phi3", dict(rope_parameters=LONGROPE | dict(rope_type="longrope")), "rope_parameters.rope_type = 'longrope'"),
         (
             "llama",
             dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
@@ -120,6 +145,16 @@ def test_unsupported_features_are_named(kind: str, overrides: dict, message: str
         architecture_of(tiny_hf_config(kind, **overrides))
 
 
+def test_a_window_that_the_longest_text_fits_in_changes_nothing(world: None) -> None:
+    """It is on, as a narrow one shows in transformers."""
+    kind, size = "mistral", TOKENS.shape[1]
+    hf = tiny_hf_model(kind, sliding_window=size, max_position_embeddings=size)
+    model = build_gpt_model(hf.config, hf.state_dict())
+    expected = hf_logits(hf, TOKENS)
+    assert_close(megatron_logits(model, TOKENS), expected, rounding(torch.float32, roundings_of(model)))
+    assert_apart(hf_logits(tiny_hf_model(kind, sliding_window=size // 2), TOKENS), expected)
+
+
 def test_an_unsupported_architecture_is_named() -> None:
     import transformers
 
@@ -133,6 +168,15 @@ def test_tensors_without_a_place_and_missing_ones_are_named(world: None) -> None
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(48)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match=r"missing model.layers.1.mlp.up_proj.weight; .* model.layers.0.*q_proj.bias"):
+        build_gpt_model(hf.config, tensors)
+
+
+def test_a_layer_whose_parts_are_of_other_sizes_is_named(world: None) -> None:
+    hf = tiny_hf_model()
+    query, key = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qk")
+    tensors = dict(hf.state_dict())
+    tensors[query], tensors[key] = torch.zeros(40, 48), torch.zeros(24, 48)
+    with pytest.raises(ValueError, match=r"q_proj.weight: found 40 rows, expected 48 of .*linear_qkv's 80"):
         build_gpt_model(hf.config, tensors)
 
 

@@ -1,0 +1,93 @@
+"""Every Hugging Face architecture that Megatron's GPTModel expresses here, described once: one record a `model_type`.
+
+All are decoders with an RMSNorm before attention and MLP, rotary positions, grouped-query attention and a SwiGLU MLP.
+Loading, exporting, importing, merging and digests read these records; no other file names a Hugging Face layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# Megatron's linear layers within a layer of the decoder, and the one after it.
+LINEAR_QKV, LINEAR_PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
+LINEAR_FC1, LINEAR_FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+OUTPUT_LAYER = "output_layer"
+_Q_LAYERNORM, _K_LAYERNORM = "self_attention.q_layernorm", "self_attention.k_layernorm"
+
+# Names around the layers, which all the architectures share. The prefix is absent where a decoder was saved by itself.
+DECODER_PREFIX = "model."
+LAYERS, LM_HEAD = "model.layers", "lm_head"
+EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, OUTPUT_WEIGHT = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+# Old checkpoints hold these frequencies, which transformers computes from the config.
+ROTARY_FREQUENCIES = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class HFArchitecture:
+    """How checkpoints of one `model_type` name the tensors of a layer, and which of their configs are understood.
+
+    Attributes:
+        model_type: the name in config.json.
+        linears: Megatron linear layer -> the Hugging Face layers that its rows are dealt out to: one for each of its
+            blocks (query, key and value; gate and up), or a single one, which has the blocks one after another.
+        norms: Megatron norm -> Hugging Face norm.
+        qkv_bias: whether query, key and value have a bias; no other layer may.
+        unset: fields of a config that must be absent, None, False or zero.
+        gguf: `general.architecture` of GGUF files that hold such a model; None where llama.cpp has no name of its own.
+        gguf_rotary_pairs: whether llama.cpp stores the rows of q and k as pairs of rotary dimensions, which
+            transformers has in two halves.
+    """
+
+    model_type: str
+    linears: Mapping[str, tuple[str, ...]]
+    norms: Mapping[str, str]
+    qkv_bias: bool = False
+    unset: tuple[str, ...] = ("attention_bias", "mlp_bias", "quantization_config")
+    gguf: str | None = None
+    gguf_rotary_pairs: bool = False
+
+    @property
+    def qk_layernorm(self) -> bool:
+        """Whether each head of query and key is normalised."""
+        return _Q_LAYERNORM in self.norms
+
+
+_LLAMA = HFArchitecture(
+    model_type="llama",
+    linears={
+        LINEAR_QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        LINEAR_PROJ: ("self_attn.o_proj",),
+        LINEAR_FC1: ("mlp.gate_proj", "mlp.up_proj"),
+        LINEAR_FC2: ("mlp.down_proj",),
+    },
+    norms={"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"},
+    gguf="llama",
+    gguf_rotary_pairs=True,
+)
+# Converters write Mistral models as architecture llama.
+_MISTRAL = dataclasses.replace(_LLAMA, model_type="mistral", gguf=None)
+_QWEN2 = dataclasses.replace(_LLAMA, model_type="qwen2", qkv_bias=True, gguf="qwen2", gguf_rotary_pairs=False)
+_QWEN3 = dataclasses.replace(
+    _LLAMA,
+    model_type="qwen3",
+    norms={**_LLAMA.norms, _Q_LAYERNORM: "self_attn.q_norm", _K_LAYERNORM: "self_attn.k_norm"},
+    gguf="qwen3",
+    gguf_rotary_pairs=False,
+)
+# Its dropout after attention and MLP has no counterpart here.
+_PHI3 = dataclasses.replace(
+    _LLAMA,
+    model_type="phi3",
+    linears={**_LLAMA.linears, LINEAR_QKV: ("self_attn.qkv_proj",), LINEAR_FC1: ("mlp.gate_up_proj",)},
+    unset=(*_LLAMA.unset, "resid_pdrop", "embd_pdrop"),
+    gguf="phi3",
+    gguf_rotary_pairs=False,
+)
+
+HF_ARCHITECTURES = {hf.model_type: hf for hf in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _PHI3)}
+SUPPORTED_MODEL_TYPES = tuple(HF_ARCHITECTURES)
+GGUF_ARCHITECTURES = {hf.gguf: hf for hf in HF_ARCHITECTURES.values() if hf.gguf is not None}
+# Names for a Megatron model of which nothing more is known: most architectures share them.
+DEFAULT_ARCHITECTURE = _LLAMA
