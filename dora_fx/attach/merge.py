@@ -10,7 +10,8 @@ B and the norms' partial sums travel, one layer at a time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from dora_fx.ranks.groups import resolve_group
 
 logger = logging.getLogger(__name__)
 
+NOTHING_ADAPTED = "found no adapted layer, expected a model that DoRA was called on"
 _KEPT = "_dora_fx_kept"
 
 
@@ -109,6 +111,20 @@ def unmerge(model: ModelT) -> ModelT:
     return model
 
 
+@contextmanager
+def merged(model: ModelT) -> Iterator[ModelT]:
+    """Within the context the model is merged, for evaluation and generation at the base's price.
+
+    Afterwards, also after an exception, base weights and adapters are bitwise what they were. See `merge`, which says
+    what it costs, what is refused, and that every rank calls it.
+    """
+    merge(model, keep_adapter=True)
+    try:
+        yield model
+    finally:
+        unmerge(model)
+
+
 @torch.no_grad()
 def merged_weight(site: DoRALinear) -> torch.Tensor:
     """g * (W0 + s B A), `[out, in]` or this rank's shard; float32, or float64 in a float64 model.
@@ -144,15 +160,18 @@ def merge_tensors(
 
 def _check_mergeable(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> None:
     """Raise on every rank of the sites' tensor-parallel groups if a site of any of them cannot be merged."""
-    problem = "found no adapted layer, expected a model that DoRA was called on" if not sites else None
-    users = _users_of_weights(chunks)
-    for path, site in sites:
-        problem = problem or _problem_maybe(path, site, users)
+    problem = merge_problem_maybe(chunks, sites) if sites else NOTHING_ADAPTED
     groups = {site.adapter.tp_group for _, site in sites} - {""}
     if not groups and problem is not None:
         raise ValueError(problem)
     for tp_group in sorted(groups):
         raise_on_every_rank(problem, resolve_group(tp_group))
+
+
+def merge_problem_maybe(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> str | None:
+    """The first reason why a site of this rank cannot be merged; `sites` by their paths in the whole model."""
+    users = _users_of_weights(chunks)
+    return next((problem for path, site in sites if (problem := _problem_maybe(path, site, users)) is not None), None)
 
 
 def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> str | None:

@@ -1,6 +1,7 @@
 """Adapters as Hugging Face PEFT knows them, and back."""
 
-from dora_fx.hf.export_adapter import export_hf
+from dora_fx.hf.export_adapter import export_hf, iter_adapter
 from dora_fx.hf.import_adapter import import_hf
+from dora_fx.hf.iter_merged import iter_merged
 
-__all__ = ["export_hf", "import_hf"]
+__all__ = ["export_hf", "import_hf", "iter_adapter", "iter_merged"]

@@ -6,18 +6,17 @@ and the rows of B and m are dealt out: export is exact. The way back is in `impo
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from dora_fx.attach.merge import NOTHING_ADAPTED
 from dora_fx.function.placement import ADAPTER_TENSORS
+from dora_fx.hf.base_names import check_model_type, check_vocabulary, config_of_directory, warn_of_assumed_names
 from dora_fx.hf.layers import (
     NamedLinear,
     adapted_linears,
@@ -27,16 +26,12 @@ from dora_fx.hf.layers import (
     true_vocabulary,
 )
 from dora_fx.hf.new_folder import check_new_folder, new_folder
-from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
+from dora_fx.hf.peft_files import PeftModule, peft_tensors, write_peft_adapter
+from dora_fx.hf.send import is_speaker, send_units
 from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap
-from dora_fx.models.base_files import CONFIG
-from dora_fx.models.gpt_model import noted_architecture_maybe
 from dora_fx.models.hf_architectures import (
-    HF_ARCHITECTURES,
     LM_HEAD,
     OUTPUT_LAYER,
-    SUPPORTED_MODEL_TYPES,
-    HFArchitecture,
 )
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.whole_tensors import AdapterShards
@@ -80,15 +75,15 @@ def export_hf(
     chunks = chunks_of(model)
     target = Path(folder)
     sites = adapted_linears(chunks)
-    raise_on_every_rank(_problem_maybe(chunks, sites, target, base_model, vocab_size, model_type), world_group())
+    problem = _problem_maybe(chunks, sites, base_model, vocab_size, model_type) or _folder_problem_maybe(target)
+    raise_on_every_rank(problem, world_group())
     dropout = _dropout_of_all_ranks(sites)
     config = gpt_config(chunks)
     vocabulary = true_vocabulary(config, sites, vocab_size)
     parts = HFParts.of(named_architecture(chunks, model_type), config)
     modules: dict[str, PeftModule] = {}
     for part in _layer_by_layer(sites, parts, config.num_layers, vocabulary):
-        modules.update(part)
-    problem = None
+        modules.update(_to_first_rank(part))
     if _global_rank() == 0:
         try:
             with new_folder(target) as temporary:
@@ -102,11 +97,36 @@ def export_hf(
                 )
         except OSError as error:
             problem = f"{target}: {error}"
-        if model_type is None and noted_architecture_maybe(unwrap(chunks[0])) is None:
-            _warn_of_assumed_names(parts.hf, base_model)
+        warn_of_assumed_names(chunks, model_type, base_model)
         warn_of_tied_output(modules, tied=bool(unwrap(chunks[0]).share_embeddings_and_output_weights))
         logger.info("exported %d adapters to %s", len(modules), target)
     raise_on_every_rank(problem, world_group())
+
+
+def iter_adapter(
+    model: Model, *, every_rank: bool = False, vocab_size: int | None = None, model_type: str | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream the model's adapters, whole, under the names of PEFT's files and bitwise as `export_hf` writes them.
+
+    Every rank calls it and takes the stream to its end: what is yielded has been sent. The order is that of the layers,
+    whatever the layout. Beyond the model it needs memory for the adapters of one layer.
+
+    Args:
+        model, vocab_size, model_type: as in `export_hf`.
+        every_rank: let every rank have the tensors; else global rank 0 alone, and the others get an empty stream.
+
+    Raises:
+        ValueError: on every rank, and at once, as `export_hf`.
+    """
+    chunks = chunks_of(model)
+    sites = adapted_linears(chunks)
+    raise_on_every_rank(_problem_maybe(chunks, sites, None, vocab_size, model_type), world_group())
+    _dropout_of_all_ranks(sites)
+    config = gpt_config(chunks)
+    parts = HFParts.of(named_architecture(chunks, model_type), config)
+    warn_of_assumed_names(chunks, model_type)
+    layers = _layer_by_layer(sites, parts, config.num_layers, true_vocabulary(config, sites, vocab_size))
+    return send_units((peft_tensors(layer) for layer in layers), every_rank=every_rank)
 
 
 def split_adapter(path: str, tensors: Mapping[str, Tensor], alpha: float, parts: HFParts) -> dict[str, PeftModule]:
@@ -155,7 +175,7 @@ def one_dropout(dropouts: Iterable[float]) -> float:
 def _layer_by_layer(
     sites: Sequence[NamedLinear], parts: HFParts, num_layers: int, vocabulary: int | None
 ) -> Iterator[dict[str, PeftModule]]:
-    """On global rank 0 the adapters of each layer of the whole model in turn; nothing on the others."""
+    """The adapters of each layer of the whole model in turn, whole, on the ranks of the layer's pipeline stage."""
     shards = {id(site.chunk): AdapterShards(site.chunk) for site in sites}
     prefixes = [*(f"decoder.layers.{index}." for index in range(num_layers)), OUTPUT_LAYER]
     for prefix in prefixes:
@@ -166,7 +186,7 @@ def _layer_by_layer(
                 if site.whole_path == OUTPUT_LAYER and vocabulary is not None:
                     gathered = cut_rows(gathered, vocabulary)
                 own.update(split_adapter(site.whole_path, gathered, site.module.adapter.alpha, parts))
-        yield _to_first_rank(own)
+        yield own
 
 
 def _whole_adapter(site: NamedLinear, shards: AdapterShards) -> dict[str, Tensor]:
@@ -178,14 +198,8 @@ def _to_first_rank(own: dict[str, PeftModule]) -> dict[str, PeftModule]:
     group = world_group()
     if not has_other_ranks(group):
         return own
-    # Tensor- and data-parallel replicas hold the same whole tensors.
-    is_speaker = parallel_state.get_tensor_model_parallel_rank() == 0 and _data_parallel_rank() == 0
-    parts = gather_objects_on_first_rank(own if is_speaker else {}, group)
+    parts = gather_objects_on_first_rank(own if is_speaker() else {}, group)
     return {path: module for part in parts for path, module in part.items()}
-
-
-def _data_parallel_rank() -> int:
-    return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
 
 
 def _dropout_of_all_ranks(sites: Sequence[NamedLinear]) -> float:
@@ -193,7 +207,7 @@ def _dropout_of_all_ranks(sites: Sequence[NamedLinear]) -> float:
     found = gather_objects([site.module.adapter.dropout for site in sites], world_group())
     dropouts = [dropout for part in found for dropout in part]
     if not dropouts:
-        raise ValueError("found no adapted layer, expected a model that DoRA was called on")
+        raise ValueError(NOTHING_ADAPTED)
     return one_dropout(dropouts)
 
 
@@ -204,7 +218,6 @@ def _global_rank() -> int:
 def _problem_maybe(
     chunks: Sequence[nn.Module],
     sites: Sequence[NamedLinear],
-    target: Path,
     base_model: str | None,
     vocab_size: int | None,
     model_type: str | None,
@@ -212,62 +225,26 @@ def _problem_maybe(
     try:
         config = gpt_config(chunks)
         hf = named_architecture(chunks, model_type)
-        base_fields = _config_of_directory(base_model)
-        _check_model_type(hf, base_fields, base_model)
+        base_fields = config_of_directory(base_model)
+        check_model_type(hf, base_fields, base_model)
         vocabulary = true_vocabulary(config, named_linears(chunks), vocab_size)
         for site in sites:
             check_unsharded(site.whole_path, site.module)
             HFParts.of(hf, config).rows(site.whole_path, _whole_rows(site))
             if site.whole_path == OUTPUT_LAYER:
-                _check_vocabulary(vocabulary or _whole_rows(site), base_fields, base_model)
-        if _global_rank() == 0:
-            check_new_folder(target)
+                check_vocabulary(vocabulary or _whole_rows(site), base_fields, base_model)
     except (ValueError, OSError) as error:
         return str(error)
     return None
 
 
-def _config_of_directory(base_model: str | None) -> dict[str, Any]:
-    """The config of a base that is a directory, empty for others."""
-    if base_model is None:
-        return {}
+def _folder_problem_maybe(target: Path) -> str | None:
     try:
-        found = json.loads((Path(base_model) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # A name at a hub, or a file that whoever loads the base will complain about.
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _check_model_type(hf: HFArchitecture, base_fields: Mapping[str, Any], base_model: str | None) -> None:
-    """Raise ValueError if the base, where its config is at hand, names its layers otherwise."""
-    found = base_fields.get("model_type")
-    base = HF_ARCHITECTURES.get(found) if isinstance(found, str) else None
-    if base is not None and base.linears != hf.linears:
-        raise ValueError(
-            f"{base_model}: found model_type {found!r} in {CONFIG}, expected a base that names its layers as "
-            f"{hf.model_type} does; pass model_type={found!r} if the model is of that base"
-        )
-
-
-def _warn_of_assumed_names(hf: HFArchitecture, base_model: str | None) -> None:
-    """Log whose names a model's layers were given, where nothing says that they are the right ones."""
-    if _config_of_directory(base_model).get("model_type") not in SUPPORTED_MODEL_TYPES:
-        logger.warning(
-            "the model does not say what architecture it is of: its layers were named as those of %s; pass model_type, "
-            "because PEFT skips layers whose names it does not find",
-            hf.model_type,
-        )
-
-
-def _check_vocabulary(exported: int, base_fields: Mapping[str, Any], base_model: str | None) -> None:
-    """Raise ValueError unless lm_head's rows are the tokens of the base, where its config is at hand."""
-    expected = base_fields.get("vocab_size")
-    if expected is not None and expected != exported:
-        raise ValueError(
-            f"{OUTPUT_LAYER}: {LM_HEAD}'s adapter would have {exported} rows, expected the {expected} tokens that "
-            f"{Path(base_model or '') / CONFIG} says; pass vocab_size={expected} if the rows beyond pad the vocabulary"
-        )
+        if _global_rank() == 0:
+            check_new_folder(target)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _whole_rows(site: NamedLinear) -> int:

@@ -54,6 +54,15 @@ class PeftModule:
     alpha: float
 
 
+def peft_tensors(modules: Mapping[str, PeftModule]) -> dict[str, Tensor]:
+    """Tensors of adapters by the names that PEFT's files have; `modules` by the path in the Hugging Face model."""
+    return {
+        f"{_PREFIX}{path}{suffix}": getattr(module, name).contiguous()
+        for path, module in modules.items()
+        for name, suffix in _SUFFIXES.items()
+    }
+
+
 def write_peft_adapter(
     folder: Path,
     modules: Mapping[str, PeftModule],
@@ -77,13 +86,8 @@ def write_peft_adapter(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors = {
-        f"{_PREFIX}{path}{suffix}": getattr(module, name).contiguous()
-        for path, module in modules.items()
-        for name, suffix in _SUFFIXES.items()
-    }
     try:
-        save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+        save_file(peft_tensors(modules), folder / TENSOR_FILE, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{TENSOR_FILE} cannot be written ({error})") from error
     ranks = {path: module.lora_a.shape[0] for path, module in modules.items()}

@@ -85,6 +85,10 @@ class HFParts:
         num_parts = len(self.hf.linears.get(_within_layer(path), (LM_HEAD,)))
         return blocks if num_parts == len(blocks) else (torch.cat(blocks),)
 
+    def has_bias(self, path: str) -> bool:
+        """Return whether the Hugging Face layers of a Megatron layer have biases."""
+        return self.hf.qkv_bias and _within_layer(path) == LINEAR_QKV
+
     def _blocks(self, path: str, out_features: int) -> tuple[Tensor, ...]:
         linear, rows = _within_layer(path), torch.arange(out_features)
         if linear == LINEAR_FC1:

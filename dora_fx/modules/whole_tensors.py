@@ -13,7 +13,7 @@ from torch import nn
 from dora_fx.function.placement import ParameterPlacement
 from dora_fx.megatron.wrappers import walk
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
-from dora_fx.ranks.groups import resolve_group
+from dora_fx.ranks.groups import group_size, resolve_group
 
 
 class AdapterShards:
@@ -38,9 +38,20 @@ class AdapterShards:
     def gather(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """The whole of a tensor that is sharded as parameter `name` is. Every rank of the group calls it."""
         adapter, placement = self._owners[name]
-        local = local.detach().contiguous()
-        parts = [local]
-        if adapter.tp_size > 1 and placement.shard_dim is not None:
-            parts = [torch.empty_like(local) for _ in range(adapter.tp_size)]
-            dist.all_gather(parts, local, group=resolve_group(adapter.tp_group))
-        return placement.unshard_and_cut(parts)
+        return gather_whole(local, placement, adapter.tp_group)
+
+
+def gather_whole(local: torch.Tensor, placement: ParameterPlacement, tp_group: str) -> torch.Tensor:
+    """The whole of a tensor, without padding, on every rank of the group, all of which call it.
+
+    Args:
+        local: this rank's shard.
+        placement: says how it is sharded.
+        tp_group: name of the tensor-parallel group; "" where it has one rank.
+    """
+    local = local.detach().contiguous()
+    parts = [local]
+    if tp_group and placement.shard_dim is not None:
+        parts = [torch.empty_like(local) for _ in range(group_size(tp_group))]
+        dist.all_gather(parts, local, group=resolve_group(tp_group))
+    return placement.unshard_and_cut(parts)

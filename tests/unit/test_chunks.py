@@ -128,6 +128,9 @@ def calls(folder: Path) -> dict[str, Callable[[Any], Any]]:
         "compile_model": dora_fx.compile_model,
         "save_checkpoint": lambda model: dora_fx.save_checkpoint(model, folder / "checkpoint"),
         "load_checkpoint": lambda model: dora_fx.load_checkpoint(model, folder / "checkpoint"),
+        "merged": lambda model: dora_fx.merged(model).__enter__(),
+        "iter_adapter": dora_fx.iter_adapter,
+        "iter_merged": dora_fx.iter_merged,
         "export_hf": lambda model: dora_fx.export_hf(model, folder / "adapter"),
         "import_hf": lambda model: dora_fx.import_hf(model, folder / "adapter"),
         "load_bridge_checkpoint": lambda model: dora_fx.load_bridge_checkpoint(

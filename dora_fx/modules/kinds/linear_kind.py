@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
-from dora_fx.function.placement import Layout
+from dora_fx.function.placement import Layout, ParameterPlacement
 
 BiasMode = Literal["none", "added", "returned"]
 
@@ -27,7 +27,8 @@ class LinearSpec:
         row_blocks: blocks of output rows that are sharded each on its own; 2 for the gate and up of a linear_fc1.
         tp_group: its tensor-parallel group, even of one rank; None for a layer that is not parallel.
         weight: W0, or this rank's shard; None for a layer that multiplies by a borrowed weight.
-        bias: "added" to the output, "returned" beside it, or "none".
+        bias: `[out]` or this rank's `[out/tp]`; None without one.
+        bias_mode: "added" to the output, "returned" beside it, or "none".
     """
 
     kind: type[LinearKind]
@@ -39,7 +40,8 @@ class LinearSpec:
     row_blocks: int
     tp_group: dist.ProcessGroup | None
     weight: nn.Parameter | None
-    bias: BiasMode
+    bias: nn.Parameter | None
+    bias_mode: BiasMode
 
     @property
     def tp_size(self) -> int:
@@ -54,6 +56,19 @@ class LinearSpec:
     def dim_multiple(self) -> int:
         """The adapter's rank is a multiple of it."""
         return self.tp_size if self.layout.gathers_lora_a else 1
+
+    @property
+    def weight_placement(self) -> ParameterPlacement:
+        """How the weight lies on the ranks."""
+        shape = (self.true_sizes[1], self.true_sizes[0])
+        dim = self.layout.weight_shard_dim
+        return ParameterPlacement(dim, self.row_blocks if dim == 0 else 1, shape, (self.out_features, self.in_features))
+
+    @property
+    def row_placement(self) -> ParameterPlacement:
+        """How a tensor of one value per output row, such as a bias, lies on the ranks."""
+        dim = 0 if self.layout.weight_shard_dim == 0 else None
+        return ParameterPlacement(dim, self.row_blocks, (self.true_sizes[1],), (self.out_features,))
 
     @property
     def true_sizes(self) -> tuple[int, int]:

@@ -30,7 +30,8 @@ class _MegatronLinear(LinearKind):
             row_blocks=_row_blocks(path, linear),
             tp_group=linear.tp_group,
             weight=linear.weight,
-            bias="none" if linear.bias is None else "returned" if linear.skip_bias_add else "added",
+            bias=linear.bias,
+            bias_mode="none" if linear.bias is None else "returned" if linear.skip_bias_add else "added",
         )
 
     @staticmethod

@@ -25,5 +25,6 @@ class TorchLinear(LinearKind):
             row_blocks=1,
             tp_group=None,
             weight=linear.weight,
-            bias="none" if linear.bias is None else "added",
+            bias=linear.bias,
+            bias_mode="none" if linear.bias is None else "added",
         )

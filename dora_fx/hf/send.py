@@ -1,0 +1,62 @@
+"""Named tensors from the ranks that hold them to all ranks, or to the first, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from dora_fx.ranks.exchange import gather_objects
+from dora_fx.ranks.groups import has_other_ranks, world_group
+
+
+def is_speaker() -> bool:
+    """Return whether this rank speaks for its pipeline stage, whose other ranks hold the same whole tensors."""
+    data_parallel_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and data_parallel_rank == 0
+
+
+def send_units(units: Iterable[Mapping[str, Tensor]], *, every_rank: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of all ranks, unit by unit, on every rank or on global rank 0 alone.
+
+    Args:
+        units: as many on every rank, in the same order. A rank that has nothing of a unit has an empty one; of the
+            ranks of a pipeline stage, which have the same, the speaker's is sent.
+        every_rank: else the other ranks get an empty stream; they take part all the same.
+    """
+    group = world_group()
+    for unit in units:
+        if not has_other_ranks(group):
+            yield from unit.items()
+            continue
+        own = dict(unit) if is_speaker() else {}
+        described = {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in own.items()}
+        for source, tensors in enumerate(gather_objects(described, group)):
+            for name, (shape, dtype, device_type) in tensors.items():
+                tensor = own[name] if dist.get_rank() == source else None
+                received = _send(tensor, source, shape, dtype, device_type, every_rank)
+                if received is not None:
+                    yield name, received
+
+
+def _send(
+    tensor: Tensor | None, source: int, shape: torch.Size, dtype: torch.dtype, device_type: str, every_rank: bool
+) -> Tensor | None:
+    rank = dist.get_rank()
+    if not every_rank and rank not in (source, 0):
+        return None
+    if tensor is None:
+        device = torch.cuda.current_device() if device_type == "cuda" else device_type
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+    if every_rank:
+        dist.broadcast(tensor, src=source)
+        return tensor
+    if source != 0:
+        if rank == source:
+            dist.send(tensor, dst=0)
+            return None
+        dist.recv(tensor, src=source)
+    return tensor
