@@ -51,11 +51,8 @@ def check_model_type(hf: HFArchitecture, base_fields: Mapping[str, Any], base_mo
 
 def warn_of_assumed_names(chunks: Sequence[nn.Module], model_type: str | None, base_model: str | None = None) -> None:
     """Log on global rank 0 whose names a model's layers are given, where nothing says that they are the right ones."""
-    if (
-        (dist.is_initialized() and dist.get_rank() != 0)
-        or model_type is not None
-        or noted_architecture_maybe(unwrap(chunks[0])) is not None
-    ):
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if not is_first or model_type is not None or noted_architecture_maybe(unwrap(chunks[0])) is not None:
         return
     if config_of_directory(base_model).get("model_type") not in SUPPORTED_MODEL_TYPES:
         logger.warning(
