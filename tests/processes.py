@@ -6,6 +6,7 @@ that earlier tests left, since the process that it is forked from runs none.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -65,6 +66,8 @@ def _enter_numbered(number: int, environment: Mapping[str, str], simdlen: int | 
 def _enter(
     environment: Mapping[str, str], simdlen: int | None, function: Callable[..., object], args: tuple[Any, ...]
 ) -> None:
+    # What was imported is no garbage; collections, and a search among all objects, take seconds in some tests with it.
+    gc.freeze()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
