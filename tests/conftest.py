@@ -13,6 +13,7 @@ import torch
 
 from dora_fx.megatron.world import megatron_world
 from tests.closeness import MARGINS
+from tests.processes import collect_seldom
 
 ErrorKey = tuple[str, str, str]
 ERRORS = pytest.StashKey[dict[ErrorKey, float]]()
@@ -55,6 +56,10 @@ def share_of(config: pytest.Config) -> tuple[int, int]:
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         raise pytest.UsageError(f"--slow-share: found {text!r}, expected I/N with I from 0 to N - 1")
     return int(part), int(parts)
+
+
+def pytest_collection_finish() -> None:
+    collect_seldom()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -37,6 +37,15 @@ _PRELOADED = [
 multiprocessing.get_context(_METHOD).set_forkserver_preload(_PRELOADED)
 
 
+def collect_seldom() -> None:
+    """Spare garbage collection, and searches among all objects, what was imported.
+
+    Compilers make many objects and little garbage. By Python's settings a seventh of their time goes to looking for it.
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
+
 def start_process(function: Callable[..., object], *args: Any) -> BaseProcess:
     """Start a process that calls a module-level function; its `exitcode` is 0, what `sys.exit` got, or -signal."""
     process = multiprocessing.get_context(_METHOD).Process(target=_enter, args=(*_surroundings(), function, args))
@@ -66,8 +75,7 @@ def _enter_numbered(number: int, environment: Mapping[str, str], simdlen: int | 
 def _enter(
     environment: Mapping[str, str], simdlen: int | None, function: Callable[..., object], args: tuple[Any, ...]
 ) -> None:
-    # What was imported is no garbage; collections, and a search among all objects, take seconds in some tests with it.
-    gc.freeze()
+    collect_seldom()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
