@@ -1,31 +1,76 @@
-"""Fixtures and options of every test, and the tables of errors at the end of a run."""
+"""Fixtures and options of every test, who runs which tests, and the tables of errors at the end of a run."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dora_fx.megatron.world import megatron_world
 from tests.closeness import MARGINS
+from tests.processes import collect_seldom
 
 ErrorKey = tuple[str, str, str]
 ERRORS = pytest.StashKey[dict[ErrorKey, float]]()
+# Memory for more is not to be expected: each imports everything, and so do the ranks that its tests start.
+MOST_WORKERS = 8
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--margins", action="store_true", help="print how near each test came to the bound of its errors")
     parser.addoption("--simdlen", type=int, help="bits of the vectors in Inductor's kernels; 1 for none")
+    parser.addoption("--slow-share", metavar="I/N", help="the quick tests, and the I-th of N parts of the slow ones")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ERRORS] = {}
     if config.getoption("simdlen") is not None:
         torch._inductor.config.cpp.simdlen = config.getoption("simdlen")
+    if config.getoption("slow_share") is not None:
+        share_of(config)
+        config.option.markexpr = ""
+    if os.environ.get("EXPECTTEST_ACCEPT") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("EXPECTTEST_ACCEPT: several processes would write the same files, expected -n 0")
     # The tensors of these tests are too small to share among threads; on a busy machine threads cost tenfold.
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process per core for whole folders; files and single tests are over before other processes have imported."""
+    names_folders = all(Path(argument).is_dir() for argument in config.args)
+    if not names_folders or os.environ.get("EXPECTTEST_ACCEPT"):
+        return 0
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def share_of(config: pytest.Config) -> tuple[int, int]:
+    """The I and N of `--slow-share`, I below N."""
+    text = config.getoption("slow_share")
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise pytest.UsageError(f"--slow-share: found {text!r}, expected I/N with I from 0 to N - 1")
+    return int(part), int(parts)
+
+
+def pytest_collection_finish() -> None:
+    collect_seldom()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("slow_share") is None:
+        return
+    part, parts = share_of(config)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    # Neighbours are alike, and alike in the time they take.
+    others = {item for number, item in enumerate(slow) if number % parts != part}
+    config.hook.pytest_deselected(items=list(others))
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +102,22 @@ def record_error(request: pytest.FixtureRequest) -> Callable[[str, str, torch.dt
         errors[key] = max(error, errors.get(key, 0.0))
 
     return record
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand what this process found to the one that prints it."""
+    sent = getattr(session.config, "workeroutput", None)
+    if sent is not None:
+        sent.update(errors=session.config.stash[ERRORS], margins=MARGINS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take what a worker found; one that crashed has sent nothing."""
+    sent = getattr(node, "workeroutput", {})
+    for found, table in ((sent.get("errors"), node.config.stash[ERRORS]), (sent.get("margins"), MARGINS)):
+        for key, error in (found or {}).items():
+            table[key] = max(error, table.get(key, 0.0))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,8 +1,8 @@
 """Compile with torch's caches in a folder, as a program: what another start of a training job finds there.
 
-    python -m tests.distributed.compile_in_new_processes NAME TP CACHE RESULTS
+    python -m tests.distributed.compile_in_new_processes RANK NAME TP CACHE RESULTS
 
-NAME is a key of `MODELS`. Each rank leaves what it computed and what the caches counted in RESULTS/RANK.
+is one of TP ranks. NAME is a key of `MODELS`. It leaves what it computed and what the caches counted in RESULTS/RANK.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
@@ -92,9 +91,9 @@ def compile_and_report(name: str, tp: int, folder: str) -> None:
     torch.save(report, Path(folder) / str(dist.get_rank()))
 
 
-def main(name: str, tp: str, cache: str, folder: str) -> None:
+def main(rank: str, name: str, tp: str, cache: str, folder: str) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-    mp.spawn(enter_rank, (compile_and_report, int(tp), int(tp), folder, (name, int(tp), folder)), nprocs=int(tp))
+    enter_rank(int(rank), compile_and_report, int(tp), int(tp), folder, (name, int(tp), folder))
 
 
 if __name__ == "__main__":

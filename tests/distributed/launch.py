@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing import ProcessRaisedException
 
 from dora_fx.megatron.world import megatron_world
+from tests.processes import run_processes
 
 
 def enter_rank(
@@ -56,7 +57,6 @@ def visit_worlds(visits: Sequence[tuple[Callable[..., Any], Any]], *args: Any) -
 
 
 def _visit(rank: int, visits: Sequence[tuple[Callable[..., Any], Any]], folder: str, args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
     for number, (function, layout) in enumerate(visits):
         if rank < layout.world_size:
             with _leaving_a_traceback(rank, folder), layout.world(rank, Path(folder) / str(number)):
@@ -72,21 +72,16 @@ def _leaving_a_traceback(rank: int, folder: str) -> Iterator[None]:
         raise
 
 
-def _with_simdlen(rank: int, simdlen: int | None, function: Callable[..., None], args: tuple[Any, ...]) -> None:
-    torch._inductor.config.cpp.simdlen = simdlen
-    function(rank, *args)
-
-
 def _spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, folder: str) -> None:
-    """Run a function in processes that compile as this one does, and raise what failed first.
+    """Run a function in processes, and raise what failed first.
 
     A process that fails lets the collectives of the others fail after it, and they may be seen to end before it.
     """
     try:
-        mp.spawn(_with_simdlen, (torch._inductor.config.cpp.simdlen, function, args), nprocs=nprocs)
-    except mp.ProcessRaisedException as error:
+        run_processes(function, args, nprocs)
+    except ProcessRaisedException as error:
         failures = sorted(Path(folder).glob("failure *"))
         if not failures:
             raise
         rank = int(failures[0].name.split()[-1])
-        raise mp.ProcessRaisedException(failures[0].read_text(), rank, error.error_pid) from None
+        raise ProcessRaisedException(failures[0].read_text(), rank, error.error_pid) from None

@@ -6,14 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from dora_fx.cli.main import main
 from tests.closeness import assert_close, rounding
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP
 from tests.hf_models import adapter_of, finetune_inputs, tiny_tokenizer
+from tests.processes import start_process
 
 # Three query groups: two ranks need a fourth, which is padding.
 GROUPS = 3
@@ -27,17 +32,39 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return finetune_inputs(tmp_path_factory.mktemp("inputs"), *options, num_key_value_heads=GROUPS)
 
 
-def finetune(tp: int, *arguments: object, expect: int = 0) -> str:
-    """Run the command in `tp` processes; returns what all of them wrote."""
-    command = [sys.executable, "-m"]
-    if tp > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={tp}", "-m", "--"]
-    return output_of([*command, "dora_fx.cli.main", "finetune", *map(str, arguments)], expect)
+def finetune(tp: int, *arguments: object, of_rank_1: Sequence[str] = (), expect: int = 0) -> str:
+    """Run the command in `tp` processes with the surroundings that torchrun gives; returns what all of them wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        # torchrun's agent holds the store, too.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        own = [["finetune", *map(str, arguments), *of_rank] for of_rank in ((), of_rank_1)[:tp]]
+        ranks = [start_process(be_rank, rank, tp, store.port, output, own[rank]) for rank in range(tp)]
+        for rank in ranks:
+            rank.join(timeout=240)
+        codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+        text = output.read_text()
+    assert codes == [expect] * tp, f"{codes}: {text}"
+    return text
 
 
-def output_of(command: list[str], expect: int) -> str:
+def be_rank(rank: int, world_size: int, port: int, output: Path, arguments: list[str]) -> None:
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with output.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.exit(main(arguments))
+
+
+def torchrun(*command: str, expect: int = 0) -> str:
+    """Run a command in two processes that torchrun starts; returns what all of them wrote."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    done = subprocess.run(start, capture_output=True, text=True, timeout=240, env=environment)
     text = done.stdout + done.stderr
     assert (done.returncode == 0) == (expect == 0), text
     return text
@@ -70,7 +97,8 @@ def assert_same_run(found: Path, expected: Path) -> None:
 def test_two_ranks_train_what_one_trains(inputs, one_process, tmp_path, sequence_parallel):
     run = tmp_path / "run"
     flags = ["--sequence-parallel"] if sequence_parallel else []
-    text = finetune(2, *inputs, "--steps", STEPS, "--run", run, "--tp", 2, *flags)
+    arguments = map(str, [*inputs, "--steps", STEPS, "--run", run, "--tp", 2, *flags])
+    text = torchrun("-m", "--", "dora_fx.cli.main", "finetune", *arguments)
     assert text.count("held-out loss at step 0") == 1
     assert_same_run(run, one_process)
 
@@ -83,20 +111,20 @@ def test_a_run_resumes_at_another_tensor_parallel_size(inputs, one_process, tmp_
     assert_same_losses(run, one_process)
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--dim $((8 + 8 * RANK))", "rank 1 differs from rank 0: dim is 16 and 8"),
-        # Found by rank 1 alone, while rank 0 waits for it in a collective.
-        ("--sequence-length $((32 + 100000 * RANK))", "dora-fx, rank 1: error: --sequence-length: found 100032"),
-    ],
-    ids=["configuration", "failure"],
-)
-def test_a_rank_that_differs_ends_the_run_with_its_error(inputs, tmp_path, option, message):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    script = f'exec {sys.executable} -m dora_fx.cli.main finetune "$@" {option}'
+def test_a_rank_that_was_told_something_else_ends_the_run(inputs, tmp_path):
+    run = tmp_path / "run"
+    # The last of an option counts.
+    text = finetune(2, *inputs, "--run", run, "--tp", 2, of_rank_1=["--dim", "16"], expect=2)
+    assert "rank 1 differs from rank 0: dim is 16 and 8" in text
+    assert not run.exists()
+
+
+def test_a_rank_that_fails_alone_ends_the_run_with_its_error(inputs, tmp_path):
+    """Rank 0 waits for it in a collective."""
+    script = f'exec {sys.executable} -m dora_fx.cli.main finetune "$@" --sequence-length $((32 + 100000 * RANK))'
     arguments = map(str, [*inputs, "--run", tmp_path / "run", "--tp", 2])
-    assert message in output_of([*torchrun, "--", "bash", "-c", script, "finetune", *arguments], expect=2)
+    text = torchrun("--no-python", "--", "bash", "-c", script, "finetune", *arguments, expect=2)
+    assert "dora-fx, rank 1: error: --sequence-length: found 100032" in text
     assert not (tmp_path / "run").exists()
 
 

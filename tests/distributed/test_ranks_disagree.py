@@ -19,6 +19,7 @@ import dora_fx
 from dora_fx.backend import dora_fx as dora_fx_backend
 from tests.distributed.launch import enter_rank, run_ranks
 from tests.distributed.zoo import FFN, HIDDEN, Topology, make_config
+from tests.processes import start_process
 
 
 def row_model(dim: int = 4) -> nn.Module:
@@ -121,12 +122,7 @@ def test_all_ranks_draw_from_the_seed_of_the_first():
 
 def test_a_killed_rank_ends_the_others():
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
-        ranks = [
-            context.Process(target=enter_rank, args=(rank, die_in_the_second_step, 2, 2, folder, ())) for rank in (0, 1)
-        ]
-        for rank in ranks:
-            rank.start()
+        ranks = [start_process(enter_rank, rank, die_in_the_second_step, 2, 2, folder, ()) for rank in (0, 1)]
         for rank in ranks:
             rank.join(timeout=120)
         assert ranks[1].exitcode == -signal.SIGKILL

@@ -8,8 +8,8 @@ import io
 import json
 import os
 import pickle
+import resource
 import signal
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import Metadata
+
+from tests.processes import start_process
 
 MANIFEST, METADATA, COMMON, DATA = "dora_fx.json", ".metadata", "common.pt", "__0_0.distcp"
 _NO_MEMORY = 9
@@ -107,20 +109,27 @@ def is_endless(code: str, *arguments: object, seconds: int = 2, mebibytes: int =
         code: imports, a line `pass`, and what is tried; limits count from the `pass`.
         arguments: `sys.argv[1:]` of the process.
     """
-    imports, tried = code.split("\npass\n")
-    limits = f"""
-import resource, sys
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + ({mebibytes} << 20),) * 2)
-now = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-resource.setrlimit(resource.RLIMIT_CPU, (now + {seconds}, now + {seconds} + 1))
-"""
-    ended = f"except BaseException as error:\n    sys.exit({_NO_MEMORY} if 'memory' in repr(error).lower() else 0)\n"
-    script = "\n".join((imports, limits, "try:", *(f"    {line}" for line in tried.splitlines()), ended))
-    command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=patience)
-    except subprocess.TimeoutExpired:
+    process = start_process(_try_within_limits, code, list(map(str, arguments)), seconds, mebibytes)
+    process.join(patience)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
         return True
-    assert done.returncode in (0, _NO_MEMORY, -signal.SIGXCPU), done.stderr
-    return done.returncode != 0
+    assert process.exitcode in (0, _NO_MEMORY, -signal.SIGXCPU)
+    return process.exitcode != 0
+
+
+def _try_within_limits(code: str, arguments: list[str], seconds: int, mebibytes: int) -> None:
+    """End this process with an exit code that tells whether the code ran out of memory."""
+    imports, tried = code.split("\npass\n")
+    sys.argv[1:] = arguments
+    names: dict[str, Any] = {}
+    exec(imports, names)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20),) * 2)
+    now = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+    resource.setrlimit(resource.RLIMIT_CPU, (now + seconds, now + seconds + 1))
+    try:
+        exec(tried, names)
+    except BaseException as error:
+        os._exit(_NO_MEMORY if "memory" in repr(error).lower() else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,36 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.checkpoint.plain import read_adapters
 from dora_fx.megatron.world import megatron_world
+from tests.processes import start_process
 from tests.unit.checkpoints import adapted, are_equal, leftovers, loaded, values
 
 OLD, NEW, NEXT = 1, 2, 3
 FILE_EVENTS = ("open", "os.mkdir", "os.chmod", "os.rename", "os.remove", "os.rmdir", "os.listdir", "shutil.rmtree")
 
 
-@pytest.fixture(scope="module")
-def children() -> Any:
-    """Makes processes that are forked from one that has imported everything and started no thread."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.unit.checkpoints"])
-    return context
-
-
-def run(children: Any, function: Callable[..., object], *args: object) -> int:
-    """Run a function in a child; returns its exit code, negative for the signal that ended it."""
-    child = children.Process(target=function, args=args)
-    child.start()
+def run(function: Callable[..., object], *args: object) -> int | None:
+    """Run a function in a process; returns its exit code, negative for the signal that ended it."""
+    child = start_process(function, *args)
     child.join()
     return child.exitcode
 
 
 def save(path: Path, seed: int, die_at: tuple[int, tuple[str, ...]] | None = None) -> None:
-    torch.set_num_threads(1)
     with megatron_world():
         model = adapted(seed)
         if die_at is not None:
@@ -52,7 +41,6 @@ def save(path: Path, seed: int, die_at: tuple[int, tuple[str, ...]] | None = Non
 
 
 def save_again_and_again(path: Path, seed: int, times: int) -> None:
-    torch.set_num_threads(1)
     with megatron_world():
         model = adapted(seed)
         for _ in range(times):
@@ -80,16 +68,14 @@ def die_at_event(number: int, kinds: tuple[str, ...], folder: Path) -> None:
     sys.addaudithook(hook)
 
 
-def saves_killed_at_every_event(
-    children: Any, folder: Path, kinds: tuple[str, ...], *, replacing: bool
-) -> Iterator[Path]:
+def saves_killed_at_every_event(folder: Path, kinds: tuple[str, ...], *, replacing: bool) -> Iterator[Path]:
     """The checkpoint's path after a save that was killed at the first event, the second, ..., and at none."""
     for number in range(1000):
         path = folder / str(number) / "checkpoint"
         path.parent.mkdir(parents=True)
         if replacing:
             shutil.copytree(folder / "good", path)
-        code = run(children, save, path, NEW, (number, kinds))
+        code = run(save, path, NEW, (number, kinds))
         assert code in (0, -signal.SIGKILL)
         yield path
         if code == 0:
@@ -102,9 +88,9 @@ def saves_killed_at_every_event(
 @pytest.mark.parametrize(
     "kinds", [("os.mkdir", "os.rename", "shutil.rmtree"), pytest.param(FILE_EVENTS, marks=pytest.mark.slow)]
 )
-def test_killed_at_any_point(children: Any, tmp_path: Path, kinds: tuple[str, ...], replacing: bool) -> None:
-    assert run(children, save, tmp_path / "good", OLD) == 0
-    paths = list(saves_killed_at_every_event(children, tmp_path, kinds, replacing=replacing))
+def test_killed_at_any_point(tmp_path: Path, kinds: tuple[str, ...], replacing: bool) -> None:
+    assert run(save, tmp_path / "good", OLD) == 0
+    paths = list(saves_killed_at_every_event(tmp_path, kinds, replacing=replacing))
     outcomes = []
     with megatron_world():
         old, new, following = values(adapted(OLD)), values(adapted(NEW)), values(adapted(NEXT))
@@ -236,12 +222,10 @@ def test_extra_that_cannot_be_saved_or_loaded(tmp_path: Path, world: None, extra
     assert are_equal(loaded(path), values(adapted(OLD)))
 
 
-def test_two_savers_and_a_loader_at_once(children: Any, tmp_path: Path) -> None:
+def test_two_savers_and_a_loader_at_once(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    assert run(children, save, path, OLD) == 0
-    savers = [children.Process(target=save_again_and_again, args=(path, seed, 10)) for seed in (OLD, NEW)]
-    for saver in savers:
-        saver.start()
+    assert run(save, path, OLD) == 0
+    savers = [start_process(save_again_and_again, path, seed, 10) for seed in (OLD, NEW)]
     seen = {OLD: 0, NEW: 0}
     with megatron_world():
         expected = {seed: values(adapted(seed)) for seed in (OLD, NEW)}

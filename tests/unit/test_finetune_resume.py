@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.finetune_runs import finetune, rows, step_of
 from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint
+from tests.processes import start_process
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,6 @@ def finetune_and_die(number: int, run: Path, arguments: list[str]) -> None:
             if seen == number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.set_num_threads(1)
     sys.addaudithook(hook)
     sys.exit(finetune(*arguments, "--run", run))
 
@@ -116,12 +115,9 @@ def test_a_run_that_is_killed_in_a_save_resumes_from_the_one_before(
     whole = tmp_path / "whole"
     options = [*inputs, "--steps", "4", "--save-every", "1", "--dropout", "0.1"]
     assert finetune(*options, "--run", whole) == 0
-    children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["tests.unit.test_finetune_resume"])
     for number, saved in ((1, None), (2, 1), (3, 1), (6, 3)):
         run = tmp_path / f"killed at rename {number}"
-        child = children.Process(target=finetune_and_die, args=(number, run, options))
-        child.start()
+        child = start_process(finetune_and_die, number, run, options)
         child.join()
         assert child.exitcode == -signal.SIGKILL
         capsys.readouterr()
