@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -60,6 +61,11 @@ def share_of(config: pytest.Config) -> tuple[int, int]:
 
 def pytest_collection_finish() -> None:
     collect_seldom()
+
+
+def pytest_unconfigure() -> None:
+    # The interpreter ends without what is frozen, and extensions report it as leaked.
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
