@@ -45,6 +45,7 @@ def make_variants(options: argparse.Namespace, device: str) -> dict[str, tuple[n
         "dora_fx, norm every call": (mlp(with_dora), every_call),
         "dora_fx eager": (mlp(with_dora), None),
         "dora_fx under Inductor": (mlp(with_dora), inductor),
+        "LoRA eager": (mlp(with_lora), None),
         "PEFT DoRA eager": (with_peft(PlainGatedMLP(*sizes), options.dim, TARGETS), None),
     }
     if HAS_BRIDGE:
