@@ -91,7 +91,7 @@ def test_a_prompt_without_a_token_or_not_in_utf8_is_refused() -> None:
         ("a.txt", b"\xfe\xff\x00a", "found UTF-16"),
         ("a.txt", "plain text".encode("utf-32"), "found UTF-32"),
         ("a.txt", b"text\n\0\0\1\2binary", "line 2: found a NUL character"),
-        ("a.txt", gzip.compress(b"text"), "found a gzip file, expected text in UTF-8; unpack it"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "found a gzip file, expected text in UTF-8; unpack it"),
         ("a.jsonl", b"PK\x03\x04...", "found a zip file"),
         ("a.jsonl", b"PAR1....", "found a Parquet file"),
         ("a.txt", b"one\ntwo\ncaf\xe9", "line 3: not UTF-8 at byte 11"),
