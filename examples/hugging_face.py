@@ -2,8 +2,8 @@
 
     python examples/hugging_face.py OUT [BASE]
 
-OUT is a new folder for the adapter. BASE is a directory or a GGUF file of a Llama, Mistral, Qwen2, Qwen3 or Phi-3 model.
-Without one, a tiny Llama with random weights learns random tokens.
+OUT is a new folder for the adapter. BASE is a directory or a GGUF file of a Llama, Mistral, Qwen2, Qwen3 or Phi-3
+model. Without one, a tiny Llama with random weights learns random tokens.
 """
 
 from __future__ import annotations

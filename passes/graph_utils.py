@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 
 from dora_fx import version
@@ -99,7 +100,8 @@ def _describe_like(node: fx.Node, model: fx.Node) -> None:
         if key in model.meta:
             node.meta[key] = model.meta[key]
     args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
-    with _mode_of(model):
+    # As Dynamo does; without it torch 2.11 has no products of symbolic sizes.
+    with _mode_of(model), enable_python_dispatcher():
         if node.op == "call_method":
             node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
