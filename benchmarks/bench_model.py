@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from variants import with_dora, with_lora, with_peft
 
 import dora_fx
+from dora_fx.compilation import like_a_layer_output
 from dora_fx.megatron.world import megatron_world
 from dora_fx.models import build_gpt_model, causal_mask
 
@@ -123,20 +124,14 @@ def compile_layers(model: Any, options: argparse.Namespace, settings: dict[str, 
     if settings["backend"] == "dora_fx":
         dora_fx.compile_model(model, **settings.get("options", {}))
     else:
-        # What `compile_model` does for its own backend.
-        model.embedding.register_forward_hook(_with_gradient)
+        # As `compile_model` does for its own backend.
+        model.embedding.register_forward_hook(like_a_layer_output)
         for layer in model.decoder.layers:
             layer.compile(fullgraph=True, **settings)
     for layer in model.decoder.layers:
         if options.recompute:
             compiled = layer.forward
             layer.forward = lambda *args, f=compiled, **kwargs: checkpoint(f, *args, use_reentrant=False, **kwargs)
-
-
-def _with_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    """Give the first layer's input the strides and the gradient of the others', so that one graph serves all."""
-    output = output.clone(memory_format=torch.contiguous_format)
-    return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
 def measure(options: argparse.Namespace, device: str) -> dict[str, Comparison]:

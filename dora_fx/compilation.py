@@ -36,7 +36,7 @@ def compile_model(
     - the embedding's output is copied, for with one sequence in the batch it is a view, which Megatron copies in a way
       that Dynamo does not trace; with `scope="layer"` it also gets a gradient, as the input of all other layers has
       one, at the price of one layer's gradient of its input;
-    - Megatron's buffer for attention scores is allocated before the compiled code that writes into it runs.
+    - with `scope="layer"`, Megatron's buffer for attention scores is allocated before compiled code writes into it.
 
     Compiling changes settings of Dynamo for the whole process, see `megatron.dynamo_settings`; importing `dora_fx` and
     attaching adapters do not.
@@ -85,20 +85,20 @@ def _check_compilable(chunk: nn.Module, scope: Scope) -> None:
 
 def _compile_chunk(chunk: nn.Module, scope: Scope, settings: dict[str, Any]) -> None:
     _compiled.add(chunk)
-    chunk.register_forward_pre_hook(_allocate_buffers, with_kwargs=True)
-    embedding_hook = _as_a_fresh_tensor if scope == "model" else _like_a_layer_output
+    embedding_hook = as_a_fresh_tensor if scope == "model" else like_a_layer_output
     for named in walk(chunk):
         if isinstance(named.module, LanguageModelEmbedding):
             named.module.register_forward_hook(embedding_hook)
     if scope == "model":
-        # The chunk's own hooks stay outside of the graph.
-        chunk.forward = torch.compile(chunk.forward, **settings)
+        # Growing buffers are part of the graph then, at no more recompilations.
+        chunk.compile(**settings)
         return
+    chunk.register_forward_pre_hook(_allocate_buffers, with_kwargs=True)
     for layer in _layers(chunk):
         layer.compile(**settings)
 
 
-def _as_a_fresh_tensor(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def as_a_fresh_tensor(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """Copy the hidden states, which with one sequence in the batch are a view: a transposed embedding.
 
     Megatron would copy a view itself, through `torch.empty(..., requires_grad=True)`, which Dynamo does not trace.
@@ -106,12 +106,12 @@ def _as_a_fresh_tensor(module: nn.Module, inputs: Any, output: Tensor) -> Tensor
     return output.clone(memory_format=torch.contiguous_format)
 
 
-def _like_a_layer_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def like_a_layer_output(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """Give the first layer's input what the other layers' inputs have, so that one graph serves them all.
 
     That is a gradient, which a frozen embedding does not ask for, and the strides of a tensor that is no view.
     """
-    output = _as_a_fresh_tensor(module, inputs, output)
+    output = as_a_fresh_tensor(module, inputs, output)
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 

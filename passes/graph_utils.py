@@ -100,7 +100,7 @@ def _describe_like(node: fx.Node, model: fx.Node) -> None:
         if key in model.meta:
             node.meta[key] = model.meta[key]
     args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
-    # As Dynamo does; without it torch 2.11 has no products of symbolic sizes.
+    # As Dynamo does: not every torch has shapes of products of symbolic sizes otherwise.
     with _mode_of(model), enable_python_dispatcher():
         if node.op == "call_method":
             node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)

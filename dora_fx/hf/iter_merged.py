@@ -114,6 +114,8 @@ def _units(
 
 def _linear_unit(linear: NamedLinear, parts: HFParts, vocabulary: int | None, dtype: torch.dtype | None) -> Unit:
     spec, path = linear.describe(), linear.whole_path
+    if spec.weight is None and not isinstance(linear.module, DoRALinear):
+        raise ValueError(f"{path}: the layer has no weight of its own and is not tied to the embedding")
     true_rows = spec.true_sizes[1]
     num_rows = true_rows if path != OUTPUT_LAYER or vocabulary is None else vocabulary
     rows = parts.rows(path, num_rows)

@@ -48,15 +48,15 @@ def _send(
     rank = dist.get_rank()
     if not every_rank and rank not in (source, 0):
         return None
-    if tensor is None:
-        device = torch.cuda.current_device() if device_type == "cuda" else device_type
-        tensor = torch.empty(shape, dtype=dtype, device=device)
+    # NCCL sends nothing but what is on its device.
+    on_cuda = device_type == "cuda" or dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device(device_type)
+    sent = torch.empty(shape, dtype=dtype, device=device) if tensor is None else tensor.to(device)
     if every_rank:
-        dist.broadcast(tensor, src=source)
-        return tensor
-    if source != 0:
+        dist.broadcast(sent, src=source)
+    elif source != 0:
         if rank == source:
-            dist.send(tensor, dst=0)
+            dist.send(sent, dst=0)
             return None
-        dist.recv(tensor, src=source)
-    return tensor
+        dist.recv(sent, src=source)
+    return sent.to(device_type)

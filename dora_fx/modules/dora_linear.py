@@ -94,7 +94,7 @@ class DoRALinear(BaseAttributes):
         if torch.compiler.is_compiling():
             _prepare_trace()
         adapter = self.adapter
-        layout_name = self.kind.call_layout(self.to_wrap, adapter.layout_name, *args, **kwargs)
+        layout_name = self.kind.layout_name(self.to_wrap, *args, **kwargs)
         if not torch.compiler.is_compiling() and self.kind.is_product_alone(self.to_wrap):
             base_output, beside = None, self.kind.returned_beside_output(self.to_wrap)
         else:

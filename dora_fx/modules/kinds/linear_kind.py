@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,6 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from dora_fx.function.placement import Layout, ParameterPlacement
-
-BiasMode = Literal["none", "added", "returned"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,6 @@ class LinearSpec:
         tp_group: its tensor-parallel group, even of one rank; None for a layer that is not parallel.
         weight: W0, or this rank's shard; None for a layer that multiplies by a borrowed weight.
         bias: `[out]` or this rank's `[out/tp]`; None without one.
-        bias_mode: "added" to the output, "returned" beside it, or "none".
     """
 
     kind: type[LinearKind]
@@ -41,7 +39,6 @@ class LinearSpec:
     tp_group: dist.ProcessGroup | None
     weight: nn.Parameter | None
     bias: nn.Parameter | None
-    bias_mode: BiasMode
 
     @property
     def tp_size(self) -> int:
@@ -76,7 +73,7 @@ class LinearSpec:
         return self.in_features - self.padded_in_features, self.out_features - self.padded_out_features
 
 
-class LinearKind:
+class LinearKind(ABC):
     """One kind of linear layer: a class of modules, and how such a module is described and called.
 
     Kinds are classes without instances; nothing in the package but they reads attributes of a linear layer. They are
@@ -86,18 +83,18 @@ class LinearKind:
     linear_class: ClassVar[type[nn.Module]]
 
     @classmethod
+    @abstractmethod
     def describe(cls, path: str, linear: Any) -> LinearSpec:
         """Describe a layer of this kind, or refuse it.
 
         Raises:
             ValueError, TypeError: naming the path, what was found and what was expected.
         """
-        raise NotImplementedError
 
     @staticmethod
-    def call_layout(linear: Any, layout_name: str) -> str:
-        """The layout of one call. A kind whose calls take more than the input takes it here too."""
-        return layout_name
+    @abstractmethod
+    def layout_name(linear: Any) -> str:
+        """The layout of a call now. A kind whose calls take more than the input takes it here too."""
 
     @staticmethod
     def added_bias(linear: Any) -> torch.Tensor | None:

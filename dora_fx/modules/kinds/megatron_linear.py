@@ -21,7 +21,7 @@ class _MegatronLinear(LinearKind):
             )
         return LinearSpec(
             kind=cls,
-            layout=LAYOUTS[cls._layout_name(linear)],
+            layout=LAYOUTS[cls.layout_name(linear)],
             in_features=linear.input_size,
             out_features=linear.output_size,
             # Set by `models.build_gpt_model` on layers that it pads.
@@ -31,12 +31,7 @@ class _MegatronLinear(LinearKind):
             tp_group=linear.tp_group,
             weight=linear.weight,
             bias=linear.bias,
-            bias_mode="none" if linear.bias is None else "returned" if linear.skip_bias_add else "added",
         )
-
-    @staticmethod
-    def _layout_name(linear: Any) -> str:
-        raise NotImplementedError
 
     @staticmethod
     def added_bias(linear: Any) -> torch.Tensor | None:
@@ -62,20 +57,10 @@ class ColumnParallel(_MegatronLinear):
     linear_class = ColumnParallelLinear
 
     @staticmethod
-    def _layout_name(linear: Any) -> str:
-        return _column_layout_name(linear, linear.gather_output)
-
-    @staticmethod
-    def call_layout(
-        linear: Any,
-        layout_name: str,
-        weight: torch.Tensor | None = None,
-        runtime_gather_output: bool | None = None,
-    ) -> str:
+    def layout_name(linear: Any, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None) -> str:
         # Megatron switches sequence parallelism and gathering of an output layer for a call; parameters stay.
-        return _column_layout_name(
-            linear, linear.gather_output if runtime_gather_output is None else runtime_gather_output
-        )
+        gathers = linear.gather_output if runtime_gather_output is None else runtime_gather_output
+        return f"column{'_sequence_parallel' * linear.sequence_parallel}{'_gather_output' * gathers}"
 
 
 class RowParallel(_MegatronLinear):
@@ -84,18 +69,10 @@ class RowParallel(_MegatronLinear):
     linear_class = RowParallelLinear
 
     @staticmethod
-    def _layout_name(linear: Any) -> str:
+    def layout_name(linear: Any) -> str:
         if not linear.input_is_parallel:
             return "row_split_input"
         return "row_sequence_parallel" if linear.sequence_parallel else "row"
-
-    @staticmethod
-    def call_layout(linear: Any, layout_name: str) -> str:
-        return RowParallel._layout_name(linear)
-
-
-def _column_layout_name(linear: Any, gathers: bool) -> str:
-    return f"column{'_sequence_parallel' * linear.sequence_parallel}{'_gather_output' * gathers}"
 
 
 def _row_blocks(path: str, linear: Any) -> int:

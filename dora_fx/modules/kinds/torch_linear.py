@@ -17,7 +17,7 @@ class TorchLinear(LinearKind):
     def describe(cls, path: str, linear: Any) -> LinearSpec:
         return LinearSpec(
             kind=cls,
-            layout=LAYOUTS["replicated"],
+            layout=LAYOUTS[cls.layout_name(linear)],
             in_features=linear.in_features,
             out_features=linear.out_features,
             padded_in_features=0,
@@ -26,5 +26,8 @@ class TorchLinear(LinearKind):
             tp_group=None,
             weight=linear.weight,
             bias=linear.bias,
-            bias_mode="none" if linear.bias is None else "added",
         )
+
+    @staticmethod
+    def layout_name(linear: Any) -> str:
+        return "replicated"
