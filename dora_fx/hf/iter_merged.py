@@ -15,12 +15,7 @@ from dora_fx.hf.base_names import warn_of_assumed_names
 from dora_fx.hf.layers import NamedLinear, gpt_config, named_architecture, named_linears, true_vocabulary
 from dora_fx.hf.send import send_units
 from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap, walk
-from dora_fx.models.hf_architectures import (
-    EMBEDDING_WEIGHT,
-    FINAL_NORM_WEIGHT,
-    LAYERS,
-    OUTPUT_LAYER,
-)
+from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.modules.kinds import LinearSpec
@@ -164,7 +159,7 @@ def _other_unit(
 
     def compute() -> dict[str, Tensor]:
         if path != _EMBEDDING:
-            return {names[path]: _cast(weight, dtype)}
+            return {names[path]: _cast(weight, dtype).clone()}
         group = parallel_state.get_tensor_model_parallel_group()
         shape = (weight.shape[0] * group.size(), weight.shape[1])
         placement = ParameterPlacement(0, 1, (vocabulary or shape[0], shape[1]), shape)

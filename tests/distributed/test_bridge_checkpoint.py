@@ -25,6 +25,8 @@ from tests.models import sites, tiny_gpt
 
 WRITERS: dict[str, Callable[[Path], Values]] = {"by_hand": save_by_hand, "megatron_bridge": save_with_bridge}
 
+# Its package asks for versions of other packages that these tests do not run with. What is saved by hand has the same
+# keys, shapes and order of rows.
 needs_bridge = pytest.mark.skipif(not HAS_BRIDGE, reason="megatron-bridge is not installed")
 
 

@@ -60,6 +60,8 @@ def test_merged_weights_are_those_of_merge(kind: str, dtype: torch.dtype) -> Non
     assert_equal(state(model), before)
     assert found.keys() == hf.state_dict().keys() - ({"lm_head.weight"} if hf.config.tie_word_embeddings else set())
     assert {tensor.dtype for tensor in found.values()} == {dtype}
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert own.isdisjoint(tensor.data_ptr() for tensor in found.values())
     rebuilt = build_gpt_model(hf.config, found, dtype=dtype)
     assert_equal(state(rebuilt), state(dora_fx.merge(model)))
 
