@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -15,7 +14,7 @@ from dora_fx.hf.base_names import warn_of_assumed_names
 from dora_fx.hf.layers import NamedLinear, gpt_config, named_architecture, named_linears, true_vocabulary
 from dora_fx.hf.send import send_units
 from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap, walk
-from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER
+from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER, HFArchitecture
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.modules.kinds import LinearSpec
@@ -66,14 +65,19 @@ def iter_merged(
     except (ValueError, TypeError) as error:
         problem = str(error)
     raise_on_every_rank(problem, world_group())
-    if not any(gather_objects(len(adapted), world_group())):
+    found = gather_objects((len(adapted), set(units)), world_group())
+    if not any(num_adapted for num_adapted, _ in found):
         raise ValueError(NOTHING_ADAPTED)
+    names = [_EMBEDDING, *_layer_modules(hf, config.num_layers), _FINAL_NORM]
+    names += [] if unwrap(chunks[0]).share_embeddings_and_output_weights else [OUTPUT_LAYER]
+    missing = [name for name in names if not any(name in held for _, held in found)]
+    if missing:
+        raise ValueError(f"{missing[0]}: found no such layer, expected one as in models of type {hf.model_type}")
     warn_of_assumed_names(chunks, model_type)
-    names = [_EMBEDDING, *_layer_modules(hf, config.num_layers), _FINAL_NORM, OUTPUT_LAYER]
     return send_units((units[name]() if name in units else {} for name in names), every_rank=every_rank)
 
 
-def _layer_modules(hf: Any, num_layers: int) -> Iterator[str]:
+def _layer_modules(hf: HFArchitecture, num_layers: int) -> Iterator[str]:
     for index in range(num_layers):
         yield from (f"decoder.layers.{index}.{name}" for name in (*hf.norms, *hf.linears))
 
@@ -115,8 +119,11 @@ def _linear_unit(linear: NamedLinear, parts: HFParts, vocabulary: int | None, dt
     num_rows = true_rows if path != OUTPUT_LAYER or vocabulary is None else vocabulary
     rows = parts.rows(path, num_rows)
     bias = spec.bias
-    if bias is not None and not parts.has_bias(path):
-        raise ValueError(f"{path}.bias: found a bias, expected none as in models of type {parts.hf.model_type}")
+    if (bias is not None) != parts.has_bias(path):
+        found, expected = ("a", "none") if bias is not None else ("no", "one")
+        raise ValueError(
+            f"{path}.bias: found {found} bias, expected {expected} as in models of type {parts.hf.model_type}"
+        )
 
     def compute() -> dict[str, Tensor]:
         tensors = {"weight": _whole_weight(linear, spec, dtype)}

@@ -107,6 +107,19 @@ def test_refusals_come_at_once() -> None:
         dora_fx.iter_merged(more)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("qwen2", r"decoder.layers.0.self_attention.linear_qkv.bias: found no bias, expected one as in models of type"),
+        ("qwen3", r"decoder.layers.0.self_attention.q_layernorm: found no such layer, expected one as in models of"),
+    ],
+)
+def test_what_a_model_of_that_type_has_is_missed(model_type: str, message: str) -> None:
+    model = dora_fx.DoRA(GPT_TARGETS, dim=4)(tiny_gpt())
+    with pytest.raises(ValueError, match=message):
+        dora_fx.iter_merged(model, model_type=model_type)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_merged_for_a_while(fails: bool) -> None:
     model = adapted_megatron(tiny_hf_model("llama"))
