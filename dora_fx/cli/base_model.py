@@ -14,6 +14,7 @@ from dora_fx.cli.memory import fitting_in_memory
 from dora_fx.cli.options import ModelOptions
 from dora_fx.cli.smollm2 import fetch_smollm2
 from dora_fx.models import HFCheckpoint, build_gpt_model, load_hf_checkpoint
+from dora_fx.models.specs import Spec, check_spec, default_spec
 
 _SMALLER_BASE = "take a smaller base, or --dtype bf16"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,8 +54,18 @@ def load_checkpoint(path: Path, dtype: torch.dtype) -> HFCheckpoint:
         raise UserError(f"--base {path}: {error}") from error
 
 
-def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: str) -> Any:
-    """The Megatron GPTModel with the checkpoint's weights; raises UserError for what it does not support."""
+def resolve_spec(options: ModelOptions, device: str) -> Spec:
+    """The spec that `--spec` names; raises UserError where what it needs is not installed."""
+    spec = default_spec(device) if options.spec == "auto" else options.spec
+    try:
+        check_spec(spec)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    return spec
+
+
+def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: str, spec: Spec) -> Any:
+    """The Megatron model with the checkpoint's weights; raises UserError for what it does not support."""
     try:
         with fitting_in_memory(f"--base {checkpoint.path}", _SMALLER_BASE):
             return build_gpt_model(
@@ -63,6 +74,7 @@ def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: st
                 dtype=DTYPES[options.dtype],
                 device=device,
                 sequence_parallel=options.sequence_parallel,
+                spec=spec,
             )
     except ValueError as error:
         raise UserError(f"--base: {error}") from error

@@ -14,7 +14,7 @@ import torch
 import dora_fx
 from dora_fx import DoRA
 from dora_fx.attach.report import DoRAReport
-from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base
+from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base, resolve_spec
 from dora_fx.cli.data import demo_documents, read_documents
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.memory import fitting_in_memory
@@ -64,6 +64,7 @@ def run(parsed: dict[str, Any]) -> int:
     dora = _dora(options)
     documents = _documents(options)
     device = _device(options)
+    spec = resolve_spec(options, device)
     display = Display(quiet=not ranks.is_main)
     stop = StopSignals(agree=ranks.largest)
     with stop.installed(), ranks.world(device, options.seed, options.tp):
@@ -73,16 +74,16 @@ def run(parsed: dict[str, Any]) -> int:
         tokenizer = BaseTokenizer(path, checkpoint.tokenizer, checkpoint.config.vocab_size)
         text = training_text(options, documents, tokenizer, checkpoint.config, device)
         blocks = text.blocks
-        ranks.check_agreement(saved_options(options) | {"text": blocks.fingerprint, **_versions()})
+        ranks.check_agreement(saved_options(options) | {"spec": spec, "text": blocks.fingerprint, **_versions()})
         with display.phase("building the Megatron model"):
-            model = build_base_model(checkpoint, options, device)
+            model = build_base_model(checkpoint, options, device, spec)
         report = _adapt(dora, model)
         if options.compile != "none":
             dora_fx.compile_model(model, options.compile, inner_compiler=options.inner_compiler)
         display.say(
             f"text: {blocks.num_tokens:,} tokens; {len(blocks.train)} training sequences and "
             f"{len(blocks.held_out)} held-out ones of {options.sequence_length}; "
-            f"{options.dtype} on {_place(options, device)}"
+            f"{options.dtype} on {_place(options, device)}, {spec} spec"
         )
         if unknown := tokenizer.beyond_the_model():
             display.say(f"tokens of the tokenizer that the model does not have: {unknown}; the text has none of them")

@@ -29,6 +29,13 @@ class ModelOptions:
     device: Literal["auto", "cpu", "cuda"] = field(
         default="auto", metadata={"help": "auto takes CUDA where there is a GPU"}
     )
+    spec: Literal["auto", "local", "te", "hybrid"] = field(
+        default="auto",
+        metadata={
+            "help": "layers of the model: Megatron's own, Transformer Engine's, or these in a HybridModel; auto is te "
+            "on CUDA where Transformer Engine is installed, else local"
+        },
+    )
     compile: Literal["layer", "model", "none"] = field(
         default="layer",
         metadata={"help": "compile each layer (one graph for all of a kind), the whole model as one graph, or nothing"},
@@ -162,9 +169,10 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 }
 
 # What a resumed run may change: everything else decides which losses it goes through. A base and a text may have
-# moved: the checkpoint has digests of both, and takes no others.
+# moved: the checkpoint has digests of both, and takes no others. Adapters of one spec fit the layers of
+# another, or have other names and are refused.
 CHANGEABLE_ON_RESUME = frozenset(
-    {"steps", "save_every", "eval_every", "sample_tokens", "device", "compile", "tp", "sequence_parallel"}
+    {"steps", "save_every", "eval_every", "sample_tokens", "device", "spec", "compile", "tp", "sequence_parallel"}
     | {"base", "data"}
 )
 

@@ -28,7 +28,7 @@ def base_digests(
     architecture = architecture_with_tensors(config, state_dict)
 
     def shards() -> Iterator[ShardedTensor]:
-        for name, tensor in full_tensors(architecture, state_dict, {i: i for i in range(architecture.num_layers)}):
+        for name, tensor in full_tensors(architecture, state_dict, range(architecture.num_layers)):
             match = None if non_homogeneous_layers else _LAYER.fullmatch(name)
             key = match[1] + match[3] if match else name
             if key in keys:

@@ -23,6 +23,7 @@ from dora_fx.hf.layers import (
     gpt_config,
     named_architecture,
     named_linears,
+    num_hf_layers,
     true_vocabulary,
 )
 from dora_fx.hf.new_folder import check_new_folder, new_folder
@@ -82,7 +83,7 @@ def export_hf(
     vocabulary = true_vocabulary(config, sites, vocab_size)
     parts = HFParts.of(named_architecture(chunks, model_type), config)
     modules: dict[str, PeftModule] = {}
-    for part in _layer_by_layer(sites, parts, config.num_layers, vocabulary):
+    for part in _layer_by_layer(sites, parts, num_hf_layers(chunks), vocabulary):
         modules.update(_to_first_rank(part))
     if _global_rank() == 0:
         try:
@@ -90,7 +91,7 @@ def export_hf(
                 write_peft_adapter(
                     temporary,
                     modules,
-                    num_layers=config.num_layers,
+                    num_layers=num_hf_layers(chunks),
                     dropout=dropout,
                     base_model=base_model,
                     revision=revision,
@@ -125,7 +126,7 @@ def iter_adapter(
     config = gpt_config(chunks)
     parts = HFParts.of(named_architecture(chunks, model_type), config)
     warn_of_assumed_names(chunks, model_type)
-    layers = _layer_by_layer(sites, parts, config.num_layers, true_vocabulary(config, sites, vocab_size))
+    layers = _layer_by_layer(sites, parts, num_hf_layers(chunks), true_vocabulary(config, sites, vocab_size))
     return send_units((peft_tensors(layer) for layer in layers), every_rank=every_rank)
 
 
@@ -181,11 +182,11 @@ def _layer_by_layer(
     for prefix in prefixes:
         own: dict[str, PeftModule] = {}
         for site in sites:
-            if site.whole_path.startswith(prefix):
+            if site.gpt_path.startswith(prefix):
                 gathered = _whole_adapter(site, shards[id(site.chunk)])
                 if site.whole_path == OUTPUT_LAYER and vocabulary is not None:
                     gathered = cut_rows(gathered, vocabulary)
-                own.update(split_adapter(site.whole_path, gathered, site.module.adapter.alpha, parts))
+                own.update(split_adapter(site.gpt_path, gathered, site.module.adapter.alpha, parts))
         yield own
 
 
@@ -230,7 +231,7 @@ def _problem_maybe(
         vocabulary = true_vocabulary(config, named_linears(chunks), vocab_size)
         for site in sites:
             check_unsharded(site.whole_path, site.module)
-            HFParts.of(hf, config).rows(site.whole_path, _whole_rows(site))
+            HFParts.of(hf, config).rows(site.gpt_path, _whole_rows(site))
             if site.whole_path == OUTPUT_LAYER:
                 check_vocabulary(vocabulary or _whole_rows(site), base_fields, base_model)
     except (ValueError, OSError) as error:

@@ -20,6 +20,7 @@ from dora_fx.hf.layers import (
     every_hf_path,
     gpt_config,
     named_linears,
+    num_hf_layers,
     true_vocabulary,
 )
 from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
@@ -106,14 +107,14 @@ def _check_base(adapter: PeftAdapter, expected: str | None) -> None:
 
 
 def _plan_imports(chunks: Sequence[nn.Module], adapter: PeftAdapter, vocab_size: int | None) -> list[PlannedImport]:
-    config = gpt_config(chunks)
-    hf = noted_architecture_maybe(unwrap(chunks[0])) or _architecture_of_files(adapter, config.num_layers)
-    known = every_hf_path(hf, config.num_layers)
+    config, num_layers = gpt_config(chunks), num_hf_layers(chunks)
+    hf = noted_architecture_maybe(unwrap(chunks[0])) or _architecture_of_files(adapter, num_layers)
+    known = every_hf_path(hf, num_layers)
     unknown = sorted(set(adapter.shapes) - set(known))
     if unknown:
         raise ValueError(
             f"{adapter.folder}: found an adapter of {unknown[0]} ({len(unknown)} without a place in the model), "
-            f"expected layers such as {known[0]}; the model has {config.num_layers} layers"
+            f"expected layers such as {known[0]}; the model has {num_layers} layers"
         )
     missing = [path for path in known if adapter.is_target(path) and path not in adapter.shapes]
     if missing:
@@ -158,7 +159,7 @@ def _check_fits(folder: Path, planned: PlannedImport) -> None:
 def _joined_maybe(
     linear: NamedLinear, adapter: PeftAdapter, hf_parts: HFParts, vocabulary: int | None
 ) -> JoinedAdapter | None:
-    path = linear.whole_path
+    path = linear.gpt_path
     if not hf_parts.paths(path):
         return None
     check_unsharded(path, linear.module)

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from dora_fx.attach.merge import NOTHING_ADAPTED, merge_problem_maybe, merged_weight
 from dora_fx.function.placement import ParameterPlacement
 from dora_fx.hf.base_names import warn_of_assumed_names
-from dora_fx.hf.layers import NamedLinear, gpt_config, named_architecture, named_linears, true_vocabulary
+from dora_fx.hf.layers import (
+    NamedLinear,
+    gpt_config,
+    named_architecture,
+    named_linears,
+    num_hf_layers,
+    true_vocabulary,
+)
 from dora_fx.hf.send import send_units
 from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap, walk
+from dora_fx.models.decoder_names import FINAL_NORM, DecoderNames
 from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER, HFArchitecture
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.dora_linear import DoRALinear
@@ -23,7 +31,7 @@ from dora_fx.ranks.agreement import raise_on_every_rank
 from dora_fx.ranks.exchange import gather_objects
 from dora_fx.ranks.groups import world_group
 
-_EMBEDDING, _FINAL_NORM = "embedding.word_embeddings", "decoder.final_layernorm"
+_EMBEDDING = "embedding.word_embeddings"
 
 # What is computed of one module of a stage, by all of its tensor-parallel ranks: Hugging Face name -> whole tensor.
 Unit = Callable[[], Mapping[str, Tensor]]
@@ -68,7 +76,7 @@ def iter_merged(
     found = gather_objects((len(adapted), set(units)), world_group())
     if not any(num_adapted for num_adapted, _ in found):
         raise ValueError(NOTHING_ADAPTED)
-    names = [_EMBEDDING, *_layer_modules(hf, config.num_layers), _FINAL_NORM]
+    names = [_EMBEDDING, *_layer_modules(hf, num_hf_layers(chunks)), FINAL_NORM]
     names += [] if unwrap(chunks[0]).share_embeddings_and_output_weights else [OUTPUT_LAYER]
     missing = [name for name in names if not any(name in held for _, held in found)]
     if missing:
@@ -89,7 +97,7 @@ def _units(
     vocabulary: int | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Unit]:
-    """What this rank's stage has of the whole model, by the paths of modules in it.
+    """What this rank's stage has of the whole model, by the paths of modules in a GPTModel of the local spec.
 
     Raises:
         ValueError: naming a parameter that has no Hugging Face name.
@@ -98,21 +106,29 @@ def _units(
     by_path = {linear.whole_path: linear for linear in linears}
     for chunk in chunks:
         tied = bool(unwrap(chunk).share_embeddings_and_output_weights)
+        names = DecoderNames.of(chunk)
         for named in walk(chunk, DoRALinear):
             path, module = named.whole_path, named.module
             check_unsharded(path, module)
-            if path in by_path:
-                if path == OUTPUT_LAYER and tied:
-                    # The last stage has a copy of the embedding there.
-                    continue
-                units[path] = _linear_unit(by_path[path], parts, vocabulary, dtype)
-            elif any(True for _ in module.parameters(recurse=False)):
-                units[path] = _other_unit(path, module, parts, vocabulary, dtype)
+            linear = by_path.get(path)
+            if path == OUTPUT_LAYER and tied:
+                # The last stage has a copy of the embedding there.
+                continue
+            if linear is not None:
+                units[linear.gpt_path] = _linear_unit(linear, parts, vocabulary, dtype)
+                module = linear.base
+            of_modules: dict[str, dict[str, nn.Parameter]] = {}
+            for name, parameter in names.gpt_parameters(path, module):
+                owner, _, kind = name.rpartition(".")
+                of_modules.setdefault(owner, {})[kind] = parameter
+            for owner, parameters in of_modules.items():
+                if owner not in units:
+                    units[owner] = _other_unit(owner, parameters, parts, vocabulary, dtype)
     return units
 
 
 def _linear_unit(linear: NamedLinear, parts: HFParts, vocabulary: int | None, dtype: torch.dtype | None) -> Unit:
-    spec, path = linear.describe(), linear.whole_path
+    spec, path = linear.describe(), linear.gpt_path
     if spec.weight is None and not isinstance(linear.module, DoRALinear):
         raise ValueError(f"{path}: the layer has no weight of its own and is not tied to the embedding")
     true_rows = spec.true_sizes[1]
@@ -149,15 +165,14 @@ def _whole_weight(linear: NamedLinear, spec: LinearSpec, dtype: torch.dtype | No
 
 
 def _other_unit(
-    path: str, module: nn.Module, parts: HFParts, vocabulary: int | None, dtype: torch.dtype | None
+    path: str, parameters: Mapping[str, nn.Parameter], parts: HFParts, vocabulary: int | None, dtype: torch.dtype | None
 ) -> Unit:
     """The unit of an embedding or a norm: one weight, whole on every rank or sharded along its rows."""
     layer = path.removeprefix("decoder.layers.").partition(".")
-    names = {_EMBEDDING: EMBEDDING_WEIGHT, _FINAL_NORM: FINAL_NORM_WEIGHT}
+    names = {_EMBEDDING: EMBEDDING_WEIGHT, FINAL_NORM: FINAL_NORM_WEIGHT}
     if layer[0].isdigit() and layer[2] in parts.hf.norms:
         names[path] = f"{LAYERS}.{layer[0]}.{parts.hf.norms[layer[2]]}.weight"
-    parameters = dict(module.named_parameters(recurse=False))
-    if path not in names or set(parameters) != {"weight"}:
+    if path not in names or parameters.keys() != {"weight"}:
         raise ValueError(
             f"{path}: found parameters {', '.join(parameters)}, which have no name in Hugging Face models of type "
             f"{parts.hf.model_type}"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dora_fx.megatron.wrappers import unwrap, walk
+from dora_fx.models.decoder_names import DecoderNames
 from dora_fx.models.gpt_model import noted_architecture_maybe
 from dora_fx.models.hf_architectures import (
     DEFAULT_ARCHITECTURE,
@@ -38,10 +39,19 @@ class NamedLinear:
     whole_path: str
     module: Any
 
-    def describe(self) -> LinearSpec:
+    @property
+    def gpt_path(self) -> str:
+        """The path in a GPTModel, whose layers Hugging Face's are; raises ValueError where there is none."""
+        return DecoderNames.of(self.chunk).gpt_path(self.whole_path)
+
+    @property
+    def base(self) -> Any:
         """The layer itself, adapted or not."""
-        base = self.module.to_wrap if isinstance(self.module, DoRALinear) else self.module
-        return describe_linear(self.whole_path, base)
+        return self.module.to_wrap if isinstance(self.module, DoRALinear) else self.module
+
+    def describe(self) -> LinearSpec:
+        """The description of the layer itself."""
+        return describe_linear(self.whole_path, self.base)
 
 
 def named_linears(chunks: Sequence[nn.Module]) -> list[NamedLinear]:
@@ -67,6 +77,7 @@ def gpt_config(chunks: Sequence[nn.Module]) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "decoder"):
         raise ValueError(f"found a {type(model).__name__}, expected a Megatron GPTModel, whose layers have known names")
+    DecoderNames.of(model)
     for name, expected in (("gated_linear_unit", True), ("multi_latent_attention", False), ("num_moe_experts", None)):
         found = getattr(config, name, expected)
         if found != expected:
@@ -118,6 +129,12 @@ def true_vocabulary(config: Any, linears: Sequence[NamedLinear], stated: int | N
         )
     known = getattr(config, "vocab_size", None) if stated is None else stated
     return known if known is not None and all(known < size for size in sizes) else None
+
+
+def num_hf_layers(chunks: Sequence[nn.Module]) -> int:
+    """The number of layers of the Hugging Face model; raises ValueError as `gpt_config`."""
+    gpt_config(chunks)
+    return DecoderNames.of(chunks[0]).num_layers
 
 
 def every_hf_path(hf: HFArchitecture, num_layers: int) -> list[str]:

@@ -1,11 +1,11 @@
-"""Build a Megatron-Core GPTModel (local spec) and copy a Hugging Face checkpoint into it."""
+"""Build a Megatron-Core GPTModel, or a HybridModel, and copy a Hugging Face checkpoint into it."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from dora_fx.models.architecture import GPTArchitecture, architecture_of, with_query_groups
+from dora_fx.models.decoder_names import parameters_by_gpt_name
 from dora_fx.models.hf_architectures import (
     EMBEDDING_WEIGHT,
     FINAL_NORM_WEIGHT,
@@ -23,6 +24,7 @@ from dora_fx.models.hf_architectures import (
 )
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
 from dora_fx.models.model_tensors import listed, raise_for_names
+from dora_fx.models.specs import Spec, check_spec, default_spec, empty_model
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,9 @@ def build_gpt_model(
     device: str = "cpu",
     num_query_groups: int | None = None,
     sequence_parallel: bool = False,
+    spec: Spec | None = None,
 ) -> nn.Module:
-    """A Megatron GPTModel that computes what the Hugging Face model computes.
+    """A Megatron GPTModel or HybridModel that computes what the Hugging Face model computes.
 
     Megatron's model-parallel groups must exist (`dora_fx.megatron.world`); each tensor-parallel rank keeps its
     shards. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the attention mask. `export_hf` gives the
@@ -50,12 +53,17 @@ def build_gpt_model(
         num_query_groups: pad with zero query groups up to this number; the function stays the same. The default
             is the least number that the tensor-parallel size divides.
         sequence_parallel: shard the sequence between the tensor-parallel layers.
+        spec: the layers that the model is made of: "local", a GPTModel of Megatron's own; "te", one of Transformer
+            Engine's; "hybrid", a HybridModel of Transformer Engine's. The default is "te" on CUDA where Transformer
+            Engine is installed, and "local" elsewhere. An adapter trained on either GPTModel loads on the other.
 
     Raises:
         UnsupportedModelError: the config has something that this model would compute differently.
         ValueError: the checkpoint's tensors are not those of its config, or a size does not divide by the
-            tensor-parallel size; the message names them.
+            tensor-parallel size, or the packages that the spec needs are not there; the message names them.
     """
+    spec = default_spec(device) if spec is None else spec
+    check_spec(spec)
     unpadded = architecture_with_tensors(config, state_dict)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     if num_query_groups is None:
@@ -63,7 +71,7 @@ def build_gpt_model(
     architecture = with_query_groups(unpadded, num_query_groups)
     _check_divisible(architecture, tp_size)
     _check_names(architecture, state_dict)
-    model = _empty_gpt_model(architecture, dtype, device, sequence_parallel)
+    model = empty_model(architecture, spec, dtype, device, sequence_parallel)
     _copy_weights(architecture, state_dict, model)
     _note_padding(model, unpadded, architecture)
     model.hf_model_type = architecture.hf.model_type  # read by noted_architecture_maybe
@@ -88,18 +96,6 @@ def architecture_with_tensors(config: Any, state_dict: Mapping[str, Tensor]) -> 
     return dataclasses.replace(architecture, tied_embeddings=torch.equal(embedding, output))
 
 
-class FrozenRMSNorm(nn.RMSNorm):
-    """torch's RMSNorm behind Megatron's constructor, for a weight that is not trained.
-
-    Under sequence parallelism each rank normalises its own tokens, which needs nothing as long as no gradient of
-    the weight has to be summed over the ranks.
-    """
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
 def causal_mask(sequence_length: int, device: torch.device | str) -> Tensor:
     """Megatron's boolean mask `[1, 1, s, s]`, True where a position must not look.
 
@@ -107,76 +103,6 @@ def causal_mask(sequence_length: int, device: torch.device | str) -> Tensor:
     """
     ones = torch.ones(1, 1, sequence_length, sequence_length, dtype=torch.bool, device=device)
     return ones.triu(diagonal=1)
-
-
-def _empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool) -> Any:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-
-    config = _transformer_config(architecture, dtype, device, sequence_parallel)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.hf.qk_layernorm)
-    # Megatron's own choice depends on what else is installed, and refuses sequence parallelism without it.
-    attention = layer.submodules.self_attention.submodules
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
-    if architecture.hf.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = FrozenRMSNorm
-    block = TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=FrozenRMSNorm)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=block,
-        vocab_size=architecture.vocab_size,
-        max_sequence_length=architecture.max_sequence_length,
-        position_embedding_type="rope",
-        rotary_base=architecture.rotary_base,
-        rope_scaling=architecture.llama3_rope_factor is not None,
-        rope_scaling_factor=architecture.llama3_rope_factor or 1.0,
-        seq_len_interpolation_factor=architecture.linear_rope_factor,
-        share_embeddings_and_output_weights=architecture.tied_embeddings,
-    )
-    # Norms are built on CPU wherever the rest is.
-    return model.to(device=device, dtype=dtype)
-
-
-def _transformer_config(architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool) -> Any:
-    from megatron.core.transformer import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.kv_channels,
-        layernorm_epsilon=architecture.layernorm_epsilon,
-        attention_dropout=architecture.attention_dropout,
-        hidden_dropout=0.0,
-        normalization="RMSNorm",
-        qk_layernorm=architecture.hf.qk_layernorm,
-        add_bias_linear=False,
-        add_qkv_bias=architecture.hf.qkv_bias,
-        gated_linear_unit=True,
-        activation_func=nn.functional.silu,
-        attention_softmax_in_fp32=True,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        sequence_parallel=sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=device == "cpu",
-        init_method=_keep_as_allocated,
-        output_layer_init_method=_keep_as_allocated,
-    )
-
-
-def _keep_as_allocated(weight: Tensor) -> Tensor:
-    """Initialise nothing: every weight is copied in, but `perform_initialization` also sets shard attributes."""
-    return weight
 
 
 def _check_divisible(architecture: GPTArchitecture, tp_size: int) -> None:
@@ -190,9 +116,11 @@ def _note_padding(model: Any, unpadded: GPTArchitecture, padded: GPTArchitecture
     """Tell the attention's linear layers how many of their features are padding, for adapters to leave alone."""
     groups = padded.num_query_groups - unpadded.num_query_groups
     heads_size = groups * padded.queries_per_group * padded.kv_channels
-    for layer in model.decoder.layers:
-        layer.self_attention.linear_proj.padded_in_features = heads_size
-        layer.self_attention.linear_qkv.padded_out_features = heads_size + 2 * groups * padded.kv_channels
+    attentions = [layer.self_attention for layer in model.decoder.layers]
+    # A HybridModel's layers of MLPs have none.
+    for attention in (attention for attention in attentions if hasattr(attention, "linear_qkv")):
+        attention.linear_proj.padded_in_features = heads_size
+        attention.linear_qkv.padded_out_features = heads_size + 2 * groups * padded.kv_channels
 
 
 def _check_names(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor]) -> None:
@@ -206,14 +134,14 @@ def _check_names(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor]
 
 
 def full_tensors(
-    architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], layer_indices: Mapping[int, int]
+    architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], layers: Iterable[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, full tensor) for the whole model, a layer at a time."""
+    """(parameter name in a GPTModel of the local spec, full tensor) for some layers and all around them."""
     yield "embedding.word_embeddings.weight", state_dict[EMBEDDING_WEIGHT]
-    for local, index in layer_indices.items():
+    for index in layers:
         hf = {name: state_dict[f"{LAYERS}.{index}.{name}"] for name in hf_layer_names(architecture)}
         for name, tensor in megatron_layer_tensors(architecture, hf).items():
-            yield f"decoder.layers.{local}.{name}", tensor
+            yield f"decoder.layers.{index}.{name}", tensor
     yield "decoder.final_layernorm.weight", state_dict[FINAL_NORM_WEIGHT]
     if not architecture.tied_embeddings:
         yield "output_layer.weight", state_dict[OUTPUT_WEIGHT]
@@ -223,15 +151,14 @@ def full_tensors(
 def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], model: Any) -> None:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    layer_indices = {local: layer.layer_number - 1 for local, layer in enumerate(model.decoder.layers)}
-    parameters = dict(model.named_parameters())
-    for name, full in full_tensors(architecture, state_dict, layer_indices):
+    parameters = parameters_by_gpt_name(model)
+    for name, full in full_tensors(architecture, state_dict, range(architecture.num_layers)):
         parameter = parameters.pop(name)
         if getattr(parameter, "tensor_model_parallel", False):
-            full = shard_of(name, full, parameter.partition_dim, tp_rank, tp_size)
+            full = shard_of(name, full, parameter.partition_dim, tp_rank, tp_size)  # type: ignore[attr-defined]
         if full.shape != parameter.shape:
             raise ValueError(f"{name}: the checkpoint has {tuple(full.shape)}, expected {tuple(parameter.shape)}")
         parameter.copy_(full)
     if parameters:
         raise ValueError(f"the checkpoint has no tensor for {listed(set(parameters))}")
-    logger.info("copied %d layers of tensor-parallel rank %d of %d", len(layer_indices), tp_rank, tp_size)
+    logger.info("copied %d layers of tensor-parallel rank %d of %d", architecture.num_layers, tp_rank, tp_size)

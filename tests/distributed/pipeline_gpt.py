@@ -26,7 +26,7 @@ import dora_fx
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.megatron.world import megatron_world
 from dora_fx.models import causal_mask
-from dora_fx.models.gpt_model import FrozenRMSNorm
+from dora_fx.models.specs import FrozenRMSNorm
 from tests.distributed.zoo import Sharding, shardings, sites_of, split, tensors_of, whole_values
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCAB, DIM = 4, 32, 48, 8, 4, 64, 4

@@ -20,7 +20,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx import DoRALinear
-from dora_fx.models.gpt_model import FrozenRMSNorm
+from dora_fx.models.specs import FrozenRMSNorm
 
 HIDDEN, FFN, VOCAB, DIM = 32, 48, 80, 8
 SEQUENCE, BATCH = 8, 4

@@ -1,0 +1,92 @@
+"""Names of a Megatron model's modules and parameters in a GPTModel of the local spec that computes the same.
+
+    GPTModel, TE spec
+    decoder.layers.1.self_attention.linear_qkv.layer_norm_weight    decoder.layers.1.input_layernorm.weight
+    decoder.layers.1.mlp.linear_fc1.layer_norm_weight               decoder.layers.1.pre_mlp_layernorm.weight
+
+    HybridModel of the pattern "*-*-"
+    decoder.layers.2.self_attention.linear_proj                     decoder.layers.1.self_attention.linear_proj
+    decoder.layers.3.mlp.linear_fc2                                 decoder.layers.1.mlp.linear_fc2
+    decoder.final_norm                                              decoder.final_layernorm
+
+Hugging Face checkpoints, adapters and streams are in terms of the names on the right, whatever the spec.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dora_fx.megatron.wrappers import unwrap, walk
+from dora_fx.models.hf_architectures import LINEAR_FC1, LINEAR_QKV
+
+ATTENTION, MLP = "*", "-"
+FINAL_NORM, INPUT_NORM, PRE_MLP_NORM = "decoder.final_layernorm", "input_layernorm", "pre_mlp_layernorm"
+# Linear layers that normalise their input themselves, and the norm that stands before them where they do not.
+FUSED_NORMS = {LINEAR_QKV: INPUT_NORM, LINEAR_FC1: PRE_MLP_NORM}
+_FUSED = "layer_norm_"
+_LAYER_PATH = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class DecoderNames:
+    """How a model names the layers of its decoder.
+
+    Attributes:
+        pattern: a HybridModel's layers, one symbol each, without the boundaries of pipeline stages; None for a
+            GPTModel, whose layers have an attention and an MLP each.
+        num_layers: of the GPTModel that computes the same.
+    """
+
+    pattern: str | None
+    num_layers: int
+
+    @classmethod
+    def of(cls, chunk: nn.Module) -> DecoderNames:
+        """Take the names from a chunk of a model, bare or wrapped.
+
+        Raises:
+            ValueError: a HybridModel's layers are not an attention and an MLP by turns, which are a GPTModel's.
+        """
+        model: Any = unwrap(chunk)
+        whole = getattr(model, "hybrid_layer_pattern", None)
+        if whole is None:
+            return cls(None, model.config.num_layers)
+        pattern = whole.replace("|", "")
+        count = len(pattern) // 2
+        if not pattern or pattern != (ATTENTION + MLP) * count:
+            raise ValueError(
+                f"hybrid_layer_pattern: found {whole!r}, expected attention and MLP by turns ({ATTENTION}{MLP}...), as "
+                "in every supported architecture"
+            )
+        return cls(pattern, count)
+
+    def gpt_path(self, path: str) -> str:
+        """The path that a module has in the GPTModel; `path` has the number of its layer in the whole model."""
+        if self.pattern is None:
+            return path
+        if path == "decoder.final_norm":
+            return FINAL_NORM
+        match = _LAYER_PATH.fullmatch(path)
+        return f"decoder.layers.{int(match[1]) // 2}.{match[2]}" if match else path
+
+    def gpt_parameters(self, path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield a module's own parameters by the names that they have in the GPTModel."""
+        gpt_path = self.gpt_path(path)
+        match = _LAYER_PATH.fullmatch(gpt_path)
+        norm = FUSED_NORMS.get(match[2]) if match else None
+        for name, parameter in module.named_parameters(recurse=False):
+            if match and norm and name.startswith(_FUSED):
+                yield f"decoder.layers.{match[1]}.{norm}.{name.removeprefix(_FUSED)}", parameter
+            else:
+                yield f"{gpt_path}.{name}", parameter
+
+
+def parameters_by_gpt_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of a model without adapters, by its name in the GPTModel."""
+    names = DecoderNames.of(model)
+    return dict(pair for named in walk(model) for pair in names.gpt_parameters(named.whole_path, named.module))

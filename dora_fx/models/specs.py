@@ -1,0 +1,195 @@
+"""Empty Megatron models of one architecture, of each of the specs that Megatron-Core ships.
+
+local     GPTModel of torch's layers and Megatron's own linear ones
+te        GPTModel of Transformer Engine's layers, which normalise their input themselves
+hybrid    HybridModel of Transformer Engine's layers: each attention and each MLP is a layer of its own
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from dora_fx.models.architecture import GPTArchitecture
+from dora_fx.models.decoder_names import ATTENTION, MLP
+
+Spec = Literal["local", "te", "hybrid"]
+SPECS: tuple[Spec, ...] = ("local", "te", "hybrid")
+
+
+def default_spec(device: str) -> Spec:
+    """Transformer Engine's layers on CUDA, where it is installed; else the local ones."""
+    return "te" if device == "cuda" and has_transformer_engine() else "local"
+
+
+def check_spec(spec: Spec) -> None:
+    """Raise ValueError, naming what is missing, unless models of a spec can be built here."""
+    if spec not in SPECS:
+        raise ValueError(f"spec: found {spec!r}, expected one of {', '.join(SPECS)}")
+    if spec == "hybrid" and not _has_hybrid_model():
+        import megatron.core
+
+        raise ValueError(
+            f"spec {spec}: found megatron-core {megatron.core.__version__}, which has no HybridModel; expected 0.19 "
+            "or newer, or spec te or local"
+        )
+    if spec != "local" and not has_transformer_engine():
+        raise ValueError(
+            f"spec {spec}: found no Transformer Engine that can be imported, expected it to be installed; install "
+            "transformer-engine, or take spec local"
+        )
+
+
+def has_transformer_engine() -> bool:
+    """Return whether Megatron's layers of Transformer Engine work, as Megatron itself found at its import."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def empty_model(
+    architecture: GPTArchitecture, spec: Spec, dtype: torch.dtype, device: str, sequence_parallel: bool
+) -> Any:
+    """A model whose parameters are allocated and not initialised."""
+    settings = _transformer_settings(architecture, dtype, device, sequence_parallel)
+    build = _hybrid_model if spec == "hybrid" else _gpt_model
+    model = build(architecture, spec, settings)
+    # Norms of the local spec are built on CPU wherever the rest is.
+    return model.to(device=device, dtype=dtype)
+
+
+class FrozenRMSNorm(nn.RMSNorm):
+    """torch's RMSNorm behind Megatron's constructor, for a weight that is not trained.
+
+    Under sequence parallelism each rank normalises its own tokens, which needs nothing as long as no gradient of
+    the weight has to be summed over the ranks.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _gpt_model(architecture: GPTArchitecture, spec: Spec, settings: dict[str, Any]) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+
+    layers = _local_layers(architecture) if spec == "local" else _te_layers(architecture)
+    return GPTModel(
+        config=TransformerConfig(**settings),
+        transformer_layer_spec=layers,
+        vocab_size=architecture.vocab_size,
+        max_sequence_length=architecture.max_sequence_length,
+        position_embedding_type="rope",
+        rotary_base=architecture.rotary_base,
+        rope_scaling=architecture.llama3_rope_factor is not None,
+        rope_scaling_factor=architecture.llama3_rope_factor or 1.0,
+        seq_len_interpolation_factor=architecture.linear_rope_factor,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+    )
+
+
+def _local_layers(architecture: GPTArchitecture) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.hf.qk_layernorm)
+    # Megatron's own choice depends on what else is installed, and refuses sequence parallelism without it.
+    attention = layer.submodules.self_attention.submodules
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
+    if architecture.hf.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = FrozenRMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=FrozenRMSNorm)
+
+
+def _te_layers(architecture: GPTArchitecture) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.hf.qk_layernorm)
+
+
+def _hybrid_model(architecture: GPTArchitecture, spec: Spec, settings: dict[str, Any]) -> Any:
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer import TransformerConfig
+
+    pattern = (ATTENTION + MLP) * architecture.num_layers
+    model = HybridModel(
+        config=TransformerConfig(**settings | {"num_layers": len(pattern)}),
+        hybrid_stack_spec=hybrid_stack_spec,
+        vocab_size=architecture.vocab_size,
+        max_sequence_length=architecture.max_sequence_length,
+        hybrid_layer_pattern=pattern,
+        position_embedding_type="rope",
+        rotary_base=architecture.rotary_base,
+        seq_len_interpolation_factor=architecture.linear_rope_factor,
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+    )
+    if architecture.llama3_rope_factor is not None:
+        model.rotary_pos_emb = _llama3_rotary(architecture, model.config)
+    return model
+
+
+def _llama3_rotary(architecture: GPTArchitecture, config: Any) -> nn.Module:
+    """The positions that GPTModel makes with `rope_scaling`, an option that HybridModel does not have."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    assert architecture.llama3_rope_factor is not None
+    return RotaryEmbedding(
+        kv_channels=config.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=architecture.rotary_base,
+        rope_scaling=True,
+        rope_scaling_factor=architecture.llama3_rope_factor,
+        use_cpu_initialization=config.use_cpu_initialization,
+    )
+
+
+def _transformer_settings(
+    architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool
+) -> dict[str, Any]:
+    """Keyword arguments of Megatron's TransformerConfig."""
+    return dict(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        attention_dropout=architecture.attention_dropout,
+        hidden_dropout=0.0,
+        normalization="RMSNorm",
+        qk_layernorm=architecture.hf.qk_layernorm,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.hf.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        attention_softmax_in_fp32=True,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=device == "cpu",
+        init_method=_keep_as_allocated,
+        output_layer_init_method=_keep_as_allocated,
+    )
+
+
+def _keep_as_allocated(weight: Tensor) -> Tensor:
+    """Initialise nothing: every weight is copied in, but `perform_initialization` also sets shard attributes."""
+    return weight
+
+
+def _has_hybrid_model() -> bool:
+    return importlib.util.find_spec("megatron.core.models.hybrid") is not None
