@@ -27,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--margins", action="store_true", help="print how near each test came to the bound of its errors")
     parser.addoption("--simdlen", type=int, help="bits of the vectors in Inductor's kernels; 1 for none")
     parser.addoption(
-        "--transformer-engine", metavar="FOLDER", help="with the packages of .ci/emulated_te.txt, for tests that need them"
+        "--transformer-engine",
+        metavar="FOLDER",
+        help="with the packages of .ci/emulated_te.txt, for tests that need them",
     )
     parser.addoption("--slow-share", metavar="I/N", help="the quick tests, and the I-th of N parts of the slow ones")
 

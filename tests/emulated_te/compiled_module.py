@@ -51,7 +51,7 @@ class CompiledModule(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("transformer_engine_torch")
-        emulated = (rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd, generic_gemm)
+        emulated = (rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd, generic_gemm, get_cudnn_version)
         constants = (DType, FP8FwdTensors, FP8BwdTensors, NVTE_Fused_Attn_Backend)
         for thing in (*emulated, *constants):
             setattr(self, thing.__name__, thing)
@@ -150,6 +150,11 @@ def generic_gemm(
     if out is not None:
         y = out.copy_(out + y if accumulates else y)
     return y, bias_grad, None, None
+
+
+def get_cudnn_version() -> int:
+    """Asked for where an implementation of attention is chosen; 9.0.0."""
+    return 90000
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype:

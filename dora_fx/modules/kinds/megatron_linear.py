@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from dora_fx.function.placement import LAYOUTS
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
 
