@@ -14,6 +14,8 @@ other libraries name ops of their own `linear`. Symbolic sizes, and arithmetic o
 be anything. The autograd functions' arity and their backward bodies change between Megatron's versions, so nothing
 here looks at them.
 
+A layer that computes its own product at its marker has no base output, and its site no base call.
+
 A call that is not understood, or not in the graph because the graph broke inside the base layer, is no base call:
 its site carries the reason instead.
 
@@ -66,7 +68,7 @@ class DoRASite:
     Attributes:
         marker: the `dora_linear` node.
         base_call: the base layer's own nodes, in graph order; nothing outside uses them. Empty where they cannot be
-            read.
+            read, and where the layer is not called.
         op_names: the ops of the base call, those inside higher-order ops included, without work on sizes.
         path: module path, for messages; "" where Dynamo recorded none.
         problem: why the base call cannot be read, None where it can.
@@ -95,6 +97,8 @@ def find_dora_sites(gm: fx.GraphModule) -> list[DoRASite]:
 
 def _describe_site(marker: fx.Node) -> DoRASite:
     marked: Any = unpack(marker.args)
+    if marked.base_output is None:
+        return DoRASite(marker, (), (), module_path(marker))
     boundary = {node for node in (marked.x, marked.stored.weight, marked.bias) if isinstance(node, fx.Node)}
     call = _nodes_between(boundary, marked.base_output)
     call -= _sizes_used_outside(call, marker)

@@ -114,8 +114,9 @@ def rewrite_dora_site(site: DoRASite, complete: CompleteParameters) -> fx.Node:
         marked.stored,
         complete,
         marked.bias,
-        dtype=fake_value(marked.base_output).dtype,
+        dtype=fake_value(site.marker).dtype,
         base_output=None if site.problem is None else marked.base_output,
+        input_norm=marked.input_norm,
     )
     site.marker.replace_all_uses_with(output)
     erase_nodes([site.marker, *site.base_call])

@@ -14,6 +14,7 @@ import torch
 
 from dora_fx.megatron.world import megatron_world
 from tests.closeness import MARGINS
+from tests.emulated_te import processes_with_emulated_te
 from tests.processes import collect_seldom
 
 ErrorKey = tuple[str, str, str]
@@ -25,6 +26,11 @@ MOST_WORKERS = 8
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--margins", action="store_true", help="print how near each test came to the bound of its errors")
     parser.addoption("--simdlen", type=int, help="bits of the vectors in Inductor's kernels; 1 for none")
+    parser.addoption(
+        "--transformer-engine",
+        metavar="FOLDER",
+        help="with the packages of .ci/emulated_te.txt, for tests that need them",
+    )
     parser.addoption("--slow-share", metavar="I/N", help="the quick tests, and the I-th of N parts of the slow ones")
 
 
@@ -95,6 +101,16 @@ def fresh_torch_state() -> Iterator[None]:
 def world() -> Iterator[None]:
     """A Megatron world of this one process, on CPU."""
     with megatron_world():
+        yield
+
+
+@pytest.fixture(scope="module")
+def emulated_te(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Processes that a module's tests start have Transformer Engine's own Python, with emulated kernels."""
+    folder = request.config.getoption("transformer_engine")
+    if folder is None:
+        pytest.skip("needs --transformer-engine FOLDER with Transformer Engine's Python, see CONTRIBUTING.md")
+    with processes_with_emulated_te(str(Path(folder).resolve(strict=True))):
         yield
 
 

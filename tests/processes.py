@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 _METHOD = "forkserver"
 # What is not found here, each process imports for itself.
-_PRELOADED = [
+PRELOADED = [
     "torch._dynamo.backends.distributed",
     "torch._inductor.compile_fx",
     "torch.export._trace",
@@ -34,7 +34,7 @@ _PRELOADED = [
     "tests.distributed.training",
     "tests.distributed.oracle",
 ]
-multiprocessing.get_context(_METHOD).set_forkserver_preload(_PRELOADED)
+multiprocessing.get_context(_METHOD).set_forkserver_preload(PRELOADED)
 
 
 def collect_seldom() -> None:

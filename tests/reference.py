@@ -40,6 +40,17 @@ def dora_linear(
     return y if bias is None else y + bias
 
 
+def normalised(
+    x: torch.Tensor, name: str, weight: torch.Tensor, bias: torch.Tensor | None, *, eps: float, zero_centered: bool
+) -> torch.Tensor:
+    """x over its root mean square, for LayerNorm after its mean is taken off, times gamma or 1 + gamma, plus bias."""
+    assert name in ("RMSNorm", "LayerNorm")
+    centred = x - x.sum(-1, keepdim=True) / x.shape[-1] if name == "LayerNorm" else x
+    spread = torch.sqrt(centred.pow(2).sum(-1, keepdim=True) / x.shape[-1] + eps)
+    y = centred / spread * (weight + 1.0 if zero_centered else weight)
+    return y if bias is None else y + bias
+
+
 class ReferenceLinear(nn.Module):
     """An adapted layer that computes with `dora_linear`, to take a layer's place in a whole model.
 
@@ -47,6 +58,7 @@ class ReferenceLinear(nn.Module):
         weight, bias, lora_a, lora_b, magnitude: whole tensors; the last three become parameters.
         returns: makes what the layer returns out of its output.
         draw_mask: gives the dropout mask for an input; None for no dropout.
+        prepare: makes of the layer's input what it multiplies and drops.
     """
 
     def __init__(
@@ -61,15 +73,17 @@ class ReferenceLinear(nn.Module):
         dropout_p: float = 0.0,
         returns: Callable[[torch.Tensor], Any] = lambda output: output,
         draw_mask: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        prepare: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", _double(weight))
         self.register_buffer("bias", None if bias is None else _double(bias))
         self.lora_a, self.lora_b, self.magnitude = map(nn.Parameter, map(_double, (lora_a, lora_b, magnitude)))
         self.scaling, self.dropout_p = scaling, dropout_p
-        self.returns, self.draw_mask = returns, draw_mask
+        self.returns, self.draw_mask, self.prepare = returns, draw_mask, prepare
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> Any:
+        x = self.prepare(x)
         keep = self.draw_mask(x) if self.draw_mask is not None and self.training else None
         output = dora_linear(
             x,

@@ -102,9 +102,10 @@ gather_features = _differentiable(
 
 
 def _all_reduce_coalesced(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[torch.Tensor, ...]:
+    # Of several dtypes all travel, and are added up, in the widest.
     total = _all_reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), group_name)
     parts = total.split([tensor.numel() for tensor in tensors])
-    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+    return tuple(part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True))
 
 
 def _all_gather_rows(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[torch.Tensor, ...]:
@@ -135,7 +136,7 @@ CoalescedMapping = Callable[[Sequence[torch.Tensor], str], Sequence[torch.Tensor
 def _differentiable_coalesced(
     name: str, forward: CoalescedMapping, backward: CoalescedMapping, doc: str
 ) -> CoalescedMapping:
-    """Do as `_differentiable`, for several tensors of one dtype in one message."""
+    """Do as `_differentiable`, for several tensors in one message; gathered ones are of one dtype."""
 
     class Collective(torch.autograd.Function):
         @staticmethod

@@ -74,7 +74,9 @@ def _scramble(h: torch.Tensor) -> torch.Tensor:
     return h ^ (h >> 15)
 
 
-def keep_mask(x: torch.Tensor, key: torch.Tensor, threshold: torch.Tensor, sharded_features: bool) -> torch.Tensor:
+def keep_mask(
+    x: torch.Tensor, key: torch.Tensor, threshold: torch.Tensor, sharded_features: bool, sharded_tokens: bool = False
+) -> torch.Tensor:
     """Return the boolean mask of the elements that survive, of x's shape.
 
     Args:
@@ -83,21 +85,30 @@ def keep_mask(x: torch.Tensor, key: torch.Tensor, threshold: torch.Tensor, shard
         threshold: see `DropoutFactors`.
         sharded_features: x holds this rank's slice of the features, so its indices start at
             `tp_rank * features`.
+        sharded_tokens: x holds this rank's slice of the sequence, whose tokens are counted likewise.
     """
     features = torch.arange(x.shape[-1], device=x.device)
     if sharded_features:
         features = features + key[2] * x.shape[-1]
     tokens = torch.arange(x.numel() // max(x.shape[-1], 1), device=x.device)
+    if sharded_tokens:
+        tokens = tokens + key[2] * tokens.shape[0]
     rows = _scramble(_scramble(tokens ^ key[0]) ^ key[1])
     bits = _scramble(rows.unsqueeze(-1) ^ _scramble(features + key[1] & _MASK32))
     return (bits >= threshold).view(x.shape)
 
 
 def dropout(
-    x: torch.Tensor, key: torch.Tensor, threshold: torch.Tensor, rescale: torch.Tensor, sharded_features: bool
+    x: torch.Tensor,
+    key: torch.Tensor,
+    threshold: torch.Tensor,
+    rescale: torch.Tensor,
+    sharded_features: bool,
+    sharded_tokens: bool = False,
 ) -> torch.Tensor:
     """Zero the elements of `x` outside `keep_mask` and scale the rest; see `DropoutFactors`."""
     if has_torch_function_unary(x):
-        return handle_torch_function(dropout, (x,), x, key, threshold, rescale, sharded_features)
+        return handle_torch_function(dropout, (x,), x, key, threshold, rescale, sharded_features, sharded_tokens)
     # Without a dimension the factor leaves x's dtype alone.
-    return torch.where(keep_mask(x, key, threshold, sharded_features), x * rescale.view(()), 0.0)
+    keep = keep_mask(x, key, threshold, sharded_features, sharded_tokens)
+    return torch.where(keep, x * rescale.view(()), 0.0)

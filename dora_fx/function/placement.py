@@ -37,6 +37,8 @@ class Layout:
         weight_shard_dim, lora_a_shard_dim, lora_b_shard_dim, magnitude_shard_dim: the sharded
             dimension of each stored tensor.
         adds_bias_in_product: the layer adds its bias inside the product, as nn.Linear does and Megatron's do not.
+        shards_tokens: every rank holds the whole layer and runs it on tokens of its own, so each has only a part of
+            all gradients.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Layout:
     lora_b_shard_dim: int | None
     magnitude_shard_dim: int | None
     adds_bias_in_product: bool = False
+    shards_tokens: bool = False
 
     @property
     def shards_input_features(self) -> bool:
@@ -69,8 +72,9 @@ class Layout:
         A replicated magnitude is scaled after the reduction and sees all of it, unless the output is
         sequence-sharded, or dropout moves the scale in front of the reduction.
         """
-        return self.magnitude_shard_dim is None and (
-            self.leave == "reduce_scatter_sequence" or (dropout and self.leave == "all_reduce")
+        return self.shards_tokens or (
+            self.magnitude_shard_dim is None
+            and (self.leave == "reduce_scatter_sequence" or (dropout and self.leave == "all_reduce"))
         )
 
     def adapter_parameters(
@@ -144,10 +148,15 @@ def _row(name: str, leave: Leave, enter: Enter = "none") -> Layout:
     )
 
 
+def _replicated_over_tokens(name: str) -> Layout:
+    return Layout(name, "none", "none", None, None, None, None, adds_bias_in_product=True, shards_tokens=True)
+
+
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
         Layout("replicated", "none", "none", None, None, None, None, adds_bias_in_product=True),
+        _replicated_over_tokens("replicated_sequence_parallel"),
         _column("column", enter="copy"),
         _column("column_sequence_parallel", enter="gather_sequence"),
         _column("column_gather_output", enter="copy", leave="gather_features"),

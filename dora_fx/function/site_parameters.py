@@ -100,7 +100,7 @@ class CachedParameters(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """A tensor of a site, and whether its collective is needed for it."""
+    """A tensor of a site, whether its collective is needed for it, and in which dtype it travels."""
 
     tensor: torch.Tensor
     wanted: bool
@@ -124,7 +124,7 @@ def complete_parameters(
         scales = [row_scale(site.magnitude, n, site.dtype) for site, n in zip(sites, norms, strict=True)]
     else:
         scales = [RowScale(cache.delta, cache.grad_gain, cache.grad_scale) for cache in cached]
-    magnitudes = _magnitudes(sites)
+    lora_a, lora_b, magnitudes = _with_complete_gradients(sites, lora_a, lora_b)
     return [CompleteParameters(*parts) for parts in zip(lora_a, lora_b, magnitudes, scales, strict=True)]
 
 
@@ -162,12 +162,18 @@ def _row_norms(
     ]
 
 
-def _magnitudes(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
+def _with_complete_gradients(
+    sites: Sequence[StoredParameters], lora_a: Sequence[torch.Tensor], lora_b: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], ...]:
+    """Whole factors and magnitudes; what of their gradients is partial goes in one message, in the norms' dtype."""
     requests = []
-    for site in sites:
-        is_partial = site.layout.magnitude_grad_is_partial(dropout=site.dropout is not None)
-        requests.append(_Request(site.magnitude, is_partial, site.tp_group, norm_dtype(site.dtype)))
-    return _together(copy_to_group_coalesced, requests)
+    for site, a, b in zip(sites, lora_a, lora_b, strict=True):
+        magnitude_is_partial = site.layout.magnitude_grad_is_partial(dropout=site.dropout is not None)
+        over_tokens = site.layout.shards_tokens
+        for tensor, is_partial in ((a, over_tokens), (b, over_tokens), (site.magnitude, magnitude_is_partial)):
+            requests.append(_Request(tensor, is_partial, site.tp_group, norm_dtype(site.dtype)))
+    whole = _together(copy_to_group_coalesced, requests)
+    return whole[::3], whole[1::3], whole[2::3]
 
 
 def _together(

@@ -42,7 +42,7 @@ class BaseAttributes(nn.Module):
     """A module that stands in for the layer `to_wrap` and has its attributes.
 
     Attributes:
-        to_wrap: ColumnParallelLinear, RowParallelLinear or nn.Linear.
+        to_wrap: a layer of one of `kinds.KINDS`.
         path: of the module, for error messages.
     """
 
@@ -62,6 +62,23 @@ class BaseAttributes(nn.Module):
     gather_output = _attribute("gather_output")
     sequence_parallel = _attribute("sequence_parallel")
     skip_bias_add = _attribute("skip_bias_add")
+    # Of Megatron's layers over Transformer Engine.
+    parallel_mode, tp_size = _fixed_attribute("parallel_mode"), _fixed_attribute("tp_size")
+    normalization, eps = _fixed_attribute("normalization"), _fixed_attribute("eps")
+    zero_centered_gamma = _fixed_attribute("zero_centered_gamma")
+    use_bias, te_return_bias = _fixed_attribute("use_bias"), _fixed_attribute("te_return_bias")
+    te_quant_params, _tp_group = _fixed_attribute("te_quant_params"), _fixed_attribute("_tp_group")
+    is_first_microbatch = _attribute("is_first_microbatch")
+    layer_norm_weight, layer_norm_bias = _attribute("layer_norm_weight"), _attribute("layer_norm_bias")
+
+    @property
+    def ub_name(self) -> Any:
+        """The base layer's `ub_name` is read to build another layer in its place: ValueError where it has one."""
+        self.to_wrap.ub_name  # noqa: B018
+        raise ValueError(
+            f"{self.path}: found an adapted layer where another one is built of its weights, as Megatron splits a "
+            "layer into its norm and its product, expected a plain layer: the copy would have no adapter. Merge it first"
+        )
 
     @property
     def base_weight(self) -> torch.Tensor:
@@ -100,8 +117,8 @@ class BaseAttributes(nn.Module):
         self.to_wrap.bias = value
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; weight and bias, for which `layer.weight = parameter` comes here, are the base's."""
-        if name in ("weight", "bias"):
+        """Register a parameter; those of the layer itself, as `layer.weight = parameter` comes here, are the base's."""
+        if name in ("weight", "bias", "layer_norm_weight", "layer_norm_bias"):
             getattr(BaseAttributes, name).fset(self, param)
         else:
             super().register_parameter(name, param)

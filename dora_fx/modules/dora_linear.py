@@ -33,7 +33,7 @@ class DoRALinear(BaseAttributes):
     The base layer's state-dict keys do not change; the adapter's are under `adapter.`.
 
     Args:
-        to_wrap: ColumnParallelLinear, RowParallelLinear or nn.Linear, frozen.
+        to_wrap: a frozen layer of one of `kinds.KINDS`.
         adapter: its DoRA parameters. A missing magnitude starts as the norm, so attaching changes nothing.
         path: the module's path in its model, for error messages.
         base_weight: the weight of a layer that has none of its own (an output layer tied to the embedding).
@@ -95,14 +95,15 @@ class DoRALinear(BaseAttributes):
             _prepare_trace()
         adapter = self.adapter
         layout_name = self.kind.layout_name(self.to_wrap, *args, **kwargs)
-        if not torch.compiler.is_compiling() and self.kind.is_product_alone(self.to_wrap):
-            base_output, beside = None, self.kind.returned_beside_output(self.to_wrap)
-        else:
+        if self.kind.calls_base(self.to_wrap):
             returned = self.to_wrap(x, *args, **kwargs)
             base_output, beside = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
+        else:
+            base_output, beside = None, self.kind.returned_beside_output(self.to_wrap)
         stored = self._stored(weight, layout_name, self.training and adapter.has_dropout)
         bias = self.kind.added_bias(self.to_wrap)
-        output = mark(MarkedSite(base_output, x, bias, stored, self._cached()))
+        norm = self.kind.input_norm(self.to_wrap)
+        output = mark(MarkedSite(base_output, x, bias, stored, self._cached(), norm))
         return output if beside is None else (output, *beside)
 
     def _check_call(self, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -111,6 +112,7 @@ class DoRALinear(BaseAttributes):
                 f"{self.path}: the base weight requires grad; DoRA trains a frozen base. "
                 "Call requires_grad_(False) on it, or merge the adapter before training the base."
             )
+        self.kind.check_call(self.path, self.to_wrap)
         features = weight.shape[1] * (self.adapter.tp_size if self.adapter.layout.enter == "split_features" else 1)
         if x.shape[-1] != features:
             raise ValueError(f"{self.path}: the input has {x.shape[-1]} features, the layer takes {features}")
@@ -213,7 +215,8 @@ class DoRALinear(BaseAttributes):
 
     def backward_dw(self) -> None:
         """Delayed weight gradients of the base layer: a frozen layer has none, Megatron calls it all the same."""
-        self.to_wrap.backward_dw()
+        if self.base_weight.requires_grad:
+            self.to_wrap.backward_dw()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)

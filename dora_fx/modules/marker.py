@@ -16,6 +16,7 @@ import torch
 
 from dora_fx.cache.parameter_cache import CachedSite, refresh
 from dora_fx.function.formula import adapted_linear
+from dora_fx.function.input_norm import InputNorm
 from dora_fx.function.site_parameters import CachedParameters, CompleteParameters, StoredParameters, complete_parameters
 from dora_fx.modules.site_paths import path_of
 
@@ -30,6 +31,7 @@ class MarkedSite(NamedTuple):
         bias: the bias that the base layer adds itself, None if it returns it or has none.
         stored: the site's parameters.
         cached: the site's buffers. The dora_fx backend refreshes them before it runs a graph, and eager code in `mark`.
+        input_norm: the norm that the layer applies to x itself, None without one.
     """
 
     base_output: torch.Tensor | None
@@ -37,12 +39,13 @@ class MarkedSite(NamedTuple):
     bias: torch.Tensor | None
     stored: StoredParameters
     cached: CachedParameters
+    input_norm: InputNorm | None
 
 
 def mark(site: MarkedSite) -> torch.Tensor:
     """Turn the base layer's output into the DoRA layer's, as one node where Dynamo traces."""
     if torch.compiler.is_compiling():
-        return dora_linear(site.base_output, site.x, site.bias, *site.stored, *site.cached)
+        return dora_linear(site.base_output, site.x, site.bias, *site.stored, *site.cached, *(site.input_norm or ()))
     refresh([CachedSite(path_of(site.stored.lora_a), site.stored, site.cached)])
     [complete] = complete_parameters([site.stored], [site.cached])
     return _adapted(site, complete)
@@ -52,8 +55,15 @@ def unpack(arguments: Sequence[Any]) -> MarkedSite:
     """The site that `mark` packed into a marker's arguments."""
     base_output, x, bias, *fields = arguments
     num_stored = len(StoredParameters._fields)
+    stored, fields = fields[:num_stored], fields[num_stored:]
+    cached, norm = fields[: len(CachedParameters._fields)], fields[len(CachedParameters._fields) :]
     return MarkedSite(
-        base_output, x, bias, StoredParameters(*fields[:num_stored]), CachedParameters(*fields[num_stored:])
+        base_output,
+        x,
+        bias,
+        StoredParameters(*stored),
+        CachedParameters(*cached),
+        InputNorm(*norm) if norm else None,
     )
 
 
@@ -71,4 +81,12 @@ def dora_linear(*arguments: Any) -> torch.Tensor:
 
 def _adapted(site: MarkedSite, complete: CompleteParameters) -> torch.Tensor:
     dtype = site.stored.dtype if site.base_output is None else site.base_output.dtype
-    return adapted_linear(site.x, site.stored, complete, site.bias, dtype=dtype, base_output=site.base_output)
+    return adapted_linear(
+        site.x,
+        site.stored,
+        complete,
+        site.bias,
+        dtype=dtype,
+        base_output=site.base_output,
+        input_norm=site.input_norm,
+    )

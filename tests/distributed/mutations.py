@@ -48,13 +48,13 @@ MUTATIONS = [
     ),
     Mutation(
         "magnitude's gradient left partial",
-        site_parameters._magnitudes,
+        site_parameters._with_complete_gradients,
         "site.layout.magnitude_grad_is_partial(dropout=site.dropout is not None)",
         "False",
     ),
     Mutation(
         "magnitude's gradient left partial under dropout",
-        site_parameters._magnitudes,
+        site_parameters._with_complete_gradients,
         "dropout=site.dropout is not None",
         "dropout=False",
     ),
@@ -71,7 +71,7 @@ MUTATIONS = [
         formula._scaled_under_dropout,
         "change = dropped_product",
         "other = draw_dropout_key(x, stored.tp_group)\n"
-        "    other = dropout(x, other, *stored.dropout, stored.layout.shards_input_features)\n"
+        "    other = dropout(x, other, *stored.dropout, layout.shards_input_features, layout.shards_tokens)\n"
         "    change = F.linear(other, stored.weight)",
     ),
     Mutation("input gradient not reduced", formula.adapted_linear, "layout.enter in ENTER", 'layout.enter == "x"'),
@@ -142,7 +142,7 @@ MUTATIONS = [
         "magnitude marked as a shard", Adapter._mark_sharded_parameters, "placement.shard_dim is not None", "True"
     ),
     Mutation("A drawn per rank", plan.seed_for, "(seed +", "(seed + _rank() +"),
-    Mutation("gated rows sharded as one block", megatron_linear._row_blocks, "2 if linear", "1 if linear"),
+    Mutation("gated rows sharded as one block", megatron_linear.row_blocks, "2 if linear", "1 if linear"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from dora_fx.function.dropout import draw_dropout_key, keep_mask
 from tests.distributed.training import NUM_MICROBATCHES, Mode, TrainingRun
 from tests.distributed.zoo import Topology, sites_of, tensors_of
-from tests.reference import ReferenceLinear
+from tests.reference import ReferenceLinear, normalised
 
 
 class OracleRun(TrainingRun):
@@ -57,12 +58,15 @@ class OracleRun(TrainingRun):
 
 def reference_for(site: Any) -> ReferenceLinear:
     """The oracle's layer with a site's values; it returns its bias where the base layer does."""
-    tensors = tensors_of(site)
-    returned_bias = site.to_wrap.bias if site.to_wrap.skip_bias_add else None
+    tensors, base = tensors_of(site), site.to_wrap
+    is_te = type(base).__name__.startswith("TE")
+    returns_bias = base.te_return_bias if is_te else base.skip_bias_add
+    bias = base.bias if not is_te or base.use_bias else None
+    returned_bias = bias if returns_bias else None
     dropout = site.adapter.dropout
     return ReferenceLinear(
         tensors["weight"],
-        None if site.to_wrap.skip_bias_add else site.to_wrap.bias,
+        None if returns_bias else bias,
         tensors["lora_a"],
         tensors["lora_b"],
         tensors["magnitude"],
@@ -72,6 +76,21 @@ def reference_for(site: Any) -> ReferenceLinear:
         draw_mask=(lambda x: keep_mask(x, draw_dropout_key(x, ""), site.adapter.dropout_threshold, False))
         if dropout
         else None,
+        prepare=_norm_of(base),
+    )
+
+
+def _norm_of(base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    if type(base).__name__ != "TELayerNormColumnParallelLinear":
+        return lambda x: x
+    weight, bias = base.layer_norm_weight.detach(), base.layer_norm_bias
+    return partial(
+        normalised,
+        name=base.config.normalization,
+        weight=weight,
+        bias=None if bias is None else bias.detach(),
+        eps=base.config.layernorm_epsilon,
+        zero_centered=base.config.layernorm_zero_centered_gamma,
     )
 
 

@@ -6,6 +6,8 @@ arithmetic, compiler and optimizer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -62,9 +64,13 @@ def bound_of(quantity: str, dtype: torch.dtype) -> float:
 
 @pytest.mark.parametrize(("topology", "modes"), TOPOLOGIES, ids=str)
 def test_equals_one_rank(topology, modes, record_error):
-    names = tuple(layer_names(topology))
+    compare(topology, modes, tuple(layer_names(topology)), record_error)
+
+
+def compare(topology: Topology, modes: list[Mode], names: tuple[str, ...], record_error: Callable[..., None]) -> None:
+    """Run layers of the zoo on the ranks of a topology and compare them with the oracle's."""
     oracle = run_ranks(run_oracle, 1, 1, [(mode, names) for mode in modes])
-    found = run_ranks(run_rank, topology.world_size, topology.tp, topology, modes)
+    found = run_ranks(run_rank, topology.world_size, topology.tp, topology, modes, names)
     wrong = []
     for mode, expected, results in zip(modes, oracle, found, strict=True):
         assert results.keys() == expected.keys()

@@ -55,14 +55,15 @@ class Mode:
 
 def input_sharding(zoo: Zoo, name: str) -> Sharding:
     """How a layer's input is spread over the tensor-parallel group; dimension 0 is the sequence."""
-    if name.startswith("row") and name != "row_split_input":
+    if name.removeprefix("te_").startswith("row") and name != "row_split_input":
         return Sharding(2)
     return Sharding(0 if zoo.topology.sequence_parallel else None)
 
 
 def output_sharding(zoo: Zoo, name: str) -> Sharding:
     """How a layer's output is spread over the tensor-parallel group."""
-    if name in ("column", "column_bias_added", "column_bias_returned", "output_layer"):
+    is_te_column = name.startswith("te_") and "column" in name
+    if is_te_column or name in ("column", "column_bias_added", "column_bias_returned", "output_layer"):
         return Sharding(2)
     return Sharding(0 if zoo.topology.sequence_parallel and name != "column_gather_output" else None)
 
@@ -77,9 +78,11 @@ def compiled(zoo: Zoo, mode: Mode) -> Any:
     return torch.compile(function, backend="dora_fx", options={"inner_compiler": inner}, fullgraph=True)
 
 
-def run_rank(topology: Topology, modes: list[Mode]) -> list[dict[str, torch.Tensor]]:
-    """Run every mode on this rank; for each: quantity -> whole tensor in float64."""
-    return [TrainingRun(topology, mode).results() for mode in modes]
+def run_rank(
+    topology: Topology, modes: list[Mode], names: Sequence[str] | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Run every mode on this rank; for each: quantity -> whole tensor in float64. All layers unless `names` says."""
+    return [TrainingRun(topology, mode, names).results() for mode in modes]
 
 
 class TrainingRun:

@@ -82,6 +82,56 @@ def _transformer_layer(config: TransformerConfig) -> nn.Module:
     return build_module(spec, config=config, layer_number=1).to(config.params_dtype)
 
 
+def _te(name: str, config: TransformerConfig, in_features: int, out_features: int, **kwargs: Any) -> nn.Module:
+    """A layer of Megatron's over Transformer Engine, in processes that have it."""
+    from megatron.core.extensions import transformer_engine as layers
+
+    settings = dict(config=config, init_method=nn.init.normal_, bias=True, skip_bias_add=False)
+    return getattr(layers, name)(in_features, out_features, **(settings | kwargs))
+
+
+def _te_norm_column(config: TransformerConfig, **kwargs: Any) -> nn.Module:
+    kwargs = dict(gather_output=False, is_expert=False) | kwargs
+    return _te("TELayerNormColumnParallelLinear", config, HIDDEN, FFN, **kwargs)
+
+
+def _te_column(config: TransformerConfig, **kwargs: Any) -> nn.Module:
+    return _te("TEColumnParallelLinear", config, HIDDEN, FFN, gather_output=False, is_expert=False, **kwargs)
+
+
+def _te_row(config: TransformerConfig, **kwargs: Any) -> nn.Module:
+    return _te("TERowParallelLinear", config, FFN, HIDDEN, input_is_parallel=True, is_expert=False, **kwargs)
+
+
+def _te_duplicated(config: TransformerConfig, **kwargs: Any) -> nn.Module:
+    kwargs = dict(parallel_mode="duplicated", skip_weight_param_allocation=False) | kwargs
+    return _te("TELinear", config, HIDDEN, FFN, **kwargs)
+
+
+def _te_mlp(config: TransformerConfig) -> nn.Module:
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+    return MLP(config, MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear))
+
+
+class _TEChain(nn.Module):
+    """Column with norm, row, duplicated: as in an MLP and what an attention with latents begins with."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.linear_fc1 = _te_norm_column(config)
+        self.linear_fc2 = _te_row(config, skip_bias_add=True)
+        self.linear_down = _te_duplicated(config, bias=False)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden, _ = self.linear_fc1(x)
+        output, bias = self.linear_fc2(F.gelu(hidden))
+        return self.linear_down(x + output + bias)
+
+
+CENTERED = {"layernorm_zero_centered_gamma": True}
+LAYER_NORM = {"normalization": "LayerNorm"}
+
 GATED = {"gated_linear_unit": True, "activation_func": F.silu}
 
 # name -> (features of the whole input, builder from (topology, dtype))
@@ -99,13 +149,36 @@ LAYERS: dict[str, tuple[int, Callable[[Topology, torch.dtype], nn.Module]]] = {
     "output_layer": (HIDDEN, lambda t, d: _column(make_config(t, d), VOCAB, bias=False)),
     "transformer_layer": (HIDDEN, lambda t, d: _transformer_layer(make_config(t, d, **GATED))),
 }
+# The same for layers over Transformer Engine.
+TE_LAYERS: dict[str, tuple[int, Callable[[Topology, torch.dtype], nn.Module]]] = {
+    "te_norm_column_rms": (HIDDEN, lambda t, d: _te_norm_column(make_config(t, d), bias=False)),
+    "te_norm_column_rms_centered": (HIDDEN, lambda t, d: _te_norm_column(make_config(t, d, **CENTERED))),
+    "te_norm_column_layer": (HIDDEN, lambda t, d: _te_norm_column(make_config(t, d, **LAYER_NORM), skip_bias_add=True)),
+    "te_norm_column_layer_centered": (
+        HIDDEN,
+        lambda t, d: _te_norm_column(make_config(t, d, **LAYER_NORM, **CENTERED)),
+    ),
+    "te_column": (HIDDEN, lambda t, d: _te_column(make_config(t, d), bias=False)),
+    "te_column_bias_added": (HIDDEN, lambda t, d: _te_column(make_config(t, d))),
+    "te_column_bias_returned": (HIDDEN, lambda t, d: _te_column(make_config(t, d), skip_bias_add=True)),
+    "te_row": (FFN, lambda t, d: _te_row(make_config(t, d), bias=False)),
+    "te_row_bias_added": (FFN, lambda t, d: _te_row(make_config(t, d))),
+    "te_row_bias_returned": (FFN, lambda t, d: _te_row(make_config(t, d), skip_bias_add=True)),
+    "te_duplicated": (HIDDEN, lambda t, d: _te_duplicated(make_config(t, d), bias=False)),
+    "te_duplicated_bias_added": (HIDDEN, lambda t, d: _te_duplicated(make_config(t, d))),
+    "te_duplicated_bias_returned": (HIDDEN, lambda t, d: _te_duplicated(make_config(t, d), skip_bias_add=True)),
+    "te_gated_mlp": (HIDDEN, lambda t, d: _te_mlp(make_config(t, d, **GATED))),
+    "te_chain": (HIDDEN, lambda t, d: _TEChain(make_config(t, d))),
+}
+LAYERS |= TE_LAYERS
 # Megatron's row layer refuses to split its own input under sequence parallelism.
 NOT_SEQUENCE_PARALLEL = {"row_split_input"}
 
 
 def layer_names(topology: Topology) -> list[str]:
-    """The layers that a topology can run."""
-    return [name for name in LAYERS if not (topology.sequence_parallel and name in NOT_SEQUENCE_PARALLEL)]
+    """The layers that a topology can run without Transformer Engine."""
+    names = [name for name in LAYERS if name not in TE_LAYERS]
+    return [name for name in names if not (topology.sequence_parallel and name in NOT_SEQUENCE_PARALLEL)]
 
 
 class Zoo(nn.Module):
@@ -169,11 +242,15 @@ class Sharding:
 def shardings(path: str, linear: nn.Module) -> dict[str, Sharding]:
     """Parameter of a site -> its sharding, written down here from the design and not read from the library."""
     blocks = 2 if path.endswith("linear_fc1") and linear.config.gated_linear_unit else 1
-    if isinstance(linear, ColumnParallelLinear):
-        rows = Sharding(0, blocks)
-        return {"weight": rows, "bias": rows, "lora_a": Sharding(0), "lora_b": rows, "magnitude": rows}
-    whole = Sharding(None)
-    return {"weight": Sharding(1), "bias": whole, "lora_a": Sharding(1), "lora_b": Sharding(0), "magnitude": whole}
+    whole, rows, columns = Sharding(None), Sharding(0, blocks), Sharding(1)
+    kind = type(linear).__name__
+    norm = {"layer_norm_weight": whole, "layer_norm_bias": whole}
+    if "ColumnParallel" in kind:
+        return norm | {"weight": rows, "bias": rows, "lora_a": Sharding(0), "lora_b": rows, "magnitude": rows}
+    if "RowParallel" in kind:
+        return {"weight": columns, "bias": whole, "lora_a": columns, "lora_b": Sharding(0), "magnitude": whole}
+    assert kind == "TELinear"
+    return dict.fromkeys(("weight", "bias", "lora_a", "lora_b", "magnitude"), whole)
 
 
 def tensors_of(site: DoRALinear) -> dict[str, nn.Parameter]:
@@ -186,6 +263,7 @@ def tensors_of(site: DoRALinear) -> dict[str, nn.Parameter]:
 
 
 STD = {"weight": HIDDEN**-0.5, "bias": 1.0, "lora_a": HIDDEN**-0.5, "lora_b": 0.2}
+STD |= {"layer_norm_weight": 0.5, "layer_norm_bias": 0.5}
 
 
 def tp_rank() -> int:
@@ -196,7 +274,7 @@ def tp_rank() -> int:
 def set_base_values(model: nn.Module, topology: Topology) -> None:
     """Set the weights and biases of every linear layer from whole tensors."""
     for path, linear in model.named_modules():
-        if isinstance(linear, (ColumnParallelLinear, RowParallelLinear)):
+        if type(linear).__name__.endswith("ParallelLinear") or type(linear).__name__ == "TELinear":
             for name, tensor in linear.named_parameters(recurse=False):
                 _set(tensor, whole_like(tensor, path, name, linear, topology), shardings(path, linear)[name], topology)
 

@@ -107,7 +107,7 @@ class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 48]", x: "f32[6, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", threshold: "i64[1]", rescale: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
         draw_dropout_key: "i64[3]" = dora_fx_function_dropout_draw_dropout_key(x, '')
-        dropout: "f32[6, 2, 48]" = dora_fx_function_dropout_dropout(x, draw_dropout_key, threshold, rescale, False)
+        dropout: "f32[6, 2, 48]" = dora_fx_function_dropout_dropout(x, draw_dropout_key, threshold, rescale, False, False)
         cat: "f32[12, 2, 48]" = torch.cat((x, dropout))
         linear_1: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
         chunk = linear_1.chunk(2)

@@ -73,7 +73,7 @@ class GraphModule(torch.nn.Module):
         copy_to_group_coalesced = dora_fx_function_collectives_copy_to_group_coalesced([magnitude], 'tp')
         getitem_3: "f32[80]" = copy_to_group_coalesced[0]
         draw_dropout_key: "i64[3]" = dora_fx_function_dropout_draw_dropout_key(x, 'tp')
-        dropout: "f32[6, 2, 24]" = dora_fx_function_dropout_dropout(x, draw_dropout_key, threshold, rescale, True)
+        dropout: "f32[6, 2, 24]" = dora_fx_function_dropout_dropout(x, draw_dropout_key, threshold, rescale, True, False)
         cat: "f32[12, 2, 24]" = torch.cat((x, dropout))
         linear: "f32[12, 2, 80]" = torch._C._nn.linear(cat, weight)
         chunk = linear.chunk(2)

@@ -7,8 +7,22 @@ from torch import nn
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
 from dora_fx.modules.kinds.megatron_linear import ColumnParallel, RowParallel
 from dora_fx.modules.kinds.torch_linear import TorchLinear
+from dora_fx.modules.kinds.transformer_engine import (
+    TEColumnParallel,
+    TEDuplicated,
+    TELayerNormColumnParallel,
+    TERowParallel,
+)
 
-KINDS: tuple[type[LinearKind], ...] = (ColumnParallel, RowParallel, TorchLinear)
+KINDS: tuple[type[LinearKind], ...] = (
+    ColumnParallel,
+    RowParallel,
+    TELayerNormColumnParallel,
+    TEColumnParallel,
+    TERowParallel,
+    TEDuplicated,
+    TorchLinear,
+)
 
 
 def describe_linear(path: str, module: nn.Module) -> LinearSpec:
@@ -25,10 +39,9 @@ def describe_linear(path: str, module: nn.Module) -> LinearSpec:
     if getattr(module, "is_expert", False):
         raise TypeError(f"{path}: {type(module).__name__} of an expert is not supported")
     for kind in KINDS:
-        # A subclass may compute anything.
-        if type(module) is kind.linear_class:
+        if kind.matches(module):
             return kind.describe(path, module)
-    supported = ", ".join(kind.linear_class.__name__ for kind in KINDS)
+    supported = ", ".join(kind.class_name for kind in KINDS)
     found = f"{type(module).__module__}.{type(module).__qualname__}"
     raise TypeError(f"{path}: {found} has no DoRA layout; supported are {supported}")
 

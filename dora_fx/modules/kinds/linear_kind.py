@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
+from dora_fx.function.input_norm import InputNorm
 from dora_fx.function.placement import Layout, ParameterPlacement
 
 
@@ -27,6 +28,7 @@ class LinearSpec:
         tp_group: its tensor-parallel group, even of one rank; None for a layer that is not parallel.
         weight: W0, or this rank's shard; None for a layer that multiplies by a borrowed weight.
         bias: `[out]` or this rank's `[out/tp]`; None without one.
+        input_norm: the norm that the layer applies to its input, whole on every rank; None without one.
     """
 
     kind: type[LinearKind]
@@ -39,6 +41,7 @@ class LinearSpec:
     tp_group: dist.ProcessGroup | None
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    input_norm: InputNorm | None = None
 
     @property
     def tp_size(self) -> int:
@@ -78,9 +81,20 @@ class LinearKind(ABC):
 
     Kinds are classes without instances; nothing in the package but they reads attributes of a linear layer. They are
     read while Dynamo traces too, so what a caller may switch between two calls is asked for at each call.
+
+    Attributes:
+        class_module, class_name: of the one class of layers that the kind is of. Names serve for classes of packages
+            that need not be installed.
     """
 
-    linear_class: ClassVar[type[nn.Module]]
+    class_module: ClassVar[str]
+    class_name: ClassVar[str]
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return whether a module is of this kind. No subclass is: it may compute anything."""
+        found = type(module)
+        return (found.__module__, found.__qualname__) == (cls.class_module, cls.class_name)
 
     @classmethod
     @abstractmethod
@@ -112,18 +126,43 @@ class LinearKind(ABC):
 
         Then they need not be the layer's own, and the low-rank product goes through the same collective.
         """
-        if type(linear) is not cls.linear_class or "forward" in vars(linear):
+        if not cls.matches(linear) or "forward" in vars(linear):
             return False
         weight = cast(torch.Tensor | None, linear.weight)
         device_type = "cuda" if weight is None else weight.device.type
-        return not _has_hooks(linear) and not torch.is_autocast_enabled(device_type)
+        return not has_own_hooks(linear) and not _has_global_hooks() and not torch.is_autocast_enabled(device_type)
+
+    @classmethod
+    def calls_base(cls, linear: Any) -> bool:
+        """Return whether a call of the adapted layer calls the layer itself; otherwise `formula.py` does its part.
+
+        Compiled code calls it, so that whatever it does is in the graph; passes take out what is the product alone.
+        """
+        return torch.compiler.is_compiling() or not cls.is_product_alone(linear)
+
+    @staticmethod
+    def check_call(path: str, linear: Any) -> None:
+        """Refuse a call in a state in which the adapted layer would not compute what the layer does.
+
+        Raises:
+            ValueError: naming the path, what was found and what was expected.
+        """
+
+    @staticmethod
+    def input_norm(linear: Any) -> InputNorm | None:
+        """The norm that a call applies to its input."""
+        return None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Return whether calling a module runs hooks; `nn.Module` keeps them under private names (torch 2.11 to 2.15)."""
+def has_own_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks that its calls run; `nn.Module` keeps them privately (torch 2.11 to 2.15)."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(len(each) > 0 for each in hooks)
+
+
+def _has_global_hooks() -> bool:
     return any(
         (
-            *(module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks),
             *(module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks),
             *(module_hooks._global_backward_hooks, module_hooks._global_backward_pre_hooks),
         )

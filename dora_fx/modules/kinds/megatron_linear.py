@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from dora_fx.function.placement import LAYOUTS
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
 
 
 class _MegatronLinear(LinearKind):
+    class_module = "megatron.core.tensor_parallel.layers"
+
     @classmethod
     def describe(cls, path: str, linear: Any) -> LinearSpec:
         if linear.tp_group is None:
@@ -27,7 +28,7 @@ class _MegatronLinear(LinearKind):
             # Set by `models.build_gpt_model` on layers that it pads.
             padded_in_features=getattr(linear, "padded_in_features", 0),
             padded_out_features=getattr(linear, "padded_out_features", 0),
-            row_blocks=_row_blocks(path, linear),
+            row_blocks=row_blocks(path, linear),
             tp_group=linear.tp_group,
             weight=linear.weight,
             bias=linear.bias,
@@ -54,7 +55,7 @@ class _MegatronLinear(LinearKind):
 class ColumnParallel(_MegatronLinear):
     """Output rows are sharded."""
 
-    linear_class = ColumnParallelLinear
+    class_name = "ColumnParallelLinear"
 
     @staticmethod
     def layout_name(linear: Any, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None) -> str:
@@ -66,7 +67,7 @@ class ColumnParallel(_MegatronLinear):
 class RowParallel(_MegatronLinear):
     """Input columns are sharded."""
 
-    linear_class = RowParallelLinear
+    class_name = "RowParallelLinear"
 
     @staticmethod
     def layout_name(linear: Any) -> str:
@@ -75,5 +76,6 @@ class RowParallel(_MegatronLinear):
         return "row_sequence_parallel" if linear.sequence_parallel else "row"
 
 
-def _row_blocks(path: str, linear: Any) -> int:
+def row_blocks(path: str, linear: Any) -> int:
+    """Blocks of output rows that Megatron shards each on its own: gate and up of a gated linear_fc1."""
     return 2 if linear.config.gated_linear_unit and path.rpartition(".")[2] == "linear_fc1" else 1

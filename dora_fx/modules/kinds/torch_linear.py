@@ -11,7 +11,8 @@ from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
 
 
 class TorchLinear(LinearKind):
-    linear_class = nn.Linear
+    class_module = nn.Linear.__module__
+    class_name = nn.Linear.__qualname__
 
     @classmethod
     def describe(cls, path: str, linear: Any) -> LinearSpec:

@@ -1,0 +1,215 @@
+"""Megatron's layers over Transformer Engine, told by their names: the package need not be installed.
+
+While its adapter is on, such a layer is never called: norm, collectives and products are computed in plain ops from the
+layer's parameters, so that they lie in the same graph as DoRA and share its collective. With the adapter off the layer
+runs its own kernels. That holds for weights in the dtype of the activations alone; a layer that computes in FP8 or FP4
+is refused, for it would silently become another one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dora_fx.function.input_norm import InputNorm
+from dora_fx.function.placement import LAYOUTS
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, has_own_hooks
+from dora_fx.modules.kinds.megatron_linear import row_blocks
+
+logger = logging.getLogger(__name__)
+
+
+class _TELinear(LinearKind):
+    class_module = "megatron.core.extensions.transformer_engine"
+    # `parallel_mode` of the layers that this kind is of.
+    parallel_mode: str | None
+
+    @classmethod
+    def describe(cls, path: str, linear: Any) -> LinearSpec:
+        _check_precision(path, linear)
+        _check_parallelism(path, linear, cls.parallel_mode)
+        cls.check_call(path, linear)
+        _warn_of_other_transport(linear)
+        layout = LAYOUTS[cls.layout_name(linear)]
+        group: dist.ProcessGroup = linear._tp_group
+        out_parts, in_parts = (group.size() if layout.weight_shard_dim == dim else 1 for dim in (0, 1))
+        return LinearSpec(
+            kind=cls,
+            layout=layout,
+            # Transformer Engine's own numbers are those of the shard.
+            in_features=linear.in_features * in_parts,
+            out_features=linear.out_features * out_parts,
+            padded_in_features=getattr(linear, "padded_in_features", 0),
+            padded_out_features=getattr(linear, "padded_out_features", 0),
+            row_blocks=row_blocks(path, linear),
+            tp_group=group,
+            weight=linear.weight,
+            bias=_bias(linear),
+            input_norm=cls.input_norm(linear),
+        )
+
+    @staticmethod
+    def added_bias(linear: Any) -> torch.Tensor | None:
+        return None if linear.te_return_bias else _bias(linear)
+
+    @staticmethod
+    def returned_beside_output(linear: Any) -> tuple[torch.Tensor | None, ...]:
+        return (_bias(linear) if linear.te_return_bias else None,)
+
+    @classmethod
+    def calls_base(cls, linear: Any) -> bool:
+        return False
+
+    @staticmethod
+    def check_call(path: str, linear: Any) -> None:
+        if "forward" in vars(linear) or has_own_hooks(linear):
+            raise ValueError(
+                f"{path}: found a {type(linear).__name__} with hooks or a forward of its own, expected none: while its "
+                "adapter is on it is not called. Register hooks on the adapted layer"
+            )
+        device_type = linear.weight.device.type
+        if torch.is_autocast_enabled(device_type):
+            raise ValueError(
+                f"{path}: found torch.autocast around a {type(linear).__name__}, expected none: it computes in the "
+                f"dtype of its weight, {linear.weight.dtype}"
+            )
+
+
+class TELayerNormColumnParallel(_TELinear):
+    """A norm of the input, then a layer whose output rows are sharded."""
+
+    class_name = "TELayerNormColumnParallelLinear"
+    parallel_mode = "column"
+
+    @staticmethod
+    def layout_name(linear: Any) -> str:
+        return "column_sequence_parallel" if linear.sequence_parallel else "column"
+
+    @staticmethod
+    def input_norm(linear: Any) -> InputNorm:
+        return InputNorm(
+            weight=linear.layer_norm_weight,
+            # There for LayerNorm only.
+            bias=linear.layer_norm_bias,
+            name=linear.normalization,
+            eps=linear.eps,
+            zero_centered=linear.zero_centered_gamma,
+        )
+
+
+class TEColumnParallel(_TELinear):
+    """Output rows are sharded."""
+
+    class_name = "TEColumnParallelLinear"
+    parallel_mode = "column"
+
+    @staticmethod
+    def layout_name(linear: Any) -> str:
+        return "column_sequence_parallel" if linear.sequence_parallel else "column"
+
+
+class TERowParallel(_TELinear):
+    """Input columns are sharded."""
+
+    class_name = "TERowParallelLinear"
+    parallel_mode = "row"
+
+    @staticmethod
+    def layout_name(linear: Any) -> str:
+        return "row_sequence_parallel" if linear.sequence_parallel else "row"
+
+
+class TEDuplicated(_TELinear):
+    """Every rank holds the whole layer; with sequence parallelism it runs on the rank's own tokens."""
+
+    class_name = "TELinear"
+    parallel_mode = None
+
+    @staticmethod
+    def layout_name(linear: Any) -> str:
+        # The layer's own `sequence_parallel` is False: to Transformer Engine it is not parallel.
+        return "replicated_sequence_parallel" if linear.config.sequence_parallel else "replicated"
+
+
+def runs_without_its_linears(module: nn.Module) -> bool:
+    """Return whether a module computes with the parameters of the linear layers in it and does not call these."""
+    return any(
+        cls.__module__ == _TELinear.class_module and cls.__name__ == "TEFusedMLP" for cls in type(module).__mro__
+    )
+
+
+def _bias(linear: Any) -> nn.Parameter | None:
+    # A layer without one holds an empty tensor.
+    return linear.bias if linear.use_bias else None
+
+
+def _check_precision(path: str, linear: Any) -> None:
+    """Raise ValueError, naming the layer, if it computes in another precision than that of its weight."""
+    name, config, weight = type(linear).__name__, linear.config, linear.weight
+    for field in ("fp8", "fp4"):
+        if getattr(config, field, None):
+            raise ValueError(
+                f"{path}: found a {name} whose configuration has {field} = {getattr(config, field)!r}, expected None: "
+                "the adapted layer would compute its base in another precision than the model does"
+            )
+    if linear.te_quant_params is not None:
+        raise ValueError(
+            f"{path}: found a {name} with quantisation parameters of its own (te_quant_params), expected none"
+        )
+    if getattr(weight, "gtp_remat_size", None) is not None:
+        raise ValueError(
+            f"{path}.weight: found a shard of generalised tensor parallelism (GTP) over {weight.gtp_remat_size} ranks, "
+            "expected the whole weight or a tensor-parallel shard of it"
+        )
+    if type(weight) is not nn.Parameter:
+        raise ValueError(
+            f"{path}.weight: found a {type(weight).__name__}, expected a plain parameter; quantised base weights are "
+            "not supported"
+        )
+
+
+def _check_parallelism(path: str, linear: Any, parallel_mode: str | None) -> None:
+    """Raise ValueError, naming the layer, if its collectives are not those of its kind."""
+    name, group = type(linear).__name__, cast(dist.ProcessGroup | None, linear._tp_group)
+    if group is None:
+        raise ValueError(
+            f"{path}: found a {name} without a tensor-parallel group, expected one that was built after "
+            "megatron.core.parallel_state.initialize_model_parallel()"
+        )
+    if linear.parallel_mode != parallel_mode:
+        raise ValueError(
+            f"{path}: found a {name} with parallel_mode = {linear.parallel_mode!r}, expected {parallel_mode!r}: its "
+            "collectives are left to somebody else, such as the dispatcher of an expert's tokens"
+        )
+    if parallel_mode is not None and linear.tp_size != group.size():
+        raise ValueError(
+            f"{path}: found a {name} that was built for {linear.tp_size} tensor-parallel ranks in a group of "
+            f"{group.size()}, expected the same number"
+        )
+    if (linear.sequence_parallel or linear.config.sequence_parallel) and group.size() == 1:
+        raise ValueError(
+            f"{path}: found a {name} with sequence parallelism on one tensor-parallel rank, expected several ranks or "
+            "sequence_parallel=False"
+        )
+
+
+def _warn_of_other_transport(linear: Any) -> None:
+    config = linear.config
+    if getattr(config, "tp_comm_overlap", False):
+        _warn_once("tp_comm_overlap", "communication that overlaps with products")
+    if getattr(config, "symmetric_ar_type", None) is not None:
+        _warn_once("symmetric_ar_type", "reductions through symmetric memory")
+
+
+@functools.cache
+def _warn_once(option: str, transport: str) -> None:
+    logger.warning(
+        "%s: adapted Transformer Engine layers compute the same without %s; layers that are not adapted keep it",
+        option,
+        transport,
+    )
