@@ -10,7 +10,15 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dora_fx.checkpoint.failing_together import CheckpointError
-from dora_fx.checkpoint.manifest import MANIFEST, Manifest, SiteSettings, StoredTensor, check_file, dtype_of
+from dora_fx.checkpoint.manifest import (
+    MANIFEST,
+    NORM_OF_INPUT,
+    Manifest,
+    SiteSettings,
+    StoredTensor,
+    check_file,
+    dtype_of,
+)
 from dora_fx.checkpoint.reader import CheckedReader
 
 logger = logging.getLogger(__name__)
@@ -45,7 +53,10 @@ def check_sites(directory: Path, manifest: Manifest, found: Mapping[str, SiteSet
 
 def check_base(directory: Path, manifest: Manifest, found: Mapping[str, str], *, any_base: bool) -> None:
     """Raise CheckpointError, or warn where `any_base`, unless the base weights are those of the checkpoint."""
-    differing = sorted(key for key in manifest.base if found.get(key) != manifest.base[key])
+    # A norm may have a bias in one of the models alone. Older checkpoints have no digests of norms.
+    norms = {key.split(NORM_OF_INPUT)[0] for key in manifest.base if NORM_OF_INPUT in key}
+    beyond = {key for key in found if NORM_OF_INPUT in key and key.split(NORM_OF_INPUT)[0] in norms}
+    differing = sorted(key for key in manifest.base.keys() | beyond if found.get(key) != manifest.base.get(key))
     if not differing:
         return
     message = f"{directory}: was trained on another base model than this one: {_listed(differing)} differ"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -21,7 +21,14 @@ from torch import nn
 
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, gather
-from dora_fx.checkpoint.manifest import SiteSettings, StoredTensor
+from dora_fx.checkpoint.manifest import (
+    ATTENTION_AND_MLP,
+    NORM_OF_INPUT,
+    OTHER_HYBRID,
+    SiteSettings,
+    StoredTensor,
+)
+from dora_fx.megatron.hybrid_pattern import hybrid_pattern_maybe, is_attention_and_mlp
 from dora_fx.megatron.wrappers import check_unsharded, unwrap
 from dora_fx.modules.dora_linear import DoRALinear
 
@@ -39,7 +46,7 @@ class ModelContents:
         sites: key of an adapted layer -> DoRA's settings, of all ranks.
         unpadded: key of a tensor, or name of a parameter in the whole model -> shape of one layer's without what pads
             the base to a size that divides by the number of ranks, of all ranks.
-        base: shards of the adapted layers' base weights and biases.
+        base: shards of the adapted layers' base weights and biases, and of the norms of their inputs.
     """
 
     non_homogeneous_layers: bool
@@ -70,7 +77,9 @@ def model_contents(chunks: Sequence[nn.Module], non_homogeneous_layers: bool | N
     Raises:
         CheckpointError: the model has no adapters, or its class has no `sharded_state_dict`.
     """
-    for flag in (False, True) if non_homogeneous_layers is None else (non_homogeneous_layers,):
+    # A HybridModel's keys have numbers whatever the flag says.
+    flags = (False, True) if hybrid_pattern_maybe(chunks[0]) is None else (True,)
+    for flag in flags if non_homogeneous_layers is None else (non_homogeneous_layers,):
         with failing_together("describing the adapters"):
             adapter, sites, shapes, base = _describe_chunks(chunks, flag)
             shards = [shard.without_data() for shard in all_shards(adapter)]
@@ -102,9 +111,11 @@ def all_shards(state: Any) -> list[ShardedBase]:
 
 
 def layout_of_world(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """Sizes of Megatron's groups by their usual names, and whether the model is sequence-parallel."""
+    """Sizes of Megatron's groups by their usual names, sequence parallelism, and the kind of a HybridModel."""
     config: Any = unwrap(chunks[0]).config
-    return {
+    pattern = hybrid_pattern_maybe(chunks[0])
+    hybrid = {} if pattern is None else {"hybrid": ATTENTION_AND_MLP if is_attention_and_mlp(pattern) else OTHER_HYBRID}
+    return hybrid | {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
         "vpp": len(chunks),
@@ -144,7 +155,19 @@ def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) 
             sites.append((key.partition(".adapter.")[0], _settings(site)))
             own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
             base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
+        base += _input_norms(shards, {key for key, _ in sites})
     return adapter, sites, shapes, base
+
+
+def _input_norms(shards: dict[str, Any], sites: Collection[str]) -> list[ShardedTensor]:
+    """The norms before the adapted layers, which are the layers' own in some specs and have the same keys in all."""
+    return [
+        shard
+        for shard in all_shards(list(shards.values()))
+        if isinstance(shard, ShardedTensor)
+        and NORM_OF_INPUT in shard.key
+        and shard.key.split(NORM_OF_INPUT)[0] in sites
+    ]
 
 
 def _settings(site: DoRALinear) -> SiteSettings:

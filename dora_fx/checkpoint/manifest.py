@@ -22,6 +22,11 @@ MANIFEST = "dora_fx.json"
 FORMAT = "dora_fx checkpoint"
 FORMAT_VERSION = 1
 
+# Between a layer's key and the name of a parameter of the norm of its input.
+NORM_OF_INPUT = ".layer_norm_"
+# What `layout` has as `hybrid` of a HybridModel: layers of attention and MLP by turns, or others.
+ATTENTION_AND_MLP, OTHER_HYBRID = 1, 2
+
 _LONGEST_NAME = 1000
 
 

@@ -91,7 +91,10 @@ def describe(manifest: Manifest) -> str:
     whole, on_disk = sum(t.num_bytes for t in manifest.tensors.values()), sum(f.size for f in manifest.files.values())
     facts: Rows = [
         ("written by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
-        ("at layout", sizes + ", sequence parallel" * bool(layout["sequence_parallel"])),
+        (
+            "at layout",
+            sizes + ", sequence parallel" * bool(layout["sequence_parallel"]) + ", HybridModel" * ("hybrid" in layout),
+        ),
         ("keys", "with layer numbers" if manifest.non_homogeneous_layers else "without layer numbers, layers in front"),
         ("optimizer", "yes" if manifest.has_optimizer else "no"),
         ("extra", "yes" if manifest.has_extra else "no"),

@@ -62,5 +62,6 @@ def _check_base(saved: SavedAdapter, checkpoint: HFCheckpoint) -> None:
         checkpoint.state_dict,
         manifest.base,
         non_homogeneous_layers=manifest.non_homogeneous_layers,
+        names=saved.names,
     )
     check_base(directory, manifest, found, any_base=False)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dora_fx.checkpoint import CheckpointError
+from dora_fx.checkpoint.directory import open_checkpoint
+from dora_fx.checkpoint.manifest import ATTENTION_AND_MLP
 from dora_fx.checkpoint.plain import WholeAdapter, read_adapters
 from dora_fx.cli.base_model import resolve_base
 from dora_fx.cli.errors import UserError
@@ -16,7 +18,9 @@ from dora_fx.cli.run_folder import RunFolder, checkpoint_in
 from dora_fx.hf.export_adapter import split_adapter
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule
+from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP
 from dora_fx.models.architecture import architecture_of
+from dora_fx.models.decoder_names import DecoderNames
 from dora_fx.models.hf_checkpoint import load_hf_config
 from dora_fx.models.hf_parts import HFParts, check_size
 
@@ -31,7 +35,8 @@ class SavedAdapter:
         path: of the checkpoint.
         base, base_path: as the user or the run names the base, and where it lies.
         config: the base's transformers config.
-        layers: adapters by the paths of Megatron layers.
+        names: of the model that the adapter was trained on.
+        layers: adapters by the paths of Megatron layers in a GPTModel.
         modules: the same by the paths of Hugging Face layers.
     """
 
@@ -39,6 +44,7 @@ class SavedAdapter:
     base: str
     base_path: Path
     config: Any
+    names: DecoderNames
     layers: dict[str, WholeAdapter]
     modules: dict[str, PeftModule]
 
@@ -70,8 +76,10 @@ def open_saved_adapter(parsed: dict[str, Any]) -> SavedAdapter:
     layers = or_user_error("", read_adapters, path)
     base_path = _resolve(base, is_named=bool(parsed["base"]))
     config = or_user_error(f"--base {base}: ", load_hf_config, base_path)
+    names = _names(path, config)
+    layers = {names.gpt_path(layer): adapter for layer, adapter in layers.items()}
     modules = or_user_error(f"{path} on --base {base}: ", _modules, config, layers)
-    return SavedAdapter(path, base, base_path, config, layers, modules)
+    return SavedAdapter(path, base, base_path, config, names, layers, modules)
 
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> None:
@@ -110,6 +118,20 @@ def _base_of(source: Path) -> str:
     if "base" not in options:
         raise UserError(f"{folder.config_file}: names no base; give --base")
     return str(options["base"])
+
+
+def _names(path: Path, config: Any) -> DecoderNames:
+    """The names of the layers in a checkpoint; raises UserError for those of no GPTModel."""
+    _, manifest = or_user_error("", open_checkpoint, path)
+    found = manifest.layout.get("hybrid")
+    if found is None:
+        return DecoderNames(None, config.num_hidden_layers)
+    if found != ATTENTION_AND_MLP:
+        raise UserError(
+            f"{path}: found the adapter of a HybridModel of other layers than attention and MLP by turns, expected "
+            "layers that the base has"
+        )
+    return DecoderNames((ATTENTION + MLP) * config.num_hidden_layers, config.num_hidden_layers)
 
 
 def _modules(config: Any, layers: Mapping[str, WholeAdapter]) -> dict[str, PeftModule]:

@@ -21,14 +21,15 @@ from typing import Any
 
 from torch import nn
 
+from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp
 from dora_fx.megatron.wrappers import unwrap, walk
 from dora_fx.models.hf_architectures import LINEAR_FC1, LINEAR_QKV
 
-ATTENTION, MLP = "*", "-"
 FINAL_NORM, INPUT_NORM, PRE_MLP_NORM = "decoder.final_layernorm", "input_layernorm", "pre_mlp_layernorm"
 # Linear layers that normalise their input themselves, and the norm that stands before them where they do not.
 FUSED_NORMS = {LINEAR_QKV: INPUT_NORM, LINEAR_FC1: PRE_MLP_NORM}
 _FUSED = "layer_norm_"
+_HYBRID_FINAL_NORM = "decoder.final_norm"
 _LAYER_PATH = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -52,27 +53,41 @@ class DecoderNames:
         Raises:
             ValueError: a HybridModel's layers are not an attention and an MLP by turns, which are a GPTModel's.
         """
-        model: Any = unwrap(chunk)
-        whole = getattr(model, "hybrid_layer_pattern", None)
-        if whole is None:
+        pattern = hybrid_pattern_maybe(chunk)
+        if pattern is None:
+            model: Any = unwrap(chunk)
             return cls(None, model.config.num_layers)
-        pattern = whole.replace("|", "")
-        count = len(pattern) // 2
-        if not pattern or pattern != (ATTENTION + MLP) * count:
+        if not is_attention_and_mlp(pattern):
             raise ValueError(
-                f"hybrid_layer_pattern: found {whole!r}, expected attention and MLP by turns ({ATTENTION}{MLP}...), as "
-                "in every supported architecture"
+                f"hybrid_layer_pattern: found {pattern!r}, expected attention and MLP by turns ({ATTENTION}{MLP}...), "
+                "as in every supported architecture"
             )
-        return cls(pattern, count)
+        return cls(pattern, len(pattern) // 2)
 
     def gpt_path(self, path: str) -> str:
         """The path that a module has in the GPTModel; `path` has the number of its layer in the whole model."""
         if self.pattern is None:
             return path
-        if path == "decoder.final_norm":
+        if path == _HYBRID_FINAL_NORM:
             return FINAL_NORM
         match = _LAYER_PATH.fullmatch(path)
         return f"decoder.layers.{int(match[1]) // 2}.{match[2]}" if match else path
+
+    def fused_name(self, name: str) -> str:
+        """The name of a parameter of the GPTModel in this one, if it is of Transformer Engine's layers.
+
+        Checkpoints of every spec have these names.
+        """
+        match = _LAYER_PATH.fullmatch(name)
+        if match is None:
+            return name
+        index, within = int(match[1]), match[2]
+        for linear, norm in FUSED_NORMS.items():
+            if within.startswith(f"{norm}."):
+                within = f"{linear}.{_FUSED}{within.removeprefix(f'{norm}.')}"
+        if self.pattern is not None:
+            index = 2 * index + within.startswith("mlp.")
+        return f"decoder.layers.{index}.{within}"
 
     def gpt_parameters(self, path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield a module's own parameters by the names that they have in the GPTModel."""

@@ -14,8 +14,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP
 from dora_fx.models.architecture import GPTArchitecture
-from dora_fx.models.decoder_names import ATTENTION, MLP
 
 Spec = Literal["local", "te", "hybrid"]
 SPECS: tuple[Spec, ...] = ("local", "te", "hybrid")
