@@ -13,7 +13,7 @@ from torch import nn
 import dora_fx
 from dora_fx.models import build_gpt_model, causal_mask
 from tests.hf_models import CONFIGS, tiny_hf_model
-from tests.models import GPT_TARGETS, randomize_adapters
+from tests.models import GPT_TARGETS, randomize_adapters, sites
 
 TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(8))
 DIM = 4
@@ -110,3 +110,62 @@ def load(folder: str, spec: str, overrides: dict[str, Any]) -> tuple[dict[str, t
     model = adapted("qwen2", spec, seed=4, overrides=overrides)
     dora_fx.load_checkpoint(model, folder)
     return adapter_of(model), logits_of(model)
+
+
+# Ends of the names that the norms before attention and MLP have in either spec.
+NORMS = {
+    "before attention": ("input_layernorm.weight", "linear_qkv.to_wrap.layer_norm_weight"),
+    "before the MLP": ("pre_mlp_layernorm.weight", "linear_fc1.to_wrap.layer_norm_weight"),
+}
+
+
+def refusals_of_other_norms(folder: str, first: str, second: str) -> dict[str, str]:
+    """What loading says onto a model that differs in one norm alone, or in none."""
+    dora_fx.save_checkpoint(adapted("llama", first), Path(folder) / "saved")
+    refusals = {}
+    for which, ends in {**NORMS, "none": ()}.items():
+        model = adapted("llama", second, seed=2)
+        with torch.no_grad():
+            changed = [p for name, p in model.named_parameters() if "layers.1." in name and name.endswith(tuple(ends))]
+            assert len(changed) == bool(ends)
+            for parameter in changed:
+                parameter[0] *= 1.25
+        before = adapter_of(model)
+        try:
+            dora_fx.load_checkpoint(model, Path(folder) / "saved")
+            refusals[which] = ""
+        except dora_fx.CheckpointError as error:
+            refusals[which] = str(error)
+            torch.testing.assert_close(adapter_of(model), before, rtol=0, atol=0)
+    return refusals
+
+
+def life_in_every_spec(specs: list[str], folder: str) -> dict[str, dict[str, Any]]:
+    """Import, export, streams, merge and unmerge of one adapter in every spec."""
+    dora_fx.export_hf(adapted("qwen2", "local", overrides=PADDED), Path(folder) / "first")
+    dist.barrier()
+    found = {}
+    for spec in specs:
+        model = dora_fx.import_hf(build("qwen2", spec, overrides=PADDED), Path(folder) / "first")
+        dora_fx.export_hf(model, Path(folder) / spec)
+        base, logits = base_weights(model), logits_of(model)
+        streamed = dict(dora_fx.iter_merged(model, every_rank=True))
+        with dora_fx.merged(model):
+            merged_logits, merged = logits_of(model), base_weights(model)
+        unmerged = base_weights(model)
+        found[spec] = {
+            "adapter": adapter_of(model),
+            "streamed": streamed,
+            "logits": logits,
+            "merged logits": merged_logits,
+            "changed by merging": {name for name, value in merged.items() if not torch.equal(value, base[name])},
+            "changed by unmerging": [name for name, value in unmerged.items() if not torch.equal(value, base[name])],
+            "linears": {f"{path}.weight" for path in sites(model)},
+        }
+    return found
+
+
+def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the base's tensors, merged or not."""
+    states = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    return {name: value.clone() for name, value in states.items() if ".adapter." not in name}
