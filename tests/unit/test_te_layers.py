@@ -202,9 +202,7 @@ def attributes_of_layers() -> None:
             site.parallel_mode = "other"
         site.backward_dw()
         if "norm" in name:
-            with pytest.raises(
-                ValueError, match=r"^linear: found an adapted layer where another one is built of"
-            ):
+            with pytest.raises(ValueError, match=r"^linear: found an adapted layer where another one is built of"):
                 split_te_layernorm_column_parallel_linear(site, base.config)
             before = output_of(model, x)
             site.layer_norm_weight = nn.Parameter(2 * site.layer_norm_weight.detach(), requires_grad=False)
