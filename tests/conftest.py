@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--transformer-engine",
         metavar="FOLDER",
-        help="with the packages of .ci/emulated_te.txt, for tests that need them",
+        help="with the packages of .ci/emulated_te.txt, for tests of its layers",
     )
     parser.addoption("--slow-share", metavar="I/N", help="the quick tests, and the I-th of N parts of the slow ones")
 

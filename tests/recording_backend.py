@@ -34,6 +34,8 @@ class RecordingBackend:
 SHORT_NAMES = {
     "modules_to_wrap_parameters_weight_": "weight",
     "modules_to_wrap_parameters_bias_": "bias",
+    "modules_to_wrap_parameters_layer_norm_weight_": "norm_weight",
+    "modules_to_wrap_parameters_layer_norm_bias_": "norm_bias",
     "buffers_base_norm_sq_": "base_norm_sq",
     "buffers_cached_delta_": "delta",
     "buffers_cached_grad_gain_": "grad_gain",

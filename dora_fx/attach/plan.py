@@ -14,10 +14,10 @@ from torch.distributed._composable.replicate import DDP as ComposableDDP
 from dora_fx.attach.matching import find_targets, nearest_names
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron.data_parallel import data_parallel_around
-from dora_fx.megatron.wrappers import NamedModule, TorchDDP, check_unsharded, replace_modules, unwrap
+from dora_fx.megatron.wrappers import NamedModule, TorchDDP, check_unsharded, replace_modules, unwrap, walk
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.modules.kinds import LinearSpec, describe_linear
+from dora_fx.modules.kinds import LinearSpec, bypasses_its_linears, describe_linear
 from dora_fx.ranks.agreement import of_all_stages
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> Atta
             existing.append(named.module)
         else:
             new.append(_plan_site(settings, chunk, named))
+    _check_called(chunks, new)
     _check_data_parallelism(chunks, new)
     return AttachPlan(new, existing, found.unmatched_targets, found.unmatched_linears)
 
@@ -121,6 +122,17 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
 def seed_for(path: str, seed: int) -> int:
     """Seed of the initial A and B at a path, so that attaching draws nothing from torch's generator."""
     return (seed + (zlib.crc32(path.encode()) << 31)) % 2**63
+
+
+def _check_called(chunks: Iterable[nn.Module], new: Iterable[PlannedSite]) -> None:
+    paths = {site.linear: site.path for site in new}
+    for holder in (named.module for chunk in chunks for named in walk(chunk) if bypasses_its_linears(named.module)):
+        for child in holder.children():
+            if child in paths:
+                raise TypeError(
+                    f"{paths[child]}: found a layer of a {type(holder).__name__}, which computes with its parameters "
+                    "and never calls it, expected an MLP that does; build the model without the op fuser"
+                )
 
 
 def _check_data_parallelism(chunks: Iterable[nn.Module], new: Iterable[PlannedSite]) -> None:

@@ -76,8 +76,8 @@ class BaseAttributes(nn.Module):
         """The base layer's `ub_name` is read to build another layer in its place: ValueError where it has one."""
         self.to_wrap.ub_name  # noqa: B018
         raise ValueError(
-            f"{self.path}: found an adapted layer where another one is built of its weights, as Megatron splits a "
-            "layer into its norm and its product, expected a plain layer: the copy would have no adapter. Merge it first"
+            f"{self.path}: found an adapted layer where another one is built of its weights, as Megatron splits one "
+            "into norm and product, expected a plain layer: the copy would have no adapter. Merge it first"
         )
 
     @property

@@ -112,7 +112,8 @@ class DoRALinear(BaseAttributes):
                 f"{self.path}: the base weight requires grad; DoRA trains a frozen base. "
                 "Call requires_grad_(False) on it, or merge the adapter before training the base."
             )
-        self.kind.check_call(self.path, self.to_wrap)
+        if (problem := self.kind.call_problem_maybe(self.to_wrap)) is not None:
+            raise ValueError(f"{self.path}: {problem}")
         features = weight.shape[1] * (self.adapter.tp_size if self.adapter.layout.enter == "split_features" else 1)
         if x.shape[-1] != features:
             raise ValueError(f"{self.path}: the input has {x.shape[-1]} features, the layer takes {features}")

@@ -44,6 +44,22 @@ def run_ranks(function: Callable[..., Any], world_size: int, tp: int, *args: Any
         return torch.load(Path(folder) / "result", weights_only=False)
 
 
+def call_in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a module-level function in a process of its own, without any world, and return its result.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of what it raised.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _spawn(_keep_result, (function, folder, args), 1, folder)
+        return torch.load(Path(folder) / "result", weights_only=False)
+
+
+def _keep_result(rank: int, function: Callable[..., Any], folder: str, args: tuple[Any, ...]) -> None:
+    with _leaving_a_traceback(rank, folder):
+        torch.save(function(*args), Path(folder) / "result")
+
+
 def visit_worlds(visits: Sequence[tuple[Callable[..., Any], Any]], *args: Any) -> None:
     """Run `function(layout, *args)` for (function, layout) after (function, layout), on every rank of its world.
 

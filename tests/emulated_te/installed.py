@@ -38,7 +38,7 @@ def install() -> None:
     utils._get_device_compute_capability = lambda device: (8, 0)
     gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
     gemm._empty_tensor = utils._empty_tensor = torch.Tensor
-    # Attention in plain torch is Transformer Engine's own; the fused ones are kernels of the compiled module's and others'.
+    # Attention in plain torch is Transformer Engine's own; the fused ones are kernels.
     os.environ.update(NVTE_FLASH_ATTN="0", NVTE_FUSED_ATTN="0", NVTE_UNFUSED_ATTN="1")
     DotProductAttention.forward = _with_text_replaced(
         DotProductAttention.forward, "query_layer.is_cuda and key_layer.is_cuda and value_layer.is_cuda", "True"

@@ -12,6 +12,7 @@ from dora_fx.modules.kinds.transformer_engine import (
     TEDuplicated,
     TELayerNormColumnParallel,
     TERowParallel,
+    bypasses_its_linears,
 )
 
 KINDS: tuple[type[LinearKind], ...] = (
@@ -51,4 +52,4 @@ def looks_like_linear(module: nn.Module) -> bool:
     return not isinstance(module, nn.Embedding) and "linear" in type(module).__name__.lower()
 
 
-__all__ = ["KINDS", "LinearKind", "LinearSpec", "describe_linear", "looks_like_linear"]
+__all__ = ["KINDS", "LinearKind", "LinearSpec", "bypasses_its_linears", "describe_linear", "looks_like_linear"]

@@ -141,12 +141,9 @@ class LinearKind(ABC):
         return torch.compiler.is_compiling() or not cls.is_product_alone(linear)
 
     @staticmethod
-    def check_call(path: str, linear: Any) -> None:
-        """Refuse a call in a state in which the adapted layer would not compute what the layer does.
-
-        Raises:
-            ValueError: naming the path, what was found and what was expected.
-        """
+    def call_problem_maybe(linear: Any) -> str | None:
+        """Say what was found, and expected, where the adapted layer would not compute now what the layer does."""
+        return None
 
     @staticmethod
     def input_norm(linear: Any) -> InputNorm | None:

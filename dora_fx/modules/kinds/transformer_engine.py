@@ -31,9 +31,13 @@ class _TELinear(LinearKind):
 
     @classmethod
     def describe(cls, path: str, linear: Any) -> LinearSpec:
+        # The layer itself does not know.
+        if "experts" in path.split("."):
+            raise TypeError(f"{path}: {cls.class_name} of an expert is not supported")
         _check_precision(path, linear)
         _check_parallelism(path, linear, cls.parallel_mode)
-        cls.check_call(path, linear)
+        if (problem := cls.call_problem_maybe(linear)) is not None:
+            raise ValueError(f"{path}: {problem}")
         _warn_of_other_transport(linear)
         layout = LAYOUTS[cls.layout_name(linear)]
         group: dist.ProcessGroup = linear._tp_group
@@ -66,18 +70,16 @@ class _TELinear(LinearKind):
         return False
 
     @staticmethod
-    def check_call(path: str, linear: Any) -> None:
+    def call_problem_maybe(linear: Any) -> str | None:
+        name, weight = type(linear).__name__, linear.weight
         if "forward" in vars(linear) or has_own_hooks(linear):
-            raise ValueError(
-                f"{path}: found a {type(linear).__name__} with hooks or a forward of its own, expected none: while its "
-                "adapter is on it is not called. Register hooks on the adapted layer"
+            return (
+                f"found a {name} with hooks or a forward of its own, expected none: while its adapter is on it is not "
+                "called. Register hooks on the adapted layer"
             )
-        device_type = linear.weight.device.type
-        if torch.is_autocast_enabled(device_type):
-            raise ValueError(
-                f"{path}: found torch.autocast around a {type(linear).__name__}, expected none: it computes in the "
-                f"dtype of its weight, {linear.weight.dtype}"
-            )
+        if torch.is_autocast_enabled(weight.device.type):
+            return f"found torch.autocast around a {name}, expected none: it computes in its weight's {weight.dtype}"
+        return None
 
 
 class TELayerNormColumnParallel(_TELinear):
@@ -136,11 +138,10 @@ class TEDuplicated(_TELinear):
         return "replicated_sequence_parallel" if linear.config.sequence_parallel else "replicated"
 
 
-def runs_without_its_linears(module: nn.Module) -> bool:
+def bypasses_its_linears(module: nn.Module) -> bool:
     """Return whether a module computes with the parameters of the linear layers in it and does not call these."""
-    return any(
-        cls.__module__ == _TELinear.class_module and cls.__name__ == "TEFusedMLP" for cls in type(module).__mro__
-    )
+    classes = [(cls.__module__, cls.__name__) for cls in type(module).__mro__]
+    return (_TELinear.class_module, "TEFusedMLP") in classes
 
 
 def _bias(linear: Any) -> nn.Parameter | None:
