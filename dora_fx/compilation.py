@@ -23,7 +23,7 @@ def compile_model(
     model: ModelT,
     scope: Scope = "layer",
     *,
-    fullgraph: bool = True,
+    fullgraph: bool | None = None,
     dynamic: bool | None = None,
     mode: str | None = None,
     **options: Any,
@@ -45,7 +45,8 @@ def compile_model(
         model: a model, or a list or a tuple of model chunks, bare or wrapped.
         scope: "layer" compiles each transformer layer by itself: short compilation, whatever the depth. "model" makes
             one graph of each chunk.
-        fullgraph: raise where Dynamo would break a graph, in place of running a part uncompiled.
+        fullgraph: raise where Dynamo would break a graph, in place of running a part uncompiled. The default is to
+            raise, but for models with Transformer Engine's attention, which breaks graphs where it chooses to.
         dynamic, mode: as in `torch.compile`.
         options: of the backend (`inner_compiler`, `weight_norm`, `unmatched`, `rank_timeout`), or Inductor's.
 
@@ -60,11 +61,12 @@ def compile_model(
     # torch.compile takes a mode or options, and the backend both.
     options = {**options, "mode": mode} if mode is not None else options
     BackendOptions.of(options)
-    settings = {"backend": dora_fx, "fullgraph": fullgraph, "dynamic": dynamic, "options": options}
     chunks = [unwrap(chunk) for chunk in chunks_of(model)]
     for chunk in chunks:
         _check_compilable(chunk, scope)
     for chunk in chunks:
+        is_whole = not _breaks_graphs(chunk) if fullgraph is None else fullgraph
+        settings = {"backend": dora_fx, "fullgraph": is_whole, "dynamic": dynamic, "options": options}
         _compile_chunk(chunk, scope, settings)
     return model
 
@@ -81,6 +83,15 @@ def _check_compilable(chunk: nn.Module, scope: Scope) -> None:
         )
     if chunk in _compiled:
         raise ValueError(f"model: found a {type(chunk).__name__} that is compiled already, expected one that is not")
+
+
+def _breaks_graphs(chunk: nn.Module) -> bool:
+    """Return whether a model has Transformer Engine's attention, told by name: the package need not be installed."""
+    return any(
+        cls.__name__ == "TEDotProductAttention" and cls.__module__ == "megatron.core.extensions.transformer_engine"
+        for module in chunk.modules()
+        for cls in type(module).__mro__
+    )
 
 
 def _compile_chunk(chunk: nn.Module, scope: Scope, settings: dict[str, Any]) -> None:
