@@ -23,8 +23,7 @@ class Batch:
         tokens: inputs `[b, s]`.
         labels: the tokens that follow them, `[b, s]`.
         loss_mask: `[b, s]`, True where the label is learned.
-        position_ids: `[b, s]`, from zero for every sample. Rotary embeddings depend on differences of positions alone,
-            and Megatron's GPTModel counts for them from the start of the sequence.
+        position_ids: `[b, s]`, from zero for every sample.
         attention_mask: `[1, 1, s, s]`, or `[b, 1, s, s]` where sequences have several samples; True where a position
             must not look.
         num_tokens: how many of the inputs are no padding.

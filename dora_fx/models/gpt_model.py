@@ -122,9 +122,10 @@ def separating_mask(sample: Tensor) -> Tensor:
 
 
 def _empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool) -> Any:
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from dora_fx.models.positioned_gpt import PositionedGPTModel
 
     config = _transformer_config(architecture, dtype, device, sequence_parallel)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.hf.qk_layernorm)
@@ -134,7 +135,7 @@ def _empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, device: 
     if architecture.hf.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = FrozenRMSNorm
     block = TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=FrozenRMSNorm)
-    model = GPTModel(
+    model = PositionedGPTModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=architecture.vocab_size,
