@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import dora_fx
 from dora_fx import DoRA
 from dora_fx.attach.report import DoRAReport
 from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base, resolve_spec
-from dora_fx.cli.data import demo_documents, read_documents
+from dora_fx.cli.data import TrainingData, demo_data, read_data
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.memory import fitting_in_memory
 from dora_fx.cli.options import (
@@ -33,7 +34,8 @@ from dora_fx.cli.stop_signals import StopSignals
 from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.trainer import Trainer
 from dora_fx.cli.training_run import TrainingRun
-from dora_fx.cli.training_text import training_text
+from dora_fx.cli.training_text import TrainingText, training_text, with_steps
+from dora_fx.models.specs import Spec
 
 __all__ = ["HELP", "options_in_order", "parser", "run"]
 
@@ -62,9 +64,10 @@ def run(parsed: dict[str, Any]) -> int:
     _check_world_size(options, ranks)
     folder = _run_folder(options)
     dora = _dora(options)
-    documents = _documents(options)
+    data = _data(options)
     device = _device(options)
     spec = resolve_spec(options, device)
+    options, notes = _without_packing_beside(spec, options, data)
     display = Display(quiet=not ranks.is_main)
     stop = StopSignals(agree=ranks.largest)
     with stop.installed(), ranks.world(device, options.seed, options.tp):
@@ -72,24 +75,26 @@ def run(parsed: dict[str, Any]) -> int:
         with display.phase(f"loading {path.name}"):
             checkpoint = load_checkpoint(path, DTYPES[options.dtype])
         tokenizer = BaseTokenizer(path, checkpoint.tokenizer, checkpoint.config.vocab_size)
-        text = training_text(options, documents, tokenizer, checkpoint.config, device)
-        blocks = text.blocks
-        ranks.check_agreement(saved_options(options) | {"spec": spec, "text": blocks.fingerprint, **_versions()})
+        text = training_text(options, data, tokenizer, checkpoint.config, device)
+        if options.show_sample:
+            return _show_sample(text, tokenizer, display)
+        options = with_steps(options, len(text.sequences.train))
+        ranks.check_agreement(
+            saved_options(options) | {"spec": spec, "text": text.sequences.fingerprint, **_versions()}
+        )
         with display.phase("building the Megatron model"):
             model = build_base_model(checkpoint, options, device, spec)
         report = _adapt(dora, model)
         if options.compile != "none":
             dora_fx.compile_model(model, options.compile, inner_compiler=options.inner_compiler)
-        display.say(
-            f"text: {blocks.num_tokens:,} tokens; {len(blocks.train)} training sequences and "
-            f"{len(blocks.held_out)} held-out ones of {options.sequence_length}; "
-            f"{options.dtype} on {_place(options, device)}, {spec} spec"
-        )
+        place = f"{options.dtype} on {_place(options, device)}, {spec} spec"
+        for note in (*text.notes, *notes, f"{options.steps} steps; {place}"):
+            display.say(note)
         if unknown := tokenizer.beyond_the_model():
             display.say(f"tokens of the tokenizer that the model does not have: {unknown}; the text has none of them")
         display.say(_summary(report))
         with fitting_in_memory("the optimizer", _SMALLER_ADAPTER):
-            trainer = Trainer(model, blocks, options, device)
+            trainer = Trainer(model, text.sequences, options, device)
         if options.resume is None:
             ranks.from_main(folder.create, saved_options(options), str(report))
         return TrainingRun(options, ranks, folder, display, stop, trainer, tokenizer, text.prompt, device).run()
@@ -150,11 +155,45 @@ def _device(options: FinetuneOptions) -> str:
     return options.device
 
 
-def _documents(options: FinetuneOptions) -> list[str]:
+def _data(options: FinetuneOptions) -> TrainingData:
     if options.data is None:
-        return demo_documents()
+        return demo_data()
     with _saying_where(options, "data"):
-        return read_documents(options.data)
+        return read_data(options.data, options.data_format)
+
+
+def _without_packing_beside(
+    spec: Spec, options: FinetuneOptions, data: TrainingData
+) -> tuple[FinetuneOptions, Sequence[str]]:
+    """Options that a model of this spec can follow, and what there is to say of them.
+
+    Raises:
+        UserError: the resumed run was trained on packed samples.
+    """
+    if spec == "local" or options.no_packing or data.format.name == "text":
+        return options, ()
+    if options.resume is not None:
+        raise UserError(
+            f"--spec: found {spec}, expected local: {options.resume} is trained on packed samples, which its "
+            "attention does not keep apart"
+        )
+    return replace(options, no_packing=True), (
+        f"attention of the {spec} spec keeps no packed samples apart: one in each",
+    )
+
+
+def _show_sample(text: TrainingText, tokenizer: BaseTokenizer, display: Display) -> int:
+    """Print the first sample as runs of tokens that are learned or not; return the exit code."""
+    for note in text.notes:
+        display.say(note)
+    if not text.samples:
+        display.say("every token of a text is learned")
+        return 0
+    sample = text.samples[0]
+    display.say(f"{sample.where}: {len(sample.ids)} tokens, {sample.num_targets} of them learned")
+    for learned, count, run in tokenizer.runs(sample):
+        display.say(f"  {'learned' if learned else 'given':8}{count:5} {'token' if count == 1 else 'tokens'}  {run!r}")
+    return 0
 
 
 @contextlib.contextmanager

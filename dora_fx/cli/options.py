@@ -53,16 +53,33 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Text"""
+    """Text and samples"""
 
     demo: bool = field(
         default=False, metadata={"help": "train on a text that every Python has: the language reference in pydoc_data"}
     )
     data: Path | None = field(
-        default=None, metadata={"help": "a .txt file, or a .jsonl file of objects with a field text"}
+        default=None,
+        metadata={
+            "help": "a .txt, .jsonl, .json or .parquet file, or a folder of them; see docs/data.md for the fields"
+        },
+    )
+    data_format: Literal["auto", "text", "messages", "sharegpt", "prompt-completion", "alpaca"] = field(
+        default="auto", metadata={"help": "of the data; auto goes by the names of the fields"}
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens of one training sequence"})
-    held_out_fraction: float = field(default=0.05, metadata={"help": "share of the sequences that is never trained on"})
+    too_long: Literal["drop", "cut", "error"] = field(
+        default="drop", metadata={"help": "what becomes of a sample that is longer than a sequence; a text is cut"}
+    )
+    no_packing: bool = field(
+        default=False, metadata={"help": "one sample in a sequence, padded, in place of as many as fit; slower"}
+    )
+    show_sample: bool = field(
+        default=False, metadata={"help": "show the tokens of one sample and which of them are learned, and stop"}
+    )
+    held_out_fraction: float = field(
+        default=0.05, metadata={"help": "share of the sequences, or of the samples, that is never trained on"}
+    )
     max_held_out: int = field(default=8, metadata={"help": "at most so many held-out sequences are used"})
 
 
@@ -89,6 +106,9 @@ class TrainingOptions:
     """Training"""
 
     steps: int = field(default=40, metadata={"help": "optimizer steps"})
+    epochs: float | None = field(
+        default=None, metadata={"help": "passes over the training sequences, in place of --steps"}
+    )
     batch_size: int = field(default=1, metadata={"help": "sequences of one forward pass"})
     gradient_accumulation: int = field(default=1, metadata={"help": "forward passes of one optimizer step"})
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
@@ -156,6 +176,7 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "held_out_fraction": (lambda value: 0 < value < 1, "a number between 0 and 1"),
     "max_held_out": _POSITIVE,
     "steps": _POSITIVE,
+    "epochs": (lambda value: value is None or (math.isfinite(value) and value > 0), "a positive number"),
     "batch_size": _POSITIVE,
     "gradient_accumulation": _POSITIVE,
     "lr": (lambda value: math.isfinite(value) and value > 0, "a positive number"),
@@ -172,7 +193,19 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 # moved: the checkpoint has digests of both, and takes no others. Adapters of one spec fit the layers of
 # another, or have other names and are refused.
 CHANGEABLE_ON_RESUME = frozenset(
-    {"steps", "save_every", "eval_every", "sample_tokens", "device", "spec", "compile", "tp", "sequence_parallel"}
+    {
+        "steps",
+        "epochs",
+        "show_sample",
+        "save_every",
+        "eval_every",
+        "sample_tokens",
+        "device",
+        "spec",
+        "compile",
+        "tp",
+        "sequence_parallel",
+    }
     | {"base", "data"}
 )
 
@@ -218,8 +251,14 @@ def check_resumable(options: FinetuneOptions, saved: dict[str, Any]) -> None:
 
 
 def options_in_order(argv: list[str]) -> list[str]:
-    """Arguments of the command so that what comes later wins: a resumed run's config, `--config`, the others."""
+    """Arguments of the command so that what comes later wins: a resumed run's config, `--config`, the others.
+
+    Raises:
+        UserError: a file of options cannot be read, or one place gives both `--steps` and `--epochs`.
+    """
     resumed, configs, others = [], [], []
+    given = {argument.partition("=")[0] for argument in argv}
+    _check_one_length("the command line", {"--steps", "--epochs"} <= given)
     arguments = iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -230,7 +269,11 @@ def options_in_order(argv: list[str]) -> list[str]:
         if name == "--config":
             # The parser says of some files that it cannot read neither their names nor that they are files.
             if os.path.exists(value):
-                read_options_file(Path(value), "--config")
+                in_file = read_options_file(Path(value), "--config")
+                epochs = in_file.get("epochs") is not None
+                _check_one_length(f"--config {value}", epochs and in_file.get("steps") is not None)
+                if epochs and "--steps" in given:
+                    others.append("--epochs=null")
             configs.append(f"--config={value}")
         else:
             folder = RunFolder(Path(value))
@@ -238,6 +281,11 @@ def options_in_order(argv: list[str]) -> list[str]:
             resumed.append(f"--config={folder.config_file}")
             others.append(f"--resume={value}")
     return [*resumed, *configs, *others]
+
+
+def _check_one_length(place: str, has_both: bool) -> None:
+    if has_both:
+        raise UserError(f"--epochs: found --steps beside it in {place}, expected one of them")
 
 
 def _flag(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dora_fx.cli.errors import UserError
-from dora_fx.models.reading import reading
+from dora_fx.data.encoding import SampleEncoder, TokenSample
+from dora_fx.data.formats import Sample
+from dora_fx.models.reading import UnreadableFileError, reading
 
 _CURE = "the tokenizer's files may be damaged; download them again, or upgrade transformers and tokenizers"
 
@@ -53,6 +56,41 @@ class BaseTokenizer:
             if self.end is not None and ids[-1:] != [self.end]:
                 ids.append(self.end)
         return self._checked(ids, "the text")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Tell whether it writes conversations."""
+        return self._tokenizer.chat_template is not None
+
+    def samples(self, samples: Sequence[Sample]) -> list[TokenSample]:
+        """Every sample as tokens, some of which are learned; a conversation may become several.
+
+        Raises:
+            UserError: the tokenizer or its chat template does not take a sample, as `SampleEncoder.encode` says, or
+                gives a token that the model does not have.
+        """
+        encoder = SampleEncoder(self._path, self._tokenizer)
+        try:
+            found = [tokens for sample in samples for tokens in encoder.encode(sample)]
+        except UnreadableFileError as error:
+            raise UserError(f"--base {error}") from error
+        except ValueError as error:
+            raise UserError(f"--data {error}") from error
+        self._checked([index for sample in found for index in sample.ids], "the text")
+        return found
+
+    def chat_prompt(self, text: str) -> Tensor:
+        """The tokens after which the assistant answers a text of the user; raises UserError as `prompt`."""
+        if not is_utf8(text):
+            raise UserError("--prompt: found bytes that are not UTF-8, expected text")
+        try:
+            return self._checked(SampleEncoder(self._path, self._tokenizer).chat_prompt(text), "--prompt")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def runs(self, sample: TokenSample) -> list[tuple[bool, int, str]]:
+        """A sample as runs of tokens: whether they are learned, how many they are, and their text."""
+        return [(learned, len(ids), self._tokenizer.decode(ids)) for learned, ids in sample.runs()]
 
     def prompt(self, text: str) -> Tensor:
         """The tokens of the start of a text: as `documents`, but without an end.

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from dora_fx.checkpoint import load_checkpoint, save_checkpoint
-from dora_fx.cli.data import TokenBlocks, training_batch
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
 from dora_fx.cli.options import FinetuneOptions
-from dora_fx.models import causal_mask
+from dora_fx.data.sequences import Batch, TrainingSequences, training_batch
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Of one optimizer step. `loss` is the mean over its tokens, in nats; `grad_norm` is before clipping."""
+    """Of one optimizer step.
+
+    `loss` is the mean over the tokens that are learned, in nats; `grad_norm` is before clipping; `tokens` are all but
+    padding.
+    """
 
     step: int
     loss: float
@@ -31,7 +34,7 @@ class StepMetrics:
 
 
 class Trainer:
-    """Trains the adapters of `model` on `blocks`.
+    """Trains the adapters of `model` on `sequences`.
 
     Attributes:
         step: the number of steps done.
@@ -39,17 +42,14 @@ class Trainer:
             moments belong together no more.
     """
 
-    def __init__(self, model: Any, blocks: TokenBlocks, options: FinetuneOptions, device: str) -> None:
+    def __init__(self, model: Any, sequences: TrainingSequences, options: FinetuneOptions, device: str) -> None:
         self.model = model
         self.step = 0
         self.is_updating = False
-        self._blocks = blocks
+        self._sequences = sequences
         self._options = options
         self._device = device
         self._optimizer = AdapterOptimizer(model, options, device)
-        length = options.sequence_length
-        self._mask = causal_mask(length, device)
-        self._positions = torch.arange(length, device=device).expand(options.batch_size, length)
         # The generators as they were before the step under way, which a failed step leaves half used.
         self._generators = self._generator_states()
 
@@ -60,10 +60,11 @@ class Trainer:
         self.model.train()
         self._optimizer.clear_gradients()
         total = torch.zeros((), device=self._device)
-        for micro_batch in range(options.gradient_accumulation):
-            index = self.step * options.gradient_accumulation + micro_batch
-            batch = training_batch(self._blocks.train, options.batch_size, index, options.seed)
-            loss = self._token_losses(batch).mean() / options.gradient_accumulation
+        batches = self._batches_of_step()
+        # Batches have more or fewer tokens that are learned, and each token counts alike.
+        num_targets = sum(batch.num_targets for batch in batches)
+        for batch in batches:
+            loss = self._loss(batch) / num_targets
             loss.backward()
             total += loss.detach()
         if not torch.isfinite(total):
@@ -74,21 +75,22 @@ class Trainer:
         self.step += 1
         self._generators = self._generator_states()
         self.is_updating = False
-        tokens = options.gradient_accumulation * options.batch_size * options.sequence_length
+        tokens = sum(batch.num_tokens for batch in batches)
         return StepMetrics(self.step, total.item(), lr, grad_norm, tokens, time.perf_counter() - start)
 
     @torch.no_grad()
     def held_out_loss(self, between: Callable[[], None] = lambda: None) -> float:
-        """Mean loss per token of the held-out sequences; `between` is called after each batch and may raise."""
+        """Mean loss of the held-out tokens that are learned; `between` is called after each batch and may raise."""
         self.model.eval()
         size, total, count = self._options.batch_size, 0.0, 0
-        for first in range(0, len(self._blocks.held_out), size):
-            batch = self._blocks.held_out[first : first + size]
+        held_out = self._sequences.held_out
+        for first in range(0, len(held_out), size):
             # The last batch is filled up, so that every batch has the shape that was compiled.
-            filled = torch.cat([batch, batch[:1].expand(size - len(batch), -1)])
-            losses = self._token_losses(filled)[: len(batch)]
-            total += losses.double().sum().item()
-            count += losses.numel()
+            rows = torch.arange(first, first + size)
+            batch = held_out[torch.where(rows < len(held_out), rows, first)].batch(self._device)
+            is_counted = batch.loss_mask & (rows < len(held_out)).to(self._device)[:, None]
+            total += self._token_losses(batch)[is_counted].double().sum().item()
+            count += int(is_counted.sum())
             between()
         return total / count
 
@@ -101,11 +103,11 @@ class Trainer:
         """
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):
-            self._token_losses(self._blocks.train[: self._options.batch_size])
+            self._token_losses(self._sequences.train[: self._options.batch_size].batch(self._device))
 
     def save(self, checkpoint: Path) -> None:
         """Save the state after the last complete step; every rank calls it. Raises CheckpointError."""
-        extra = {"step": self.step, "generators": self._generators, "text": self._blocks.fingerprint}
+        extra = {"step": self.step, "generators": self._generators, "text": self._sequences.fingerprint}
         save_checkpoint(self.model, checkpoint, self._optimizer.megatron, extra=extra)
 
     def load(self, checkpoint: Path) -> None:
@@ -113,12 +115,12 @@ class Trainer:
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another model.
-            ValueError: the text is another one, or the checkpoint is not of a training run.
+            ValueError: the data are others, or the checkpoint is not of a training run.
         """
         extra = load_checkpoint(self.model, checkpoint, self._optimizer.megatron)
         if not isinstance(extra, dict) or extra.keys() != {"step", "generators", "text"}:
             raise ValueError(f"{checkpoint}: has no step, generators and text in its extra, expected what a run saves")
-        if extra["text"] != self._blocks.fingerprint:
+        if extra["text"] != self._sequences.fingerprint:
             raise ValueError("the text is not the one the run was started with")
         self.step = extra["step"]
         torch.set_rng_state(extra["generators"]["cpu"])
@@ -126,10 +128,22 @@ class Trainer:
             torch.cuda.set_rng_state(extra["generators"]["cuda"])
         self._generators = self._generator_states()
 
-    def _token_losses(self, batch: Tensor) -> Tensor:
+    def _batches_of_step(self) -> list[Batch]:
+        """The batches of the next step, a forward pass each."""
+        options = self._options
+        first = self.step * options.gradient_accumulation
+        indices = range(first, first + options.gradient_accumulation)
+        rows = (training_batch(self._sequences.train, options.batch_size, index, options.seed) for index in indices)
+        return [sequences.batch(self._device) for sequences in rows]
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Summed cross-entropy of the tokens that are learned."""
+        # Not by indexing, whose shape would depend on the data.
+        return torch.where(batch.loss_mask, self._token_losses(batch), 0.0).sum()
+
+    def _token_losses(self, batch: Batch) -> Tensor:
         """Cross-entropy of every token, `[b, s]`."""
-        batch = batch.to(self._device)
-        return self.model(batch[:, :-1], self._positions, self._mask, labels=batch[:, 1:])
+        return self.model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
 
     def _generator_states(self) -> dict[str, Tensor]:
         states = {"cpu": torch.get_rng_state()}

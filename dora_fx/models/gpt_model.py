@@ -105,6 +105,18 @@ def causal_mask(sequence_length: int, device: torch.device | str) -> Tensor:
     return ones.triu(diagonal=1)
 
 
+def separating_mask(sample: Tensor) -> Tensor:
+    """Megatron's boolean mask `[b, 1, s, s]` for sequences of several samples, True where a position must not look.
+
+    A position sees those of its own sample up to itself.
+
+    Args:
+        sample: number of the sample that a token is of, `[b, s]`, rising along a sequence.
+    """
+    others = sample[:, None, :, None] != sample[:, None, None, :]
+    return others | causal_mask(sample.shape[1], sample.device)
+
+
 def _check_divisible(architecture: GPTArchitecture, tp_size: int) -> None:
     for name in ("num_query_groups", "ffn_hidden_size", "vocab_size"):
         size = getattr(architecture, name)

@@ -78,8 +78,12 @@ def _gpt_model(architecture: GPTArchitecture, spec: Spec, settings: dict[str, An
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-    layers = _local_layers(architecture) if spec == "local" else _te_layers(architecture)
-    return GPTModel(
+    from dora_fx.models.positioned_gpt import PositionedGPTModel
+
+    # Positions that start again are for packed samples, which Transformer Engine's causal attention does not keep apart.
+    is_local = spec == "local"
+    layers = _local_layers(architecture) if is_local else _te_layers(architecture)
+    return (PositionedGPTModel if is_local else GPTModel)(
         config=TransformerConfig(**settings),
         transformer_layer_spec=layers,
         vocab_size=architecture.vocab_size,

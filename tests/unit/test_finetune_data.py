@@ -11,18 +11,25 @@ import pytest
 import torch
 import transformers
 
-from dora_fx.cli.data import cut_blocks, demo_documents, read_documents, training_batch
+from dora_fx.cli.data import demo_data, read_data
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.tokens import BaseTokenizer
+from dora_fx.data.formats import Text
+from dora_fx.data.sequences import Sequences, cut_text, training_batch
 from tests.hf_models import tiny_tokenizer
+
+
+def read_texts(path: Path) -> list[str]:
+    samples = read_data(path, "auto").samples
+    return [sample.text for sample in samples if isinstance(sample, Text)]
 
 
 def test_text_files_are_one_document_and_jsonl_lines_are_many(tmp_path: Path) -> None:
     text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     text.write_bytes("\ufeffone\n\ntwo \u00e9".encode())
     lines.write_text('{"text": "one\\u2028x", "id": 1}\n\n{"text": "two"}\n', encoding="utf-8")
-    assert read_documents(text) == ["one\n\ntwo \u00e9"]
-    assert read_documents(lines) == ["one\u2028x", "two"]
+    assert read_texts(text) == ["one\n\ntwo \u00e9"]
+    assert read_texts(lines) == ["one\u2028x", "two"]
 
 
 @pytest.mark.parametrize("template", ["$A", "<b> $A", "$A <e>", "<b> $A <e>"])
@@ -93,7 +100,9 @@ def test_a_prompt_without_a_token_or_not_in_utf8_is_refused() -> None:
         ("a.txt", b"text\n\0\0\1\2binary", "line 2: found a NUL character"),
         ("a.txt", gzip.compress(b"text", mtime=0), "found a gzip file, expected text in UTF-8; unpack it"),
         ("a.jsonl", b"PK\x03\x04...", "found a zip file"),
-        ("a.jsonl", b"PAR1....", "found a Parquet file"),
+        ("a.jsonl", b"PAR1....", "found a Parquet file, expected text in UTF-8; give it the suffix .parquet"),
+        ("a.json", b"BZh9....", "found a bzip2 file"),
+        ("a.json", b"\xfd7zXZ\0....", "found an xz file"),
         ("a.txt", b"one\ntwo\ncaf\xe9", "line 3: not UTF-8 at byte 11"),
         ("a.jsonl", '{"text": "x"}'.encode("utf-16-le"), "line 1: found a NUL character"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "a\\u0000b"}', "line 2: found a NUL character"),
@@ -113,13 +122,13 @@ def test_a_prompt_without_a_token_or_not_in_utf8_is_refused() -> None:
 def test_a_file_that_is_no_text_is_named_with_a_cure(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as raised:
-        read_documents(tmp_path / name)
+        read_texts(tmp_path / name)
     assert str(raised.value).startswith(f"--data {tmp_path / name}")
 
 
 def test_a_whole_character_in_two_halves_is_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00"}')
-    assert read_documents(tmp_path / "a.jsonl") == ["\U0001f600"]
+    assert read_texts(tmp_path / "a.jsonl") == ["\U0001f600"]
 
 
 def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
@@ -128,60 +137,63 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "null.txt").symlink_to("/dev/null")
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     for name, found in (
-        ("folder", "found a directory, expected a regular file"),
+        ("folder", "found no data file in the folder, expected some of .txt, .jsonl, .json or .parquet"),
         ("pipe", "found a named pipe, expected a regular file"),
         ("null", "found a device, expected a regular file"),
         ("loop", "Too many levels of symbolic links"),
         ("x" * 300, "File name too long"),
     ):
         with pytest.raises(UserError, match=found):
-            read_documents(tmp_path / f"{name}.txt")
+            read_texts(tmp_path / f"{name}.txt")
 
 
 def test_blocks_cover_the_text_and_share_only_the_token_between_them() -> None:
-    blocks = cut_blocks(torch.arange(104), sequence_length=10, held_out_fraction=0.3, max_held_out=50)
+    blocks = cut_text(torch.arange(104), sequence_length=10, held_out_fraction=0.3, max_held_out=50)
     assert blocks.num_tokens == 104
-    rows = sorted(blocks.train.tolist() + blocks.held_out.tolist())
+    rows = sorted(blocks.train.tokens.tolist() + blocks.held_out.tokens.tolist())
     assert rows == [list(range(first, first + 11)) for first in range(0, 100, 10)]
-    assert blocks.held_out[:, 0].tolist() == [10, 40, 70]
+    assert blocks.held_out.tokens[:, 0].tolist() == [10, 40, 70]
 
 
 def test_held_out_blocks_are_limited_and_spread_over_the_text() -> None:
-    blocks = cut_blocks(torch.arange(1001), sequence_length=10, held_out_fraction=0.5, max_held_out=4)
-    assert blocks.held_out[:, 0].tolist() == [10, 250, 510, 750]
+    blocks = cut_text(torch.arange(1001), sequence_length=10, held_out_fraction=0.5, max_held_out=4)
+    assert blocks.held_out.tokens[:, 0].tolist() == [10, 250, 510, 750]
     assert len(blocks.train) == 50
 
 
 def test_too_little_text_is_refused_with_the_amount_needed() -> None:
-    with pytest.raises(UserError, match="the text has 20 tokens, expected at least 21"):
-        cut_blocks(torch.arange(20), sequence_length=10, held_out_fraction=0.1, max_held_out=8)
+    with pytest.raises(ValueError, match="the text has 20 tokens, expected at least 21"):
+        cut_text(torch.arange(20), sequence_length=10, held_out_fraction=0.1, max_held_out=8)
 
 
 def test_other_text_has_another_fingerprint() -> None:
     first, second = (
-        cut_blocks(torch.arange(40) + shift, sequence_length=4, held_out_fraction=0.1, max_held_out=8)
-        for shift in (0, 1)
+        cut_text(torch.arange(40) + shift, sequence_length=4, held_out_fraction=0.1, max_held_out=8) for shift in (0, 1)
     )
     assert first.fingerprint != second.fingerprint
 
 
 def test_batches_visit_every_block_once_an_epoch_in_an_order_of_its_own() -> None:
-    blocks = torch.arange(6)[:, None]
+    blocks = Sequences(torch.arange(6)[:, None])
     epochs = [
-        [row for index in range(3 * epoch, 3 * epoch + 3) for row in training_batch(blocks, 2, index, 7)[:, 0].tolist()]
+        [
+            row
+            for index in range(3 * epoch, 3 * epoch + 3)
+            for row in training_batch(blocks, 2, index, 7).tokens[:, 0].tolist()
+        ]
         for epoch in range(2)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6))
     assert epochs[0] != epochs[1]
-    assert training_batch(blocks, 2, 4, 7).tolist() == training_batch(blocks, 2, 4, 7).tolist()
-    assert training_batch(blocks, 6, 0, 8)[:, 0].tolist() != epochs[0]
+    assert training_batch(blocks, 2, 4, 7).tokens.equal(training_batch(blocks, 2, 4, 7).tokens)
+    assert training_batch(blocks, 6, 0, 8).tokens[:, 0].tolist() != epochs[0]
 
 
 def test_a_batch_may_cross_epochs() -> None:
-    blocks = torch.arange(3)[:, None]
-    rows = [row for index in range(3) for row in training_batch(blocks, 2, index, 0)[:, 0].tolist()]
+    blocks = Sequences(torch.arange(3)[:, None])
+    rows = [row for index in range(3) for row in training_batch(blocks, 2, index, 0).tokens[:, 0].tolist()]
     assert sorted(rows[:3]) == sorted(rows[3:]) == [0, 1, 2]
 
 
 def test_the_demo_text_is_in_every_python() -> None:
-    assert sum(map(len, demo_documents())) > 400_000
+    assert sum(len(sample.text) for sample in demo_data().samples if isinstance(sample, Text)) > 400_000

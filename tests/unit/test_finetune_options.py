@@ -52,12 +52,16 @@ def test_a_wrong_option_is_named(arguments: list[str], message: str, capsys: pyt
         ("a.txt", b"", "a.txt: the file has no text"),
         ("a.txt", b" \n\t", "a.txt: the file has no text"),
         ("a.txt", b"abc \xff def", "a.txt, line 1: not UTF-8 at byte 4"),
-        ("a.csv", b"abc", "a.csv: found a .csv file, expected .txt or .jsonl"),
+        ("a.csv", b"abc", "a.csv: found a .csv file, expected .txt, .jsonl, .json or .parquet"),
         ("a.jsonl", b"", "a.jsonl: the file has no text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2: cannot be read (JSONDecodeError: "),
-        ("a.jsonl", b'\n{"txt": "x"}', "a.jsonl, line 2: expected an object with a field text that is a string"),
-        ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: expected an object with a field text that is a string"),
-        ("a.jsonl", b"[]", "a.jsonl, line 1: expected an object with a field text that is a string"),
+        (
+            "a.jsonl",
+            b'\n{"txt": "x"}',
+            "a.jsonl, line 2: found the fields 'txt', expected those of a format; the nearest is text",
+        ),
+        ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: found 3 in the field text, expected a string"),
+        ("a.jsonl", b"[]", "a.jsonl, line 1: found a list, expected an object with fields such as text"),
     ],
 )
 def test_unusable_text_is_named_before_anything_is_loaded(
