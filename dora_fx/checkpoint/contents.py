@@ -149,7 +149,9 @@ def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) 
 
 def _settings(site: DoRALinear) -> SiteSettings:
     adapter = site.adapter
-    return SiteSettings(adapter.dim, float(adapter.alpha), float(adapter.scaling), float(adapter.dropout))
+    return SiteSettings(
+        adapter.dim, float(adapter.alpha), float(adapter.scaling), float(adapter.dropout), adapter.use_rslora
+    )
 
 
 def _with_several_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:

@@ -135,6 +135,9 @@ def _dora(options: FinetuneOptions) -> DoRA:
             dim=options.dim,
             alpha=options.alpha,
             dropout=options.dropout,
+            rank_pattern=options.rank_pattern,
+            alpha_pattern=options.alpha_pattern,
+            use_rslora=options.use_rslora,
         )
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error

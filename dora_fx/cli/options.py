@@ -72,6 +72,16 @@ class AdapterOptions:
     )
     dim: int = field(default=16, metadata={"help": "rank"})
     alpha: float = field(default=32.0, metadata={"help": "the low-rank product is scaled by alpha / dim"})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "other ranks by names, paths or patterns of layers, such as '{linear_qkv: 8}'; the first counts"
+        },
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "other alphas by names, paths or patterns of layers; the first counts"}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(dim) (rsLoRA)"})
     dropout: float = field(
         default=0.0, metadata={"help": "probability of dropping an input element of an adapted layer"}
     )
@@ -85,6 +95,10 @@ class TrainingOptions:
     batch_size: int = field(default=1, metadata={"help": "sequences of one forward pass"})
     gradient_accumulation: int = field(default=1, metadata={"help": "forward passes of one optimizer step"})
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    loraplus_lr_ratio: float = field(
+        default=1.0, metadata={"help": "learning rate of B over that of A (LoRA+); PEFT gives magnitudes B's"}
+    )
+    magnitude_lr_ratio: float = field(default=1.0, metadata={"help": "learning rate of magnitudes over that of A"})
     warmup_steps: int = field(default=0, metadata={"help": "steps over which the learning rate rises to its peak"})
     schedule: Literal["constant", "linear", "cosine"] = field(
         default="constant", metadata={"help": "of the learning rate after warm-up"}
@@ -143,6 +157,7 @@ _GROUPS = (ModelOptions, DataOptions, AdapterOptions, TrainingOptions, RunOption
 _POSITIVE = (lambda value: value > 0, "a positive integer")
 _NOT_NEGATIVE = (lambda value: value >= 0, "zero or a positive integer")
 _AMOUNT = (lambda value: math.isfinite(value) and value >= 0, "zero or a positive number")
+_RATE = (lambda value: math.isfinite(value) and value > 0, "a positive number")
 _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "tp": _POSITIVE,
     "sequence_length": _POSITIVE,
@@ -151,7 +166,9 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "steps": _POSITIVE,
     "batch_size": _POSITIVE,
     "gradient_accumulation": _POSITIVE,
-    "lr": (lambda value: math.isfinite(value) and value > 0, "a positive number"),
+    "lr": _RATE,
+    "loraplus_lr_ratio": _RATE,
+    "magnitude_lr_ratio": _RATE,
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _AMOUNT,
     "max_grad_norm": _AMOUNT,
