@@ -66,7 +66,7 @@ def run(parsed: dict[str, Any]) -> int:
     device = _device(options)
     display = Display(quiet=not ranks.is_main)
     stop = StopSignals(agree=ranks.largest)
-    with stop.installed(), ranks.world(device, options.seed, options.tp):
+    with stop.installed(), ranks.world(device, options.seed, options.tp, options.pp):
         path = _resolve_base(options, display, ranks)
         with display.phase(f"loading {path.name}"):
             checkpoint = load_checkpoint(path, DTYPES[options.dtype])
@@ -95,11 +95,15 @@ def run(parsed: dict[str, Any]) -> int:
 
 
 def _check_world_size(options: FinetuneOptions, ranks: Ranks) -> None:
-    if ranks.world_size != options.tp:
-        raise UserError(
-            f"--tp {options.tp}: found {ranks.world_size} processes, expected as many as the tensor-parallel size; "
-            f"start it with: torchrun --standalone --nproc-per-node {options.tp} --no-python -- dora-fx finetune ..."
-        )
+    expected = options.tp * options.pp * options.dp
+    if ranks.world_size == expected:
+        return
+    sizes = [(name, getattr(options, name)) for name in ("tp", "pp", "dp")]
+    shown = " ".join(f"--{name} {size}" for name, size in sizes if size > 1 or name == "tp")
+    raise UserError(
+        f"{shown}: found {ranks.world_size} processes, expected {expected}, the product of the parallel sizes; "
+        f"start it with: torchrun --standalone --nproc-per-node {expected} --no-python -- dora-fx finetune ..."
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -109,9 +113,11 @@ def _versions() -> dict[str, str]:
 
 
 def _place(options: FinetuneOptions, device: str) -> str:
-    if options.tp == 1:
+    sizes = {"tensor": options.tp, "pipeline": options.pp, "data": options.dp}
+    shown = [f"{size} {name}-parallel" for name, size in sizes.items() if size > 1]
+    if not shown:
         return device
-    return f"{device}, {options.tp} tensor-parallel ranks{' with sequence parallelism' * options.sequence_parallel}"
+    return f"{device}, {' x '.join(shown)} ranks{' with sequence parallelism' * options.sequence_parallel}"
 
 
 def _run_folder(options: FinetuneOptions) -> RunFolder:

@@ -37,7 +37,12 @@ class ModelOptions:
         default="inductor", metadata={"help": "what compiles a graph once its DoRA layers are rewritten"}
     )
     tp: int = field(
-        default=1, metadata={"help": "tensor-parallel size; start that many processes with torchrun --nproc-per-node"}
+        default=1,
+        metadata={"help": "tensor-parallel size; start tp x pp x dp processes with torchrun --nproc-per-node"},
+    )
+    pp: int = field(default=1, metadata={"help": "pipeline-parallel size, which divides the number of layers"})
+    dp: int = field(
+        default=1, metadata={"help": "data-parallel size: so many share the forward passes of --gradient-accumulation"}
     )
     sequence_parallel: bool = field(
         default=False, metadata={"help": "shard the sequence between tensor-parallel layers too"}
@@ -144,6 +149,13 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
             raise UserError("--demo brings its own text; leave out --data, or --demo")
         if not self.demo and self.data is None:
             raise UserError("no text to train on; give --data FILE, or --demo for a text that every Python has")
+        if self.gradient_accumulation % self.dp:
+            raise UserError(
+                f"--gradient-accumulation: found {self.gradient_accumulation}, expected a multiple of --dp {self.dp}, "
+                "whose ranks share the forward passes of a step"
+            )
+        if self.pp > 1 and self.compile == "model":
+            raise UserError("--compile model: found --pp above 1, expected the whole model; take --compile layer")
         if self.sequence_parallel and self.tp == 1:
             raise UserError("--sequence-parallel: found --tp 1, expected a tensor-parallel size above 1 to shard over")
         if self.sequence_parallel and self.sequence_length % self.tp:
@@ -160,6 +172,8 @@ _AMOUNT = (lambda value: math.isfinite(value) and value >= 0, "zero or a positiv
 _RATE = (lambda value: math.isfinite(value) and value > 0, "a positive number")
 _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "tp": _POSITIVE,
+    "pp": _POSITIVE,
+    "dp": _POSITIVE,
     "sequence_length": _POSITIVE,
     "held_out_fraction": (lambda value: 0 < value < 1, "a number between 0 and 1"),
     "max_held_out": _POSITIVE,
@@ -181,7 +195,7 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 # What a resumed run may change: everything else decides which losses it goes through. A base and a text may have
 # moved: the checkpoint has digests of both, and takes no others.
 CHANGEABLE_ON_RESUME = frozenset(
-    {"steps", "save_every", "eval_every", "sample_tokens", "device", "compile", "tp", "sequence_parallel"}
+    {"steps", "save_every", "eval_every", "sample_tokens", "device", "compile", "tp", "pp", "dp", "sequence_parallel"}
     | {"base", "data"}
 )
 

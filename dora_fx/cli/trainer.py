@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from dora_fx.checkpoint import load_checkpoint, save_checkpoint
 from dora_fx.cli.data import TokenBlocks, training_batch
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
 from dora_fx.cli.options import FinetuneOptions
+from dora_fx.cli.passes import MicroBatch, Passes
 from dora_fx.models import causal_mask
 
 
@@ -35,6 +38,7 @@ class Trainer:
 
     Attributes:
         step: the number of steps done.
+        passes: the model as it is called, whatever the pipeline.
         is_updating: whether the optimizer is in the middle of a step, or failed there, so that parameters and
             moments belong together no more.
     """
@@ -47,32 +51,31 @@ class Trainer:
         self._options = options
         self._device = device
         self._optimizer = AdapterOptimizer(model, options, device)
+        self.passes = Passes(model, device)
         length = options.sequence_length
         self._mask = causal_mask(length, device)
         self._positions = torch.arange(length, device=device).expand(options.batch_size, length)
-        # The generators as they were before the step under way, which a failed step leaves half used.
-        self._generators = self._generator_states()
 
     def train_step(self) -> StepMetrics:
-        """Forward, backward and update on the next sequences; raises FloatingPointError for a loss not finite."""
+        """Forward, backward and update on the next sequences; raises FloatingPointError for a loss not finite.
+
+        The data-parallel ranks share the micro-batches of the step.
+        """
         options, start = self._options, time.perf_counter()
-        self._generators = self._generator_states()
         self.model.train()
         self._optimizer.clear_gradients()
-        total = torch.zeros((), device=self._device)
-        for micro_batch in range(options.gradient_accumulation):
-            index = self.step * options.gradient_accumulation + micro_batch
-            batch = training_batch(self._blocks.train, options.batch_size, index, options.seed)
-            loss = self._token_losses(batch).mean() / options.gradient_accumulation
-            loss.backward()
-            total += loss.detach()
+        first, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        own = [self._micro_batch(number) for number in range(first, options.gradient_accumulation, replicas)]
+        total = self.passes.forward_backward(own)
+        if replicas > 1:
+            dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+            total /= replicas
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss of step {self.step + 1} is {total.item()}")
         lr = learning_rate(self.step, options)
         self.is_updating = True
         grad_norm = self._optimizer.step(lr)
         self.step += 1
-        self._generators = self._generator_states()
         self.is_updating = False
         tokens = options.gradient_accumulation * options.batch_size * options.sequence_length
         return StepMetrics(self.step, total.item(), lr, grad_norm, tokens, time.perf_counter() - start)
@@ -86,7 +89,7 @@ class Trainer:
             batch = self._blocks.held_out[first : first + size]
             # The last batch is filled up, so that every batch has the shape that was compiled.
             filled = torch.cat([batch, batch[:1].expand(size - len(batch), -1)])
-            losses = self._token_losses(filled)[: len(batch)]
+            losses = self.passes.token_losses(self._of(filled))[: len(batch)]
             total += losses.double().sum().item()
             count += losses.numel()
             between()
@@ -101,38 +104,37 @@ class Trainer:
         """
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):
-            self._token_losses(self._blocks.train[: self._options.batch_size])
+            self.passes.token_losses(self._of(self._blocks.train[: self._options.batch_size]))
 
     def save(self, checkpoint: Path) -> None:
         """Save the state after the last complete step; every rank calls it. Raises CheckpointError."""
-        extra = {"step": self.step, "generators": self._generators, "text": self._blocks.fingerprint}
+        extra = {"step": self.step, "text": self._blocks.fingerprint}
         save_checkpoint(self.model, checkpoint, self._optimizer.megatron, extra=extra)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on where `save` was called, at any tensor-parallel size; every rank calls it.
+        """Go on where `save` was called, at any parallel size; every rank calls it.
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another model.
             ValueError: the text is another one, or the checkpoint is not of a training run.
         """
         extra = load_checkpoint(self.model, checkpoint, self._optimizer.megatron)
-        if not isinstance(extra, dict) or extra.keys() != {"step", "generators", "text"}:
-            raise ValueError(f"{checkpoint}: has no step, generators and text in its extra, expected what a run saves")
+        # Earlier versions saved the states of generators, too, that dropout went on with.
+        if not isinstance(extra, dict) or extra.keys() - {"generators"} != {"step", "text"}:
+            raise ValueError(f"{checkpoint}: has no step and text in its extra, expected what a run saves")
         if extra["text"] != self._blocks.fingerprint:
             raise ValueError("the text is not the one the run was started with")
         self.step = extra["step"]
-        torch.set_rng_state(extra["generators"]["cpu"])
-        if "cuda" in extra["generators"] and self._device == "cuda":
-            torch.cuda.set_rng_state(extra["generators"]["cuda"])
-        self._generators = self._generator_states()
 
-    def _token_losses(self, batch: Tensor) -> Tensor:
-        """Cross-entropy of every token, `[b, s]`."""
+    def _micro_batch(self, number: int) -> MicroBatch:
+        """Micro-batch of a number within the step; its sequences and masks are the same whoever takes it."""
+        options = self._options
+        index = self.step * options.gradient_accumulation + number
+        batch = training_batch(self._blocks.train, options.batch_size, index, options.seed)
+        own = options.gradient_accumulation // parallel_state.get_data_parallel_world_size()
+        return self._of(batch, index, lambda losses: losses.mean() / own)
+
+    def _of(self, batch: Tensor, index: int = 0, loss_of: Callable[[Tensor], Tensor] = torch.mean) -> MicroBatch:
         batch = batch.to(self._device)
-        return self.model(batch[:, :-1], self._positions, self._mask, labels=batch[:, 1:])
-
-    def _generator_states(self) -> dict[str, Tensor]:
-        states = {"cpu": torch.get_rng_state()}
-        if self._device == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state()
-        return states
+        seed = (self._options.seed * 1_000_003 + index) % 2**63
+        return MicroBatch((batch[:, :-1], self._positions, self._mask), batch[:, 1:], seed, loss_of)

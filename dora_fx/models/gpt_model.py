@@ -38,7 +38,8 @@ def build_gpt_model(
 ) -> nn.Module:
     """A Megatron GPTModel that computes what the Hugging Face model computes.
 
-    Megatron's model-parallel groups must exist (`dora_fx.megatron.world`); each tensor-parallel rank keeps its
+    Megatron's model-parallel groups must exist (`dora_fx.megatron.world`); each rank keeps the layers of its pipeline
+    stage, and of them the tensor-parallel
     shards. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the attention mask. `export_hf` gives the
     layers the checkpoint's names again.
 
@@ -58,11 +59,16 @@ def build_gpt_model(
     """
     unpadded = architecture_with_tensors(config, state_dict)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    _check_stages(unpadded)
     if num_query_groups is None:
         num_query_groups = math.ceil(unpadded.num_query_groups / tp_size) * tp_size
     architecture = with_query_groups(unpadded, num_query_groups)
     _check_divisible(architecture, tp_size)
     _check_names(architecture, state_dict)
+    if architecture.tied_embeddings and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        # Stages that hold one weight each would have to synchronise it; the base is frozen, so two copies are alike.
+        architecture = dataclasses.replace(architecture, tied_embeddings=False)
+        state_dict = {**state_dict, OUTPUT_WEIGHT: state_dict[EMBEDDING_WEIGHT]}
     model = _empty_gpt_model(architecture, dtype, device, sequence_parallel)
     _copy_weights(architecture, state_dict, model)
     _note_padding(model, unpadded, architecture)
@@ -121,7 +127,8 @@ def _empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, device: 
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
     if architecture.hf.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = FrozenRMSNorm
-    block = TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=FrozenRMSNorm)
+    num_layers = architecture.num_layers // config.pipeline_model_parallel_size
+    block = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=FrozenRMSNorm)
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,
@@ -133,6 +140,8 @@ def _empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, device: 
         rope_scaling_factor=architecture.llama3_rope_factor or 1.0,
         seq_len_interpolation_factor=architecture.linear_rope_factor,
         share_embeddings_and_output_weights=architecture.tied_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )
     # Norms are built on CPU wherever the rest is.
     return model.to(device=device, dtype=dtype)
@@ -164,6 +173,9 @@ def _transformer_config(architecture: GPTArchitecture, dtype: torch.dtype, devic
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        # Batched exchange between stages asks CUDA to wait for it.
+        batch_p2p_comm=device != "cpu",
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -184,6 +196,12 @@ def _check_divisible(architecture: GPTArchitecture, tp_size: int) -> None:
         size = getattr(architecture, name)
         if size % tp_size:
             raise ValueError(f"{name} is {size}, expected a multiple of the tensor-parallel size {tp_size}")
+
+
+def _check_stages(architecture: GPTArchitecture) -> None:
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if architecture.num_layers % stages:
+        raise ValueError(f"found {architecture.num_layers} layers, expected a multiple of the {stages} pipeline stages")
 
 
 def _note_padding(model: Any, unpadded: GPTArchitecture, padded: GPTArchitecture) -> None:
@@ -219,6 +237,10 @@ def full_tensors(
         yield "output_layer.weight", state_dict[OUTPUT_WEIGHT]
 
 
+# Tensors that one stage of a pipeline alone has.
+_ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
+
+
 @torch.no_grad()
 def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], model: Any) -> None:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -226,6 +248,8 @@ def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor
     layer_indices = {local: layer.layer_number - 1 for local, layer in enumerate(model.decoder.layers)}
     parameters = dict(model.named_parameters())
     for name, full in full_tensors(architecture, state_dict, layer_indices):
+        if name not in parameters and name in _ENDS and not (model.pre_process and model.post_process):
+            continue
         parameter = parameters.pop(name)
         if getattr(parameter, "tensor_model_parallel", False):
             full = shard_of(name, full, parameter.partition_dim, tp_rank, tp_size)
