@@ -1,6 +1,7 @@
 """DoRA for Megatron-Core through a torch.compile backend; see README.md."""
 
 from dora_fx.attach.config import DoRA
+from dora_fx.attach.learning_rates import config_overrides, parameter_groups
 from dora_fx.attach.merge import merge, merged, unmerge
 from dora_fx.checkpoint import CheckpointError, load_bridge_checkpoint, load_checkpoint, save_checkpoint
 from dora_fx.compilation import compile_model
@@ -16,6 +17,7 @@ __all__ = [
     "ParallelLinearDoRAAdapter",
     "__version__",
     "compile_model",
+    "config_overrides",
     "disable_adapter",
     "export_hf",
     "import_hf",
@@ -26,6 +28,7 @@ __all__ = [
     "load_checkpoint",
     "merge",
     "merged",
+    "parameter_groups",
     "save_checkpoint",
     "unmerge",
 ]

@@ -38,11 +38,15 @@ class DoRA(DoRASettings):
             whatever the pipeline size.
         exclude_modules: names, paths or patterns that are never adapted.
         dim: rank of the low-rank product.
-        alpha: the product is scaled by alpha / dim.
+        alpha: the product is scaled by alpha / dim, or by alpha / sqrt(dim) with `use_rslora`.
         dropout: probability of dropping an element of a layer's input, in [0, 1), in training.
         dropout_position: "pre"; the reference accepts no other for DoRA either.
         lora_A_init_method, lora_B_init_method: "xavier", "normal" (std 0.2), "kaiming" or "zero".
-        allow_unmatched: log a warning for a target that matches nothing, in place of an error.
+        allow_unmatched: log a warning for a target that matches nothing, or a pattern that decides for no layer, in
+            place of an error.
+        rank_pattern, alpha_pattern: other ranks and alphas by names, paths or patterns as in `target_modules`; of
+            several that name a layer the first counts, as in PEFT.
+        use_rslora: scale by alpha / sqrt(dim) (rsLoRA, arXiv 2312.03732).
 
     Raises:
         ValueError: for a field out of its range, naming the value found and the values expected.
@@ -67,7 +71,7 @@ class DoRA(DoRASettings):
                 puts the model in evaluation mode.
 
         Raises:
-            ValueError: no module matched a target, a base weight is not finite or not floating point, `dim` is
+            ValueError: no module matched a target, a base weight is not finite or not floating point, a rank is
                 not a multiple of the tensor-parallel size, the model was adapted with other settings, the
                 tensor-parallel ranks differ in settings or sites, data parallelism overlaps its parameter gather
                 with the forward pass, torch's DistributedDataParallel is around the model already, or FSDP shards it.

@@ -30,6 +30,7 @@ class PlannedSite:
     Attributes:
         chunk: as it was given, bare or wrapped.
         path: with the layer's number in the whole model.
+        dim, alpha: of the layer's adapter.
         weight: the layer's own, or the one that it borrows.
     """
 
@@ -38,16 +39,26 @@ class PlannedSite:
     linear: nn.Module
     spec: LinearSpec
     weight: nn.Parameter
+    dim: int
+    alpha: float
 
 
 @dataclass(frozen=True)
 class AttachPlan:
-    """The plan of a call of `DoRA`: layers to wrap, sites that exist, targets and linears that have no counterpart."""
+    """The plan of a call of `DoRA`.
+
+    Attributes:
+        new: layers to wrap.
+        existing: sites that are there already.
+        unmatched_targets, unmatched_linears: targets and linear layers that have no counterpart.
+        idle_patterns: patterns of ranks and alphas that decide for no layer here, each after the name of its field.
+    """
 
     new: list[PlannedSite]
     existing: list[DoRALinear]
     unmatched_targets: list[str]
     unmatched_linears: list[str]
+    idle_patterns: list[tuple[str, str]]
 
 
 def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> AttachPlan:
@@ -66,28 +77,42 @@ def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> Atta
             new.append(_plan_site(settings, chunk, named))
     _check_called(chunks, new)
     _check_data_parallelism(chunks, new)
-    return AttachPlan(new, existing, found.unmatched_targets, found.unmatched_linears)
+    idle = settings.idle_patterns([named.whole_path for _, named in found.targets])
+    return AttachPlan(new, existing, found.unmatched_targets, found.unmatched_linears, idle)
 
 
 def check_targets_matched(settings: DoRASettings, chunks: Sequence[nn.Module], plan: AttachPlan) -> None:
-    """Raise ValueError for a target that no pipeline stage has; every rank calls it. A stage may have none at all."""
-    stages = of_all_stages((len(plan.new) + len(plan.existing), plan.unmatched_targets))
-    if not any(num_targets for num_targets, _ in stages):
+    """Raise ValueError for a target or a pattern that no pipeline stage has a layer for; every rank calls it.
+
+    A stage may have no target at all.
+    """
+    stages = of_all_stages((len(plan.new) + len(plan.existing), plan.unmatched_targets, plan.idle_patterns))
+    if not any(num_targets for num_targets, *_ in stages):
         names = nearest_names(chunks, settings.target_modules[0] if settings.target_modules else "")
         raise ValueError(
             f"DoRA.target_modules: no module matched {list(settings.target_modules)}; "
             f"the nearest linear layers are {names}"
         )
     for pattern in plan.unmatched_targets:
-        if not all(pattern in unmatched for _, unmatched in stages):
-            continue
-        message = (
-            f"DoRA.target_modules: {pattern!r} matched nothing; "
-            f"the nearest linear layers are {nearest_names(chunks, pattern)}"
-        )
-        if not settings.allow_unmatched:
-            raise ValueError(f"{message}. Pass allow_unmatched=True to make this a warning")
-        logger.warning("%s", message)
+        if all(pattern in unmatched for _, unmatched, _ in stages):
+            _warn_or_raise(
+                settings,
+                f"DoRA.target_modules: {pattern!r} matched nothing; "
+                f"the nearest linear layers are {nearest_names(chunks, pattern)}",
+            )
+    for name, pattern in plan.idle_patterns:
+        if all((name, pattern) in idle for *_, idle in stages):
+            _warn_or_raise(
+                settings,
+                f"DoRA.{name}: {pattern!r} decides for no adapted layer, expected a name, path or pattern of one that "
+                "no pattern before it names",
+            )
+
+
+def _warn_or_raise(settings: DoRASettings, message: str) -> None:
+    if not settings.allow_unmatched:
+        raise ValueError(f"{message}. Pass allow_unmatched=True to make this a warning")
+    logger.warning("%s", message)
 
 
 def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
@@ -98,8 +123,9 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
         adapter = ParallelLinearDoRAAdapter(
             spec.in_features,
             spec.out_features,
-            settings.dim,
-            alpha=settings.alpha,
+            site.dim,
+            alpha=site.alpha,
+            use_rslora=settings.use_rslora,
             dropout=settings.dropout,
             layout_name=spec.layout.name,
             tp_group=spec.tp_group_name,
@@ -156,12 +182,16 @@ def _check_data_parallelism(chunks: Iterable[nn.Module], new: Iterable[PlannedSi
 
 
 def _check_same_settings(settings: DoRASettings, path: str, site: DoRALinear) -> None:
-    adapter = site.adapter
-    for name, found in (("dim", adapter.dim), ("alpha", adapter.alpha), ("dropout", adapter.dropout)):
-        if found != getattr(settings, name):
-            raise ValueError(
-                f"{path}: already adapted with {name}={found}, this configuration has {name}={getattr(settings, name)}"
-            )
+    expected = {
+        "dim": settings.dim_of(path),
+        "alpha": settings.alpha_of(path),
+        "use_rslora": settings.use_rslora,
+        "dropout": settings.dropout,
+    }
+    for name, value in expected.items():
+        found = getattr(site.adapter, name)
+        if found != value:
+            raise ValueError(f"{path}: already adapted with {name}={found}, this configuration has {name}={value}")
 
 
 def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> PlannedSite:
@@ -170,12 +200,13 @@ def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> 
     spec = describe_linear(path, linear)
     weight = spec.weight if spec.weight is not None else _tied_weight(unwrap(chunk), path)
     _check_weight(path, weight)
-    if settings.dim % spec.dim_multiple:
+    dim = settings.dim_of(path)
+    if dim % spec.dim_multiple:
         raise ValueError(
-            f"{path}: dim {settings.dim} is sharded over {spec.tp_size} tensor-parallel ranks, "
+            f"{path}: dim {dim} is sharded over {spec.tp_size} tensor-parallel ranks, "
             f"expected a multiple of {spec.dim_multiple}"
         )
-    return PlannedSite(chunk, path, linear, spec, weight)
+    return PlannedSite(chunk, path, linear, spec, weight, dim, settings.alpha_of(path))
 
 
 def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from dora_fx.attach.matching import matches
 from dora_fx.modules.adapter import INIT_METHODS
 
 
@@ -25,9 +26,29 @@ class DoRASettings:
     lora_A_init_method: str = "xavier"
     lora_B_init_method: str = "zero"
     allow_unmatched: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         self._check()
+
+    def dim_of(self, path: str) -> int:
+        """The rank at a path of the whole model: of the first pattern that names it, or `dim`."""
+        return _by_pattern(self.rank_pattern, path, self.dim)
+
+    def alpha_of(self, path: str) -> float:
+        """Alpha at a path of the whole model: of the first pattern that names it, or `alpha`."""
+        return _by_pattern(self.alpha_pattern, path, self.alpha)
+
+    def idle_patterns(self, paths: Sequence[str]) -> list[tuple[str, str]]:
+        """The patterns that decide for none of the paths, each after the name of its field."""
+        idle = []
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, name)
+            used = {_first_maybe(patterns, path) for path in paths}
+            idle += [(name, pattern) for pattern in patterns if pattern not in used]
+        return idle
 
     def _check(self) -> None:
         """Raise for a field out of its range."""
@@ -35,10 +56,16 @@ class DoRASettings:
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(item, str) for item in value):
                 raise TypeError(f"DoRA.{name}: found {value!r}, expected a list of names")
-        if not isinstance(self.dim, int) or isinstance(self.dim, bool) or self.dim <= 0:
-            raise ValueError(f"DoRA.dim: found {self.dim!r}, expected a positive integer")
-        if not math.isfinite(self.alpha) or self.alpha <= 0:
-            raise ValueError(f"DoRA.alpha: found {self.alpha!r}, expected a positive finite number")
+        _check_dim("dim", self.dim)
+        _check_alpha("alpha", self.alpha)
+        for name, check in (("rank_pattern", _check_dim), ("alpha_pattern", _check_alpha)):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise TypeError(f"DoRA.{name}: found {patterns!r}, expected numbers by names, paths or patterns")
+            for pattern, value in patterns.items():
+                check(f"{name}[{pattern!r}]", value)
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"DoRA.use_rslora: found {self.use_rslora!r}, expected True or False")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"DoRA.dropout: found {self.dropout!r}, expected a probability in [0, 1)")
         if self.dropout_position != "pre":
@@ -46,3 +73,22 @@ class DoRASettings:
         for name in ("lora_A_init_method", "lora_B_init_method"):
             if getattr(self, name) not in INIT_METHODS:
                 raise ValueError(f"DoRA.{name}: found {getattr(self, name)!r}, expected one of {sorted(INIT_METHODS)}")
+
+
+def _first_maybe(patterns: Mapping[str, Any], path: str) -> str | None:
+    return next((pattern for pattern in patterns if matches(pattern, path)), None)
+
+
+def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    first = _first_maybe(patterns, path)
+    return default if first is None else patterns[first]
+
+
+def _check_dim(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"DoRA.{name}: found {value!r}, expected a positive integer")
+
+
+def _check_alpha(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"DoRA.{name}: found {value!r}, expected a positive finite number")

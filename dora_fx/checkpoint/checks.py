@@ -27,7 +27,7 @@ _OPTIMIZER_PREFIX = "optimizer."
 
 
 def check_sites(directory: Path, manifest: Manifest, found: Mapping[str, SiteSettings]) -> None:
-    """Raise CheckpointError unless the model's adapted layers are the checkpoint's, with its dim and alpha."""
+    """Raise CheckpointError unless the model's adapted layers are the checkpoint's, with its dim and scaling."""
     lacking = sorted(manifest.sites.keys() - found.keys())
     if lacking:
         raise CheckpointError(
@@ -40,12 +40,12 @@ def check_sites(directory: Path, manifest: Manifest, found: Mapping[str, SiteSet
             "DoRA.target_modules"
         )
     for key, settings in manifest.sites.items():
-        for name in ("dim", "alpha"):
-            saved, own = getattr(settings, name), getattr(found[key], name)
+        for name in ("dim", "alpha", "use_rslora"):
+            saved, own = (_shown(getattr(site, name)) for site in (settings, found[key]))
             if saved != own:
                 raise CheckpointError(
-                    f"{directory}: {key} was trained with {name}={saved:g}, the model has {name}={own:g}; "
-                    f"attach DoRA with {name}={saved:g}"
+                    f"{directory}: {key} was trained with {name}={saved}, the model has {name}={own}; "
+                    f"attach DoRA with {name}={saved}"
                 )
         if settings.dropout != found[key].dropout and dist.get_rank() == 0:
             logger.warning("%s: dropout was %g, going on with %g", key, settings.dropout, found[key].dropout)
@@ -106,6 +106,10 @@ def check_stored(reader: CheckedReader, described: Mapping[str, StoredTensor]) -
                 f"{reader.directory}: {key} is a {stored.properties.dtype} tensor of shape {shape} in its files, "
                 f"expected {dtype} of shape {described[key].shape} as in {MANIFEST}; load another checkpoint"
             )
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, bool) or value != round(value) else str(round(value))
 
 
 def _listed(keys: Iterable[str], most: int = 3) -> str:

@@ -172,7 +172,9 @@ def _input_norms(shards: dict[str, Any], sites: Collection[str]) -> list[Sharded
 
 def _settings(site: DoRALinear) -> SiteSettings:
     adapter = site.adapter
-    return SiteSettings(adapter.dim, float(adapter.alpha), float(adapter.scaling), float(adapter.dropout))
+    return SiteSettings(
+        adapter.dim, float(adapter.alpha), float(adapter.scaling), float(adapter.dropout), adapter.use_rslora
+    )
 
 
 def _with_several_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:

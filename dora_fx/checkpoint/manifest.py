@@ -17,6 +17,7 @@ import torch
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.files.json_file import read_json
 from dora_fx.files.regular_file import named_beside, open_regular, shortened, size_of
+from dora_fx.modules.adapter import low_rank_scaling
 
 MANIFEST = "dora_fx.json"
 FORMAT = "dora_fx checkpoint"
@@ -32,12 +33,13 @@ _LONGEST_NAME = 1000
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """DoRA's settings of the layers that share a key; `scaling` is alpha / dim."""
+    """DoRA's settings of the layers that share a key; `scaling` is what they make of alpha and dim."""
 
     dim: int
     alpha: float
     scaling: float
     dropout: float
+    use_rslora: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,11 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the file, with a checksum of its own contents."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        content: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        for site in content["sites"].values():
+            # A version that does not know rsLoRA refuses a field that it does not know, and loads what has none.
+            if not site["use_rslora"]:
+                del site["use_rslora"]
         text = json.dumps(content | {"checksum": _checksum(content)}, indent=1)
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -175,9 +181,10 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     """A value of JSON as the type of a field of the manifest; raises ValueError where it is none."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        if not isinstance(value, dict) or value.keys() != hints.keys():
+        required = {own.name for own in dataclasses.fields(kind) if own.default is dataclasses.MISSING}
+        if not isinstance(value, dict) or not required <= value.keys() <= hints.keys():
             raise ValueError(f"{name} is {shortened(value)}, expected an object of {', '.join(hints)}")
-        return kind(**{field: _typed(hints[field], value[field], f"{name}.{field}") for field in hints})
+        return kind(**{field: _typed(hints[field], value[field], f"{name}.{field}") for field in value})
     if get_origin(kind) is dict:
         if not isinstance(value, dict) or not all(map(_is_name, value)):
             raise ValueError(f"{name} is {shortened(value)}, expected an object with printable names")
@@ -214,6 +221,9 @@ def _check_values(directory: Path, manifest: Manifest) -> None:
         named_beside(directory / MANIFEST, name)
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
             raise ValueError(f"files.{name}.sha256 is {shortened(file.sha256)}, expected a SHA-256 in hexadecimal")
+    for key, site in manifest.sites.items():
+        if site.dim == 0 or site.scaling != low_rank_scaling(site.alpha, site.dim, site.use_rslora):
+            raise ValueError(f"sites.{key}.scaling is {site.scaling:g}, which dim and alpha do not make")
     lacking = {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"} - manifest.layout.keys()
     if lacking:
         raise ValueError(f"layout has no {min(lacking)}")

@@ -70,7 +70,7 @@ def run(parsed: dict[str, Any]) -> int:
     options, notes = _without_packing_beside(spec, options, data)
     display = Display(quiet=not ranks.is_main)
     stop = StopSignals(agree=ranks.largest)
-    with stop.installed(), ranks.world(device, options.seed, options.tp):
+    with stop.installed(), ranks.world(device, options.seed, options.tp, options.pp):
         path = _resolve_base(options, display, ranks)
         with display.phase(f"loading {path.name}"):
             checkpoint = load_checkpoint(path, DTYPES[options.dtype])
@@ -101,11 +101,15 @@ def run(parsed: dict[str, Any]) -> int:
 
 
 def _check_world_size(options: FinetuneOptions, ranks: Ranks) -> None:
-    if ranks.world_size != options.tp:
-        raise UserError(
-            f"--tp {options.tp}: found {ranks.world_size} processes, expected as many as the tensor-parallel size; "
-            f"start it with: torchrun --standalone --nproc-per-node {options.tp} --no-python -- dora-fx finetune ..."
-        )
+    expected = options.tp * options.pp * options.dp
+    if ranks.world_size == expected:
+        return
+    sizes = [(name, getattr(options, name)) for name in ("tp", "pp", "dp")]
+    shown = " ".join(f"--{name} {size}" for name, size in sizes if size > 1 or name == "tp")
+    raise UserError(
+        f"{shown}: found {ranks.world_size} processes, expected {expected}, the product of the parallel sizes; "
+        f"start it with: torchrun --standalone --nproc-per-node {expected} --no-python -- dora-fx finetune ..."
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -115,9 +119,11 @@ def _versions() -> dict[str, str]:
 
 
 def _place(options: FinetuneOptions, device: str) -> str:
-    if options.tp == 1:
+    sizes = {"tensor": options.tp, "pipeline": options.pp, "data": options.dp}
+    shown = [f"{size} {name}-parallel" for name, size in sizes.items() if size > 1]
+    if not shown:
         return device
-    return f"{device}, {options.tp} tensor-parallel ranks{' with sequence parallelism' * options.sequence_parallel}"
+    return f"{device}, {' x '.join(shown)} ranks{' with sequence parallelism' * options.sequence_parallel}"
 
 
 def _run_folder(options: FinetuneOptions) -> RunFolder:
@@ -141,6 +147,9 @@ def _dora(options: FinetuneOptions) -> DoRA:
             dim=options.dim,
             alpha=options.alpha,
             dropout=options.dropout,
+            rank_pattern=options.rank_pattern,
+            alpha_pattern=options.alpha_pattern,
+            use_rslora=options.use_rslora,
         )
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error

@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+from dora_fx.attach.learning_rates import config_overrides
 from dora_fx.cli.base_model import DTYPES
 from dora_fx.cli.options import FinetuneOptions, TrainingOptions
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
@@ -35,7 +36,7 @@ class AdapterOptimizer:
 
     Args:
         model: a Megatron model after `DoRA` ran on it; it is called as before.
-        options: dtype of the model, peak learning rate, weight decay and the norm that gradients are clipped to.
+        options: dtype of the model, learning rates, weight decay and the norm that gradients are clipped to.
         device: "cpu" or "cuda".
 
     Attributes:
@@ -57,7 +58,12 @@ class AdapterOptimizer:
         with self._megatron_runs():
             buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
             self._wrapped = DistributedDataParallel(model.config, buffers, model)
-            self.megatron = get_megatron_optimizer(settings, [self._wrapped])
+            overrides = config_overrides(
+                settings,
+                loraplus_lr_ratio=options.loraplus_lr_ratio,
+                magnitude_lr_ratio=options.magnitude_lr_ratio,
+            )
+            self.megatron = get_megatron_optimizer(settings, [self._wrapped], config_overrides=overrides)
 
     def clear_gradients(self) -> None:
         """Forget all gradients, also those of a step that was given up."""
@@ -67,7 +73,7 @@ class AdapterOptimizer:
     def step(self, lr: float) -> float:
         """Clip and update; return the gradients' norm before clipping, over all tensor-parallel ranks."""
         for group in self.megatron.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
             # The multiplier is zero for magnitudes, as for all that has one dimension; nobody else applies it.
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
         with self._megatron_runs():

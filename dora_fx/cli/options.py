@@ -44,7 +44,12 @@ class ModelOptions:
         default="inductor", metadata={"help": "what compiles a graph once its DoRA layers are rewritten"}
     )
     tp: int = field(
-        default=1, metadata={"help": "tensor-parallel size; start that many processes with torchrun --nproc-per-node"}
+        default=1,
+        metadata={"help": "tensor-parallel size; start tp x pp x dp processes with torchrun --nproc-per-node"},
+    )
+    pp: int = field(default=1, metadata={"help": "pipeline-parallel size, which divides the number of layers"})
+    dp: int = field(
+        default=1, metadata={"help": "data-parallel size: so many share the forward passes of --gradient-accumulation"}
     )
     sequence_parallel: bool = field(
         default=False, metadata={"help": "shard the sequence between tensor-parallel layers too"}
@@ -96,6 +101,16 @@ class AdapterOptions:
     )
     dim: int = field(default=16, metadata={"help": "rank"})
     alpha: float = field(default=32.0, metadata={"help": "the low-rank product is scaled by alpha / dim"})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "other ranks by names, paths or patterns of layers, such as '{linear_qkv: 8}'; the first counts"
+        },
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "other alphas by names, paths or patterns of layers; the first counts"}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(dim) (rsLoRA)"})
     dropout: float = field(
         default=0.0, metadata={"help": "probability of dropping an input element of an adapted layer"}
     )
@@ -112,6 +127,10 @@ class TrainingOptions:
     batch_size: int = field(default=1, metadata={"help": "sequences of one forward pass"})
     gradient_accumulation: int = field(default=1, metadata={"help": "forward passes of one optimizer step"})
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    loraplus_lr_ratio: float = field(
+        default=1.0, metadata={"help": "learning rate of B over that of A (LoRA+); PEFT gives magnitudes B's"}
+    )
+    magnitude_lr_ratio: float = field(default=1.0, metadata={"help": "learning rate of magnitudes over that of A"})
     warmup_steps: int = field(default=0, metadata={"help": "steps over which the learning rate rises to its peak"})
     schedule: Literal["constant", "linear", "cosine"] = field(
         default="constant", metadata={"help": "of the learning rate after warm-up"}
@@ -157,6 +176,13 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
             raise UserError("--demo brings its own text; leave out --data, or --demo")
         if not self.demo and self.data is None:
             raise UserError("no text to train on; give --data FILE, or --demo for a text that every Python has")
+        if self.gradient_accumulation % self.dp:
+            raise UserError(
+                f"--gradient-accumulation: found {self.gradient_accumulation}, expected a multiple of --dp {self.dp}, "
+                "whose ranks share the forward passes of a step"
+            )
+        if self.pp > 1 and self.compile == "model":
+            raise UserError("--compile model: found --pp above 1, expected the whole model; take --compile layer")
         if self.sequence_parallel and self.tp == 1:
             raise UserError("--sequence-parallel: found --tp 1, expected a tensor-parallel size above 1 to shard over")
         if self.sequence_parallel and self.sequence_length % self.tp:
@@ -170,8 +196,11 @@ _GROUPS = (ModelOptions, DataOptions, AdapterOptions, TrainingOptions, RunOption
 _POSITIVE = (lambda value: value > 0, "a positive integer")
 _NOT_NEGATIVE = (lambda value: value >= 0, "zero or a positive integer")
 _AMOUNT = (lambda value: math.isfinite(value) and value >= 0, "zero or a positive number")
+_RATE = (lambda value: math.isfinite(value) and value > 0, "a positive number")
 _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "tp": _POSITIVE,
+    "pp": _POSITIVE,
+    "dp": _POSITIVE,
     "sequence_length": _POSITIVE,
     "held_out_fraction": (lambda value: 0 < value < 1, "a number between 0 and 1"),
     "max_held_out": _POSITIVE,
@@ -179,7 +208,9 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "epochs": (lambda value: value is None or (math.isfinite(value) and value > 0), "a positive number"),
     "batch_size": _POSITIVE,
     "gradient_accumulation": _POSITIVE,
-    "lr": (lambda value: math.isfinite(value) and value > 0, "a positive number"),
+    "lr": _RATE,
+    "loraplus_lr_ratio": _RATE,
+    "magnitude_lr_ratio": _RATE,
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _AMOUNT,
     "max_grad_norm": _AMOUNT,
@@ -204,6 +235,8 @@ CHANGEABLE_ON_RESUME = frozenset(
         "spec",
         "compile",
         "tp",
+        "pp",
+        "dp",
         "sequence_parallel",
     }
     | {"base", "data"}

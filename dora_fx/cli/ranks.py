@@ -58,7 +58,9 @@ class Ranks:
         return self.global_rank == 0
 
     @contextmanager
-    def world(self, device: str, seed: int, tensor_model_parallel_size: int) -> Iterator[None]:
+    def world(
+        self, device: str, seed: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int
+    ) -> Iterator[None]:
         """Megatron's world of these processes, on "cpu" or "cuda"; raises UserError if they do not find each other."""
         store = None
         if self.world_size > 1:
@@ -75,6 +77,7 @@ class Ranks:
             device,
             seed=seed,
             tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
             store=store,
             global_rank=self.global_rank,
             world_size=self.world_size,

@@ -142,5 +142,6 @@ def _modules(config: Any, layers: Mapping[str, WholeAdapter]) -> dict[str, PeftM
     for path, adapter in layers.items():
         columns, rows = adapter.tensors["linear_in.weight"].shape[1], adapter.tensors["linear_out.weight"].shape[0]
         check_size(path, (rows, columns), architecture)
-        modules |= split_adapter(path, adapter.tensors, adapter.settings.alpha, parts)
+        own = adapter.settings
+        modules |= split_adapter(path, adapter.tensors, own.alpha, parts, use_rslora=own.use_rslora)
     return modules

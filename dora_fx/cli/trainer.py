@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from dora_fx.checkpoint import load_checkpoint, save_checkpoint
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
 from dora_fx.cli.options import FinetuneOptions
-from dora_fx.data.sequences import Batch, TrainingSequences, training_batch
+from dora_fx.cli.passes import MicroBatch, Passes
+from dora_fx.data.sequences import Sequences, TrainingSequences, training_batch
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Trainer:
 
     Attributes:
         step: the number of steps done.
+        passes: the model as it is called, whatever the pipeline.
         is_updating: whether the optimizer is in the middle of a step, or failed there, so that parameters and
             moments belong together no more.
     """
@@ -50,30 +54,32 @@ class Trainer:
         self._options = options
         self._device = device
         self._optimizer = AdapterOptimizer(model, options, device)
-        # The generators as they were before the step under way, which a failed step leaves half used.
-        self._generators = self._generator_states()
+        self.passes = Passes(model, device)
 
     def train_step(self) -> StepMetrics:
-        """Forward, backward and update on the next sequences; raises FloatingPointError for a loss not finite."""
+        """Forward, backward and update on the next sequences; raises FloatingPointError for a loss not finite.
+
+        The data-parallel ranks share the micro-batches of the step.
+        """
         options, start = self._options, time.perf_counter()
-        self._generators = self._generator_states()
         self.model.train()
         self._optimizer.clear_gradients()
-        total = torch.zeros((), device=self._device)
-        batches = self._batches_of_step()
-        # Batches have more or fewer tokens that are learned, and each token counts alike.
-        num_targets = sum(batch.num_targets for batch in batches)
-        for batch in batches:
-            loss = self._loss(batch) / num_targets
-            loss.backward()
-            total += loss.detach()
+        first, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        batches = [self._sequences_of(index) for index in self._indices_of_step()]
+        # Batches have more or fewer tokens that are learned, and each token counts alike. Gradients and losses are
+        # averaged over the replicas.
+        share = replicas / sum(int(batch.loss_mask().sum()) for batch in batches)
+        own = list(zip(self._indices_of_step(), batches, strict=True))[first::replicas]
+        total = self.passes.forward_backward([self._micro_batch(batch, index, share) for index, batch in own])
+        if replicas > 1:
+            dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+            total /= replicas
         if not torch.isfinite(total):
             raise FloatingPointError(f"the loss of step {self.step + 1} is {total.item()}")
         lr = learning_rate(self.step, options)
         self.is_updating = True
         grad_norm = self._optimizer.step(lr)
         self.step += 1
-        self._generators = self._generator_states()
         self.is_updating = False
         tokens = sum(batch.num_tokens for batch in batches)
         return StepMetrics(self.step, total.item(), lr, grad_norm, tokens, time.perf_counter() - start)
@@ -87,9 +93,9 @@ class Trainer:
         for first in range(0, len(held_out), size):
             # The last batch is filled up, so that every batch has the shape that was compiled.
             rows = torch.arange(first, first + size)
-            batch = held_out[torch.where(rows < len(held_out), rows, first)].batch(self._device)
-            is_counted = batch.loss_mask & (rows < len(held_out)).to(self._device)[:, None]
-            total += self._token_losses(batch)[is_counted].double().sum().item()
+            batch = held_out[torch.where(rows < len(held_out), rows, first)]
+            is_counted = (batch.loss_mask() & (rows < len(held_out))[:, None]).to(self._device)
+            total += self.passes.token_losses(self._micro_batch(batch))[is_counted].double().sum().item()
             count += int(is_counted.sum())
             between()
         return total / count
@@ -103,50 +109,44 @@ class Trainer:
         """
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):
-            self._token_losses(self._sequences.train[: self._options.batch_size].batch(self._device))
+            self.passes.token_losses(self._micro_batch(self._sequences.train[: self._options.batch_size]))
 
     def save(self, checkpoint: Path) -> None:
         """Save the state after the last complete step; every rank calls it. Raises CheckpointError."""
-        extra = {"step": self.step, "generators": self._generators, "text": self._sequences.fingerprint}
+        extra = {"step": self.step, "text": self._sequences.fingerprint}
         save_checkpoint(self.model, checkpoint, self._optimizer.megatron, extra=extra)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on where `save` was called, at any tensor-parallel size; every rank calls it.
+        """Go on where `save` was called, at any parallel size; every rank calls it.
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another model.
             ValueError: the data are others, or the checkpoint is not of a training run.
         """
         extra = load_checkpoint(self.model, checkpoint, self._optimizer.megatron)
-        if not isinstance(extra, dict) or extra.keys() != {"step", "generators", "text"}:
-            raise ValueError(f"{checkpoint}: has no step, generators and text in its extra, expected what a run saves")
+        # Earlier versions saved the states of generators, too, that dropout went on with.
+        if not isinstance(extra, dict) or extra.keys() - {"generators"} != {"step", "text"}:
+            raise ValueError(f"{checkpoint}: has no step and text in its extra, expected what a run saves")
         if extra["text"] != self._sequences.fingerprint:
             raise ValueError("the text is not the one the run was started with")
         self.step = extra["step"]
-        torch.set_rng_state(extra["generators"]["cpu"])
-        if "cuda" in extra["generators"] and self._device == "cuda":
-            torch.cuda.set_rng_state(extra["generators"]["cuda"])
-        self._generators = self._generator_states()
 
-    def _batches_of_step(self) -> list[Batch]:
-        """The batches of the next step, a forward pass each."""
+    def _indices_of_step(self) -> range:
+        """Numbers of the micro-batches of the next step in the whole run."""
+        first = self.step * self._options.gradient_accumulation
+        return range(first, first + self._options.gradient_accumulation)
+
+    def _sequences_of(self, index: int) -> Sequences:
         options = self._options
-        first = self.step * options.gradient_accumulation
-        indices = range(first, first + options.gradient_accumulation)
-        rows = (training_batch(self._sequences.train, options.batch_size, index, options.seed) for index in indices)
-        return [sequences.batch(self._device) for sequences in rows]
+        return training_batch(self._sequences.train, options.batch_size, index, options.seed)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """Summed cross-entropy of the tokens that are learned."""
-        # Not by indexing, whose shape would depend on the data.
-        return torch.where(batch.loss_mask, self._token_losses(batch), 0.0).sum()
+    def _micro_batch(self, sequences: Sequences, index: int = 0, share: float = 1.0) -> MicroBatch:
+        """A micro-batch by its number in the run; its dropout is the same whoever takes it."""
+        batch = sequences.batch(self._device)
 
-    def _token_losses(self, batch: Batch) -> Tensor:
-        """Cross-entropy of every token, `[b, s]`."""
-        return self.model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
+        def loss_of(losses: Tensor) -> Tensor:
+            # Not by indexing, whose shape would depend on the data.
+            return torch.where(batch.loss_mask, losses, 0.0).sum() * share
 
-    def _generator_states(self) -> dict[str, Tensor]:
-        states = {"cpu": torch.get_rng_state()}
-        if self._device == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state()
-        return states
+        seed = (self._options.seed * 1_000_003 + index) % 2**63
+        return MicroBatch((batch.tokens, batch.position_ids, batch.attention_mask), batch.labels, seed, loss_of)

@@ -142,7 +142,7 @@ class TrainingRun:
 
     def _generate(self) -> None:
         tokens = generate_greedily(
-            self.trainer.model,
+            self.trainer.passes,
             self.prompt,
             self.options.sample_tokens,
             self.tokenizer.end,

@@ -50,6 +50,10 @@ def training_text(
         raise UserError(
             f"--sequence-length: found {options.sequence_length}, expected at most {longest}, the base model's"
         )
+    if config.num_hidden_layers % options.pp:
+        raise UserError(
+            f"--pp: found {options.pp}, expected a divisor of {config.num_hidden_layers}, the base model's layers"
+        )
     check_batch_fits(
         options.batch_size, options.sequence_length, config, options.tp, device, DTYPES[options.dtype].itemsize
     )

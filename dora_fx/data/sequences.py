@@ -26,7 +26,6 @@ class Batch:
         position_ids: `[b, s]`, from zero for every sample.
         attention_mask: `[1, 1, s, s]`, or `[b, 1, s, s]` where sequences have several samples; True where a position
             must not look.
-        num_tokens: how many of the inputs are no padding.
     """
 
     tokens: Tensor
@@ -34,12 +33,6 @@ class Batch:
     loss_mask: Tensor
     position_ids: Tensor
     attention_mask: Tensor
-    num_tokens: int
-
-    @property
-    def num_targets(self) -> int:
-        """Losses that count."""
-        return int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True)
@@ -66,23 +59,31 @@ class Sequences:
         parts = (self.tokens, self.is_target, self.sample, self.num_padding)
         return Sequences(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
 
+    @property
+    def num_tokens(self) -> int:
+        """Inputs that are no padding."""
+        length = self.tokens.shape[1] - 1
+        if self.num_padding is None:
+            return len(self) * length
+        # The last token is no input; it is padding wherever there is some.
+        return len(self) * length - int((self.num_padding - 1).clamp(min=0).sum())
+
+    def loss_mask(self) -> Tensor:
+        """Which labels are learned, `[n, s]`."""
+        labels = self.tokens[:, 1:]
+        mask = torch.ones_like(labels, dtype=torch.bool) if self.is_target is None else self.is_target[:, 1:]
+        return mask if self.sample is None else mask & (self.sample[:, 1:] == self.sample[:, :-1])
+
     def batch(self, device: str | torch.device = "cpu") -> Batch:
         """All of the sequences as one batch on a device."""
         length = self.tokens.shape[1] - 1
-        tokens, labels = self.tokens[:, :-1], self.tokens[:, 1:]
-        loss_mask = torch.ones_like(labels, dtype=torch.bool) if self.is_target is None else self.is_target[:, 1:]
         positions = torch.arange(length).expand(len(self), length)
-        num_tokens = tokens.numel()
-        if self.num_padding is not None:
-            # The last token is no input; it is padding wherever there is some.
-            num_tokens -= int((self.num_padding - 1).clamp(min=0).sum())
         mask = causal_mask(length, device)
         if self.sample is not None:
-            loss_mask = loss_mask & (self.sample[:, 1:] == self.sample[:, :-1])
             positions = _positions(self.sample[:, :-1])
             mask = separating_mask(self.sample[:, :-1].to(device))
-        tokens, labels, loss_mask, positions = (part.to(device) for part in (tokens, labels, loss_mask, positions))
-        return Batch(tokens, labels, loss_mask, positions, mask, num_tokens)
+        parts = (self.tokens[:, :-1], self.tokens[:, 1:], self.loss_mask(), positions, mask)
+        return Batch(*(part.to(device) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -130,18 +130,20 @@ def iter_adapter(
     return send_units((peft_tensors(layer) for layer in layers), every_rank=every_rank)
 
 
-def split_adapter(path: str, tensors: Mapping[str, Tensor], alpha: float, parts: HFParts) -> dict[str, PeftModule]:
+def split_adapter(
+    path: str, tensors: Mapping[str, Tensor], alpha: float, parts: HFParts, *, use_rslora: bool
+) -> dict[str, PeftModule]:
     """The adapters of the Hugging Face layers that one Megatron layer is made of.
 
     Args:
         path: of the layer, with its number in the whole model.
         tensors: whole tensors without padding: `linear_in.weight`, `linear_out.weight` and `weight_magnitude`.
-        alpha: of the adapter.
+        alpha, use_rslora: of the adapter.
         parts: of the model, says which rows go where.
     """
     lora_a, lora_b, magnitude = (tensors[name] for name in ADAPTER_TENSORS)
     return {
-        name: PeftModule(lora_a.clone(), lora_b[rows], magnitude[rows], alpha)
+        name: PeftModule(lora_a.clone(), lora_b[rows], magnitude[rows], alpha, use_rslora)
         for name, rows in parts.rows(path, magnitude.shape[0]).items()
     }
 
@@ -186,7 +188,8 @@ def _layer_by_layer(
                 gathered = _whole_adapter(site, shards[id(site.chunk)])
                 if site.whole_path == OUTPUT_LAYER and vocabulary is not None:
                     gathered = cut_rows(gathered, vocabulary)
-                own.update(split_adapter(site.gpt_path, gathered, site.module.adapter.alpha, parts))
+                adapter = site.module.adapter
+                own.update(split_adapter(site.gpt_path, gathered, adapter.alpha, parts, use_rslora=adapter.use_rslora))
         yield own
 
 

@@ -149,11 +149,12 @@ def _check_fits(folder: Path, planned: PlannedImport) -> None:
     if isinstance(site, DoRALinear) != (joined is not None):
         found, expected = ("", "no ") if joined is None else ("no ", "")
         raise ValueError(f"{path}: found {found}adapter in the model, expected {expected}adapter as in {folder}")
-    if joined is not None and (site.adapter.dim, site.scaling) != (joined.dim, joined.alpha / joined.dim):
-        raise ValueError(
-            f"{path}: found dim {site.adapter.dim} and alpha {site.adapter.alpha:g} in the model, "
-            f"expected dim {joined.dim} and alpha {joined.alpha:g} for {folder}"
+    if joined is not None and (site.adapter.dim, site.scaling) != (joined.dim, joined.scaling):
+        found, expected = (
+            f"dim {adapter.dim} and alpha {adapter.alpha:g}{' with rsLoRA' * adapter.use_rslora}"
+            for adapter in (site.adapter, joined)
         )
+        raise ValueError(f"{path}: found {found} in the model, expected {expected} for {folder}")
 
 
 def _joined_maybe(
@@ -190,20 +191,27 @@ def _part(adapter: PeftAdapter, name: str, in_features: int, out_features: int) 
         tensors[kind] = adapter.tensor(name, kind)
         if not torch.isfinite(tensors[kind]).all():
             raise ValueError(f"{adapter.folder}: {name}: {kind} has NaN or inf, expected finite values")
-    return Part(**tensors, scaling=adapter.scaling(name))
+    return Part(**tensors, alpha=adapter.alpha(name), use_rslora=adapter.use_rslora)
 
 
 def _plan_attachments(imports: Sequence[PlannedImport], dropout: float) -> list[tuple[DoRA, AttachPlan]]:
     """Plans for the layers of each chunk that have the same dim and alpha."""
-    groups: dict[tuple[int, int, float], tuple[nn.Module, list[str]]] = {}
+    groups: dict[tuple[int, int, float, bool], tuple[nn.Module, list[str]]] = {}
     for planned in imports:
         if planned.joined is not None:
             chunk, joined = planned.linear.chunk, planned.joined
-            _, paths = groups.setdefault((id(chunk), joined.dim, joined.alpha), (chunk, []))
+            _, paths = groups.setdefault((id(chunk), joined.dim, joined.alpha, joined.use_rslora), (chunk, []))
             paths.append(planned.linear.whole_path)
     plans = []
-    for (_, dim, alpha), (chunk, paths) in groups.items():
-        dora = DoRA(target_modules=paths, dim=dim, alpha=alpha, dropout=dropout, lora_A_init_method="zero")
+    for (_, dim, alpha, use_rslora), (chunk, paths) in groups.items():
+        dora = DoRA(
+            target_modules=paths,
+            dim=dim,
+            alpha=alpha,
+            dropout=dropout,
+            lora_A_init_method="zero",
+            use_rslora=use_rslora,
+        )
         plans.append((dora, plan_attachment(dora, [chunk])))
     return plans
 

@@ -19,15 +19,24 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from dora_fx.modules.adapter import low_rank_scaling
+
 
 @dataclass(frozen=True)
 class Part:
-    """One Hugging Face layer's adapter: A `[r, in]`, B `[rows, r]`, m `[rows]`, and what B A is multiplied by."""
+    """One Hugging Face layer's adapter: A `[r, in]`, B `[rows, r]`, m `[rows]`, and what scales B A."""
 
     lora_a: Tensor
     lora_b: Tensor
     magnitude: Tensor
-    scaling: Fraction
+    alpha: float
+    use_rslora: bool
+
+    @property
+    def scaling(self) -> Fraction:
+        """The factor of B A, exactly; under rsLoRA the float that PEFT computes."""
+        dim = self.lora_a.shape[0]
+        return Fraction(low_rank_scaling(self.alpha, dim, True)) if self.use_rslora else Fraction(self.alpha) / dim
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class JoinedAdapter:
     Attributes:
         lora_a, lora_b, magnitude: `[dim, in]`, `[out, dim]` and `[out]`; zero where `has_magnitude` is not set.
         has_magnitude: `[out]`, whether a row is adapted.
-        alpha: the product is scaled by alpha / dim.
+        alpha, use_rslora: see `low_rank_scaling`. rsLoRA's scaling is said by alpha alone where the rank is no part's.
     """
 
     lora_a: Tensor
@@ -45,10 +54,16 @@ class JoinedAdapter:
     magnitude: Tensor
     has_magnitude: Tensor
     alpha: float
+    use_rslora: bool
 
     @property
     def dim(self) -> int:
         return self.lora_a.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A."""
+        return low_rank_scaling(self.alpha, self.dim, self.use_rslora)
 
 
 def join_parts(
@@ -82,7 +97,9 @@ def join_parts(
         magnitude[rows[name]] = part.magnitude
         has_magnitude[rows[name]] = True
         begin = 0 if share_a else end
-    return JoinedAdapter(lora_a, lora_b, magnitude, has_magnitude, float(first.scaling * padded_dim))
+    use_rslora = first.use_rslora and padded_dim == first.lora_a.shape[0]
+    alpha = first.alpha if use_rslora else float(first.scaling * padded_dim)
+    return JoinedAdapter(lora_a, lora_b, magnitude, has_magnitude, alpha, use_rslora)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -41,8 +41,7 @@ def merged_state_dict(checkpoint: HFCheckpoint, modules: Mapping[str, PeftModule
             raise ValueError(f"{name}: found an adapter for a weight of shape {found}, the base has {expected}")
         if path == LM_HEAD and checkpoint.config.tie_word_embeddings:
             raise ValueError(f"{name}: the weight is tied to the embedding, which merging would change too")
-        scaling = module.alpha / module.lora_a.shape[0]
-        merged[name] = _merge(weight, module, scaling)
+        merged[name] = _merge(weight, module, module.scaling)
     return merged
 
 

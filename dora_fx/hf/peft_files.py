@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from dora_fx.hf.peft_patterns import by_pattern, check_patterns
 from dora_fx.models.hf_architectures import LM_HEAD
 from dora_fx.models.reading import check_readable, read_json_object, reading
+from dora_fx.modules.adapter import low_rank_scaling
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -46,12 +46,18 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class PeftModule:
-    """The adapter of one Hugging Face linear layer: A `[r, in]`, B `[out, r]`, m `[out]`, and lora_alpha."""
+    """The adapter of one Hugging Face linear layer: A `[r, in]`, B `[out, r]`, m `[out]`, and what scales B A."""
 
     lora_a: Tensor
     lora_b: Tensor
     magnitude: Tensor
     alpha: float
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A."""
+        return low_rank_scaling(self.alpha, self.lora_a.shape[0], self.use_rslora)
 
 
 def peft_tensors(modules: Mapping[str, PeftModule]) -> dict[str, Tensor]:
@@ -91,7 +97,12 @@ def write_peft_adapter(
     except SafetensorError as error:
         raise OSError(f"{TENSOR_FILE} cannot be written ({error})") from error
     ranks = {path: module.lora_a.shape[0] for path, module in modules.items()}
-    alphas = {path: _plain_number(module.alpha) for path, module in modules.items()}
+    # PEFT has one flag for all. Where layers differ, alpha alone can say the scaling, to rounding.
+    use_rslora = all(module.use_rslora for module in modules.values())
+    alphas = {
+        path: _plain_number(module.scaling * ranks[path] if module.use_rslora and not use_rslora else module.alpha)
+        for path, module in modules.items()
+    }
     rank, rank_pattern = _common_and_pattern(ranks)
     alpha, alpha_pattern = _common_and_pattern(alphas)
     config = {
@@ -114,7 +125,7 @@ def write_peft_adapter(
         "target_modules": _targets(list(modules), num_layers),
         "task_type": "CAUSAL_LM",
         "use_dora": True,
-        "use_rslora": False,
+        "use_rslora": use_rslora,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -144,12 +155,15 @@ class PeftAdapter:
         """The rank that the config states for a layer."""
         return int(by_pattern(self.config.get("rank_pattern"), path, self.config.get("r")))
 
-    def scaling(self, path: str) -> Fraction:
-        """Return the factor of B A, exactly; under `use_rslora` the float that PEFT computes."""
-        alpha = by_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha"))
-        if self.config.get("use_rslora"):
-            return Fraction(alpha / math.sqrt(self.rank(path)))
-        return Fraction(alpha) / self.rank(path)
+    def alpha(self, path: str) -> float:
+        """The lora_alpha that the config states for a layer."""
+        alpha: float = by_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha"))
+        return alpha
+
+    @property
+    def use_rslora(self) -> bool:
+        """Return whether B A is scaled by alpha / sqrt(r)."""
+        return bool(self.config.get("use_rslora"))
 
     def tensor(self, path: str, name: str) -> Tensor:
         """Read `lora_a`, `lora_b` or `magnitude` of a layer."""

@@ -41,9 +41,9 @@ def build_gpt_model(
 ) -> nn.Module:
     """A Megatron GPTModel or HybridModel that computes what the Hugging Face model computes.
 
-    Megatron's model-parallel groups must exist (`dora_fx.megatron.world`); each tensor-parallel rank keeps its
-    shards. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the attention mask. `export_hf` gives the
-    layers the checkpoint's names again.
+    Megatron's model-parallel groups must exist (`dora_fx.megatron.world`); each rank keeps the layers of its pipeline
+    stage, and of them the tensor-parallel shards. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the
+    attention mask. `export_hf` gives the layers the checkpoint's names again.
 
     Args:
         config: the checkpoint's transformers config.
@@ -66,11 +66,16 @@ def build_gpt_model(
     check_spec(spec)
     unpadded = architecture_with_tensors(config, state_dict)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    _check_stages(unpadded)
     if num_query_groups is None:
         num_query_groups = math.ceil(unpadded.num_query_groups / tp_size) * tp_size
     architecture = with_query_groups(unpadded, num_query_groups)
     _check_divisible(architecture, tp_size)
     _check_names(architecture, state_dict)
+    if architecture.tied_embeddings and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        # Stages that hold one weight each would have to synchronise it; the base is frozen, so two copies are alike.
+        architecture = dataclasses.replace(architecture, tied_embeddings=False)
+        state_dict = {**state_dict, OUTPUT_WEIGHT: state_dict[EMBEDDING_WEIGHT]}
     model = empty_model(architecture, spec, dtype, device, sequence_parallel)
     _copy_weights(architecture, state_dict, model)
     _note_padding(model, unpadded, architecture)
@@ -124,6 +129,12 @@ def _check_divisible(architecture: GPTArchitecture, tp_size: int) -> None:
             raise ValueError(f"{name} is {size}, expected a multiple of the tensor-parallel size {tp_size}")
 
 
+def _check_stages(architecture: GPTArchitecture) -> None:
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    if architecture.num_layers % stages:
+        raise ValueError(f"found {architecture.num_layers} layers, expected a multiple of the {stages} pipeline stages")
+
+
 def _note_padding(model: Any, unpadded: GPTArchitecture, padded: GPTArchitecture) -> None:
     """Tell the attention's linear layers how many of their features are padding, for adapters to leave alone."""
     groups = padded.num_query_groups - unpadded.num_query_groups
@@ -159,12 +170,20 @@ def full_tensors(
         yield "output_layer.weight", state_dict[OUTPUT_WEIGHT]
 
 
+# Tensors that one stage of a pipeline alone has.
+_ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
+
+
 @torch.no_grad()
 def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], model: Any) -> None:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     parameters = parameters_by_gpt_name(model)
-    for name, full in full_tensors(architecture, state_dict, range(architecture.num_layers)):
+    # Those of this pipeline stage.
+    layers = sorted({int(name.split(".")[2]) for name in parameters if name.startswith("decoder.layers.")})
+    for name, full in full_tensors(architecture, state_dict, layers):
+        if name not in parameters and name in _ENDS and not (model.pre_process and model.post_process):
+            continue
         parameter = parameters.pop(name)
         if getattr(parameter, "tensor_model_parallel", False):
             full = shard_of(name, full, parameter.partition_dim, tp_rank, tp_size)  # type: ignore[attr-defined]
@@ -173,4 +192,4 @@ def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor
         parameter.copy_(full)
     if parameters:
         raise ValueError(f"the checkpoint has no tensor for {listed(set(parameters))}")
-    logger.info("copied %d layers of tensor-parallel rank %d of %d", architecture.num_layers, tp_rank, tp_size)
+    logger.info("copied %d layers of tensor-parallel rank %d of %d", len(layers), tp_rank, tp_size)

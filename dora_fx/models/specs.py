@@ -80,7 +80,7 @@ def _gpt_model(architecture: GPTArchitecture, spec: Spec, settings: dict[str, An
 
     from dora_fx.models.positioned_gpt import PositionedGPTModel
 
-    # Positions that start again are for packed samples, which Transformer Engine's causal attention does not keep apart.
+    # Positions that start again are for packed samples; Transformer Engine's causal attention keeps none apart.
     is_local = spec == "local"
     layers = _local_layers(architecture) if is_local else _te_layers(architecture)
     return (PositionedGPTModel if is_local else GPTModel)(
@@ -94,6 +94,7 @@ def _gpt_model(architecture: GPTArchitecture, spec: Spec, settings: dict[str, An
         rope_scaling_factor=architecture.llama3_rope_factor or 1.0,
         seq_len_interpolation_factor=architecture.linear_rope_factor,
         share_embeddings_and_output_weights=architecture.tied_embeddings,
+        **_ends_of_pipeline(),
     )
 
 
@@ -107,7 +108,8 @@ def _local_layers(architecture: GPTArchitecture) -> Any:
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
     if architecture.hf.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = FrozenRMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * architecture.num_layers, layer_norm=FrozenRMSNorm)
+    num_layers = architecture.num_layers // parallel_state.get_pipeline_model_parallel_world_size()
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=FrozenRMSNorm)
 
 
 def _te_layers(architecture: GPTArchitecture) -> Any:
@@ -121,21 +123,30 @@ def _hybrid_model(architecture: GPTArchitecture, spec: Spec, settings: dict[str,
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer import TransformerConfig
 
-    pattern = (ATTENTION + MLP) * architecture.num_layers
+    num_stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stage = (ATTENTION + MLP) * (architecture.num_layers // num_stages)
     model = HybridModel(
-        config=TransformerConfig(**settings | {"num_layers": len(pattern)}),
+        config=TransformerConfig(**settings | {"num_layers": len(stage) * num_stages}),
         hybrid_stack_spec=hybrid_stack_spec,
         vocab_size=architecture.vocab_size,
         max_sequence_length=architecture.max_sequence_length,
-        hybrid_layer_pattern=pattern,
+        hybrid_layer_pattern="|".join([stage] * num_stages),
         position_embedding_type="rope",
         rotary_base=architecture.rotary_base,
         seq_len_interpolation_factor=architecture.linear_rope_factor,
         share_embeddings_and_output_weights=architecture.tied_embeddings,
+        **_ends_of_pipeline(),
     )
     if architecture.llama3_rope_factor is not None:
         model.rotary_pos_emb = _llama3_rotary(architecture, model.config)
     return model
+
+
+def _ends_of_pipeline() -> dict[str, bool]:
+    return {
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+    }
 
 
 def _llama3_rotary(architecture: GPTArchitecture, config: Any) -> nn.Module:
@@ -180,6 +191,9 @@ def _transformer_settings(
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        # Batched exchange between stages asks CUDA to wait for it.
+        batch_p2p_comm=device != "cpu",
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -23,6 +23,11 @@ INIT_METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
+def low_rank_scaling(alpha: float, dim: int, use_rslora: bool) -> float:
+    """The factor of the low-rank product: alpha / dim, or alpha / sqrt(dim) (rsLoRA, arXiv 2312.03732)."""
+    return alpha / math.sqrt(dim) if use_rslora else alpha / dim
+
+
 class LowRankFactor(nn.Module):
     """One factor of the low-rank product, or this rank's shard of it. It holds a weight and computes nothing."""
 
@@ -55,7 +60,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
     Args:
         in_features, out_features: sizes of the whole layer.
         dim: rank of the low-rank product, over all tensor-parallel ranks.
-        alpha: the product is scaled by alpha / dim. May be set later.
+        alpha: the product is scaled by alpha / dim, or by alpha / sqrt(dim) with `use_rslora`. May be set later.
         dropout: probability in [0, 1) of dropping an element of the input in training, for the low-rank product and
             the magnitude's part of the base product. May be set later.
         layout_name: of a row of `placement.LAYOUTS`.
@@ -67,6 +72,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
         column_init_method, row_init_method: initialisation of A and of B, keys of `INIT_METHODS`. The whole
             matrix is drawn in float32 and sharded, so it is the same at every tensor-parallel size.
         seed: seed of that draw.
+        use_rslora: see `low_rank_scaling`.
         dtype, device: of A and B.
 
     Attributes:
@@ -95,12 +101,14 @@ class ParallelLinearDoRAAdapter(nn.Module):
         column_init_method: str = "xavier",
         row_init_method: str = "zero",
         seed: int = 0,
+        use_rslora: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.dim, self._alpha, self._dropout = dim, alpha, dropout
+        self.use_rslora = use_rslora
         self.layout_name, self.tp_group, self.row_blocks = layout_name, tp_group, row_blocks
         self.placements = self.layout.adapter_parameters(
             in_features,
@@ -156,8 +164,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
 
     @property
     def scaling(self) -> float:
-        """alpha / dim, the factor of the low-rank product."""
-        return self.alpha / self.dim
+        """The factor of the low-rank product, see `low_rank_scaling`."""
+        return low_rank_scaling(self.alpha, self.dim, self.use_rslora)
 
     def _set_factors(self) -> None:
         """Make the buffers of alpha and dropout anew, beside A and in the dtype of norms and magnitudes."""
@@ -213,5 +221,5 @@ class ParallelLinearDoRAAdapter(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, dim={self.dim}, "
-            f"alpha={self.alpha}, dropout={self.dropout}, layout={self.layout_name}"
+            f"alpha={self.alpha}, use_rslora={self.use_rslora}, dropout={self.dropout}, layout={self.layout_name}"
         )

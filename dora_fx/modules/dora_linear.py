@@ -66,7 +66,7 @@ class DoRALinear(BaseAttributes):
 
     @property
     def scaling(self) -> float:
-        """alpha / dim."""
+        """The factor of the low-rank product."""
         return self.adapter.scaling
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

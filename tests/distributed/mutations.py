@@ -18,6 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from dora_fx.attach import plan
 from dora_fx.function import collectives, dropout, formula, row_scale, site_parameters, weight_norm
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter as Adapter
+from dora_fx.modules.adapter import low_rank_scaling
 from dora_fx.modules.kinds import LinearSpec, megatron_linear
 
 
@@ -95,7 +96,7 @@ MUTATIONS = [
         "_reduce(product + addend, stored)",
         "_reduce(_reduce(product + addend, stored), stored)",
     ),
-    Mutation("alpha and dim swapped", Adapter.scaling.fget, "self.alpha / self.dim", "self.dim / self.alpha"),
+    Mutation("alpha and dim swapped", low_rank_scaling, "else alpha / dim", "else dim / alpha"),
     Mutation("norm over the wrong axis", weight_norm.base_norm_squared, "dim=1", "dim=0"),
     Mutation("norm over both axes", weight_norm.norm_of_terms, "gram) * wide_b).sum(1)", "gram) * wide_b).sum()"),
     Mutation("norm in bfloat16", weight_norm.norm_of_terms, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),

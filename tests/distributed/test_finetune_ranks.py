@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from dora_fx.cli.main import main
 from tests.closeness import assert_close, rounding
+from tests.distributed.finetune_ranks import finetune, losses
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP
 from tests.hf_models import adapter_of, finetune_inputs, tiny_tokenizer
-from tests.processes import start_process
 
 # Three query groups: two ranks need a fourth, which is padding.
 GROUPS = 3
@@ -32,34 +27,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return finetune_inputs(tmp_path_factory.mktemp("inputs"), *options, num_key_value_heads=GROUPS)
 
 
-def finetune(tp: int, *arguments: object, of_rank_1: Sequence[str] = (), expect: int = 0) -> str:
-    """Run the command in `tp` processes with the surroundings that torchrun gives; returns what all of them wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "output"
-        # torchrun's agent holds the store, too.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        own = [["finetune", *map(str, arguments), *of_rank] for of_rank in ((), of_rank_1)[:tp]]
-        ranks = [start_process(be_rank, rank, tp, store.port, output, own[rank]) for rank in range(tp)]
-        for rank in ranks:
-            rank.join(timeout=240)
-        codes = [rank.exitcode for rank in ranks]
-        for rank in ranks:
-            rank.kill()
-        text = output.read_text()
-    assert codes == [expect] * tp, f"{codes}: {text}"
-    return text
-
-
-def be_rank(rank: int, world_size: int, port: int, output: Path, arguments: list[str]) -> None:
-    if world_size > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with output.open("ab") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
-    sys.exit(main(arguments))
-
-
 def torchrun(*command: str, expect: int = 0) -> str:
     """Run a command in two processes that torchrun starts; returns what all of them wrote."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
@@ -68,11 +35,6 @@ def torchrun(*command: str, expect: int = 0) -> str:
     text = done.stdout + done.stderr
     assert (done.returncode == 0) == (expect == 0), text
     return text
-
-
-def losses(run: Path) -> torch.Tensor:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([line["loss"] for line in lines if "loss" in line], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +104,7 @@ def test_a_token_that_the_model_does_not_have_is_not_trained_on(tmp_path):
 
 def test_the_number_of_processes_must_be_the_tensor_parallel_size(inputs, tmp_path):
     text = finetune(1, *inputs, "--run", tmp_path / "run", "--tp", 2, expect=2)
-    assert "--tp 2: found 1 processes, expected as many as the tensor-parallel size" in text
+    assert "--tp 2: found 1 processes, expected 2, the product of the parallel sizes" in text
 
 
 def test_sequence_parallelism_needs_tensor_parallelism(inputs, tmp_path):

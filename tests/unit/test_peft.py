@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,9 +36,11 @@ def tiny_llama(num_layers: int) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def peft_twin(base: nn.Module) -> nn.Module:
+def peft_twin(base: nn.Module, **options: Any) -> nn.Module:
     """A PEFT model of the same base whose adapters are away from the identity."""
-    settings = peft.LoraConfig(r=DIM, lora_alpha=ALPHA, use_dora=True, target_modules=TARGETS, lora_dropout=0.0)
+    settings = peft.LoraConfig(
+        r=DIM, lora_alpha=ALPHA, use_dora=True, target_modules=TARGETS, lora_dropout=0.0, **options
+    )
     twin = peft.get_peft_model(copy.deepcopy(base), settings)
     for name, parameter in twin.named_parameters():
         if "lora_B" in name:
@@ -98,3 +102,75 @@ def test_logits_gradients_and_trained_parameters_agree_with_peft(compiler: str |
         for optimizer in optimizers:
             optimizer.step()
     assert_close(ours, theirs, bound)
+
+
+PATTERNS = dict(ranks={"k_proj": 2, "*.layers.0.*": 8}, alphas={"up_proj": 5, "*.layers.1.mlp.*": 20})
+# The same for PEFT, whose patterns are regular expressions of a path's end.
+PEFT_PATTERNS = dict(
+    rank_pattern={"k_proj": 2, r"layers\.0\..*": 8}, alpha_pattern={"up_proj": 5, r"layers\.1\.mlp\..*": 20}
+)
+
+
+def patterned_twins(use_rslora: bool) -> tuple[nn.Module, nn.Module]:
+    """A PEFT model with ranks and alphas by patterns, and ours with the same parameters."""
+    base = tiny_llama(2)
+    twin = peft_twin(base, use_rslora=use_rslora, **PEFT_PATTERNS)
+    dora = dora_fx.DoRA(TARGETS, dim=DIM, alpha=ALPHA, use_rslora=use_rslora)
+    dora.rank_pattern, dora.alpha_pattern = PATTERNS["ranks"], PATTERNS["alphas"]
+    model = dora(base)
+    ours, theirs = our_parameters(model), peft_parameters(twin)
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(theirs[name])
+    return model, twin
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_patterns_and_rslora_agree_with_peft(use_rslora: bool) -> None:
+    model, twin = patterned_twins(use_rslora)
+    assert len({site.scaling for site in sites(model).values()}) == 6
+    found = []
+    tokens = torch.randint(0, 64, (2, 10))
+    for network in (model, twin):
+        output = network(input_ids=tokens, labels=tokens)
+        output.loss.backward()
+        found.append({"logits": output.logits.detach()})
+    for output_of, parameters in zip(found, (our_parameters(model), peft_parameters(twin)), strict=True):
+        output_of |= {name: parameter.grad for name, parameter in parameters.items()}
+    assert_close(*found, TOLERANCE)
+
+
+@pytest.mark.usefixtures("world")
+def test_learning_rate_ratios_agree_with_peft() -> None:
+    """PEFT gives magnitudes the rate of B; a scheduler of torch's keeps the ratios."""
+    model, twin = patterned_twins(use_rslora=False)
+    theirs = create_loraplus_optimizer(twin, torch.optim.AdamW, lr=LEARNING_RATE, loraplus_lr_ratio=4.0)
+    groups = dora_fx.parameter_groups(model, LEARNING_RATE, loraplus_lr_ratio=4.0, magnitude_lr_ratio=4.0)
+    optimizers = torch.optim.AdamW(groups), theirs
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
+    tokens = torch.randint(0, 64, (2, 10))
+    for _ in range(3):
+        for network, optimizer, scheduler in zip((model, twin), optimizers, schedulers, strict=True):
+            optimizer.zero_grad()
+            network(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            scheduler.step()
+    assert_close(our_parameters(model), peft_parameters(twin), TOLERANCE)
+
+
+@pytest.mark.usefixtures("world")
+def test_magnitudes_have_a_rate_of_their_own_and_no_decay() -> None:
+    model, _ = patterned_twins(use_rslora=False)
+    groups = dora_fx.parameter_groups(model, 0.1, weight_decay=0.3, loraplus_lr_ratio=2.0, magnitude_lr_ratio=0.5)
+    rates = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in torch.optim.AdamW(groups).param_groups
+        for parameter in group["params"]
+    }
+    expected = {"linear_in.weight": (0.1, 0.3), "linear_out.weight": (0.2, 0.3), "weight_magnitude": (0.05, 0.0)}
+    assert len(rates) == 3 * len(sites(model))
+    for name, parameter in our_parameters(model).items():
+        assert rates[id(parameter)] == expected[name.partition(".adapter.")[2]]
+    with pytest.raises(ValueError, match="loraplus_lr_ratio: found 0, expected a positive finite number"):
+        dora_fx.parameter_groups(model, 0.1, loraplus_lr_ratio=0)

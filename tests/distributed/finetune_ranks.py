@@ -1,0 +1,49 @@
+"""Run `dora-fx finetune` on several ranks, with the surroundings that torchrun gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dora_fx.cli.main import main
+from tests.processes import start_process
+
+
+def finetune(num_ranks: int, *arguments: object, of_rank_1: Sequence[str] = (), expect: int = 0) -> str:
+    """Run the command in processes with the surroundings that torchrun gives; returns what all of them wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        # torchrun's agent holds the store, too.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        own = [["finetune", *map(str, arguments), *(of_rank_1 if rank == 1 else ())] for rank in range(num_ranks)]
+        ranks = [start_process(be_rank, rank, num_ranks, store.port, output, own[rank]) for rank in range(num_ranks)]
+        for rank in ranks:
+            rank.join(timeout=240)
+        codes = [rank.exitcode for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+        text = output.read_text()
+    assert codes == [expect] * num_ranks, f"{codes}: {text}"
+    return text
+
+
+def be_rank(rank: int, world_size: int, port: int, output: Path, arguments: list[str]) -> None:
+    if world_size > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with output.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.exit(main(arguments))
+
+
+def losses(run: Path) -> torch.Tensor:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([line["loss"] for line in lines if "loss" in line], dtype=torch.float64)
