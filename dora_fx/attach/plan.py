@@ -183,6 +183,12 @@ def _check_weight(path: str, weight: torch.Tensor) -> None:
             f"{path}: found a {weight.dtype} base weight of shape {tuple(weight.shape)}, expected a floating-point "
             "matrix of 16, 32 or 64 bits; quantised base weights are not supported"
         )
+    if hasattr(weight, "__tensor_flatten__"):
+        # Libraries that quantise keep the layer's class and give it a tensor of a class of theirs.
+        raise ValueError(
+            f"{path}: found a base weight of class {type(weight).__module__}.{type(weight).__name__}, expected a plain "
+            "tensor; quantised base weights are not supported"
+        )
     if not torch.isfinite(weight).all():
         rows = (~torch.isfinite(weight)).any(1).nonzero().flatten()
         raise ValueError(

@@ -13,6 +13,7 @@ from dora_fx.function.placement import ParameterPlacement
 from dora_fx.hf.base_names import warn_of_assumed_names
 from dora_fx.hf.layers import NamedLinear, gpt_config, named_architecture, named_linears, true_vocabulary
 from dora_fx.hf.send import send_units
+from dora_fx.hf.transformers_model import merged_tensors, speaks_for_all, transformers_model_maybe
 from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap, walk
 from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER, HFArchitecture
 from dora_fx.models.hf_parts import HFParts
@@ -52,6 +53,10 @@ def iter_merged(
         ValueError: on every rank, and at once: as `export_hf` and `merge`, or a parameter has no Hugging Face name.
     """
     chunks = chunks_of(model)
+    own = transformers_model_maybe(chunks, vocab_size=vocab_size, model_type=model_type)
+    if own is not None:
+        tensors = merged_tensors(own, dtype)
+        return tensors if every_rank or speaks_for_all() else iter(())
     linears = named_linears(chunks)
     adapted = [(linear.whole_path, linear.module) for linear in linears if isinstance(linear.module, DoRALinear)]
     try:

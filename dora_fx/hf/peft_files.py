@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -67,18 +67,21 @@ def write_peft_adapter(
     folder: Path,
     modules: Mapping[str, PeftModule],
     *,
-    num_layers: int,
+    all_paths: Iterable[str],
     dropout: float,
     base_model: str | None,
     revision: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
 ) -> None:
-    """Fill an empty folder with the adapter of a causal language model.
+    """Fill an empty folder with an adapter, of a causal language model unless PEFT is told otherwise.
 
     Args:
         modules: by the path in the Hugging Face model.
-        num_layers: of the model; a kind of layer that is adapted in all of them is a target by its name.
+        all_paths: of the layers that the Hugging Face model has; layers of a name that are all adapted are a target by
+            their name.
         dropout: of the adapters, for further training.
         base_model, revision: what PEFT finds the base by.
+        task_type: PEFT's; None for none.
 
     Raises:
         OSError: the files cannot be written.
@@ -111,8 +114,8 @@ def write_peft_adapter(
         "r": rank,
         "rank_pattern": rank_pattern,
         "revision": revision,
-        "target_modules": _targets(list(modules), num_layers),
-        "task_type": "CAUSAL_LM",
+        "target_modules": _targets(list(modules), all_paths),
+        "task_type": task_type,
         "use_dora": True,
         "use_rslora": False,
     }
@@ -259,11 +262,10 @@ def _common_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]
     return common, pattern
 
 
-def _targets(paths: list[str], num_layers: int) -> list[str]:
-    """Names of the kinds of layers that are adapted everywhere, and whole paths of the others."""
-    counts = Counter(map(_kind, paths))
-    whole = {kind for kind, count in counts.items() if count == (1 if kind in paths else num_layers)}
-    return sorted({_kind(path) if _kind(path) in whole else path for path in paths})
+def _targets(paths: list[str], all_paths: Iterable[str]) -> list[str]:
+    """Names of the layers of which all of that name are adapted, and whole paths of the others."""
+    adapted, present = Counter(map(_kind, paths)), Counter(map(_kind, all_paths))
+    return sorted({_kind(path) if adapted[_kind(path)] == present[_kind(path)] else path for path in paths})
 
 
 def _kind(path: str) -> str:
