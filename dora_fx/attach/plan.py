@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed._composable.replicate import DDP as ComposableDDP
 
+from dora_fx.attach.attached import tell_of_adapters
 from dora_fx.attach.matching import find_targets, nearest_names
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron.data_parallel import data_parallel_around
@@ -116,6 +117,7 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
         replacements.setdefault(site.chunk, {})[site.linear] = adapted
     for chunk, of_chunk in replacements.items():
         replace_modules(chunk, of_chunk)
+        tell_of_adapters(chunk)
 
 
 def seed_for(path: str, seed: int) -> int:

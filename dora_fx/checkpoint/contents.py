@@ -24,6 +24,7 @@ from dora_fx.checkpoint.failing_together import CheckpointError, failing_togethe
 from dora_fx.checkpoint.manifest import SiteSettings, StoredTensor
 from dora_fx.megatron.wrappers import check_unsharded, unwrap
 from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.kinds.torch_linear import TorchLinear
 
 # Megatron's prefix of the tensors that an optimizer keeps for a parameter.
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
@@ -68,9 +69,11 @@ def model_contents(chunks: Sequence[nn.Module], non_homogeneous_layers: bool | N
             every layer has an adapter of the same settings, as Megatron does by default.
 
     Raises:
-        CheckpointError: the model has no adapters, or its class has no `sharded_state_dict`.
+        CheckpointError: the model has no adapters, or Megatron's layers without Megatron's `sharded_state_dict`.
     """
-    for flag in (False, True) if non_homogeneous_layers is None else (non_homogeneous_layers,):
+    # What Megatron does not describe has no layers in front.
+    flags = (False, True) if all(hasattr(unwrap(chunk), "sharded_state_dict") for chunk in chunks) else (True,)
+    for flag in flags if non_homogeneous_layers is None else (non_homogeneous_layers,):
         with failing_together("describing the adapters"):
             adapter, sites, shapes, base = _describe_chunks(chunks, flag)
             shards = [shard.without_data() for shard in all_shards(adapter)]
@@ -103,14 +106,14 @@ def all_shards(state: Any) -> list[ShardedBase]:
 
 def layout_of_world(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     """Sizes of Megatron's groups by their usual names, and whether the model is sequence-parallel."""
-    config: Any = unwrap(chunks[0]).config
+    config: Any = getattr(unwrap(chunks[0]), "config", None)
     return {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
         "vpp": len(chunks),
         "cp": parallel_state.get_context_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
-        "sequence_parallel": bool(config.sequence_parallel),
+        "sequence_parallel": bool(getattr(config, "sequence_parallel", False)),
     }
 
 
@@ -126,13 +129,13 @@ def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) 
     base: list[ShardedTensor] = []
     for index, chunk in enumerate(chunks):
         inner: Any = unwrap(chunk)
-        if not hasattr(inner, "sharded_state_dict"):
-            raise CheckpointError(
-                f"{type(inner).__name__} has no sharded_state_dict; expected a Megatron model such as GPTModel"
-            )
         for _, named in adapted_layers([chunk]):
             check_unsharded(named.whole_path, named.module)
-        shards: dict[str, Any] = inner.sharded_state_dict(metadata={"non_homogeneous_layers": non_homogeneous_layers})
+        metadata = {"non_homogeneous_layers": non_homogeneous_layers}
+        if hasattr(inner, "sharded_state_dict"):
+            shards: dict[str, Any] = inner.sharded_state_dict(metadata=metadata)
+        else:
+            shards = _shards_of_whole_layers(chunk, metadata)
         adapter["model" if len(chunks) == 1 else f"model{index}"] = {
             key: shard for key, shard in shards.items() if ".adapter." in key and not key.endswith("_extra_state")
         }
@@ -145,6 +148,20 @@ def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) 
             own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
             base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
     return adapter, sites, shapes, base
+
+
+def _shards_of_whole_layers(chunk: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The adapted layers of a model that Megatron knows nothing of, each by its path and whole on every rank."""
+    shards: dict[str, Any] = {}
+    for _, named in adapted_layers([chunk]):
+        if named.module.kind is not TorchLinear:
+            raise CheckpointError(
+                f"{type(unwrap(chunk)).__name__} has no sharded_state_dict, and {named.path} is a "
+                f"{type(named.module.to_wrap).__name__}; expected a Megatron model such as GPTModel, or adapters on "
+                "layers of class Linear alone"
+            )
+        shards |= named.module.sharded_state_dict(f"{named.path}.", (), dict(metadata))
+    return shards
 
 
 def _settings(site: DoRALinear) -> SiteSettings:

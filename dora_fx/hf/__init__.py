@@ -3,5 +3,6 @@
 from dora_fx.hf.export_adapter import export_hf, iter_adapter
 from dora_fx.hf.import_adapter import import_hf
 from dora_fx.hf.iter_merged import iter_merged
+from dora_fx.hf.save_pretrained import AdapterSaver
 
-__all__ = ["export_hf", "import_hf", "iter_adapter", "iter_merged"]
+__all__ = ["AdapterSaver", "export_hf", "import_hf", "iter_adapter", "iter_merged"]

@@ -3,6 +3,9 @@
 base_model.model.<path>.lora_A.weight            [r, in]
 base_model.model.<path>.lora_B.weight            [out, r]
 base_model.model.<path>.lora_magnitude_vector    [out]
+
+transformers reads these files itself where `from_pretrained` finds them, and takes a magnitude by the name that PEFT's
+module has, with `.weight` at its end, alone: of PEFT's files it forgets them (seen in 5.24). PEFT takes both names.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from dora_fx.models.reading import check_readable, read_json_object, reading
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+_NAME_IN_MODULE = ".weight"
 
 # What the options that change the function must be. PiSSA, OLoRA and their like change the base weights too.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -72,6 +76,7 @@ def write_peft_adapter(
     base_model: str | None,
     revision: str | None = None,
     task_type: str | None = "CAUSAL_LM",
+    for_transformers: bool = False,
 ) -> None:
     """Fill an empty folder with an adapter, of a causal language model unless PEFT is told otherwise.
 
@@ -82,6 +87,7 @@ def write_peft_adapter(
         dropout: of the adapters, for further training.
         base_model, revision: what PEFT finds the base by.
         task_type: PEFT's; None for none.
+        for_transformers: name magnitudes so that transformers finds them too; else as PEFT does.
 
     Raises:
         OSError: the files cannot be written.
@@ -89,8 +95,12 @@ def write_peft_adapter(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    tensors = peft_tensors(modules)
+    if for_transformers:
+        end = _SUFFIXES["magnitude"]
+        tensors = {key + _NAME_IN_MODULE * key.endswith(end): tensor for key, tensor in tensors.items()}
     try:
-        save_file(peft_tensors(modules), folder / TENSOR_FILE, metadata={"format": "pt"})
+        save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{TENSOR_FILE} cannot be written ({error})") from error
     ranks = {path: module.lora_a.shape[0] for path, module in modules.items()}
@@ -228,7 +238,7 @@ def _tensors_by_layer(file: Path) -> tuple[dict[str, dict[str, str]], dict[str, 
 
 
 def _layer_and_name(file: Path, key: str) -> tuple[str, str]:
-    for name, suffix in _SUFFIXES.items():
+    for name, suffix in (*_SUFFIXES.items(), ("magnitude", _SUFFIXES["magnitude"] + _NAME_IN_MODULE)):
         if key.startswith(_PREFIX) and key.endswith(suffix):
             return key.removeprefix(_PREFIX).removesuffix(suffix), name
     if key.endswith(".base_layer.weight"):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dora_fx.attach.matching import adapted_layers
-from dora_fx.attach.merge import merge_problem_maybe, merged_weight
+from dora_fx.attach.merge import NOTHING_ADAPTED, merge_problem_maybe, merged_weight
 from dora_fx.function.placement import ADAPTER_TENSORS
 from dora_fx.hf.peft_files import PeftModule
 from dora_fx.megatron.wrappers import check_unsharded, unwrap, walk
@@ -82,10 +82,11 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype | None) -> Iterator[tupl
         dtype: of the floating-point ones; None for that of each.
 
     Raises:
-        ValueError: at once: an adapter cannot be merged, or a parameter is sharded.
+        ValueError: at once: nothing is adapted, an adapter cannot be merged, or a parameter is sharded.
     """
     check_unsharded("model", model)
-    problem = merge_problem_maybe([model], [(named.path, named.module) for _, named in adapted_layers([model])])
+    sites = [(named.path, named.module) for _, named in adapted_layers([model])]
+    problem = merge_problem_maybe([model], sites) if sites else NOTHING_ADAPTED
     if problem is not None:
         raise ValueError(problem)
     return _merged_tensors(model, dtype)
