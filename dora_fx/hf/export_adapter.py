@@ -98,6 +98,7 @@ def iter_adapter(
 
     Raises:
         ValueError: on every rank, and at once, as `export_hf`.
+        RuntimeError: while it is taken: another rank is gone, or did not come within the timeout of the process group.
     """
     chunks = chunks_of(model)
     source = adapter_source(chunks, None, vocab_size, model_type)

@@ -51,6 +51,7 @@ def iter_merged(
 
     Raises:
         ValueError: on every rank, and at once: as `export_hf` and `merge`, or a parameter has no Hugging Face name.
+        RuntimeError: while it is taken: another rank is gone, or did not come within the timeout of the process group.
     """
     chunks = chunks_of(model)
     own = transformers_model_maybe(chunks, vocab_size=vocab_size, model_type=model_type)
