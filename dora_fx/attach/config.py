@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class DoRA(DoRASettings):
-    """Weight-decomposed low-rank adaptation (arXiv 2402.09353) of a Megatron model.
+    """Weight-decomposed low-rank adaptation (arXiv 2402.09353) of a Megatron or transformers model.
 
     Call it on a model to freeze the base and wrap every target in place:
 
@@ -35,7 +35,8 @@ class DoRA(DoRASettings):
         target_modules: module names (`linear_qkv`), full paths, or patterns over full paths in which `*`
             stands for any text (`*.layers.0.*.linear_qkv`). A name or path must be a linear layer; a
             pattern adapts the linear layers among what it matches. Layers have their numbers in the whole model,
-            whatever the pipeline size.
+            whatever the pipeline size. "all-linear" is, as in PEFT, every linear layer but the output layer and the
+            head of a sequence classifier.
         exclude_modules: names, paths or patterns that are never adapted.
         dim: rank of the low-rank product.
         alpha: the product is scaled by alpha / dim, or by alpha / sqrt(dim) with `use_rslora`.

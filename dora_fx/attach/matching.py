@@ -5,12 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-from dora_fx.megatron.wrappers import NamedModule, walk
+from dora_fx.megatron.wrappers import NamedModule, unwrap, walk
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.modules.kinds import looks_like_linear
+
+# A target that stands for all linear layers but those that put out logits, by PEFT's name for it.
+ALL_LINEAR = "all-linear"
+_MEGATRON_OUTPUT_LAYER = "output_layer"
+# The heads that PEFT leaves out of a sequence classifier.
+_CLASSIFIER_HEADS = ("score", "classifier")
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -62,10 +69,13 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
     found = Matches()
     used: set[str] = set()
     for chunk in chunks:
+        output_layers = _output_layers(chunk)
         for named in walk(chunk, DoRALinear):
             _, path, module = named
             is_linear = looks_like_linear(module)
             by = [pattern for pattern in targets if matches(pattern, path)]
+            if ALL_LINEAR in targets and is_linear and module not in output_layers:
+                by.append(ALL_LINEAR)
             if any(matches(pattern, path) for pattern in excluded):
                 used.update(by)
                 by = []
@@ -79,6 +89,19 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
                 found.unmatched_linears.append(path)
     found.unmatched_targets = [pattern for pattern in targets if pattern not in used]
     return found
+
+
+def _output_layers(chunk: nn.Module) -> set[nn.Module]:
+    """The layers of a Megatron or transformers model that put out logits."""
+    model: Any = unwrap(chunk)
+    output_layer = getattr(model, _MEGATRON_OUTPUT_LAYER, None)
+    if output_layer is None and hasattr(model, "get_output_embeddings"):
+        output_layer = model.get_output_embeddings()
+    if output_layer is not None:
+        return {unwrap(output_layer)}
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    heads = [getattr(model, name, None) for name in _CLASSIFIER_HEADS if is_classifier]
+    return {unwrap(head) for head in heads if head is not None}
 
 
 def nearest_names(chunks: Sequence[nn.Module], pattern: str, count: int = 3) -> list[str]:

@@ -160,12 +160,17 @@ def merge_tensors(
 
 def _check_mergeable(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> None:
     """Raise on every rank of the sites' tensor-parallel groups if a site of any of them cannot be merged."""
-    problem = merge_problem_maybe(chunks, sites) if sites else NOTHING_ADAPTED
+    problem = merge_problem_maybe(chunks, sites) if sites else _nothing_adapted(chunks)
     groups = {site.adapter.tp_group for _, site in sites} - {""}
     if not groups and problem is not None:
         raise ValueError(problem)
     for tp_group in sorted(groups):
         raise_on_every_rank(problem, resolve_group(tp_group))
+
+
+def _nothing_adapted(chunks: Sequence[nn.Module]) -> str:
+    is_merged = any(hasattr(named.module, _KEPT) for chunk in chunks for named in walk(chunk))
+    return "found a model that is merged already; unmerge it first" if is_merged else NOTHING_ADAPTED
 
 
 def merge_problem_maybe(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> str | None:

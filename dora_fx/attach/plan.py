@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed._composable.replicate import DDP as ComposableDDP
 
+from dora_fx.attach.attached import tell_of_adapters
 from dora_fx.attach.matching import find_targets, nearest_names
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron.data_parallel import data_parallel_around
@@ -143,6 +144,7 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
         replacements.setdefault(site.chunk, {})[site.linear] = adapted
     for chunk, of_chunk in replacements.items():
         replace_modules(chunk, of_chunk)
+        tell_of_adapters(chunk)
 
 
 def seed_for(path: str, seed: int) -> int:
@@ -225,6 +227,12 @@ def _check_weight(path: str, weight: torch.Tensor) -> None:
         raise ValueError(
             f"{path}: found a {weight.dtype} base weight of shape {tuple(weight.shape)}, expected a floating-point "
             "matrix of 16, 32 or 64 bits; quantised base weights are not supported"
+        )
+    if hasattr(weight, "__tensor_flatten__"):
+        # Libraries that quantise keep the layer's class and give it a tensor of a class of theirs.
+        raise ValueError(
+            f"{path}: found a base weight of class {type(weight).__module__}.{type(weight).__name__}, expected a plain "
+            "tensor; quantised base weights are not supported"
         )
     if not torch.isfinite(weight).all():
         rows = (~torch.isfinite(weight)).any(1).nonzero().flatten()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dora_fx.attach.matching import matches
+from dora_fx.attach.matching import ALL_LINEAR, matches
 from dora_fx.modules.adapter import INIT_METHODS
 
 
@@ -15,7 +15,7 @@ from dora_fx.modules.adapter import INIT_METHODS
 class DoRASettings:
     """The choice of layers to adapt and how to adapt them; see `DoRA`, which has them."""
 
-    target_modules: Sequence[str] = field(
+    target_modules: Sequence[str] | Literal["all-linear"] = field(
         default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
     )
     exclude_modules: Sequence[str] = field(default_factory=list)
@@ -52,6 +52,8 @@ class DoRASettings:
 
     def _check(self) -> None:
         """Raise for a field out of its range."""
+        if self.target_modules == ALL_LINEAR:
+            self.target_modules = [ALL_LINEAR]
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(item, str) for item in value):

@@ -31,6 +31,7 @@ from dora_fx.checkpoint.manifest import (
 from dora_fx.megatron.hybrid_pattern import hybrid_pattern_maybe, is_attention_and_mlp
 from dora_fx.megatron.wrappers import check_unsharded, unwrap
 from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.kinds.torch_linear import TorchLinear
 
 # Megatron's prefix of the tensors that an optimizer keeps for a parameter.
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
@@ -75,10 +76,13 @@ def model_contents(chunks: Sequence[nn.Module], non_homogeneous_layers: bool | N
             every layer has an adapter of the same settings, as Megatron does by default.
 
     Raises:
-        CheckpointError: the model has no adapters, or its class has no `sharded_state_dict`.
+        CheckpointError: the model has no adapters, or Megatron's layers without Megatron's `sharded_state_dict`.
     """
-    # A HybridModel's keys have numbers whatever the flag says.
-    flags = (False, True) if hybrid_pattern_maybe(chunks[0]) is None else (True,)
+    # Keys have numbers whatever the flag says where Megatron does not describe the model, and in a HybridModel.
+    has_layers_in_front = all(
+        hasattr(unwrap(chunk), "sharded_state_dict") and hybrid_pattern_maybe(chunk) is None for chunk in chunks
+    )
+    flags = (False, True) if has_layers_in_front else (True,)
     for flag in flags if non_homogeneous_layers is None else (non_homogeneous_layers,):
         with failing_together("describing the adapters"):
             adapter, sites, shapes, base = _describe_chunks(chunks, flag)
@@ -112,7 +116,7 @@ def all_shards(state: Any) -> list[ShardedBase]:
 
 def layout_of_world(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     """Sizes of Megatron's groups by their usual names, sequence parallelism, and the kind of a HybridModel."""
-    config: Any = unwrap(chunks[0]).config
+    config: Any = getattr(unwrap(chunks[0]), "config", None)
     pattern = hybrid_pattern_maybe(chunks[0])
     hybrid = {} if pattern is None else {"hybrid": ATTENTION_AND_MLP if is_attention_and_mlp(pattern) else OTHER_HYBRID}
     return hybrid | {
@@ -121,7 +125,7 @@ def layout_of_world(chunks: Sequence[nn.Module]) -> dict[str, Any]:
         "vpp": len(chunks),
         "cp": parallel_state.get_context_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
-        "sequence_parallel": bool(config.sequence_parallel),
+        "sequence_parallel": bool(getattr(config, "sequence_parallel", False)),
     }
 
 
@@ -137,13 +141,13 @@ def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) 
     base: list[ShardedTensor] = []
     for index, chunk in enumerate(chunks):
         inner: Any = unwrap(chunk)
-        if not hasattr(inner, "sharded_state_dict"):
-            raise CheckpointError(
-                f"{type(inner).__name__} has no sharded_state_dict; expected a Megatron model such as GPTModel"
-            )
         for _, named in adapted_layers([chunk]):
             check_unsharded(named.whole_path, named.module)
-        shards: dict[str, Any] = inner.sharded_state_dict(metadata={"non_homogeneous_layers": non_homogeneous_layers})
+        metadata = {"non_homogeneous_layers": non_homogeneous_layers}
+        if hasattr(inner, "sharded_state_dict"):
+            shards: dict[str, Any] = inner.sharded_state_dict(metadata=metadata)
+        else:
+            shards = _shards_of_whole_layers(chunk, metadata)
         adapter["model" if len(chunks) == 1 else f"model{index}"] = {
             key: shard for key, shard in shards.items() if ".adapter." in key and not key.endswith("_extra_state")
         }
@@ -168,6 +172,20 @@ def _input_norms(shards: dict[str, Any], sites: Collection[str]) -> list[Sharded
         and NORM_OF_INPUT in shard.key
         and shard.key.split(NORM_OF_INPUT)[0] in sites
     ]
+
+
+def _shards_of_whole_layers(chunk: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The adapted layers of a model that Megatron knows nothing of, each by its path and whole on every rank."""
+    shards: dict[str, Any] = {}
+    for _, named in adapted_layers([chunk]):
+        if named.module.kind is not TorchLinear:
+            raise CheckpointError(
+                f"{type(unwrap(chunk)).__name__} has no sharded_state_dict, and {named.path} is a "
+                f"{type(named.module.to_wrap).__name__}; expected a Megatron model such as GPTModel, or adapters on "
+                "layers of class Linear alone"
+            )
+        shards |= named.module.sharded_state_dict(f"{named.path}.", (), dict(metadata))
+    return shards
 
 
 def _settings(site: DoRALinear) -> SiteSettings:

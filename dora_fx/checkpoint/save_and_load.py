@@ -40,17 +40,20 @@ from dora_fx.checkpoint.optimizer import OptimizerState
 from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.checkpoint.strategy import SaveStrategy, read_state
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
+from dora_fx.megatron.world import world_at_hand
 from dora_fx.megatron.wrappers import Model, chunks_of
 from dora_fx.version import __version__
 
 logger = logging.getLogger(__name__)
 
 
+@world_at_hand()
 def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
     """Save a model's adapters as the directory `path`, replacing a checkpoint that is there. Every rank calls it.
 
     Args:
-        model: after `DoRA` ran on it; a list or a tuple of chunks with virtual pipeline stages. Bare or wrapped.
+        model: after `DoRA` ran on it; a list or a tuple of chunks with virtual pipeline stages. Bare or wrapped. A
+            transformers model, or any module whose adapted layers each rank has whole, needs no process group.
         path: on a file system that all ranks see.
         optimizer: Megatron's or torch's, to save its state too. A torch optimizer's tensors have a parameter's shape
             or a single element; what it has of another kind is refused.
@@ -87,6 +90,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
                 put_in_place(directory, path)
 
 
+@world_at_hand()
 def load_checkpoint(
     model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, any_base: bool = False
 ) -> Any:

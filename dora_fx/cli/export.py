@@ -7,8 +7,11 @@ from typing import Any
 
 from dora_fx.cli.progress import Display
 from dora_fx.cli.saved_adapter import add_arguments, open_saved_adapter, or_user_error, write_folder
-from dora_fx.hf.export_adapter import one_dropout, warn_of_tied_output
+from dora_fx.hf.adapter_source import one_dropout
+from dora_fx.hf.export_adapter import warn_of_tied_output
+from dora_fx.hf.layers import every_hf_path
 from dora_fx.hf.peft_files import write_peft_adapter
+from dora_fx.models.hf_architectures import HF_ARCHITECTURES
 
 HELP = "write the adapter of a run or a checkpoint for Hugging Face PEFT"
 
@@ -40,12 +43,11 @@ def run(parsed: dict[str, Any]) -> int:
     saved = open_saved_adapter(parsed)
     dropouts = [layer.settings.dropout for layer in saved.layers.values()]
     dropout = or_user_error(f"{saved.path}: ", one_dropout, dropouts)
+    all_paths = every_hf_path(HF_ARCHITECTURES[saved.config.model_type], saved.config.num_hidden_layers)
     base_name = parsed["base_name"] or _HF_NAMES.get(saved.base, saved.base)
 
     def write(into: Path) -> None:
-        write_peft_adapter(
-            into, saved.modules, num_layers=saved.config.num_hidden_layers, dropout=dropout, base_model=base_name
-        )
+        write_peft_adapter(into, saved.modules, all_paths=all_paths, dropout=dropout, base_model=base_name)
 
     write_folder(Path(parsed["to"]), write)
     warn_of_tied_output(saved.modules, tied=bool(saved.config.tie_word_embeddings))

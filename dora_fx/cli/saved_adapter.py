@@ -15,7 +15,7 @@ from dora_fx.cli.base_model import resolve_base
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.options_file import read_options_file
 from dora_fx.cli.run_folder import RunFolder, checkpoint_in
-from dora_fx.hf.export_adapter import split_adapter
+from dora_fx.hf.adapter_source import split_adapter
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule
 from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP

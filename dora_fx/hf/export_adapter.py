@@ -1,43 +1,24 @@
-"""DoRA adapters to and from Hugging Face PEFT, at any tensor- and pipeline-parallel size.
-
-A fused Megatron layer and the Hugging Face layers that it is made of share their input, so A goes to each of them
-and the rows of B and m are dealt out: export is exact. The way back is in `import_adapter.py`.
-"""
+"""DoRA adapters for Hugging Face PEFT, from any layout of ranks; `import_adapter.py` is the way back."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from dora_fx.attach.merge import NOTHING_ADAPTED
-from dora_fx.function.placement import ADAPTER_TENSORS
-from dora_fx.hf.base_names import check_model_type, check_vocabulary, config_of_directory, warn_of_assumed_names
-from dora_fx.hf.layers import (
-    NamedLinear,
-    adapted_linears,
-    gpt_config,
-    named_architecture,
-    named_linears,
-    num_hf_layers,
-    true_vocabulary,
-)
+from dora_fx.hf.adapter_source import adapter_source
+from dora_fx.hf.base_names import warn_of_assumed_names
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, peft_tensors, write_peft_adapter
 from dora_fx.hf.send import is_speaker, send_units
-from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap
-from dora_fx.models.hf_architectures import (
-    LM_HEAD,
-    OUTPUT_LAYER,
-)
-from dora_fx.models.hf_parts import HFParts
-from dora_fx.modules.whole_tensors import AdapterShards
+from dora_fx.hf.transformers_model import speaks_for_all
+from dora_fx.megatron.wrappers import Model, chunks_of
+from dora_fx.models.hf_architectures import LM_HEAD
 from dora_fx.ranks.agreement import raise_on_every_rank
-from dora_fx.ranks.exchange import gather_objects, gather_objects_on_first_rank
+from dora_fx.ranks.exchange import gather_objects_on_first_rank
 from dora_fx.ranks.groups import has_other_ranks, world_group
 
 logger = logging.getLogger(__name__)
@@ -60,8 +41,10 @@ def export_hf(
 
     Args:
         model: a Megatron GPTModel of a supported architecture, or a list or a tuple of its chunks, bare or wrapped.
+            Or a transformers model, of which each process has all: ranks exchange nothing, and need not all call.
         folder: a name that is free, or an empty folder.
-        base_model, revision: a Hugging Face name or directory, for PEFT to find the base by.
+        base_model, revision: a Hugging Face name or directory, for PEFT to find the base by. A transformers model has
+            the name that it was loaded by.
         vocab_size: number of tokens of the base, where Megatron padded the output layer to more rows. Those beyond are
             cut off an adapter of it. A model of Megatron-Bridge knows it itself.
         model_type: of the base's config, whose names the layers get. A model of `build_gpt_model` knows it itself;
@@ -75,33 +58,30 @@ def export_hf(
     """
     chunks = chunks_of(model)
     target = Path(folder)
-    sites = adapted_linears(chunks)
-    problem = _problem_maybe(chunks, sites, base_model, vocab_size, model_type) or _folder_problem_maybe(target)
-    raise_on_every_rank(problem, world_group())
-    dropout = _dropout_of_all_ranks(sites)
-    config = gpt_config(chunks)
-    vocabulary = true_vocabulary(config, sites, vocab_size)
-    parts = HFParts.of(named_architecture(chunks, model_type), config)
+    source = adapter_source(chunks, base_model, vocab_size, model_type, _folder_problem_maybe(target))
     modules: dict[str, PeftModule] = {}
-    for part in _layer_by_layer(sites, parts, num_hf_layers(chunks), vocabulary):
-        modules.update(_to_first_rank(part))
-    if _global_rank() == 0:
+    for part in source.layers:
+        modules.update(_to_first_rank(part) if source.on_ranks else part)
+    problem = None
+    if speaks_for_all():
         try:
             with new_folder(target) as temporary:
                 write_peft_adapter(
                     temporary,
                     modules,
-                    num_layers=num_hf_layers(chunks),
-                    dropout=dropout,
-                    base_model=base_model,
+                    all_paths=source.all_paths,
+                    dropout=source.dropout,
+                    base_model=base_model if base_model is not None else source.base_model,
                     revision=revision,
+                    task_type=source.task_type,
                 )
         except OSError as error:
             problem = f"{target}: {error}"
-        warn_of_assumed_names(chunks, model_type, base_model)
-        warn_of_tied_output(modules, tied=bool(unwrap(chunks[0]).share_embeddings_and_output_weights))
+        if source.on_ranks:
+            warn_of_assumed_names(chunks, model_type, base_model)
+        warn_of_tied_output(modules, tied=source.is_tied)
         logger.info("exported %d adapters to %s", len(modules), target)
-    raise_on_every_rank(problem, world_group())
+    raise_on_every_rank(problem, world_group() if source.on_ranks else None)
 
 
 def iter_adapter(
@@ -118,39 +98,15 @@ def iter_adapter(
 
     Raises:
         ValueError: on every rank, and at once, as `export_hf`.
+        RuntimeError: while it is taken: another rank is gone, or did not come within the timeout of the process group.
     """
     chunks = chunks_of(model)
-    sites = adapted_linears(chunks)
-    raise_on_every_rank(_problem_maybe(chunks, sites, None, vocab_size, model_type), world_group())
-    _dropout_of_all_ranks(sites)
-    config = gpt_config(chunks)
-    parts = HFParts.of(named_architecture(chunks, model_type), config)
+    source = adapter_source(chunks, None, vocab_size, model_type)
+    units = (peft_tensors(layer) for layer in source.layers)
+    if not source.on_ranks:
+        return (item for unit in units if every_rank or speaks_for_all() for item in unit.items())
     warn_of_assumed_names(chunks, model_type)
-    layers = _layer_by_layer(sites, parts, num_hf_layers(chunks), true_vocabulary(config, sites, vocab_size))
-    return send_units((peft_tensors(layer) for layer in layers), every_rank=every_rank)
-
-
-def split_adapter(
-    path: str, tensors: Mapping[str, Tensor], alpha: float, parts: HFParts, *, use_rslora: bool
-) -> dict[str, PeftModule]:
-    """The adapters of the Hugging Face layers that one Megatron layer is made of.
-
-    Args:
-        path: of the layer, with its number in the whole model.
-        tensors: whole tensors without padding: `linear_in.weight`, `linear_out.weight` and `weight_magnitude`.
-        alpha, use_rslora: of the adapter.
-        parts: of the model, says which rows go where.
-    """
-    lora_a, lora_b, magnitude = (tensors[name] for name in ADAPTER_TENSORS)
-    return {
-        name: PeftModule(lora_a.clone(), lora_b[rows], magnitude[rows], alpha, use_rslora)
-        for name, rows in parts.rows(path, magnitude.shape[0]).items()
-    }
-
-
-def cut_rows(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The whole tensors of an adapter for the first rows of its layer alone."""
-    return {name: tensor if name == "linear_in.weight" else tensor[:count] for name, tensor in tensors.items()}
+    return send_units(units, every_rank=every_rank)
 
 
 def warn_of_tied_output(modules: Container[str], *, tied: bool) -> None:
@@ -167,37 +123,6 @@ def warn_of_tied_output(modules: Container[str], *, tied: bool) -> None:
         )
 
 
-def one_dropout(dropouts: Iterable[float]) -> float:
-    """The dropout that all adapters have; raises ValueError if there are several: PEFT's files have one."""
-    found = sorted(set(dropouts))
-    if len(found) > 1:
-        raise ValueError(f"found adapters with dropout {found}, expected one for all: PEFT's files have one")
-    return float(found[0])
-
-
-def _layer_by_layer(
-    sites: Sequence[NamedLinear], parts: HFParts, num_layers: int, vocabulary: int | None
-) -> Iterator[dict[str, PeftModule]]:
-    """The adapters of each layer of the whole model in turn, whole, on the ranks of the layer's pipeline stage."""
-    shards = {id(site.chunk): AdapterShards(site.chunk) for site in sites}
-    prefixes = [*(f"decoder.layers.{index}." for index in range(num_layers)), OUTPUT_LAYER]
-    for prefix in prefixes:
-        own: dict[str, PeftModule] = {}
-        for site in sites:
-            if site.gpt_path.startswith(prefix):
-                gathered = _whole_adapter(site, shards[id(site.chunk)])
-                if site.whole_path == OUTPUT_LAYER and vocabulary is not None:
-                    gathered = cut_rows(gathered, vocabulary)
-                adapter = site.module.adapter
-                own.update(split_adapter(site.gpt_path, gathered, adapter.alpha, parts, use_rslora=adapter.use_rslora))
-        yield own
-
-
-def _whole_adapter(site: NamedLinear, shards: AdapterShards) -> dict[str, Tensor]:
-    names = {name: f"{site.path}.adapter.{name}" for name in ADAPTER_TENSORS}
-    return {name: shards.gather(full, shards.parameters[full]).cpu() for name, full in names.items()}
-
-
 def _to_first_rank(own: dict[str, PeftModule]) -> dict[str, PeftModule]:
     group = world_group()
     if not has_other_ranks(group):
@@ -206,50 +131,10 @@ def _to_first_rank(own: dict[str, PeftModule]) -> dict[str, PeftModule]:
     return {path: module for part in parts for path, module in part.items()}
 
 
-def _dropout_of_all_ranks(sites: Sequence[NamedLinear]) -> float:
-    """The dropout of all adapters on all ranks; a pipeline stage may have none of its own."""
-    found = gather_objects([site.module.adapter.dropout for site in sites], world_group())
-    dropouts = [dropout for part in found for dropout in part]
-    if not dropouts:
-        raise ValueError(NOTHING_ADAPTED)
-    return one_dropout(dropouts)
-
-
-def _global_rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _problem_maybe(
-    chunks: Sequence[nn.Module],
-    sites: Sequence[NamedLinear],
-    base_model: str | None,
-    vocab_size: int | None,
-    model_type: str | None,
-) -> str | None:
-    try:
-        config = gpt_config(chunks)
-        hf = named_architecture(chunks, model_type)
-        base_fields = config_of_directory(base_model)
-        check_model_type(hf, base_fields, base_model)
-        vocabulary = true_vocabulary(config, named_linears(chunks), vocab_size)
-        for site in sites:
-            check_unsharded(site.whole_path, site.module)
-            HFParts.of(hf, config).rows(site.gpt_path, _whole_rows(site))
-            if site.whole_path == OUTPUT_LAYER:
-                check_vocabulary(vocabulary or _whole_rows(site), base_fields, base_model)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
-
-
 def _folder_problem_maybe(target: Path) -> str | None:
     try:
-        if _global_rank() == 0:
+        if speaks_for_all():
             check_new_folder(target)
     except (ValueError, OSError) as error:
         return str(error)
     return None
-
-
-def _whole_rows(site: NamedLinear) -> int:
-    return int(site.module.adapter.placements["weight_magnitude"].shape[0])

@@ -24,6 +24,7 @@ from dora_fx.hf.layers import (
     true_vocabulary,
 )
 from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
+from dora_fx.hf.transformers_model import OwnNames, transformers_model_maybe
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
 from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, unwrap
 from dora_fx.models.gpt_model import noted_architecture_maybe
@@ -58,7 +59,7 @@ def import_hf(
     vocab_size: int | None = None,
     training: bool = True,
 ) -> ModelT:
-    """Give a Megatron model the adapters of a Hugging Face PEFT DoRA folder, and return it.
+    """Give a Megatron or transformers model the adapters of a Hugging Face PEFT DoRA folder, and return it.
 
     The function is PEFT's, exactly: layers that Megatron fuses keep a common A, or stack their ranks (q, k and v of
     rank 8 become one adapter of dim 24). What PEFT does not adapt keeps its base function; in a fused layer further
@@ -66,9 +67,10 @@ def import_hf(
     reads the files. Everything is checked before anything is changed.
 
     Args:
-        model: a Megatron GPTModel of a supported architecture, or a list or a tuple of its chunks, bare or wrapped.
-            Without adapters they are attached, with the files' dropout, as `DoRA` does it. With adapters these must
-            be on the same layers and of the same dim and scaling; they keep their dropout and what of them is trained.
+        model: a Megatron GPTModel of a supported architecture, or a list or a tuple of its chunks, or a transformers
+            model, bare or wrapped. Without adapters they are attached, with the files' dropout, as `DoRA` does it.
+            With adapters these must be on the same layers and of the same dim and scaling; they keep their dropout
+            and what of them is trained.
         folder: with adapter_config.json and adapter_model.safetensors.
         base_model: raise if the files name another `base_model_name_or_path`.
         vocab_size: number of tokens, where the model's output layer has more rows than the files' lm_head because
@@ -107,30 +109,45 @@ def _check_base(adapter: PeftAdapter, expected: str | None) -> None:
 
 
 def _plan_imports(chunks: Sequence[nn.Module], adapter: PeftAdapter, vocab_size: int | None) -> list[PlannedImport]:
-    config, num_layers = gpt_config(chunks), num_hf_layers(chunks)
-    hf = noted_architecture_maybe(unwrap(chunks[0])) or _architecture_of_files(adapter, num_layers)
-    known = every_hf_path(hf, num_layers)
+    own = transformers_model_maybe(chunks, vocab_size=vocab_size)
+    linears, parts, known, vocabulary = _own_layers(chunks) if own is not None else _layers(chunks, adapter, vocab_size)
     unknown = sorted(set(adapter.shapes) - set(known))
     if unknown:
         raise ValueError(
             f"{adapter.folder}: found an adapter of {unknown[0]} ({len(unknown)} without a place in the model), "
-            f"expected layers such as {known[0]}; the model has {num_layers} layers"
+            f"expected layers such as {known[0]}; the model has {len(linears)} linear layers"
         )
     missing = [path for path in known if adapter.is_target(path) and path not in adapter.shapes]
     if missing:
         raise ValueError(
             f"{adapter.folder}: target_modules names {missing[0]}, which has no tensors ({len(missing)} such layers)"
         )
-    parts, linears = HFParts.of(hf, config), named_linears(chunks)
-    vocabulary = true_vocabulary(config, linears, vocab_size)
-    if vocab_size is None and adapter.shapes.get(LM_HEAD, {}).get("magnitude") != (vocabulary,):
-        # The model knows of padding, and the files are of a base that is padded alike.
-        vocabulary = None
     imports = [PlannedImport(linear, _joined_maybe(linear, adapter, parts, vocabulary)) for linear in linears]
     if _is_adapted(imports):
         for planned in imports:
             _check_fits(adapter.folder, planned)
     return imports
+
+
+# The model's linear layers, what they are in the Hugging Face model, all paths there, and the vocabulary where it is
+# smaller than the output layer.
+Layers = tuple[list[NamedLinear], HFParts | OwnNames, list[str], int | None]
+
+
+def _layers(chunks: Sequence[nn.Module], adapter: PeftAdapter, vocab_size: int | None) -> Layers:
+    config, num_layers = gpt_config(chunks), num_hf_layers(chunks)
+    hf = noted_architecture_maybe(unwrap(chunks[0])) or _architecture_of_files(adapter, num_layers)
+    linears = named_linears(chunks)
+    vocabulary = true_vocabulary(config, linears, vocab_size)
+    if vocab_size is None and adapter.shapes.get(LM_HEAD, {}).get("magnitude") != (vocabulary,):
+        # The model knows of padding, and the files are of a base that is padded alike.
+        vocabulary = None
+    return linears, HFParts.of(hf, config), every_hf_path(hf, num_layers), vocabulary
+
+
+def _own_layers(chunks: Sequence[nn.Module]) -> Layers:
+    linears = named_linears(chunks)
+    return linears, OwnNames(), [linear.whole_path for linear in linears], None
 
 
 def _architecture_of_files(adapter: PeftAdapter, num_layers: int) -> HFArchitecture:
@@ -158,10 +175,10 @@ def _check_fits(folder: Path, planned: PlannedImport) -> None:
 
 
 def _joined_maybe(
-    linear: NamedLinear, adapter: PeftAdapter, hf_parts: HFParts, vocabulary: int | None
+    linear: NamedLinear, adapter: PeftAdapter, hf_parts: HFParts | OwnNames, vocabulary: int | None
 ) -> JoinedAdapter | None:
-    path = linear.gpt_path
-    if not hf_parts.paths(path):
+    path = linear.whole_path if isinstance(hf_parts, OwnNames) else linear.gpt_path
+    if adapter.shapes.keys().isdisjoint(hf_parts.paths(path)):
         return None
     check_unsharded(path, linear.module)
     spec = linear.describe()
@@ -171,8 +188,6 @@ def _joined_maybe(
     parts = {
         name: _part(adapter, name, in_features, len(index)) for name, index in rows.items() if name in adapter.shapes
     }
-    if not parts:
-        return None
     return join_parts(path, parts, rows, out_features, spec.dim_multiple)
 
 

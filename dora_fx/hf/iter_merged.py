@@ -20,6 +20,7 @@ from dora_fx.hf.layers import (
     true_vocabulary,
 )
 from dora_fx.hf.send import send_units
+from dora_fx.hf.transformers_model import merged_tensors, speaks_for_all, transformers_model_maybe
 from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap, walk
 from dora_fx.models.decoder_names import FINAL_NORM, DecoderNames
 from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER, HFArchitecture
@@ -58,8 +59,13 @@ def iter_merged(
 
     Raises:
         ValueError: on every rank, and at once: as `export_hf` and `merge`, or a parameter has no Hugging Face name.
+        RuntimeError: while it is taken: another rank is gone, or did not come within the timeout of the process group.
     """
     chunks = chunks_of(model)
+    own = transformers_model_maybe(chunks, vocab_size=vocab_size, model_type=model_type)
+    if own is not None:
+        tensors = merged_tensors(own, dtype)
+        return tensors if every_rank or speaks_for_all() else iter(())
     linears = named_linears(chunks)
     adapted = [(linear.whole_path, linear.module) for linear in linears if isinstance(linear.module, DoRALinear)]
     try:

@@ -3,6 +3,9 @@
 base_model.model.<path>.lora_A.weight            [r, in]
 base_model.model.<path>.lora_B.weight            [out, r]
 base_model.model.<path>.lora_magnitude_vector    [out]
+
+transformers reads these files itself where `from_pretrained` finds them, and takes a magnitude by the name that PEFT's
+module has, with `.weight` at its end, alone: of PEFT's files it forgets them (seen in 5.24). PEFT takes both names.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +30,7 @@ from dora_fx.modules.adapter import low_rank_scaling
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+_NAME_IN_MODULE = ".weight"
 
 # What the options that change the function must be. PiSSA, OLoRA and their like change the base weights too.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -73,18 +77,23 @@ def write_peft_adapter(
     folder: Path,
     modules: Mapping[str, PeftModule],
     *,
-    num_layers: int,
+    all_paths: Iterable[str],
     dropout: float,
     base_model: str | None,
     revision: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
+    for_transformers: bool = False,
 ) -> None:
-    """Fill an empty folder with the adapter of a causal language model.
+    """Fill an empty folder with an adapter, of a causal language model unless PEFT is told otherwise.
 
     Args:
         modules: by the path in the Hugging Face model.
-        num_layers: of the model; a kind of layer that is adapted in all of them is a target by its name.
+        all_paths: of the layers that the Hugging Face model has; layers of a name that are all adapted are a target by
+            their name.
         dropout: of the adapters, for further training.
         base_model, revision: what PEFT finds the base by.
+        task_type: PEFT's; None for none.
+        for_transformers: name magnitudes so that transformers finds them too; else as PEFT does.
 
     Raises:
         OSError: the files cannot be written.
@@ -92,8 +101,12 @@ def write_peft_adapter(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    tensors = peft_tensors(modules)
+    if for_transformers:
+        end = _SUFFIXES["magnitude"]
+        tensors = {key + _NAME_IN_MODULE * key.endswith(end): tensor for key, tensor in tensors.items()}
     try:
-        save_file(peft_tensors(modules), folder / TENSOR_FILE, metadata={"format": "pt"})
+        save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{TENSOR_FILE} cannot be written ({error})") from error
     ranks = {path: module.lora_a.shape[0] for path, module in modules.items()}
@@ -122,8 +135,8 @@ def write_peft_adapter(
         "r": rank,
         "rank_pattern": rank_pattern,
         "revision": revision,
-        "target_modules": _targets(list(modules), num_layers),
-        "task_type": "CAUSAL_LM",
+        "target_modules": _targets(list(modules), all_paths),
+        "task_type": task_type,
         "use_dora": True,
         "use_rslora": use_rslora,
     }
@@ -239,7 +252,7 @@ def _tensors_by_layer(file: Path) -> tuple[dict[str, dict[str, str]], dict[str, 
 
 
 def _layer_and_name(file: Path, key: str) -> tuple[str, str]:
-    for name, suffix in _SUFFIXES.items():
+    for name, suffix in (*_SUFFIXES.items(), ("magnitude", _SUFFIXES["magnitude"] + _NAME_IN_MODULE)):
         if key.startswith(_PREFIX) and key.endswith(suffix):
             return key.removeprefix(_PREFIX).removesuffix(suffix), name
     if key.endswith(".base_layer.weight"):
@@ -273,11 +286,10 @@ def _common_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]
     return common, pattern
 
 
-def _targets(paths: list[str], num_layers: int) -> list[str]:
-    """Names of the kinds of layers that are adapted everywhere, and whole paths of the others."""
-    counts = Counter(map(_kind, paths))
-    whole = {kind for kind, count in counts.items() if count == (1 if kind in paths else num_layers)}
-    return sorted({_kind(path) if _kind(path) in whole else path for path in paths})
+def _targets(paths: list[str], all_paths: Iterable[str]) -> list[str]:
+    """Names of the layers of which all of that name are adapted, and whole paths of the others."""
+    adapted, present = Counter(map(_kind, paths)), Counter(map(_kind, all_paths))
+    return sorted({_kind(path) if adapted[_kind(path)] == present[_kind(path)] else path for path in paths})
 
 
 def _kind(path: str) -> str:

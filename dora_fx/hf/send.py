@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -26,20 +27,39 @@ def send_units(units: Iterable[Mapping[str, Tensor]], *, every_rank: bool) -> It
         units: as many on every rank, in the same order. A rank that has nothing of a unit has an empty one; of the
             ranks of a pipeline stage, which have the same, the speaker's is sent.
         every_rank: else the other ranks get an empty stream; they take part all the same.
+
+    Raises:
+        RuntimeError: another rank is gone, or did not come within the group's timeout.
     """
-    group = world_group()
+    group, last = world_group(), "nothing"
     for unit in units:
         if not has_other_ranks(group):
             yield from unit.items()
             continue
         own = dict(unit) if is_speaker() else {}
         described = {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in own.items()}
-        for source, tensors in enumerate(gather_objects(described, group)):
+        with _saying_where_it_broke_off(last):
+            of_ranks = gather_objects(described, group)
+        for source, tensors in enumerate(of_ranks):
             for name, (shape, dtype, device_type) in tensors.items():
                 tensor = own[name] if dist.get_rank() == source else None
-                received = _send(tensor, source, shape, dtype, device_type, every_rank)
+                with _saying_where_it_broke_off(last):
+                    received = _send(tensor, source, shape, dtype, device_type, every_rank)
+                last = name
                 if received is not None:
                     yield name, received
+
+
+@contextmanager
+def _saying_where_it_broke_off(last: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # A process that died closes its connections at once; of one that does not come, the group's timeout tells.
+        raise RuntimeError(
+            f"the stream of weights broke off after {last}: another rank is gone, or did not take its stream to the "
+            f"end ({error})"
+        ) from error
 
 
 def _send(

@@ -67,6 +67,33 @@ def megatron_world(
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def world_at_hand() -> Iterator[None]:
+    """Within the context there are a default process group and Megatron's groups, for code that asks for them.
+
+    Those that are there stay as they are. What is missing is made and taken down on exit: a group of this process
+    alone, and Megatron's groups without tensor or pipeline parallelism, which every rank of a default group makes.
+    No generator is seeded.
+    """
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    makes_group = not dist.is_initialized()
+    if makes_group:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        try:
+            yield
+        finally:
+            _stop_megatron()
+    finally:
+        if makes_group:
+            dist.destroy_process_group()
+
+
 def _start_megatron(on_cpu: bool, seed: int, **sizes: int | None) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as megatron_random

@@ -91,3 +91,29 @@ def test_the_adapter_of_a_hugging_face_model_is_peft_s(example_of_a_base: tuple[
         expected = model(input_ids=tokens, labels=tokens).loss.item()
     assert merged == pytest.approx(adapted, abs=PRINTED)
     assert adapted == pytest.approx(expected, abs=PRINTED)
+
+
+def trained_by_trainer(out: Path, *arguments: object, first_step: int = 1) -> None:
+    """Run the example of `Trainer`, and look at what it exported."""
+    output = output_of(EXAMPLES / "transformers_trainer.py", out, *arguments)
+    assert_trains(output, first_step)
+    merged = float(re.search(r"^merged model: loss ([\d.]+)", output, re.M)[1])
+    # Samples are alike, and the optimizer stepped once more after the last loss.
+    assert merged < losses(output)[first_step + 4]
+    exported, saved = out / f"adapter-{first_step + 4}", out / f"checkpoint-{first_step + 4}"
+    logits = []
+    for folder in (exported, saved):
+        base = transformers.AutoModelForCausalLM.from_pretrained(out / "base")
+        with torch.no_grad():
+            logits.append(peft.PeftModel.from_pretrained(base, folder)(torch.arange(32)[None] % 7).logits)
+    assert torch.equal(*logits)
+
+
+def test_transformers_trainer(tmp_path: Path) -> None:
+    trained_by_trainer(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_transformers_trainer_goes_on(tmp_path: Path) -> None:
+    for first_step in (1, 6):
+        trained_by_trainer(tmp_path / "out", first_step=first_step)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import dora_fx
-from dora_fx.models import build_gpt_model
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
+from dora_fx.models import build_gpt_model, causal_mask
 from tests.distributed.launch import run_ranks, visit_worlds
 from tests.distributed.pipeline_gpt import Kind, Layout, attach, build_base, set_adapter_values
 from tests.hf_models import tiny_hf_model
 from tests.peft_models import adapted_megatron
+from tests.processes import start_process
 
 # Three query groups do not divide by two ranks, so a fourth is padding.
 CASES: dict[str, dict[str, Any]] = {"qwen2": dict(num_key_value_heads=3), "phi3": {}}
@@ -96,3 +105,113 @@ def refuse(layout: Layout, folder: Path) -> None:
 
 def test_what_one_stage_cannot_merge_is_refused_on_every_rank(tmp_path: Path) -> None:
     visit_worlds([(refuse, Layout(pp=2))], tmp_path)
+
+
+# A rank that is gone
+
+TIMEOUT = datetime.timedelta(seconds=5)
+
+
+def break_off(rank: int, folder: Path, iterate: Callable[..., Any], leave: Callable[[], object]) -> None:
+    """Leave rank 1 in the middle of a stream, and write down what rank 0 hears of it."""
+    layout = Layout(pp=2)
+    with layout.world(rank, folder / "store"):
+        chunks = attach(build_base(layout, Kind()))
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
+        names = []
+        try:
+            for name, _ in iterate(chunks, model_type="llama", every_rank=True):
+                names.append(name)
+                if rank == 1 and len(names) == 3:
+                    leave()
+        except RuntimeError as error:
+            (folder / "error").write_text(f"{names[-1]}\n{error}")
+        # What is left of the world has nobody to be taken down with.
+        os._exit(0)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stay_away() -> None:
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("iterate", [dora_fx.iter_adapter, dora_fx.iter_merged])
+@pytest.mark.parametrize("leave", [die, stay_away])
+def test_a_rank_that_leaves_is_an_error_within_the_timeout(
+    leave: Callable[[], object], iterate: Callable[..., Any], tmp_path: Path
+) -> None:
+    ranks = [start_process(break_off, rank, tmp_path, iterate, leave) for rank in range(2)]
+    try:
+        # Not a bound for the machine to keep, but far below the half hour that a group waits by default.
+        ranks[0].join(240)
+        assert ranks[0].exitcode == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    last, message = (tmp_path / "error").read_text().split("\n", 1)
+    assert message.startswith(f"the stream of weights broke off after {last}: another rank is gone, or did not take")
+
+
+# What merging changes
+
+
+def compare(layout: Layout, folder: Path) -> None:
+    chunks = attach(build_base(layout, Kind()))
+    set_adapter_values(chunks, layout)
+    before = [{name: value.clone() for name, value in chunk.named_parameters()} for chunk in chunks]
+    tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
+    if layout.pp == 1:
+        positions = torch.arange(16).expand(2, -1)
+        batch = (tokens[:, :-1], positions, causal_mask(16, "cpu"))
+        found = dora_fx.compare_merged(chunks, *batch, labels=tokens[:, 1:], dtype=torch.bfloat16)
+    else:
+        with pytest.raises(ValueError, match="log_probs: found None for a pipeline, expected a function that runs its"):
+            dora_fx.compare_merged(chunks, tokens, dtype=torch.bfloat16)
+        log_probs = functools.partial(scheduled_log_probs, chunks, tokens)
+        found = dora_fx.compare_merged(chunks, dtype=torch.bfloat16, log_probs=log_probs)
+    for chunk, parameters in zip(chunks, before, strict=True):
+        torch.testing.assert_close(dict(chunk.named_parameters()), parameters, rtol=0, atol=0)
+    torch.save(found, folder / f"compared {layout} {dist.get_rank()}")
+
+
+def scheduled_log_probs(chunks: list[Any], tokens: torch.Tensor) -> torch.Tensor | None:
+    losses: list[torch.Tensor] = []
+
+    def forward_step(batches: Any, chunk: Any) -> Any:
+        batch = next(batches)
+        positions = torch.arange(16).expand(len(batch), -1)
+        output = chunk(batch[:, :-1], positions, causal_mask(16, "cpu"), labels=batch[:, 1:])
+        return output, lambda found: (losses.append(found), (found.mean(), found.mean()))[1]
+
+    with cuda_means_cpu():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter([tokens]) for _ in chunks] if len(chunks) > 1 else iter([tokens]),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=1,
+            seq_length=16,
+            micro_batch_size=len(tokens),
+            forward_only=True,
+        )
+    return -losses[0] if losses else None
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), pytest.param(Layout(dp=2), marks=pytest.mark.slow)])
+def test_comparisons_are_the_same_at_every_layout(layout: Layout, tmp_path: Path) -> None:
+    visit_worlds([(compare, Layout()), (compare, layout)], tmp_path)
+    expected, first, second = (
+        torch.load(tmp_path / f"compared {name}", weights_only=False)
+        for name in (f"{Layout()} 0", f"{layout} 0", f"{layout} 1")
+    )
+    assert first == second
+    assert [gap.path for gap in first.layers] == [gap.path for gap in expected.layers]
+    # Both gaps are those of bfloat16's rounding, a ten-thousandth of which float32's sums are off by.
+    for gap, other in zip(first.layers, expected.layers, strict=True):
+        for name in ("change", "lost", "unmoved", "output_gap"):
+            assert getattr(gap, name) == pytest.approx(getattr(other, name), rel=0.05), (gap.path, name)
+    assert first.num_tokens == expected.num_tokens * layout.dp * layout.tp
+    assert first.mean_gap == pytest.approx(expected.mean_gap, rel=0.05) and first.mean_gap > 0

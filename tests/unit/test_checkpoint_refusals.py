@@ -14,7 +14,7 @@ import torch
 
 import dora_fx
 from dora_fx import CheckpointError
-from tests.models import tiny_gpt
+from tests.models import row, tiny_gpt
 from tests.unit.checkpoints import adapted, are_equal, loaded, refusal, values
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -167,8 +167,8 @@ def test_no_adapters() -> None:
 
 
 def test_a_model_that_megatron_cannot_save(tmp_path: Path) -> None:
-    model = dora_fx.DoRA(["0"], dim=4)(torch.nn.Sequential(torch.nn.Linear(8, 8)))
-    with pytest.raises(CheckpointError, match="Sequential has no sharded_state_dict"):
+    model = dora_fx.DoRA(["0"], dim=4)(torch.nn.Sequential(row()))
+    with pytest.raises(CheckpointError, match="Sequential has no sharded_state_dict, and 0 is a RowParallelLinear"):
         dora_fx.save_checkpoint(model, tmp_path / "checkpoint")
 
 

@@ -48,8 +48,13 @@ def describe_linear(path: str, module: nn.Module) -> LinearSpec:
 
 
 def looks_like_linear(module: nn.Module) -> bool:
-    """Return whether a module multiplies by a weight matrix, of whatever class, so that a pattern may mean it."""
-    return not isinstance(module, nn.Embedding) and "linear" in type(module).__name__.lower()
+    """Return whether a module multiplies by a weight matrix, of whatever class, so that a pattern may mean it.
+
+    Conv1D is what transformers calls the linear layers of GPT-2, and other libraries a convolution.
+    """
+    name = type(module).__name__
+    is_linear = isinstance(module, nn.Linear) or "linear" in name.lower() or name == "Conv1D"
+    return is_linear and not isinstance(module, nn.Embedding)
 
 
 __all__ = ["KINDS", "LinearKind", "LinearSpec", "bypasses_its_linears", "describe_linear", "looks_like_linear"]

@@ -1,0 +1,131 @@
+"""`save_pretrained` of an adapted transformers model.
+
+transformers would save base and adapter in one file, and load that as the base alone: it has no place for the
+adapter's tensors. Adapted models get a `save_pretrained` of their own, which does what transformers does with PEFT's
+adapters: it saves the adapter, and `from_pretrained` of the folder loads the base and the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_fx.attach.attached import when_attached
+from dora_fx.attach.matching import adapted_layers
+from dora_fx.hf.adapter_source import adapter_source
+from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
+from dora_fx.hf.transformers_model import is_transformers_model
+
+logger = logging.getLogger(__name__)
+
+# What `Trainer` loads into a model when it resumes, or takes the best checkpoint.
+TRAINER_FILE = "model.safetensors"
+
+
+class AdapterSaver:
+    """Stands in for the method `save_pretrained` of one model; of a model without adapters it is that method."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Save the adapter in PEFT's format, and once more under the model's own names for `Trainer` to resume from.
+
+        Args:
+            save_directory: is made where it is missing; files of these names in it are replaced.
+            is_main_process: else nothing is written.
+            state_dict: without adapters, such as that of `iter_merged`, it is saved as the model. With adapters they
+                have to be the model's, which are saved.
+            settings: those of transformers' method. `max_shard_size` and what says how to talk to a hub concern no
+                adapter.
+
+        Raises:
+            ValueError: a setting asks for what an adapter cannot be saved as, or the adapters have several dropouts.
+        """
+        sites = [named for _, named in adapted_layers([self.model])]
+        if not sites or (state_dict is not None and not any(".adapter." in name for name in state_dict)):
+            type(self.model).save_pretrained(
+                self.model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **settings
+            )
+            return
+        for name, found in settings.items():
+            if name in _REFUSED and found != _REFUSED[name]:
+                raise ValueError(
+                    f"save_pretrained: found {name}={found!r} for a model with DoRA adapters, expected "
+                    f"{_REFUSED[name]!r}; dora_fx.export_hf writes the adapter alone, and within dora_fx.merged(model) "
+                    "the merged model is saved"
+                )
+        own = adapter_tensors(self.model)
+        _check_given(own, state_dict or {})
+        source = adapter_source([self.model], None, None, None)
+        if is_main_process:
+            modules: dict[str, PeftModule] = {}
+            for layer in source.layers:
+                modules.update(layer)
+            _write(Path(save_directory), own, modules, source)
+
+
+_REFUSED = {"push_to_hub": False, "variant": None, "save_peft_format": True, "distributed_checkpoint": False}
+
+
+@when_attached
+def save_adapters_with(chunk: nn.Module) -> None:
+    """Give `AdapterSaver` to every transformers model in a chunk that has adapters."""
+    for module in chunk.modules():
+        if is_transformers_model(module) and any(True for _ in adapted_layers([module])):
+            # An attribute of the instance: copies get their own, and the class is left alone.
+            module.save_pretrained = AdapterSaver(module)  # type: ignore[assignment]
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' entries of the model's state dict, without the names of wrappers."""
+    return {
+        f"{named.path}.adapter.{name}": parameter.detach()
+        for _, named in adapted_layers([model])
+        for name, parameter in named.module.adapter.named_parameters()
+    }
+
+
+def _check_given(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    for name, tensor in given.items():
+        if name in own and not torch.equal(tensor.to(own[name]), own[name]):
+            raise ValueError(
+                f"save_pretrained: found another {name} in state_dict than in the model, expected the same; load it "
+                "into the model first"
+            )
+
+
+def _write(folder: Path, own: Mapping[str, Tensor], modules: Mapping[str, PeftModule], source: Any) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_peft_adapter(
+        folder,
+        modules,
+        all_paths=source.all_paths,
+        dropout=source.dropout,
+        base_model=source.base_model,
+        task_type=source.task_type,
+        for_transformers=True,
+    )
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in own.items()}, folder / TRAINER_FILE, {"format": "pt"}
+    )
+    if source.base_model is None:
+        logger.warning(
+            "%s: the model has no name that its base could be loaded by; from_pretrained needs base_model_name_or_path "
+            "in adapter_config.json",
+            folder,
+        )

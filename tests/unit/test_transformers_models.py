@@ -1,0 +1,449 @@
+"""DoRA on transformers models: PEFT's function and files, checkpoints, saving, and what such models bring along."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+import dora_fx
+from dora_fx.checkpoint.manifest import read_manifest
+from tests.closeness import assert_apart, assert_close, rounding, roundings_of
+from tests.hf_models import CONFIGS, save_tiny_checkpoint, tiny_hf_model
+from tests.models import randomize_adapters, sites
+from tests.peft_models import TOKENS, assert_same_logits, hf_logits, load_with_peft, save_peft_adapter
+
+KINDS = ["llama", "llama_tied", "qwen2", "phi3"]
+# Of a family that no Megatron model is built for: norms of its own, a scaled embedding that the output layer shares.
+_GEMMA = dict(
+    vocab_size=64,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    pad_token_id=0,
+)
+
+
+def base_model(kind: str = "llama") -> Any:
+    if kind in CONFIGS:
+        return tiny_hf_model(kind)
+    torch.manual_seed(3)
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**_GEMMA)).eval()
+
+
+def adapted(kind: str = "llama", seed: int = 1, **settings: Any) -> Any:
+    """A model with adapters away from the identity."""
+    model = dora_fx.DoRA(**(dict(target_modules="all-linear", dim=4, alpha=12) | settings))(base_model(kind))
+    randomize_adapters(model, seed)
+    return model.eval()
+
+
+def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if ".adapter." in name}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+# PEFT's function and files
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gemma"])
+def test_files_from_and_to_peft(kind: str, tmp_path: Path) -> None:
+    model = adapted(kind)
+    dora_fx.export_hf(model, tmp_path / "ours")
+    peft_model = load_with_peft(base_model(kind), tmp_path / "ours")
+    assert_same_logits(hf_logits(peft_model), hf_logits(model), model)
+    peft_model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs")]
+    assert_equal(*files)
+    assert_equal(dict(dora_fx.iter_adapter(model)), files[0])
+    empty, other = base_model(kind), adapted(kind, seed=2)
+    for target in (empty, other):
+        assert dora_fx.import_hf(target, tmp_path / "theirs") is target
+        assert_equal(adapters(target), adapters(model))
+
+
+@pytest.mark.parametrize("compiler", [None, "dora_fx"])
+@pytest.mark.parametrize("kind", [*KINDS, "gemma"])
+def test_loss_and_gradients_are_peft_s(kind: str, compiler: str | None, tmp_path: Path) -> None:
+    base = base_model(kind)
+    targets = "all-linear"
+    expected = save_peft_adapter(base, tmp_path / "adapter", target_modules=targets).train()
+    found = dora_fx.import_hf(copy.deepcopy(base), tmp_path / "adapter").train()
+    assert sorted(sites(found)) == sorted(
+        name.removeprefix("base_model.model.")
+        for name, module in expected.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    )
+    if compiler is not None:
+        for layer in found.model.layers:
+            layer.compile(backend=compiler, options={"inner_compiler": "eager"})
+    # PEFT gives the whole product's dropout a form of its own; without dropout the functions are the same.
+    losses = [model(TOKENS, labels=TOKENS, use_cache=False).loss for model in (found, expected)]
+    for loss in losses:
+        loss.backward()
+    bound = rounding(torch.float32, 2 * roundings_of(base))
+    assert_close(*losses, bound)
+    names = {"lora_A.default.weight": "linear_in.weight", "lora_B.default.weight": "linear_out.weight"}
+    names["lora_magnitude_vector.default.weight"] = "weight_magnitude"
+    theirs = {}
+    for name, gradient in gradients(expected).items():
+        path, _, end = name.removeprefix("base_model.model.").partition(".lora_")
+        theirs[f"{path}.adapter.{names['lora_' + end]}"] = gradient
+    assert len(theirs) == 3 * len(sites(found))
+    assert_close(gradients(found), theirs, bound)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: base_model("llama_tied"),
+        lambda: base_model("gemma"),
+        lambda: transformers.LlamaModel(tiny_hf_model().config),
+        lambda: transformers.LlamaForSequenceClassification(tiny_hf_model().config),
+        lambda: transformers.GPTNeoXForCausalLM(
+            transformers.GPTNeoXConfig(
+                vocab_size=64, hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+            )
+        ),
+    ],
+)
+def test_all_linear_is_what_peft_means_by_it(make: Any) -> None:
+    model = make()
+    task = "SEQ_CLS" if "Classification" in type(model).__name__ else None
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear", task_type=task))
+    expected = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    assert len(expected) >= 4
+    assert set(sites(dora_fx.DoRA(target_modules="all-linear", dim=2)(model))) == expected
+
+
+def test_some_layers_and_a_rank_of_their_own(tmp_path: Path) -> None:
+    model = base_model()
+    dora_fx.DoRA(["model.layers.0.*"], dim=4, alpha=12)(model)
+    dora_fx.DoRA(["*.1.mlp.up_proj"], dim=2, alpha=2)(model)
+    randomize_adapters(model)
+    dora_fx.export_hf(model, tmp_path / "adapter", base_model="some/name")
+    peft_model = load_with_peft(base_model(), tmp_path / "adapter")
+    assert peft_model.peft_config["default"].base_model_name_or_path == "some/name"
+    assert_same_logits(hf_logits(peft_model), hf_logits(model), model)
+    empty = dora_fx.import_hf(base_model(), tmp_path / "adapter")
+    assert_equal(adapters(empty), adapters(model))
+
+
+# Streams and merging
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*KINDS, "gemma"])
+def test_the_stream_is_bitwise_the_merged_model(kind: str, dtype: torch.dtype) -> None:
+    model = adapted(kind).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = dict(dora_fx.iter_merged(model))
+    assert_equal(dict(model.state_dict()), before)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert own.isdisjoint(tensor.data_ptr() for tensor in found.values())
+    rounded = dict(dora_fx.iter_merged(model, dtype=torch.float16))
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.float16}
+    twin = base_model(kind).to(dtype)
+    result = twin.load_state_dict(found, strict=False)
+    assert not result.unexpected_keys and set(result.missing_keys) <= {"lm_head.weight"}
+    assert_equal(dict(twin.state_dict()), dict(dora_fx.merge(model).state_dict()))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_merged_for_a_while(compiled: bool) -> None:
+    model = adapted()
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(backend="dora_fx", options={"inner_compiler": "eager"})
+    before, expected = {n: v.clone() for n, v in model.state_dict().items()}, hf_logits(model)
+    with pytest.raises(KeyError), dora_fx.merged(model):
+        assert not sites(model)
+        assert_same_logits(hf_logits(model), expected, model)
+        with pytest.raises(ValueError, match="found a model that is merged already; unmerge it first"):
+            dora_fx.merge(model)
+        raise KeyError("inside")
+    assert_equal(dict(model.state_dict()), before)
+    assert torch.equal(hf_logits(model), expected)
+
+
+def test_an_optimizer_that_steps_while_merged() -> None:
+    """What it changes are the adapters, and the model comes back with them."""
+    results = []
+    for steps_inside in (False, True):
+        model = adapted().train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        model(TOKENS, labels=TOKENS).loss.backward()
+        with dora_fx.merged(model):
+            if steps_inside:
+                optimizer.step()
+        if not steps_inside:
+            optimizer.step()
+        results.append(hf_logits(model))
+    assert torch.equal(*results)
+    assert_apart(results[0], hf_logits(adapted()))
+
+
+# Checkpoints
+
+
+def training(seed: int, kind: str) -> tuple[Any, torch.optim.Optimizer]:
+    model = adapted(kind, seed).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    model(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen2"])
+def test_checkpoints_need_no_process_group(kind: str, tmp_path: Path) -> None:
+    source, target = training(1, kind), training(2, kind)
+    generator = torch.get_rng_state()
+    dora_fx.save_checkpoint(source[0], tmp_path / "checkpoint", source[1], extra={"step": 1})
+    assert dora_fx.load_checkpoint(target[0], tmp_path / "checkpoint", target[1]) == {"step": 1}
+    assert not torch.distributed.is_initialized()
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert_equal(adapters(target[0]), adapters(source[0]))
+    for model, optimizer in (source, target):
+        step(model, optimizer)
+    assert_equal(adapters(target[0]), adapters(source[0]))
+    manifest = read_manifest(tmp_path / "checkpoint")
+    assert set(manifest.sites) == set(sites(source[0])) and manifest.non_homogeneous_layers
+
+
+def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
+    dora_fx.save_checkpoint(adapted(), tmp_path / "checkpoint")
+    other = dora_fx.DoRA("all-linear", dim=4, alpha=12)(tiny_hf_model(seed=5))
+    with pytest.raises(dora_fx.CheckpointError, match=r"trained on another base .*model.layers.0.mlp.down_proj"):
+        dora_fx.load_checkpoint(other, tmp_path / "checkpoint")
+    assert not torch.distributed.is_initialized()
+
+
+# Saving as transformers does
+
+
+@pytest.fixture
+def base_folder(tmp_path: Path) -> Path:
+    return save_tiny_checkpoint(tmp_path / "base")
+
+
+def of_folder(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def adapted_of(folder: Path) -> Any:
+    model = dora_fx.DoRA("all-linear", dim=4, alpha=12)(of_folder(folder))
+    randomize_adapters(model)
+    return model
+
+
+def test_what_save_pretrained_saves_has_the_adapter(base_folder: Path, tmp_path: Path) -> None:
+    model = adapted_of(base_folder)
+    copied = copy.deepcopy(model)
+    randomize_adapters(copied, 7)
+    assert_apart(hf_logits(copied), hf_logits(model))
+    for name, saved in {"first": model, "copy": copied, "compiled": torch.compile(model, backend="eager")}.items():
+        saved.save_pretrained(tmp_path / name)
+        expected = hf_logits(getattr(saved, "_orig_mod", saved))
+        for loaded in (
+            of_folder(tmp_path / name),
+            load_with_peft(of_folder(base_folder), tmp_path / name),
+            dora_fx.import_hf(of_folder(base_folder), tmp_path / name),
+        ):
+            assert_same_logits(hf_logits(loaded), expected, model)
+    # With a config beside it, the adapter would pass for a model where PEFT is not installed.
+    assert not (tmp_path / "first" / "config.json").exists()
+
+
+def test_a_hub_gets_what_save_pretrained_saves(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub stays out of it: the folder that transformers would upload is kept in its place."""
+    model, kept = adapted_of(base_folder), tmp_path / "uploaded"
+
+    class Hub:
+        def create_repo(self, repo_id: str, **settings: Any) -> Any:
+            return type("Repository", (), {"repo_id": repo_id})
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr(
+        "transformers.utils.hub.create_and_tag_model_card",
+        lambda *args, **settings: type("Card", (), {"save": lambda self, path: None})(),
+    )
+    model._upload_modified_files = lambda folder, *args, **settings: shutil.copytree(folder, kept)
+    model.push_to_hub("name")
+    assert_same_logits(hf_logits(of_folder(kept)), hf_logits(model), model)
+
+
+def test_a_merged_model_is_saved_whole(base_folder: Path, tmp_path: Path) -> None:
+    model = adapted_of(base_folder)
+    expected = hf_logits(model)
+    model.save_pretrained(tmp_path / "stream", state_dict=dict(dora_fx.iter_merged(model)))
+    with dora_fx.merged(model):
+        model.save_pretrained(tmp_path / "within")
+    dora_fx.merge(model).save_pretrained(tmp_path / "merged")
+    for name in ("stream", "within", "merged"):
+        assert_same_logits(hf_logits(of_folder(tmp_path / name)), expected, model)
+
+
+def test_what_an_adapter_cannot_be_saved_as_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    model = adapted_of(base_folder)
+    for settings in (dict(push_to_hub=True), dict(variant="fp16"), dict(save_peft_format=False)):
+        with pytest.raises(ValueError, match=rf"found {next(iter(settings))}=.*dora_fx.export_hf .*dora_fx.merged"):
+            model.save_pretrained(tmp_path / "out", **settings)
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"found another model.layers.0.self_attn.q_proj.adapter\S+ in state_dict"):
+        model.save_pretrained(tmp_path / "out", state_dict=other)
+    model.save_pretrained(tmp_path / "out", is_main_process=False)
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out", state_dict=model.state_dict())
+
+
+def test_state_dicts_are_as_they_were(tmp_path: Path) -> None:
+    model, other = adapted(), adapted(seed=2)
+    torch.save(model.state_dict(), tmp_path / "state")
+    other.load_state_dict(torch.load(tmp_path / "state"))
+    assert torch.equal(hf_logits(other), hf_logits(model))
+    assert set(base_model().state_dict()) < set(model.state_dict())
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_trainer_goes_on_from_its_checkpoint(best: bool, base_folder: Path, tmp_path: Path) -> None:
+    data = [dict(input_ids=tokens, labels=tokens) for tokens in torch.randint(0, 64, (16, 12))]
+
+    def trained(folder: Path, resume: Path | None = None, **settings: Any) -> Any:
+        model = dora_fx.DoRA("all-linear", dim=4, alpha=12)(of_folder(base_folder))
+        arguments = transformers.TrainingArguments(
+            str(folder),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            save_steps=2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            **settings,
+        )
+        transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data[:4]).train(
+            resume_from_checkpoint=None if resume is None else str(resume)
+        )
+        return model
+
+    if best:
+        # The loss falls, and the checkpoint with the larger one is asked for, so that it is not the last.
+        settings = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+        model = trained(tmp_path / "run", **settings, eval_strategy="steps", eval_steps=2)
+        first, last = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "model.safetensors") for n in (2, 4))
+        assert_equal(adapters(model), first)
+        assert any(not torch.equal(first[name], last[name]) for name in first)
+        return
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2")
+    assert_equal(dict(resumed.state_dict()), dict(whole.state_dict()))
+    half = of_folder(tmp_path / "whole" / "checkpoint-2")
+    assert_apart(hf_logits(half), hf_logits(whole), 1e-3)
+
+
+# What else such models bring
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
+    plain, recomputing = adapted(kind).train(), adapted(kind).train()
+    recomputing.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for model in (plain, recomputing):
+        model(TOKENS, labels=TOKENS).loss.backward()
+    assert len(gradients(plain)) == 3 * len(sites(plain))
+    assert_equal(gradients(recomputing), gradients(plain))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_is_that_of_the_merged_model(kind: str) -> None:
+    model = adapted(kind)
+    options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(TOKENS))
+    found = model.generate(TOKENS, **options)
+    with dora_fx.merged(model):
+        assert torch.equal(model.generate(TOKENS, **options), found)
+    with dora_fx.disable_adapter(model):
+        assert torch.equal(model.generate(TOKENS, **options), base_model(kind).generate(TOKENS, **options))
+
+
+def test_casts_and_copies() -> None:
+    model = adapted().to(torch.bfloat16)
+    assert {p.dtype for n, p in model.named_parameters() if "magnitude" in n} == {torch.float32}
+    assert hf_logits(model).dtype == torch.bfloat16
+    copied = copy.deepcopy(model)
+    randomize_adapters(copied, 9)
+    assert_apart(hf_logits(copied).float(), hf_logits(model).float())
+    assert torch.equal(hf_logits(copy.deepcopy(model).to("cpu")), hf_logits(model))
+
+
+class Linear4bit(nn.Linear):
+    """As a library that quantises has it: a linear layer by class, and not by what it computes."""
+
+
+def test_linears_that_compute_otherwise_are_refused_by_name() -> None:
+    model = base_model()
+    model.model.layers[1].mlp.up_proj = Linear4bit(48, 80)
+    with pytest.raises(TypeError, match=r"model.layers.1.mlp.up_proj: .*Linear4bit has no DoRA layout"):
+        dora_fx.DoRA("all-linear", dim=4)(model)
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=48, n_layer=1, n_head=4))
+    for target in ("all-linear", ["c_attn"], ["*c_attn"]):
+        with pytest.raises(TypeError, match=r"transformer.h.0.attn.c_attn: .*Conv1D has no DoRA layout"):
+            dora_fx.DoRA(target, dim=4)(gpt2)
+
+
+def test_weights_of_another_class_are_refused_by_name() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = base_model()
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = nn.Parameter(TwoTensor(linear.weight.detach(), linear.weight.detach()), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj: found a base weight of class .*TwoTensor, expected a"):
+        dora_fx.DoRA("all-linear", dim=4)(model)
+
+
+def test_what_is_megatron_s_to_be_told_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    for stream in (dora_fx.iter_adapter, dora_fx.iter_merged):
+        with pytest.raises(ValueError, match="vocab_size: found 50, expected none for a transformers model"):
+            stream(model, vocab_size=50)
+        with pytest.raises(ValueError, match="model_type: found 'phi3', expected none or 'llama', the model's own"):
+            stream(model, model_type="phi3")
+        with pytest.raises(ValueError, match="found no adapted layer"):
+            stream(base_model())
+    tied = dora_fx.DoRA(["lm_head"], dim=4)(base_model("llama_tied"))
+    with pytest.raises(ValueError, match=r"lm_head: the layer shares its weight with model.embed_tokens"):
+        dora_fx.iter_merged(tied)
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match=r"taken: it exists, expected a name that is free or an empty folder"):
+        dora_fx.export_hf(model, tmp_path / "taken")
+    with pytest.raises(ValueError, match="found 2 chunks, expected one transformers model"):
+        dora_fx.export_hf([model, base_model()], tmp_path / "new")
