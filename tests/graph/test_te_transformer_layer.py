@@ -1,4 +1,4 @@
-"""A whole transformer layer of Megatron's spec for Transformer Engine, with emulated kernels: where its graphs break."""
+"""A transformer layer of Megatron's spec for Transformer Engine, with emulated kernels: where its graphs break."""
 
 from __future__ import annotations
 
