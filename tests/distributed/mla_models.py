@@ -148,6 +148,23 @@ def refusal_of_splitting() -> str:
     return "not refused"
 
 
+def refusal_of_fused_projections() -> str:
+    """What attaching says of the down-projections of query and key in one layer; the model stays as it is."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        multi_latent_attention=True, qk_layernorm=True, mla_down_proj_fusion=True
+    )
+    layer = build_module(spec, config=mla_config(False), layer_number=1)
+    before = [name for name, _ in layer.named_modules()]
+    try:
+        dora_fx.DoRA(["linear_proj", "linear_qkv_down_proj"], dim=DIM)(layer)
+    except ValueError as error:
+        assert [name for name, _ in layer.named_modules()] == before
+        return str(error)
+    return "not refused"
+
+
 def _forward_and_backward(layer: Any, sequence_parallel: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole output and whole gradient of the input, of the mean square of the distance from a target."""
     x, target = (_values(name, (SEQUENCE, BATCH, HIDDEN)) for name in ("x", "target"))

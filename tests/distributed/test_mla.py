@@ -19,8 +19,10 @@ from tests.distributed.mla_models import (
     base_step,
     files_and_merged,
     one_step_and_twenty,
+    refusal_of_fused_projections,
     refusal_of_splitting,
 )
+from tests.unit.test_specs import HAS_HYBRID_MODEL
 
 pytestmark = pytest.mark.usefixtures("emulated_te")
 slow = pytest.mark.slow
@@ -111,3 +113,10 @@ def test_adapters_fit_both_specs_and_merge_emulated_kernels(tmp_path: Path) -> N
 def test_a_wrapped_layer_is_not_split_emulated_kernels() -> None:
     message = run_ranks(refusal_of_splitting, 1, 1)
     assert "self_attention.linear_kv_up_proj" in message and "the copy would have no adapter" in message
+
+
+@pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core has no fused down-projections")
+def test_down_projections_in_one_layer_are_refused_emulated_kernels() -> None:
+    message = run_ranks(refusal_of_fused_projections, 1, 1)
+    assert message.startswith("self_attention.linear_qkv_down_proj: found a TELayerNormColumnParallelLinear")
+    assert "mla_down_proj_fusion=False" in message
