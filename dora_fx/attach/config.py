@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 
+from dora_fx.attach.latent_attention import warn_of_partial_gradients
 from dora_fx.attach.plan import AttachPlan, attach, check_targets_matched, plan_attachment
 from dora_fx.attach.report import DoRAReport, report_on
 from dora_fx.attach.settings import DoRASettings
@@ -91,6 +92,7 @@ class DoRA(DoRASettings):
             if not training:
                 chunk.requires_grad_(False)
         rebuild_gradient_buffers(chunks)
+        warn_of_partial_gradients(chunks)
         self.report = report_on(chunks, plan.unmatched_linears)
         logger.info("%s", self.report)
         return model

@@ -200,6 +200,7 @@ def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> 
     path, linear = named.whole_path, named.module
     check_unsharded(path, linear)
     spec = describe_linear(path, linear)
+    _check_rows(path, linear, spec)
     weight = spec.weight if spec.weight is not None else _tied_weight(unwrap(chunk), path)
     _check_weight(path, weight)
     dim = settings.dim_of(path)
@@ -209,6 +210,27 @@ def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> 
             f"expected a multiple of {spec.dim_multiple}"
         )
     return PlannedSite(chunk, path, linear, spec, weight, dim, settings.alpha_of(path))
+
+
+def _check_rows(path: str, linear: nn.Module, spec: LinearSpec) -> None:
+    """Raise ValueError for layers of which Megatron's checkpoints hold the parts of the rows each by itself.
+
+    On several ranks such parts are sharded one by one, and adapters are not: loaded at another size, their rows would
+    belong to others.
+    """
+    name = path.rpartition(".")[2]
+    if name == "linear_qkv_down_proj":
+        raise ValueError(
+            f"{path}: found a {type(linear).__name__} that is the down-projections of query and key in one, expected "
+            "a layer for each: Megatron saves its parts apart, without an adapter. Build the model with "
+            "mla_down_proj_fusion=False, or exclude the layer"
+        )
+    if name == "in_proj" and spec.tp_size > 1:
+        raise ValueError(
+            f"{path}: found the packed projection of a Mamba layer or a linear attention on {spec.tp_size} "
+            "tensor-parallel ranks, expected one rank: its parts are sharded each by itself, which adapters do not "
+            "follow. Exclude the layer, or train it on one rank"
+        )
 
 
 def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:

@@ -10,6 +10,7 @@ import torch
 from tests.distributed.launch import run_ranks
 from tests.distributed.mutations import MUTATIONS, WRONG_GROUP, planted
 from tests.distributed.oracle import run_oracle
+from tests.distributed.te_mutations import NORM_AFTER_THE_GATHER, ROUNDINGS, TE_MUTATIONS
 from tests.distributed.test_same_function_everywhere import bound_of, error_of
 from tests.distributed.training import Mode, TrainingRun
 from tests.distributed.zoo import Topology
@@ -44,20 +45,22 @@ ALL = [mutation.name for mutation in MUTATIONS if mutation is not WRONG_GROUP]
 Answers = list[tuple[Mode, dict[str, torch.Tensor]]]
 
 
-def catch(topology: Topology, answers: Answers, faults: list[str]) -> dict[str, str | None]:
+def catch(
+    topology: Topology, answers: Answers, faults: list[str], names: tuple[str, ...] = NAMES
+) -> dict[str, str | None]:
     """Mutation -> the first quantity that betrays it, None where none does. Runs on every rank alike."""
-    caught = {"none planted": first_wrong(topology, answers)}
-    for mutation in MUTATIONS:
+    caught = {"none planted": first_wrong(topology, answers, names)}
+    for mutation in (*MUTATIONS, *TE_MUTATIONS):
         if mutation.name in faults:
             with planted(mutation):
-                caught[mutation.name] = first_wrong(topology, answers)
+                caught[mutation.name] = first_wrong(topology, answers, names)
     return caught
 
 
-def first_wrong(topology: Topology, answers: Answers) -> str | None:
+def first_wrong(topology: Topology, answers: Answers, names: tuple[str, ...]) -> str | None:
     for mode, expected in answers:
         try:
-            results = TrainingRun(topology, mode, NAMES).results()
+            results = TrainingRun(topology, mode, names).results()
         except RuntimeError as error:
             return f"{mode}: {type(error).__name__}"
         if float(results["replicas differ by"]) > 0.0:
@@ -70,7 +73,9 @@ def first_wrong(topology: Topology, answers: Answers) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+@pytest.mark.parametrize(
+    "mutation", [*MUTATIONS, *TE_MUTATIONS, *ROUNDINGS, NORM_AFTER_THE_GATHER], ids=lambda mutation: mutation.name
+)
 def test_the_text_of_a_fault_is_in_the_code(mutation):
     code = inspect.unwrap(mutation.function).__code__
     with planted(mutation):

@@ -20,7 +20,7 @@ SEQUENCE, BATCH = 8, 3
 
 
 def te_layer(name: str, in_features: int = IN, out_features: int = OUT, **settings: Any) -> nn.Module:
-    """One of Megatron's layers over Transformer Engine `[out_features, in_features]`; other settings are its config's."""
+    """One of Megatron's layers over Transformer Engine `[out_features, in_features]`; settings go into its config."""
     from megatron.core.extensions import transformer_engine as layers
 
     own = {

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from dora_fx.modules.marker import dora_linear
+from dora_fx.passes import dora_sites
 from dora_fx.passes.dora_sites import find_dora_sites
-from tests.closeness import assert_close, rounding
+from tests.closeness import assert_apart, assert_close, rounding
+from tests.distributed.mutations import Mutation, planted
 from tests.graph.capture import SEQUENCE, capture
 from tests.graph.sites import IN, OneLinear, adapted, column, row
 from tests.recording_backend import RecordingBackend
@@ -140,6 +142,48 @@ def test_a_base_call_that_is_not_understood(tensor_parallel, hook, problem):
     assert re.search(problem, site.problem)
     assert "sites.py" in site.problem
     assert site.base_call == ()
+
+
+@torch.library.custom_op("dora_fx_tests_of_fp8::linear", mutates_args=())
+def fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A product in FP8, under the name that Transformer Engine gives its op."""
+    rounded = [tensor.to(torch.float8_e4m3fn).to(tensor.dtype) for tensor in (x, weight)]
+    return rounded[0] @ rounded[1].t()
+
+
+fp8_linear.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
+
+OPS_BY_BARE_NAME = Mutation(
+    "ops matched by bare name",
+    dora_sites._op,
+    "return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target",
+    'by_name = {getattr(op, "__name__", op): op for op in PRODUCTS}\n'
+    '    return by_name.get(getattr(node.target, "__name__", "").partition(".")[0], node.target)',
+)
+
+
+def test_an_fp8_call_is_no_matmul(tensor_parallel):
+    tensor_parallel(1)
+    model = adapted(nn.Linear(IN, IN, bias=False))
+    base = model.linear.to_wrap
+    base.forward = lambda x: fp8_linear(x, base.weight)
+    x = torch.randn(SEQUENCE, 2, IN)
+    expected = model(x)
+
+    def compiled() -> tuple[str | None, torch.Tensor]:
+        torch._dynamo.reset()
+        backend = RecordingBackend()
+        output = torch.compile(model, backend=backend)(x)
+        (site,) = sites_of(backend)
+        return site.problem, output
+
+    problem, output = compiled()
+    assert "0 matrix products, expected 1; ops are ['linear']" in problem
+    assert_close(output, expected, rounding(torch.float32, IN))
+    with planted(OPS_BY_BARE_NAME):
+        problem, output = compiled()
+    assert problem is None
+    assert_apart(output, expected, 0.01)
 
 
 def test_base_output_used_elsewhere(tensor_parallel):

@@ -1,7 +1,7 @@
 """Layers over Transformer Engine, with emulated kernels, send no activation more than Transformer Engine itself does.
 
-The base's collectives are counted in its own code, ours in the adapted layer, eager and compiled. `pytest -s` prints the
-table.
+The base's collectives are counted in its own code, ours in the adapted layer, eager and compiled; `pytest -s` prints
+them.
 """
 
 from __future__ import annotations

@@ -61,11 +61,11 @@ def test_the_tutorial_s_commands_run(tutorial_folder: Path) -> None:
 def test_the_graphs_of_the_design_are_golden_text() -> None:
     golden = {
         line.strip()
-        for name in ("test_golden_text.py", "test_golden_text_on_ranks.py")
+        for name in ("test_golden_text.py", "test_golden_text_on_ranks.py", "test_golden_text_of_te.py")
         for line in (ROOT / "tests" / "graph" / name).read_text(encoding="utf-8").splitlines()
     }
     graphs = blocks("design.md", "text")
-    assert len(graphs) == 3
+    assert len(graphs) == 4
     for graph in graphs:
         lines = graph.splitlines()
         assert len(lines) >= 4 and set(lines) <= golden, set(lines) - golden
