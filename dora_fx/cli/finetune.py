@@ -34,6 +34,7 @@ from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.trainer import Trainer
 from dora_fx.cli.training_run import TrainingRun
 from dora_fx.cli.training_text import TrainingText, training_text, with_steps
+from dora_fx.models.gpt_model import attends_by_mask
 
 __all__ = ["HELP", "options_in_order", "parser", "run"]
 
@@ -78,6 +79,7 @@ def run(parsed: dict[str, Any]) -> int:
         ranks.check_agreement(saved_options(options) | {"text": text.sequences.fingerprint, **_versions()})
         with display.phase("building the Megatron model"):
             model = build_base_model(checkpoint, options, device)
+        _check_separable(text, model)
         report = _adapt(dora, model)
         if options.compile != "none":
             dora_fx.compile_model(model, options.compile, inner_compiler=options.inner_compiler)
@@ -153,6 +155,11 @@ def _data(options: FinetuneOptions) -> TrainingData:
         return demo_data()
     with _saying_where(options, "data"):
         return read_data(options.data, options.data_format)
+
+
+def _check_separable(text: TrainingText, model: Any) -> None:
+    if text.sequences.train.sample is not None and not attends_by_mask(model):
+        raise UserError("--no-packing: expected with this model, whose attention would not keep packed samples apart")
 
 
 def _show_sample(text: TrainingText, tokenizer: BaseTokenizer, display: Display) -> int:

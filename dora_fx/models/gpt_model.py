@@ -121,6 +121,14 @@ def separating_mask(sample: Tensor) -> Tensor:
     return others | causal_mask(sample.shape[1], sample.device)
 
 
+def attends_by_mask(model: nn.Module) -> bool:
+    """Tell whether attention goes by the mask that it is given; Transformer Engine's causal attention takes none."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    cores = [module for path, module in model.named_modules() if path.endswith("core_attention")]
+    return all(isinstance(core, DotProductAttention) for core in cores)
+
+
 def _empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
