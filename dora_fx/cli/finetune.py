@@ -67,7 +67,7 @@ def run(parsed: dict[str, Any]) -> int:
     data = _data(options)
     device = _device(options)
     spec = resolve_spec(options, device)
-    options, notes = _without_packing_beside(spec, options, data)
+    options, notes = without_packing_beside(spec, options, data)
     display = Display(quiet=not ranks.is_main)
     stop = StopSignals(agree=ranks.largest)
     with stop.installed(), ranks.world(device, options.seed, options.tp, options.pp):
@@ -171,7 +171,7 @@ def _data(options: FinetuneOptions) -> TrainingData:
         return read_data(options.data, options.data_format)
 
 
-def _without_packing_beside(
+def without_packing_beside(
     spec: Spec, options: FinetuneOptions, data: TrainingData
 ) -> tuple[FinetuneOptions, Sequence[str]]:
     """Options that a model of this spec can follow, and what there is to say of them.

@@ -1,0 +1,311 @@
+"""`dora-fx finetune` on samples of every format: its command line, what it says of the data, and its bad input."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+
+from dora_fx.cli.data import demo_data, read_data
+from dora_fx.cli.errors import UserError
+from dora_fx.cli.finetune import without_packing_beside
+from dora_fx.cli.options import FinetuneOptions
+from dora_fx.cli.tokens import BaseTokenizer
+from dora_fx.cli.training_text import training_text, with_steps
+from dora_fx.models.specs import Spec
+from tests.chat_templates import HEADERS, unmarked
+from tests.closeness import assert_close, rounding
+from tests.finetune_runs import ROUNDINGS_OF_A_STEP, finetune, rows, step_of
+from tests.hf_models import save_tiny_checkpoint, tiny_hf_config, tiny_tokenizer
+
+WORDS = ("dog", "cat", "fox", "owl", "bee")
+
+
+def texts(number: int) -> tuple[str, str]:
+    """A question and its answer, of lengths that vary."""
+    word = WORDS[number % len(WORDS)]
+    return f"say {word}", " ".join([word] * (1 + number % 3))
+
+
+SAMPLES: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "messages": lambda ask, say: {
+        "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]
+    },
+    "sharegpt": lambda ask, say: {"conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": say}]},
+    "prompt-completion": lambda ask, say: {"prompt": f"{ask}: ", "completion": say},
+    "alpaca": lambda ask, say: {"instruction": ask, "input": "", "output": say},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two bases, of which one has a chat template, and a file of every format."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_checkpoint(folder / "plain")
+    save_tiny_checkpoint(folder / "base")
+    (folder / "base" / "chat_template.jinja").write_text(unmarked(HEADERS))
+    for name, sample in SAMPLES.items():
+        write(folder / f"{name}.jsonl", [sample(*texts(number)) for number in range(40)])
+    return folder
+
+
+def write(path: Path, records: list[Any]) -> Path:
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+def options(folder: Path, data: str | Path, *more: object, base: str = "base") -> list[object]:
+    sizes = ("--sequence-length", 120, "--sample-tokens", 3, "--device", "cpu", "--compile", "none", "--lr", 0.01)
+    return ["--base", folder / base, "--data", folder / data, *sizes, *more]
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_format_is_learned(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert finetune(*options(folder, f"{name}.jsonl", "--run", run, "--steps", 30, "--batch-size", 2)) == 0
+    held_out = rows(run, "held_out_loss")
+    assert held_out[30] < held_out[0] - 1.0
+    shown = capsys.readouterr().out
+    assert f"{name}: 40 samples of " in shown and ", packed, " in shown
+    first = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    # The sample answers what is held out, from where the answer starts.
+    assert first["prompt"].replace(" ", "").endswith({"prompt-completion": "?"}.get(name, "(assistant)\n"))
+
+
+def test_the_mask_of_a_sample_is_shown_and_nothing_is_trained(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune(*options(folder, "messages.jsonl", "--run", tmp_path / "run", "--show-sample")) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert not (tmp_path / "run").exists()
+    start = next(index for index, line in enumerate(shown) if "tokens, " in line and "line 1" in line)
+    assert shown[start] == f"{folder / 'messages.jsonl'}, line 1: 33 tokens, 4 of them learned"
+    first, second, third = shown[start + 1 :]
+    assert first.split()[:3] == ["given", "28", "tokens"] and "( a s s i s t a n t )" in first
+    assert second.split()[:3] == ["learned", "4", "tokens"] and second.endswith("'d o g <e>'")
+    assert third.split()[:3] == ["given", "1", "token"] and third.endswith(r"'\n'")
+
+
+def test_packed_and_padded_runs_learn_alike(folder: Path, tmp_path: Path) -> None:
+    """One step over everything is the same step, however samples lie in sequences."""
+    sizes = read_sizes(folder, "messages.jsonl")
+    for name, more in (("packed", []), ("padded", ["--no-packing"])):
+        accumulation = sizes[name]
+        steps = ("--steps", 2, "--gradient-accumulation", accumulation, "--lr", 1e-3, "--sample-tokens", 0)
+        assert finetune(*options(folder, "messages.jsonl", "--run", tmp_path / name, *steps, *more)) == 0
+    assert sizes["packed"] < sizes["padded"] == 38
+    for key in ("loss", "grad_norm"):
+        found, expected = (torch.tensor(list(rows(tmp_path / name, key).values())) for name in sizes)
+        assert_close(found, expected, rounding(torch.float32, 2 * ROUNDINGS_OF_A_STEP))
+    held_out = [torch.tensor(list(rows(tmp_path / name, "held_out_loss").values())) for name in sizes]
+    assert_close(*held_out, rounding(torch.float32, 2 * ROUNDINGS_OF_A_STEP))
+
+
+def read_sizes(folder: Path, data: str) -> dict[str, int]:
+    """Training sequences, packed and padded."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = unmarked(HEADERS)
+    found = {}
+    for name in ("packed", "padded"):
+        chosen = FinetuneOptions(data=folder / data, sequence_length=120, no_packing=name == "padded", sample_tokens=3)
+        base = BaseTokenizer(folder / "base", tokenizer, 64)
+        text = training_text(chosen, read_data(folder / data, "auto"), base, tiny_hf_config(), "cpu")
+        found[name] = len(text.sequences.train)
+    return found
+
+
+def test_a_compiled_run_goes_through_the_losses_of_an_eager_one(folder: Path, tmp_path: Path) -> None:
+    more = ("--steps", 6, "--lr", 1e-3, "--batch-size", 2, "--sample-tokens", 0)
+    for name, how in (("eager", ()), ("layer", ("--compile", "layer")), ("model", ("--compile", "model"))):
+        how = (*how, "--inner-compiler", "aot_eager")
+        assert finetune(*options(folder, "messages.jsonl", "--run", tmp_path / name, *more, *how)) == 0
+    losses = {name: torch.tensor(list(rows(tmp_path / name).values())) for name in ("eager", "layer", "model")}
+    for name in ("layer", "model"):
+        assert_close(losses[name], losses["eager"], rounding(torch.float32, 6 * ROUNDINGS_OF_A_STEP))
+
+
+def test_epochs_are_so_many_passes_and_a_resumed_run_may_have_more(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, num_sequences = tmp_path / "run", read_sizes(folder, "messages.jsonl")["packed"]
+    assert finetune(*options(folder, "messages.jsonl", "--run", run, "--epochs", 1.5, "--batch-size", 2)) == 0
+    steps = -(-3 * num_sequences // 4)
+    assert step_of(run) == steps == len(rows(run))
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["steps"] == steps and saved["epochs"] is None
+    assert finetune("--resume", run, "--epochs", 2) == 0
+    assert step_of(run) == num_sequences
+    assert finetune("--resume", run, "--steps", num_sequences + 1) == 0
+    assert step_of(run) == num_sequences + 1
+    assert finetune("--resume", run, "--epochs", 1) == 2
+    assert "are done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "accumulation", "steps"), [(1, 1, 1, 10), (2, 4, 1, 5), (0.01, 1, 1, 1), (3, 2, 2, 8)]
+)
+def test_steps_of_epochs(epochs: float, batch: int, accumulation: int, steps: int) -> None:
+    chosen = FinetuneOptions(demo=True, epochs=epochs, batch_size=batch, gradient_accumulation=accumulation)
+    found = with_steps(chosen, 10)
+    assert found.steps == steps and found.epochs is None
+    assert with_steps(found, 10) is found
+
+
+def test_steps_and_epochs_of_one_place_are_refused_and_the_command_line_wins(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = options(folder, "messages.jsonl")
+    assert finetune(*data, "--steps", 3, "--epochs=2") == 2
+    assert "--epochs: found --steps beside it in the command line, expected one" in capsys.readouterr().err
+    config = tmp_path / "a.yaml"
+    config.write_text("steps: 3\nepochs: 2\n")
+    assert finetune(*data, "--config", config) == 2
+    assert f"--epochs: found --steps beside it in --config {config}" in capsys.readouterr().err
+    config.write_text("epochs: 2\n")
+    assert finetune(*data, "--config", config, "--steps", 1, "--run", tmp_path / "run") == 0
+    assert step_of(tmp_path / "run") == 1
+    for value in ("0", "-1", ".inf", ".nan"):
+        assert finetune(*data, "--epochs", value) == 2
+        assert "--epochs: found" in capsys.readouterr().err
+
+
+def test_samples_longer_than_a_sequence_are_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [SAMPLES["messages"]("a " * count, "bc " * count) for count in (2, 3, 10, 4, 12)]
+    data = write(tmp_path / "long.jsonl", long)
+    counted = "2 of 5 samples are longer than the 64 tokens of a sequence, the longest has 83"
+    base = options(folder, data, "--show-sample", "--sequence-length", 64)
+    assert finetune(*base) == 0
+    shown = capsys.readouterr().out
+    assert f"{counted}: they are left out; they fit with --sequence-length 83" in shown and ": 3 samples of" in shown
+    assert finetune(*base, "--too-long", "cut") == 0
+    shown = capsys.readouterr().out
+    assert f"{counted}: they are cut; 0 of them have nothing left to learn" in shown and ": 5 samples of" in shown
+    assert finetune(*base, "--too-long", "cut", "--sequence-length", 42) == 0
+    assert "they are cut; 1 of them have nothing left to learn and are left out" in capsys.readouterr().out
+    assert finetune(*base, "--too-long", "error") == 2
+    message = f"{data}, line 3: found 73 tokens; {counted}; take --sequence-length 83, or --too-long drop or cut"
+    assert message in capsys.readouterr().err
+    assert finetune(*base, "--sequence-length", 8) == 2
+    assert "5 of 5 samples are longer than the 8 tokens of a sequence" in capsys.readouterr().err
+    assert finetune(*base, "--sequence-length", 83) == 0
+    assert "the longest has" not in capsys.readouterr().out
+
+
+def test_a_prompt_is_a_question_where_a_template_asks_it(folder: Path, tmp_path: Path) -> None:
+    for name, data, expected in (
+        ("chat", "messages.jsonl", "( u s e r ) \n s a y   o w l <e> \n ( a s s i s t a n t ) \n"),
+        ("completion", "prompt-completion.jsonl", "s a y   o w l"),
+    ):
+        more = ("--run", tmp_path / name, "--steps", 1, "--prompt", "say owl")
+        assert finetune(*options(folder, data, *more)) == 0
+        assert json.loads((tmp_path / name / "samples.jsonl").read_text().splitlines()[0])["prompt"] == expected
+
+
+def test_a_folder_of_parquet_files_is_trained_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a network, and with nothing written beside the run."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(socket.socket, "connect", None)
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        records = [SAMPLES["messages"](*texts(number)) | {"source": "x"} for number in range(part * 10, part * 10 + 10)]
+        pyarrow.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "data" / f"train-{part}.parquet")
+    assert finetune(*options(folder, tmp_path / "data", "--steps", 2, "--run", tmp_path / "run")) == 0
+    shown = capsys.readouterr().out
+    assert "messages: 20 samples of" in shown and "fields of the data that are not used: source" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
+
+
+def chat(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+GOOD = chat(("user", "a"), ("assistant", "b"))
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (
+            [GOOD, {"messages": [{"content": "a"}]}],
+            "line 2, turn 1: found the fields 'content', expected an obje",
+        ),
+        ([GOOD, chat(("user", "a"), ("bot", "b"))], "line 2, turn 2: found 'bot' as role, expected one of system"),
+        ([GOOD, chat(("user", "a"), ("assistant", ""))], "line 2, turn 2: found an empty turn of the assistant"),
+        ([GOOD, chat(("user", "a"))], "line 2: found no turn of the assistant among 1"),
+        ([GOOD, {"text": "a"}], "line 2: found the fields 'text', expected those of messages (messages), which"),
+        ([{"text": "a"}, GOOD], "it is of the format messages, and a file or folder has one format"),
+        ([GOOD | {"text": "a"}], "say which with --data-format text or messages"),
+        (
+            [{"question": "a", "answer": "b"}],
+            "found the fields 'question', 'answer', expected those of a format; ",
+        ),
+        ([GOOD, ["a"]], "line 2: found a list, expected an object"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_samples_are_named_before_anything_is_loaded(
+    records: list[Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "a.jsonl", records)
+    # The base does not exist either, and would be named if it were looked at first.
+    assert finetune("--data", data, "--base", "nowhere", "--run", tmp_path / "run") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"dora-fx: error: --data {data}, line ") and captured.err.count("\n") == 1
+    assert message in captured.err and captured.out == "" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "more", "message"),
+    [
+        ("messages.jsonl", (), "line 1: found a conversation, but the base's tokenizer has no chat template"),
+        ("sharegpt.jsonl", (), "line 1: found a conversation, but the base's tokenizer has no chat template"),
+        (
+            "messages.jsonl",
+            ("--data-format", "alpaca"),
+            "expected those of alpaca (instruction, output), which --",
+        ),
+        ("messages.jsonl", ("--data-format", "chat"), "--data-format: Expected Literal['auto', 'text', 'messages', "),
+        ("one.jsonl", (), "one.jsonl: found one sample, expected at least two"),
+        ("broken.parquet", (), "broken.parquet: cannot be read (ArrowInvalid: "),
+        ("text.txt", ("--no-packing",), "--no-packing: found texts, which are cut into sequences"),
+        ("text.txt", ("--too-long", "cut"), "--too-long: found texts, which are cut into sequences"),
+    ],
+)
+def test_data_that_do_not_suit_the_base_or_the_options_are_named(
+    data: str, more: tuple[object, ...], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder / "one.jsonl", [SAMPLES["prompt-completion"](*texts(0))])
+    (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (folder / "text.txt").write_text("some text. " * 100)
+    assert finetune(*options(folder, data, "--run", tmp_path / "run", *more, base="plain")) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("spec", ["te", "hybrid"])
+def test_an_attention_that_takes_no_mask_does_not_get_packed_samples(spec: Spec, folder: Path) -> None:
+    """As Transformer Engine's, which is causal whatever the mask says."""
+    samples, text = read_data(folder / "prompt-completion.jsonl", "auto"), demo_data()
+    options = FinetuneOptions(data=folder / "x")
+    assert without_packing_beside("local", options, samples) == (options, ())
+    assert without_packing_beside(spec, options, text) == (options, ())
+    chosen, notes = without_packing_beside(spec, options, samples)
+    assert chosen == replace(options, no_packing=True) and notes == (
+        f"attention of the {spec} spec keeps no packed samples apart: one in each",
+    )
+    assert without_packing_beside(spec, chosen, samples) == (chosen, ())
+    with pytest.raises(UserError, match=f"--spec: found {spec}, expected local: .* is trained on packed samples"):
+        without_packing_beside(spec, replace(options, resume=folder / "run"), samples)
