@@ -241,7 +241,13 @@ def _comparison(
     dtypes: set[torch.dtype], own: Mapping[str, tuple[Tensor, Tensor]], expected: Tensor | None, found: Tensor | None
 ) -> MergedComparison:
     """Add up the ranks: where several hold the same, it counts as often in both parts of a ratio."""
-    gaps = torch.zeros(0) if expected is None or found is None else (expected.double() - found.double()).abs()
+    # Tensor-parallel ranks have the same tokens.
+    is_first = (
+        not parallel_state.model_parallel_is_initialized() or parallel_state.get_tensor_model_parallel_rank() == 0
+    )
+    gaps = torch.zeros(0)
+    if is_first and expected is not None and found is not None:
+        gaps = (expected.double() - found.double()).abs()
     largest = gaps.max().item() if gaps.numel() else 0.0
     ranks = gather_objects((dtypes, own, gaps.sum().item(), gaps.numel(), largest), world_group())
     all_dtypes, layers, totals, counts, all_largest = zip(*ranks, strict=True)

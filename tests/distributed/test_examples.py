@@ -93,27 +93,32 @@ def test_the_adapter_of_a_hugging_face_model_is_peft_s(example_of_a_base: tuple[
     assert adapted == pytest.approx(expected, abs=PRINTED)
 
 
-def trained_by_trainer(out: Path, *arguments: object, first_step: int = 1) -> None:
-    """Run the example of `Trainer`, and look at what it exported."""
-    output = output_of(EXAMPLES / "transformers_trainer.py", out, *arguments)
-    assert_trains(output, first_step)
-    merged = float(re.search(r"^merged model: loss ([\d.]+)", output, re.M)[1])
-    # Samples are alike, and the optimizer stepped once more after the last loss.
-    assert merged < losses(output)[first_step + 4]
-    exported, saved = out / f"adapter-{first_step + 4}", out / f"checkpoint-{first_step + 4}"
-    logits = []
-    for folder in (exported, saved):
-        base = transformers.AutoModelForCausalLM.from_pretrained(out / "base")
-        with torch.no_grad():
-            logits.append(peft.PeftModel.from_pretrained(base, folder)(torch.arange(32)[None] % 7).logits)
-    assert torch.equal(*logits)
-
-
-def test_transformers_trainer(tmp_path: Path) -> None:
-    trained_by_trainer(tmp_path / "out")
-
-
 @pytest.mark.slow
-def test_transformers_trainer_goes_on(tmp_path: Path) -> None:
+def test_transformers_trainer_and_its_second_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
     for first_step in (1, 6):
-        trained_by_trainer(tmp_path / "out", first_step=first_step)
+        output = output_of(EXAMPLES / "transformers_trainer.py", out)
+        assert_trains(output, first_step)
+        merged = float(re.search(r"^merged model: loss ([\d.]+)", output, re.M)[1])
+        # Samples are alike, and the optimizer stepped once more after the last loss.
+        assert merged < losses(output)[first_step + 4]
+        logits = []
+        for name in ("adapter", "checkpoint"):
+            base = transformers.AutoModelForCausalLM.from_pretrained(out / "base")
+            with torch.no_grad():
+                model = peft.PeftModel.from_pretrained(base, out / f"{name}-{first_step + 4}")
+                logits.append(model(torch.arange(32)[None] % 7).logits)
+        assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_refreshed_inference(dtype: str) -> None:
+    output = on_two_ranks("refresh_inference.py", dtype)
+    assert_trains(output)
+    gaps = [float(gap) for gap in re.findall(r"^step .*, largest (\S+)$", output, re.M)]
+    assert len(gaps) == 5
+    # Log-probabilities are about four; two models round them otherwise by some units in the last place.
+    assert 0 < max(gaps) < 16 * torch.finfo(getattr(torch, dtype)).eps
+    table = re.findall(r"^(decoder\.layers\.\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", output, re.M)
+    assert len(table) == 8
+    assert output.splitlines()[-1].startswith(f"log-probabilities of 64 tokens, merged in {dtype}: mean gap ")

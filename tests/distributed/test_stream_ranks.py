@@ -15,10 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from safetensors.torch import load_file
 
 import dora_fx
+from dora_fx.hf.layers import named_linears
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.models import build_gpt_model, causal_mask
+from dora_fx.models.hf_architectures import HF_ARCHITECTURES
+from dora_fx.models.hf_parts import HFParts
+from dora_fx.modules.whole_tensors import gather_whole
 from tests.distributed.launch import run_ranks, visit_worlds
 from tests.distributed.pipeline_gpt import Kind, Layout, attach, build_base, set_adapter_values
 from tests.hf_models import tiny_hf_model
@@ -62,6 +67,28 @@ def stream(layout: Layout, folder: Path) -> None:
             assert [key for key, _ in here] == [key for key, _ in everywhere]
             torch.testing.assert_close(dict(here), dict(everywhere), rtol=0, atol=0)
         torch.save(everywhere, folder / f"{name} {layout} {dist.get_rank()}")
+    dora_fx.export_hf(chunks, folder / f"exported {layout}", model_type="llama")
+    adapters = dict(dora_fx.iter_adapter(chunks, model_type="llama", every_rank=True))
+    exported = load_file(folder / f"exported {layout}" / "adapter_model.safetensors")
+    torch.testing.assert_close(adapters, exported, rtol=0, atol=0)
+    merged = dict(dora_fx.iter_merged(chunks, model_type="llama", every_rank=True))
+    dora_fx.merge(chunks)
+    found = {name: tensor for chunk in chunks for name, tensor in hf_weights(chunk).items()}
+    assert len(found) == 7 * 4 // layout.pp
+    torch.testing.assert_close(found, {name: merged[name] for name in found}, rtol=0, atol=0)
+
+
+def hf_weights(chunk: Any) -> dict[str, torch.Tensor]:
+    """The weights of a chunk's layers, put together from the ranks' shards, by their names in Hugging Face models."""
+    parts = HFParts.of(HF_ARCHITECTURES["llama"], chunk.config)
+    found = {}
+    for linear in named_linears([chunk]):
+        spec = linear.describe()
+        if linear.whole_path.startswith("decoder."):
+            whole = gather_whole(spec.weight, spec.weight_placement, spec.tp_group_name)
+            rows = parts.rows(linear.whole_path, len(whole))
+            found |= {f"{name}.weight": whole[index] for name, index in rows.items()}
+    return found
 
 
 def streams(name: str, layout: Layout, folder: Path) -> list[tuple[str, torch.Tensor]]:
@@ -213,5 +240,5 @@ def test_comparisons_are_the_same_at_every_layout(layout: Layout, tmp_path: Path
     for gap, other in zip(first.layers, expected.layers, strict=True):
         for name in ("change", "lost", "unmoved", "output_gap"):
             assert getattr(gap, name) == pytest.approx(getattr(other, name), rel=0.05), (gap.path, name)
-    assert first.num_tokens == expected.num_tokens * layout.dp * layout.tp
+    assert first.num_tokens == expected.num_tokens * layout.dp
     assert first.mean_gap == pytest.approx(expected.mean_gap, rel=0.05) and first.mean_gap > 0

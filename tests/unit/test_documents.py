@@ -44,6 +44,18 @@ def test_the_tutorial_s_python_runs(tutorial_folder: Path) -> None:
     assert (tutorial_folder / "out" / "adapter_model.safetensors").is_file()
 
 
+def test_the_python_of_hugging_face_models_runs(tutorial_folder: Path) -> None:
+    [block] = blocks("hugging_face.md", "python")
+    names: dict[str, Any] = {}
+    # What Inductor makes of it, the example of Trainer shows.
+    eager = block.replace('backend="dora_fx"', 'backend="dora_fx", options={"inner_compiler": "eager"}')
+    assert eager != block
+    exec(compile(eager, "hugging_face.md", "exec"), names)
+    assert names["merged_loss"] < names["loss"]
+    assert (tutorial_folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tutorial_folder / "run" / "step_5" / "dora_fx.json").is_file()
+
+
 def test_the_tutorial_s_commands_run(tutorial_folder: Path) -> None:
     commands = [line.removeprefix("$ ") for block in blocks("tutorial.md", "console") for line in block.splitlines()]
     assert len(commands) == 5

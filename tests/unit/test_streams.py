@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dora_fx
+from benchmarks.measuring import peak_bytes
 from dora_fx.models import build_gpt_model
 from tests.hf_models import CONFIGS, tiny_hf_model
 from tests.models import GPT_TARGETS, randomize_adapters, sites, tiny_gpt
@@ -136,3 +138,24 @@ def test_merged_for_a_while(fails: bool) -> None:
     assert_equal(state(model), before)
     assert [site.adapter for site in sites(model).values()] == adapters
     assert torch.equal(megatron_logits(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapt", ["megatron", "transformers"])
+def test_streams_need_memory_for_one_layer(adapt: str, dtype: torch.dtype) -> None:
+    """Whoever takes a stream and keeps none of it has one layer more than the model in memory, however deep that is."""
+    sizes = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=16)
+    hf = tiny_hf_model("llama", **sizes).to(dtype)
+    model = adapted_megatron(hf, dtype=dtype) if adapt == "megatron" else dora_fx.DoRA("all-linear", dim=4)(hf)
+    randomize_adapters(model)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    linears = [site.base_weight.numel() for site in sites(model).values()]
+    adapters = [sum(p.nbytes for p in site.adapter.parameters()) for site in sites(model).values()]
+    peaks = {}
+    for name, iterate in (("merged", dora_fx.iter_merged), ("adapter", dora_fx.iter_adapter)):
+        peaks[name] = peak_bytes(lambda iterate=iterate: deque(iterate(model), maxlen=0), "cpu")
+        print(f"{adapt} {dtype}: {name} {peaks[name]:,} bytes beyond the {whole:,} of the model")
+    # In float32 the base weight, the product and their sum, and what is sent; 64 KiB for indices and adapters.
+    assert peaks["merged"] <= 4 * max(linears) * 4 + 2**16 < whole / 4
+    # Of the layers of one transformer layer, as they are and dealt out.
+    assert peaks["adapter"] <= 8 * max(adapters) + 2**16 < whole / 4

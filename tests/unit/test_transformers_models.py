@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.utils import counters
 
 import dora_fx
 from dora_fx.checkpoint.manifest import read_manifest
@@ -237,6 +238,12 @@ def test_checkpoints_need_no_process_group(kind: str, tmp_path: Path) -> None:
     assert set(manifest.sites) == set(sites(source[0])) and manifest.non_homogeneous_layers
 
 
+def test_comparisons_need_no_process_group() -> None:
+    found = dora_fx.compare_merged(adapted("gemma"), TOKENS, dtype=torch.bfloat16)
+    assert len(found.layers) == 14 and found.mean_gap > 0
+    assert not torch.distributed.is_initialized()
+
+
 def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
     dora_fx.save_checkpoint(adapted(), tmp_path / "checkpoint")
     other = dora_fx.DoRA("all-linear", dim=4, alpha=12)(tiny_hf_model(seed=5))
@@ -339,6 +346,9 @@ def test_trainer_goes_on_from_its_checkpoint(best: bool, base_folder: Path, tmp_
 
     def trained(folder: Path, resume: Path | None = None, **settings: Any) -> Any:
         model = dora_fx.DoRA("all-linear", dim=4, alpha=12)(of_folder(base_folder))
+        if not best:
+            for layer in model.model.layers:
+                layer.compile(backend="dora_fx", options={"inner_compiler": "eager"})
         arguments = transformers.TrainingArguments(
             str(folder),
             max_steps=4,
@@ -363,7 +373,9 @@ def test_trainer_goes_on_from_its_checkpoint(best: bool, base_folder: Path, tmp_
         assert_equal(adapters(model), first)
         assert any(not torch.equal(first[name], last[name]) for name in first)
         return
+    counters.clear()
     whole = trained(tmp_path / "whole")
+    assert counters["dora_fx"]["sites_rewritten"] >= 7 and counters["dora_fx"]["sites_unmatched"] == 0
     resumed = trained(tmp_path / "resumed", tmp_path / "whole" / "checkpoint-2")
     assert_equal(dict(resumed.state_dict()), dict(whole.state_dict()))
     half = of_folder(tmp_path / "whole" / "checkpoint-2")
@@ -447,3 +459,12 @@ def test_what_is_megatron_s_to_be_told_is_refused(tmp_path: Path) -> None:
         dora_fx.export_hf(model, tmp_path / "taken")
     with pytest.raises(ValueError, match="found 2 chunks, expected one transformers model"):
         dora_fx.export_hf([model, base_model()], tmp_path / "new")
+
+
+def test_the_names_of_backends_that_trainer_knows(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is none of them, so layers are compiled in place; when this fails, the documents can say it simpler."""
+    # TrainingArguments hands the name to accelerate through the environment.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    arguments = transformers.TrainingArguments(torch_compile_backend="dora_fx", use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="DORA_FX"):
+        transformers.Trainer(of_folder(base_folder), arguments)
