@@ -112,7 +112,13 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
             device=site.weight.device,
         )
         borrowed = site.weight if spec.weight is None else None
-        adapted = DoRALinear(site.linear, adapter, path=site.path, base_weight=borrowed)
+        adapted = DoRALinear(
+            site.linear,
+            adapter,
+            path=site.path,
+            base_weight=borrowed,
+            complete_gradients=settings.complete_gradients,
+        )
         replacements.setdefault(site.chunk, {})[site.linear] = adapted
     for chunk, of_chunk in replacements.items():
         replace_modules(chunk, of_chunk)
@@ -145,7 +151,12 @@ def _check_data_parallelism(chunks: Iterable[nn.Module], new: Iterable[PlannedSi
 
 def _check_same_settings(settings: DoRASettings, path: str, site: DoRALinear) -> None:
     adapter = site.adapter
-    for name, found in (("dim", adapter.dim), ("alpha", adapter.alpha), ("dropout", adapter.dropout)):
+    for name, found in (
+        ("dim", adapter.dim),
+        ("alpha", adapter.alpha),
+        ("dropout", adapter.dropout),
+        ("complete_gradients", site.complete_gradients),
+    ):
         if found != getattr(settings, name):
             raise ValueError(
                 f"{path}: already adapted with {name}={found}, this configuration has {name}={getattr(settings, name)}"

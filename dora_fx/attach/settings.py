@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from dora_fx.modules.adapter import INIT_METHODS
+from dora_fx.modules.partial_gradients import CompleteGradients
 
 
 @dataclass
@@ -25,6 +26,7 @@ class DoRASettings:
     lora_A_init_method: str = "xavier"
     lora_B_init_method: str = "zero"
     allow_unmatched: bool = False
+    complete_gradients: CompleteGradients = "every_backward"
 
     def __post_init__(self) -> None:
         self._check()
@@ -43,6 +45,11 @@ class DoRASettings:
             raise ValueError(f"DoRA.dropout: found {self.dropout!r}, expected a probability in [0, 1)")
         if self.dropout_position != "pre":
             raise ValueError(f"DoRA.dropout_position: found {self.dropout_position!r}, expected 'pre'")
+        if self.complete_gradients not in get_args(CompleteGradients):
+            raise ValueError(
+                f"DoRA.complete_gradients: found {self.complete_gradients!r}, "
+                f"expected one of {list(get_args(CompleteGradients))}"
+            )
         for name in ("lora_A_init_method", "lora_B_init_method"):
             if getattr(self, name) not in INIT_METHODS:
                 raise ValueError(f"DoRA.{name}: found {getattr(self, name)!r}, expected one of {sorted(INIT_METHODS)}")
