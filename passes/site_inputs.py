@@ -58,11 +58,13 @@ class SiteInputs:
 
     Attributes:
         path: module path, for messages.
+        led: positions of parameters that the graph neither reads nor gives a gradient to, as a leaf takes it.
     """
 
     path: str
     stored: StoredParameters
     cached: CachedParameters
+    led: tuple[int, ...]
 
     def site(self, inputs: Sequence[Any]) -> CachedSite:
         """The site's tensors among the inputs of one call."""
@@ -88,10 +90,35 @@ def site_inputs_of(gm: fx.GraphModule) -> list[SiteInputs]:
     """The inputs of every rewritten site of a graph that reads its buffers, after all passes."""
     positions = {node: Input(index) for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     return [
-        SiteInputs(sources.path, _replace_nodes(sources.stored, positions), _replace_nodes(sources.cached, positions))
+        SiteInputs(
+            sources.path,
+            _replace_nodes(sources.stored, positions),
+            _replace_nodes(sources.cached, positions),
+            tuple(positions[node].position for node in _led_nodes(sources.stored) if not _is_read(node)),
+        )
         for sources in gm.meta.get(_META, ())
         if sources.stored is not None and sources.cached is not None
     ]
+
+
+def _led_nodes(stored: StoredParameters) -> list[fx.Node]:
+    nodes: Any = stored.led_parameters
+    return nodes
+
+
+def _is_read(node: fx.Node) -> bool:
+    """Return whether anything reads a placeholder; a checkpoint that is handed it need not."""
+    for user in node.users:
+        body = None
+        if user.target is torch.ops.higher_order.tag_activation_checkpoint and isinstance(user.args[0], fx.Node):
+            body = referenced_graph_maybe(user.args[0])
+        if body is None:
+            return True
+        placeholders = list(body.graph.find_nodes(op="placeholder"))
+        operands = user.args[1:]
+        if any(_is_read(placeholders[i]) for i, operand in enumerate(operands) if operand is node):
+            return True
+    return False
 
 
 def tensor_parallel_groups(gm: fx.GraphModule) -> list[str]:

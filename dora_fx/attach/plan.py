@@ -140,7 +140,13 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
             device=site.weight.device,
         )
         borrowed = site.weight if spec.weight is None else None
-        adapted = DoRALinear(site.linear, adapter, path=site.path, base_weight=borrowed)
+        adapted = DoRALinear(
+            site.linear,
+            adapter,
+            path=site.path,
+            base_weight=borrowed,
+            complete_gradients=settings.complete_gradients,
+        )
         replacements.setdefault(site.chunk, {})[site.linear] = adapted
     for chunk, of_chunk in replacements.items():
         replace_modules(chunk, of_chunk)
@@ -184,16 +190,16 @@ def _check_data_parallelism(chunks: Iterable[nn.Module], new: Iterable[PlannedSi
 
 
 def _check_same_settings(settings: DoRASettings, path: str, site: DoRALinear) -> None:
-    expected = {
-        "dim": settings.dim_of(path),
-        "alpha": settings.alpha_of(path),
-        "use_rslora": settings.use_rslora,
-        "dropout": settings.dropout,
-    }
+    adapter = site.adapter
+    found: dict[str, Any] = {name: getattr(adapter, name) for name in ("dim", "alpha", "use_rslora", "dropout")}
+    found["complete_gradients"] = site.complete_gradients
+    expected = {name: getattr(settings, name) for name in found}
+    expected |= {"dim": settings.dim_of(path), "alpha": settings.alpha_of(path)}
     for name, value in expected.items():
-        found = getattr(site.adapter, name)
-        if found != value:
-            raise ValueError(f"{path}: already adapted with {name}={found}, this configuration has {name}={value}")
+        if found[name] != value:
+            raise ValueError(
+                f"{path}: already adapted with {name}={found[name]}, this configuration has {name}={value}"
+            )
 
 
 def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> PlannedSite:

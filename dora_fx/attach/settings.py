@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dora_fx.attach.matching import ALL_LINEAR, matches
 from dora_fx.modules.adapter import INIT_METHODS
+from dora_fx.modules.partial_gradients import CompleteGradients
 
 
 @dataclass
@@ -29,6 +30,7 @@ class DoRASettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    complete_gradients: CompleteGradients = "every_backward"
 
     def __post_init__(self) -> None:
         self._check()
@@ -72,6 +74,11 @@ class DoRASettings:
             raise ValueError(f"DoRA.dropout: found {self.dropout!r}, expected a probability in [0, 1)")
         if self.dropout_position != "pre":
             raise ValueError(f"DoRA.dropout_position: found {self.dropout_position!r}, expected 'pre'")
+        if self.complete_gradients not in get_args(CompleteGradients):
+            raise ValueError(
+                f"DoRA.complete_gradients: found {self.complete_gradients!r}, "
+                f"expected one of {list(get_args(CompleteGradients))}"
+            )
         for name in ("lora_A_init_method", "lora_B_init_method"):
             if getattr(self, name) not in INIT_METHODS:
                 raise ValueError(f"DoRA.{name}: found {getattr(self, name)!r}, expected one of {sorted(INIT_METHODS)}")

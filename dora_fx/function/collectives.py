@@ -101,7 +101,8 @@ gather_features = _differentiable(
 )
 
 
-def _all_reduce_coalesced(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[torch.Tensor, ...]:
+def all_reduce_coalesced(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[torch.Tensor, ...]:
+    """Partial sums in, their sums on every rank out, in one message and without gradients."""
     # Of several dtypes all travel, and are added up, in the widest.
     total = _all_reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), group_name)
     parts = total.split([tensor.numel() for tensor in tensors])
@@ -117,7 +118,8 @@ def _all_gather_rows(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[
     )
 
 
-def _reduce_scatter_rows(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[torch.Tensor, ...]:
+def reduce_scatter_rows(tensors: Sequence[torch.Tensor], group_name: str) -> tuple[torch.Tensor, ...]:
+    """Partial sums `[rows, ...]` of one dtype in, this rank's rows of their sums out, as `all_reduce_coalesced`."""
     ranks = group_size(group_name)
     own = _reduce_scatter(torch.cat([tensor.reshape(ranks, -1) for tensor in tensors], dim=1).view(-1), group_name)
     parts = own.split([tensor.numel() // ranks for tensor in tensors])
@@ -163,7 +165,7 @@ def _differentiable_coalesced(
 gather_rows_coalesced = _differentiable_coalesced(
     "gather_rows_coalesced",
     _all_gather_rows,
-    _reduce_scatter_rows,
+    reduce_scatter_rows,
     "Row-sharded weights `[rows/tp, ...]` to `[rows, ...]`; their gradients are partial and reduce-scattered.",
 )
 
@@ -176,7 +178,7 @@ class _GatheredRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *_reduce_scatter_rows(grads, ctx.group_name), *[None] * len(grads)
+        return None, None, *reduce_scatter_rows(grads, ctx.group_name), *[None] * len(grads)
 
 
 def substitute_gathered_rows(
@@ -196,11 +198,11 @@ def substitute_gathered_rows(
 copy_to_group_coalesced = _differentiable_coalesced(
     "copy_to_group_coalesced",
     _identities,
-    _all_reduce_coalesced,
+    all_reduce_coalesced,
     "Replicated weights in, the same out; their gradients are partial and all-reduced.",
 )
 reduce_from_group_coalesced = _differentiable_coalesced(
-    "reduce_from_group_coalesced", _all_reduce_coalesced, _identities, "Partial sums in, their sums on every rank out."
+    "reduce_from_group_coalesced", all_reduce_coalesced, _identities, "Partial sums in, their sums on every rank out."
 )
 
 # What these return, or their gradients, is another part of a tensor on every rank, and so is the traced graph.

@@ -20,6 +20,7 @@ from dora_fx.function.collectives import (
     substitute_gathered_rows,
 )
 from dora_fx.function.dropout import DropoutFactors
+from dora_fx.function.gradient_leaves import lead_gradients
 from dora_fx.function.placement import LAYOUTS, Layout
 from dora_fx.function.row_scale import RowScale, row_scale
 from dora_fx.function.weight_norm import base_norm_squared, norm_dtype, norm_of_terms, norm_terms
@@ -36,6 +37,9 @@ class StoredParameters(NamedTuple):
         dropout_threshold, dropout_rescale: of this call, see `dropout.DropoutFactors`; None without dropout.
         layout_name, tp_group: names of the layout and of the process group; "" for a layer that is not parallel.
         dtype: of the weight and the low-rank factors.
+        lora_a_leaf, lora_b_leaf, magnitude_leaf: what takes the gradient of the whole tensor where it is a partial sum
+            that somebody completes later (`modules/partial_gradients.py`). None where the backward pass completes it,
+            and not used where nothing is cached.
     """
 
     weight: torch.Tensor
@@ -49,6 +53,9 @@ class StoredParameters(NamedTuple):
     layout_name: str
     tp_group: str
     dtype: torch.dtype
+    lora_a_leaf: torch.Tensor | None = None
+    lora_b_leaf: torch.Tensor | None = None
+    magnitude_leaf: torch.Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -66,6 +73,19 @@ class StoredParameters(NamedTuple):
         if self.dropout_threshold is None or self.dropout_rescale is None:
             return None
         return DropoutFactors(self.dropout_threshold, self.dropout_rescale)
+
+    @property
+    def led_parameters(self) -> list[torch.Tensor]:
+        """The parameters whose gradients go to a leaf, and not to them, in a call that reads what is cached."""
+        pairs = [(self.lora_a, self.lora_a_leaf), (self.lora_b, self.lora_b_leaf)]
+        if self.magnitude_grad_is_partial:
+            pairs.append((self.magnitude, self.magnitude_leaf))
+        return [parameter for parameter, leaf in pairs if leaf is not None]
+
+    @property
+    def magnitude_grad_is_partial(self) -> bool:
+        """See `Layout`; of this call."""
+        return self.layout.magnitude_grad_is_partial(dropout=self.dropout is not None)
 
 
 class CompleteParameters(NamedTuple):
@@ -116,8 +136,11 @@ def complete_parameters(
     Args:
         sites: of one graph.
         cached: what an earlier call for the same parameters gave, one per site. Nothing is gathered and no norm is
-            computed then; gradients are completed as without it.
+            computed then; gradients take the same way as without it.
     """
+    if cached is None:
+        # Leaves are for gradients of what is cached.
+        sites = [site._replace(lora_a_leaf=None, lora_b_leaf=None, magnitude_leaf=None) for site in sites]
     lora_a, lora_b = _whole_factors(sites, cached)
     if cached is None:
         norms = _row_norms(sites, lora_a, lora_b)
@@ -142,8 +165,23 @@ def _whole_factors(
         whole = _together(gather_rows_coalesced, requests)
     else:
         gathered = [cache.lora_a for cache in cached] + [cache.lora_b for cache in cached]
-        whole = _together(substitute_gathered_rows, requests, gathered)
+        leaves = [site.lora_a_leaf for site in sites] + [site.lora_b_leaf for site in sites]
+        requests = [
+            request if leaf is None or at_hand is None else request._replace(tensor=at_hand, wanted=False)
+            for request, at_hand, leaf in zip(requests, gathered, leaves, strict=True)
+        ]
+        whole = _led_to_leaves(_together(substitute_gathered_rows, requests, gathered), leaves)
     return whole[: len(sites)], whole[len(sites) :]
+
+
+def _led_to_leaves(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Lead the gradient of each tensor that has a leaf to that."""
+    led = {index: leaf for index, leaf in enumerate(leaves) if leaf is not None}
+    values = lead_gradients([tensors[index] for index in led], list(led.values()))
+    result = list(tensors)
+    for position, index in enumerate(led):
+        result[index] = values[position]
+    return result
 
 
 def _row_norms(
@@ -168,10 +206,13 @@ def _with_complete_gradients(
     """Whole factors and magnitudes; what of their gradients is partial goes in one message, in the norms' dtype."""
     requests = []
     for site, a, b in zip(sites, lora_a, lora_b, strict=True):
-        magnitude_is_partial = site.layout.magnitude_grad_is_partial(dropout=site.dropout is not None)
         over_tokens = site.layout.shards_tokens
-        for tensor, is_partial in ((a, over_tokens), (b, over_tokens), (site.magnitude, magnitude_is_partial)):
-            requests.append(_Request(tensor, is_partial, site.tp_group, norm_dtype(site.dtype)))
+        # Nobody reads the values of a magnitude after this, see `row_scale.py`.
+        leaf = site.magnitude_leaf if site.magnitude_grad_is_partial else None
+        magnitude = site.magnitude if leaf is None else leaf
+        is_partial = site.magnitude_grad_is_partial and leaf is None
+        for tensor, wanted in ((a, over_tokens), (b, over_tokens), (magnitude, is_partial)):
+            requests.append(_Request(tensor, wanted, site.tp_group, norm_dtype(site.dtype)))
     whole = _together(copy_to_group_coalesced, requests)
     return whole[::3], whole[1::3], whole[2::3]
 

@@ -58,12 +58,14 @@ def data_parallel_around(chunks: Iterable[nn.Module]) -> list[nn.Module]:
     wrapper all the same. So where there are ranks to drift apart they are looked for among all objects.
     """
     parts = dict.fromkeys(module for chunk in chunks for module in chunk.modules())
-    everywhere = _data_parallel_objects() if dist.is_initialized() and dist.get_world_size() > 1 else []
+    everywhere = data_parallel_objects() if dist.is_initialized() and dist.get_world_size() > 1 else []
     wrappers = [found for found in dict.fromkeys([*parts, *everywhere]) if isinstance(found, _DATA_PARALLEL)]
     return [wrapper for wrapper in wrappers if any(module in parts for module in wrapper.modules())]
 
 
-def _data_parallel_objects() -> list[nn.Module]:
+def data_parallel_objects() -> list[nn.Module]:
+    """Megatron's and torch's DistributedDataParallel objects of this process."""
+
     def find() -> list[nn.Module]:
         objects = gc.get_objects()
         # A process has millions of objects, of some thousand classes.

@@ -21,6 +21,7 @@ from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.base_attributes import BaseAttributes
 from dora_fx.modules.kinds import describe_linear
 from dora_fx.modules.marker import MarkedSite, mark
+from dora_fx.modules.partial_gradients import CompleteGradients, PartialGradients, leaves_for, partial_gradients
 from dora_fx.modules.site_paths import note_path
 from dora_fx.ranks.groups import group_size
 
@@ -37,6 +38,7 @@ class DoRALinear(BaseAttributes):
         adapter: its DoRA parameters. A missing magnitude starts as the norm, so attaching changes nothing.
         path: the module's path in its model, for error messages.
         base_weight: the weight of a layer that has none of its own (an output layer tied to the embedding).
+        complete_gradients: see `DoRA`.
     """
 
     base_norm_sq: torch.Tensor
@@ -48,6 +50,7 @@ class DoRALinear(BaseAttributes):
         *,
         path: str = "",
         base_weight: nn.Parameter | None = None,
+        complete_gradients: CompleteGradients = "every_backward",
     ) -> None:
         super().__init__()
         self.to_wrap = to_wrap
@@ -59,8 +62,10 @@ class DoRALinear(BaseAttributes):
         for name in ("base_norm_sq", *_CACHE_BUFFERS):
             self.register_buffer(name, None, persistent=False)
         self.invalidate_norm()
+        self._partial_gradients, self.complete_gradients = PartialGradients(), complete_gradients
         if not hasattr(adapter, "weight_magnitude"):
             adapter.init_weight_magnitude(self._get_weight_norm())
+        self._partial_gradients = partial_gradients(adapter, self.path, complete_gradients)
         self._register_load_state_dict_pre_hook(self._rename_base_keys)
         self.register_load_state_dict_post_hook(_after_load_state_dict)
 
@@ -158,6 +163,8 @@ class DoRALinear(BaseAttributes):
         note_path(self.adapter.linear_in.weight, self.path)
         if self.base_norm_sq.dtype != norm_dtype(weight.dtype) or self.base_norm_sq.device != weight.device:
             self.invalidate_norm()
+        if not self._partial_gradients.fit_parameters():
+            self._partial_gradients = partial_gradients(self.adapter, self.path, self.complete_gradients)
 
     @torch.no_grad()
     def _get_weight_norm(self) -> torch.Tensor:
@@ -174,6 +181,7 @@ class DoRALinear(BaseAttributes):
 
     def _stored(self, weight: torch.Tensor, layout_name: str, drops: bool) -> StoredParameters:
         adapter = self.adapter
+        lora_a_leaf, lora_b_leaf, magnitude_leaf = leaves_for(self._partial_gradients, adapter)
         return StoredParameters(
             weight=weight,
             base_norm_sq=self.base_norm_sq,
@@ -187,6 +195,9 @@ class DoRALinear(BaseAttributes):
             layout_name=layout_name,
             tp_group=adapter.tp_group,
             dtype=weight.dtype,
+            lora_a_leaf=lora_a_leaf,
+            lora_b_leaf=lora_b_leaf,
+            magnitude_leaf=magnitude_leaf,
         )
 
     def _cached(self) -> CachedParameters:

@@ -114,7 +114,7 @@ MUTATIONS = [
     Mutation("base norm left out", weight_norm.norm_terms, "base_norm_sq + torch.cat(cross)", "torch.cat(cross)"),
     Mutation(
         "weight gradients not reduced",
-        collectives._reduce_scatter_rows,
+        collectives.reduce_scatter_rows,
         "_reduce_scatter(torch.cat([tensor.reshape(ranks, -1) for tensor in tensors], dim=1).view(-1), group_name)",
         "torch.cat([tensor.reshape(ranks, -1) for tensor in tensors], dim=1)[group_rank(group_name)]",
     ),
@@ -132,7 +132,7 @@ MUTATIONS = [
         "_together(substitute_gathered_rows, requests[: len(sites)], gathered[: len(sites)])"
         " + _together(_gathered_rows_only, requests[len(sites) :], gathered[len(sites) :])",
     ),
-    Mutation("weight gradients reduced twice", collectives._reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
+    Mutation("weight gradients reduced twice", collectives.reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
     Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),
     Mutation("group of one rank", LinearSpec.tp_group_name.fget, "self.tp_size > 1", "self.tp_size > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),

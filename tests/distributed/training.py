@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,9 @@ class Mode:
     recompute: bool = False
     num_steps: int = 20
     clip_grad: float = 0.0
+    complete_gradients: str = "every_backward"
+    overlap_grad_reduce: bool = False
+    distributed_optimizer: bool = False
 
     def __str__(self) -> str:
         parts = [self.compiler, str(self.dtype).removeprefix("torch.")]
@@ -93,14 +97,26 @@ class TrainingRun:
         self.topology, self.mode = topology, mode
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.dp_rank = parallel_state.get_data_parallel_rank()
-        self.zoo = Zoo(topology, mode.dtype, mode.dropout, names or layer_names(topology))
+        self.zoo = Zoo(
+            topology,
+            mode.dtype,
+            mode.dropout,
+            names or layer_names(topology),
+            complete_gradients=mode.complete_gradients,
+        )
         self.initial = self.parameters("initial")
         set_adapter_values(self.zoo, topology)
         with cuda_means_cpu():
             config = make_config(topology, mode.dtype)
             is_bf16 = mode.dtype == torch.bfloat16
             # As Megatron's own training does: bfloat16 weights, and gradients and optimizer state in float32.
-            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=is_bf16)
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=is_bf16,
+                overlap_grad_reduce=mode.overlap_grad_reduce,
+                use_distributed_optimizer=mode.distributed_optimizer,
+                # Several buckets, so that some are reduced while others still wait for gradients.
+                bucket_size=2000,
+            )
             self.ddp = DistributedDataParallel(config, ddp_config, self.zoo)
             settings = OptimizerConfig(
                 optimizer="adam",
@@ -109,6 +125,7 @@ class TrainingRun:
                 clip_grad=mode.clip_grad,
                 params_dtype=mode.dtype,
                 bf16=is_bf16,
+                use_distributed_optimizer=mode.distributed_optimizer,
             )
             self.optimizer = get_megatron_optimizer(settings, [self.ddp])
         self.function = compiled(self.zoo, mode)
@@ -130,7 +147,9 @@ class TrainingRun:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         for microbatch in range(NUM_MICROBATCHES):
-            self.forward_backward(microbatch, keep=first)
+            is_last = microbatch == NUM_MICROBATCHES - 1
+            with nullcontext() if is_last else self.ddp.no_sync():
+                self.forward_backward(microbatch, keep=first)
         with cuda_means_cpu():
             finalize_model_grads([self.ddp])
             if first:
@@ -142,7 +161,9 @@ class TrainingRun:
         shards = {name: self.own_input(name, microbatch) for name in self.zoo.names}
         outputs = self.function(shards)
         loss = sum(self.weighted_sum(name, y, microbatch) for name, y in outputs.items())
-        loss.backward()
+        # A bucket that is full starts to be reduced within the backward pass.
+        with cuda_means_cpu() if self.mode.overlap_grad_reduce else nullcontext():
+            loss.backward()
         if keep:
             self.first["loss"] = self.first.get("loss", 0.0) + self.whole_loss(outputs, microbatch)
         if keep:

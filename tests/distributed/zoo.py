@@ -184,7 +184,9 @@ def layer_names(topology: Topology) -> list[str]:
 class Zoo(nn.Module):
     """The layers side by side; each has its own input and output."""
 
-    def __init__(self, topology: Topology, dtype: torch.dtype, dropout: float, names: Sequence[str]) -> None:
+    def __init__(
+        self, topology: Topology, dtype: torch.dtype, dropout: float, names: Sequence[str], **settings: Any
+    ) -> None:
         super().__init__()
         self.topology, self.names = topology, names
         self.layers = nn.ModuleDict({name: LAYERS[name][1](topology, dtype) for name in self.names})
@@ -192,7 +194,9 @@ class Zoo(nn.Module):
         set_base_values(self, topology)
         # Drawn here only to be looked at: `set_adapter_values` gives the values that tests train.
         torch.manual_seed(11)
-        dora_fx.DoRA(["layers.*"], dim=DIM, alpha=2 * DIM, dropout=dropout, lora_B_init_method="normal")(self)
+        dora_fx.DoRA(["layers.*"], dim=DIM, alpha=2 * DIM, dropout=dropout, lora_B_init_method="normal", **settings)(
+            self
+        )
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.call_layer(name, inputs[name]) for name in self.names}

@@ -57,6 +57,6 @@ def row(*, bias: bool = False, skip_bias_add: bool = True, input_is_parallel: bo
     )
 
 
-def adapted(linear: nn.Module, *, dropout: float = 0.0) -> OneLinear:
+def adapted(linear: nn.Module, **settings: Any) -> OneLinear:
     """The layer in a model of its own, with DoRA."""
-    return dora_fx.DoRA(target_modules=["linear"], dim=DIM, alpha=32, dropout=dropout)(OneLinear(linear))
+    return dora_fx.DoRA(target_modules=["linear"], dim=DIM, alpha=32, **settings)(OneLinear(linear))

@@ -1,18 +1,25 @@
 """DoRA adds no activation-sized collective to the frozen base, in any layout, forward or backward.
 
-The forward pass adds none at all: what it needs of other ranks is fetched once per optimizer step.
+The forward pass adds none at all: what it needs of other ranks is fetched once per optimizer step. The backward pass
+adds none either where gradients are completed once per step: its messages follow the last one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import nn
 
 import dora_fx
 from benchmarks.collective_counts import CollectiveCounts, count_collectives
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from tests.graph.sites import DIM, IN, OUT, OneLinear, adapted, column, config, row
 
 TP, SEQUENCE, BATCH = 4, 8, 3
@@ -44,10 +51,21 @@ CASES = {
 }
 
 
-def compiled_counts(model: nn.Module, x: torch.Tensor) -> CollectiveCounts:
+def compiled_counts(model: nn.Module, x: torch.Tensor, **settings: Any) -> CollectiveCounts:
     torch._dynamo.reset()
     options = {"inner_compiler": "aot_eager"}
-    return count_collectives(torch.compile(model, backend="dora_fx", options=options, fullgraph=True), x)
+    return count_collectives(torch.compile(model, backend="dora_fx", options=options, fullgraph=True), x, **settings)
+
+
+def counts_of_a_step(count: Callable[..., CollectiveCounts], model: nn.Module, x: torch.Tensor) -> CollectiveCounts:
+    """Count with Megatron's data parallelism around the model, over one replica."""
+    ddp = DistributedDataParallel(config(), DistributedDataParallelConfig(), model)
+
+    def finish() -> None:
+        with cuda_means_cpu():
+            ddp.finish_grad_sync()
+
+    return count(model, x, finish=finish)
 
 
 @pytest.mark.parametrize("count", [compiled_counts, count_collectives], ids=["compiled", "eager"])
@@ -74,6 +92,14 @@ def test_collectives_added_to_the_base(tensor_parallel, name, dropout, count):
     activations = [TOKENS * width * FLOAT for width in (IN, OUT)]
     assert all(size not in activations for _, size in added.once_per_step | added.backward)
 
+    def once(linear):
+        return adapted(linear, dropout=dropout, complete_gradients="once_per_step")
+
+    x = torch.randn(sequence, BATCH, features, requires_grad=True)
+    completed_once = counts_of_a_step(count, once(layer(**settings)), x) - base
+    assert dict(completed_once.once_per_step) == once_per_step | backward
+    assert not completed_once.forward and not completed_once.backward
+
 
 class Chain(nn.ModuleList):
     """MLPs one after another."""
@@ -91,9 +117,9 @@ def test_layers_of_one_graph_share_their_weight_sized_collectives(tensor_paralle
     submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     tokens = SEQUENCE // TP if sequence_parallel else SEQUENCE
 
-    def counts(wrap):
+    def counts(wrap, count=compiled_counts):
         model = wrap(Chain(MLP(cfg, submodules) for _ in range(2)))
-        return compiled_counts(model, torch.randn(tokens, BATCH, IN, requires_grad=True))
+        return count(model, torch.randn(tokens, BATCH, IN, requires_grad=True))
 
     base = counts(lambda mlps: mlps.requires_grad_(False))
     added = counts(dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM)) - base
@@ -102,3 +128,10 @@ def test_layers_of_one_graph_share_their_weight_sized_collectives(tensor_paralle
     assert not added.forward
     assert dict(added.once_per_step) == {("all_gather", factors): 1, ("all_reduce", 2 * (IN + DIM * DIM) * FLOAT): 1}
     assert dict(added.backward) == {("reduce_scatter", factors): 1} | magnitude_grad
+
+    once = counts(
+        dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM, complete_gradients="once_per_step"),
+        partial(counts_of_a_step, compiled_counts),
+    )
+    assert (once - base).once_per_step == added.once_per_step + added.backward
+    assert not (once - base).forward and not (once - base).backward

@@ -28,7 +28,7 @@ class GraphModule(torch.nn.Module):
         t: "f32[48, 80]" = weight.t()
         output: "f32[6, 2, 80]" = torch.matmul(x, t)
 
-        output_1: "f32[6, 2, 80]" = dora_fx_modules_marker_dora_linear(output, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, delta, grad_gain, grad_scale, None, None)
+        output_1: "f32[6, 2, 80]" = dora_fx_modules_marker_dora_linear(output, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, None, None, None, delta, grad_gain, grad_scale, None, None)
         return (output_1,)
 """,
     )
