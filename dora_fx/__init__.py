@@ -1,14 +1,26 @@
-"""DoRA for Megatron-Core through a torch.compile backend; see README.md."""
+"""DoRA for Megatron-Core through a torch.compile backend; see README.md.
 
-from dora_fx.attach.config import DoRA
-from dora_fx.attach.learning_rates import config_overrides, parameter_groups
-from dora_fx.attach.merge import merge, merged, unmerge
-from dora_fx.checkpoint import CheckpointError, load_bridge_checkpoint, load_checkpoint, save_checkpoint
-from dora_fx.compilation import compile_model
-from dora_fx.hf import compare_merged, export_hf, import_hf, iter_adapter, iter_merged
-from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
-from dora_fx.modules.dora_linear import DoRALinear, disable_adapter, invalidate_norms
+Public names are imported where they are first used. torch and Megatron-Core take seconds to import, and a program that
+only asks for the version, or for the help of the command, needs neither.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dora_fx.quiet_imports import hide_what_is_not_missed
 from dora_fx.version import __version__
+
+if TYPE_CHECKING:
+    from dora_fx.attach.config import DoRA
+    from dora_fx.attach.learning_rates import config_overrides, parameter_groups
+    from dora_fx.attach.merge import merge, merged, unmerge
+    from dora_fx.checkpoint import CheckpointError, load_bridge_checkpoint, load_checkpoint, save_checkpoint
+    from dora_fx.compilation import compile_model
+    from dora_fx.hf import compare_merged, export_hf, import_hf, iter_adapter, iter_merged
+    from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+    from dora_fx.modules.dora_linear import DoRALinear, disable_adapter, invalidate_norms
 
 __all__ = [
     "CheckpointError",
@@ -33,3 +45,41 @@ __all__ = [
     "save_checkpoint",
     "unmerge",
 ]
+
+_HOMES = {
+    "CheckpointError": "dora_fx.checkpoint",
+    "DoRA": "dora_fx.attach.config",
+    "DoRALinear": "dora_fx.modules.dora_linear",
+    "ParallelLinearDoRAAdapter": "dora_fx.modules.adapter",
+    "compare_merged": "dora_fx.hf",
+    "compile_model": "dora_fx.compilation",
+    "config_overrides": "dora_fx.attach.learning_rates",
+    "disable_adapter": "dora_fx.modules.dora_linear",
+    "export_hf": "dora_fx.hf",
+    "import_hf": "dora_fx.hf",
+    "invalidate_norms": "dora_fx.modules.dora_linear",
+    "iter_adapter": "dora_fx.hf",
+    "iter_merged": "dora_fx.hf",
+    "load_bridge_checkpoint": "dora_fx.checkpoint",
+    "load_checkpoint": "dora_fx.checkpoint",
+    "merge": "dora_fx.attach.merge",
+    "merged": "dora_fx.attach.merge",
+    "parameter_groups": "dora_fx.attach.learning_rates",
+    "save_checkpoint": "dora_fx.checkpoint",
+    "unmerge": "dora_fx.attach.merge",
+}
+
+hide_what_is_not_missed()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    # The next use finds it without a call of this function.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
