@@ -77,3 +77,11 @@ def adapted_megatron(hf: nn.Module, targets: list[str] | None = None, **settings
     model = dora_fx.DoRA(targets or GPT_TARGETS, dim=4, alpha=12, dropout=0.05)(megatron_of(hf, **settings))
     randomize_adapters(model)
     return model
+
+
+def adapters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if ".adapter." in name}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
