@@ -43,6 +43,12 @@ class DoRA(DoRASettings):
         dropout_position: "pre"; the reference accepts no other for DoRA either.
         lora_A_init_method, lora_B_init_method: "xavier", "normal" (std 0.2), "kaiming" or "zero".
         allow_unmatched: log a warning for a target that matches nothing, in place of an error.
+        complete_gradients: when gradients that are partial sums on each tensor-parallel rank are completed.
+            "every_backward", by default: each backward pass leaves complete ones. "once_per_step": they are added up
+            over micro-batches, and completed when Megatron's DistributedDataParallel, which must be around the model,
+            starts to reduce them over data-parallel ranks, in `finalize_model_grads` at the latest. That sends one
+            message in place of one per micro-batch, and takes memory for the sums, r * in numbers of a column layer and
+            out * r of a row layer. An optimizer that steps before that raises PartialGradientsError.
 
     Raises:
         ValueError: for a field out of its range, naming the value found and the values expected.
