@@ -1,8 +1,9 @@
 """What does DoRA send between tensor-parallel ranks beyond what the frozen base sends?
 
 Counts the collectives that one linear layer really calls, once per optimizer step and in each forward and backward
-pass, on gloo ranks: the frozen base, this library compiled and eager, and Megatron-Bridge's DoRA where it can be
-imported. Sizes are those of the larger side of a collective.
+pass, on gloo ranks: the frozen base, this library compiled, eager and with gradients that are completed once per step,
+and Megatron-Bridge's DoRA where it can be imported. Sizes are those of the larger side of a collective. The last column
+is what an optimizer step over several micro-batches sends of weights and their gradients.
 
     python benchmarks/bench_collectives.py --tp 2
 """
@@ -17,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from collective_counts import Count, count_collectives
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import nn
 from variants import HAS_BRIDGE, with_bridge_dora
 
 import dora_fx
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.megatron.world import megatron_world
 
 # layout -> (class of the linear layer, sequence parallelism)
@@ -84,14 +88,30 @@ def make_input(layout: str, options: argparse.Namespace) -> torch.Tensor:
     return torch.randn(tokens, 1, options.hidden, requires_grad=True)
 
 
-def adapted(base: nn.Module, options: argparse.Namespace, dropout: float) -> nn.Module:
-    return dora_fx.DoRA(["linear"], dim=options.dim, alpha=2 * options.dim, dropout=dropout)(base)
+def adapted(base: nn.Module, options: argparse.Namespace, dropout: float, **settings: Any) -> nn.Module:
+    return dora_fx.DoRA(["linear"], dim=options.dim, alpha=2 * options.dim, dropout=dropout, **settings)(base)
 
 
-def compiled(base: nn.Module, options: argparse.Namespace, dropout: float) -> nn.Module:
+def compiled(base: nn.Module, options: argparse.Namespace, dropout: float, **settings: Any) -> nn.Module:
     torch._dynamo.reset()
-    settings = {"inner_compiler": options.inner_compiler}
-    return torch.compile(adapted(base, options, dropout), backend="dora_fx", options=settings, fullgraph=True)
+    model = adapted(base, options, dropout, **settings)
+    if settings:
+        # Gradients are completed where Megatron's data parallelism reduces them, here over one replica.
+        model = DistributedDataParallel(base.linear.config, DistributedDataParallelConfig(), model)
+    inner = {"inner_compiler": options.inner_compiler}
+    return torch.compile(model, backend="dora_fx", options=inner, fullgraph=True)
+
+
+def completed_once(base: nn.Module, options: argparse.Namespace, dropout: float) -> nn.Module:
+    return compiled(base, options, dropout, complete_gradients="once_per_step")
+
+
+def finish(module: Any) -> None:
+    """Do what follows a step's last backward pass."""
+    model = getattr(module, "_orig_mod", module)
+    if isinstance(model, DistributedDataParallel):
+        with cuda_means_cpu():
+            model.finish_grad_sync()
 
 
 def bridge(base: nn.Module, options: argparse.Namespace, dropout: float) -> nn.Module:
@@ -104,6 +124,7 @@ def variants() -> dict[str, Callable[..., nn.Module]]:
         "base": lambda base, options, dropout: base,
         "dora_fx": compiled,
         "dora_fx eager": adapted,
+        "dora_fx, once": completed_once,
     }
     if HAS_BRIDGE:
         found["Megatron-Bridge"] = bridge
@@ -118,7 +139,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             for variant, make in variants().items():
                 torch.manual_seed(0)
                 module = make(make_base(layout, options), options, dropout)
-                counts = count_collectives(module, make_input(layout, options))
+                counts = count_collectives(module, make_input(layout, options), partial(finish, module))
                 about = {"layout": layout, "dropout": dropout, "variant": variant}
                 for direction in DIRECTIONS:
                     rows += describe(getattr(counts, direction), layout, options, about | {"direction": direction})
@@ -165,11 +186,12 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
         Path(folder, "rows.json").write_text(json.dumps(rows))
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]], micro_batches: int) -> None:
     """A line per layout, dropout and variant; a variant's line shows what it adds to the base's."""
     keys = list(dict.fromkeys((row["layout"], row["dropout"], row["variant"]) for row in rows))
     sizes = f"{'activation-sized':>16} {'weight-sized':>16}"
-    print(f"{'layout':12} {'dropout':8} {'':17} {sizes}  once per step | forward | backward")
+    per_step = f"{micro_batches} micro-batches"
+    print(f"{'layout':12} {'dropout':8} {'':17} {sizes} {per_step:>16}  once per step | forward | backward")
     for layout, dropout, variant in keys:
         mine = [row for row in rows if (row["layout"], row["dropout"]) == (layout, dropout)]
         own = added(mine, variant) if variant != "base" else counted(mine, variant)
@@ -184,7 +206,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         ]
         name = variant if variant == "base" else f"+ {variant}"
         shown = " | ".join(text or "-" for text in texts)
-        print(f"{layout:12} {dropout:<8} {name:17} {totals[0]:>16} {totals[1]:>16}  {shown}")
+        of_step = f"{weight_bytes_of_step(own, micro_batches) / 1024:.0f} KiB"
+        print(f"{layout:12} {dropout:<8} {name:17} {totals[0]:>16} {totals[1]:>16} {of_step:>16}  {shown}")
 
 
 def total(collectives: Named, is_activation: bool) -> str:
@@ -194,6 +217,15 @@ def total(collectives: Named, is_activation: bool) -> str:
     ]
     num_bytes = sum(times * each for times, each in chosen)
     return f"{sum(times for times, _ in chosen)}: {num_bytes / 1024:.0f} KiB"
+
+
+def weight_bytes_of_step(collectives: Named, micro_batches: int) -> int:
+    """Bytes of the weight-sized collectives of one optimizer step."""
+    return sum(
+        times * each * (1 if way == "once_per_step" else micro_batches)
+        for (way, _, size, each), times in collectives.items()
+        if not size.startswith("T")
+    )
 
 
 def counted(rows: list[dict[str, Any]], variant: str) -> Named:
@@ -226,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tp", 2), ("hidden", 1024), ("ffn", 2816), ("dim", 16), ("tokens", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--micro-batches", type=int, default=8, help="of an optimizer step, in the last column")
     parser.add_argument("--inner-compiler", choices=("inductor", "aot_eager"), default="inductor")
     parser.add_argument("--json", type=Path, help="write every count here")
     options = parser.parse_args()
@@ -233,7 +266,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, (options, folder), nprocs=options.tp)
         rows = json.loads(Path(folder, "rows.json").read_text())
-    print_table(rows)
+    print_table(rows, options.micro_batches)
     if options.json:
         about = {"date": str(date.today()), "torch": torch.__version__, "machine": platform.machine()}
         settings = {name: value for name, value in vars(options).items() if name != "json"}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from torch._dynamo.utils import counters
 from torch.func import functional_call
 
 import dora_fx
@@ -173,3 +174,35 @@ def test_one_rank_completes_nothing(tensor_parallel):
     model = adapted(row(), complete_gradients="once_per_step")
     backward(model)
     assert all(parameter.grad is not None for parameter in trained(model))
+
+
+def test_layers_share_a_graph(tensor_parallel):
+    tensor_parallel(TP)
+    torch._dynamo.reset()
+    counters.clear()
+    models = [once() for _ in range(3)]
+    wrappers = [data_parallel(model) for model in models]
+    for model in models:
+        model.compile(backend="dora_fx", options={"inner_compiler": "aot_eager"}, fullgraph=True)
+        backward(model)
+    assert all(pending_sum(wrapper.module) is not None for wrapper in wrappers)
+    assert counters["dora_fx"]["graphs_compiled"] == 1
+
+
+def test_an_overlapped_bucket_is_reduced_within_the_last_backward_pass(tensor_parallel):
+    tensor_parallel(TP)
+    model = once()
+    buffers = DistributedDataParallelConfig(overlap_grad_reduce=True)
+    ddp = DistributedDataParallel(config(tensor_model_parallel_size=TP), buffers, model)
+    is_pending = []
+    for _ in range(2):
+        ddp.zero_grad_buffer()
+        with ddp.no_sync():
+            backward(ddp)
+        is_pending.append(pending_sum(model) is not None)
+        with cuda_means_cpu():
+            backward(ddp)
+        is_pending.append(pending_sum(model) is not None)
+        finish(ddp)
+    # Megatron learns from the first step how many gradients a bucket waits for.
+    assert is_pending == [True, True, True, False]

@@ -29,6 +29,16 @@ def test_what_each_variant_adds(tmp_path):
 
     assert len(activations("base")) == 12
     assert activations("dora_fx") == activations("base")
+    assert activations("dora_fx, once") == activations("base")
+
+    def of_weights(variant: str) -> list[tuple]:
+        chosen = [row for row in rows if row["variant"] == variant and not row["size"].startswith("T")]
+        return sorted((row["layout"], row["dropout"], row["kind"], row["size"], row["count"]) for row in chosen)
+
+    # The same messages, and all of them once per step.
+    assert of_weights("dora_fx, once") == of_weights("dora_fx")
+    once = [row for row in rows if row["variant"] == "dora_fx, once" and not row["size"].startswith("T")]
+    assert once and all(row["direction"] == "once_per_step" for row in once)
     if importlib.util.find_spec("megatron.bridge") is not None:
         assert ("row", 0.0, "forward", "all_gather", "T*out", 1) in activations("Megatron-Bridge")
         assert ("column + SP", 0.1, "backward", "reduce_scatter", "T*in", 3) in activations("Megatron-Bridge")
