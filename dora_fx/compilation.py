@@ -11,6 +11,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
 from dora_fx.megatron.wrappers import ModelT, chunks_of, unwrap, walk
 
@@ -72,7 +73,15 @@ def compile_model(
 
 
 def _layers(chunk: nn.Module) -> list[nn.Module]:
-    return [named.module for named in walk(chunk) if isinstance(named.module, BaseTransformerLayer)]
+    """The transformer layers, each with the activation checkpointing around it, which is a part of its graph then.
+
+    Around a compiled layer it would compare what two calls save, and a graph of another kind saves something else.
+    """
+    wrappers = {
+        unwrap(module): module for module in reversed(list(chunk.modules())) if isinstance(module, ActivationWrapper)
+    }
+    layers = [named.module for named in walk(chunk) if isinstance(named.module, BaseTransformerLayer)]
+    return [wrappers.get(layer, layer) for layer in layers]
 
 
 def _check_compilable(chunk: nn.Module, scope: Scope) -> None:

@@ -52,10 +52,10 @@ class DoRA(DoRASettings):
         complete_gradients: when gradients that are partial sums on each tensor-parallel rank are completed.
             "every_backward", by default: each backward pass leaves complete ones. "once_per_step": they are added up
             over micro-batches, and completed when Megatron's DistributedDataParallel, which must be around the model,
-            starts to reduce them over data-parallel ranks, in `finalize_model_grads` at the latest. Those of layers
-            that are whole on every rank are completed by each backward pass all the same. That sends one
+            starts to reduce them over data-parallel ranks, in `finalize_model_grads` at the latest. That sends one
             message in place of one per micro-batch, and takes memory for the sums, r * in numbers of a column layer and
-            out * r of a row layer. An optimizer that steps before that raises PartialGradientsError.
+            out * r of a row layer. Layers that are whole on every rank keep "every_backward". An optimizer that steps
+            before the sums are complete raises PartialGradientsError.
 
     Raises:
         ValueError: for a field out of its range, naming the value found and the values expected.

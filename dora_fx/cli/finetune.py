@@ -18,7 +18,7 @@ from dora_fx.attach.report import DoRAReport
 from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base, resolve_spec
 from dora_fx.cli.data import TrainingData, demo_data, read_data
 from dora_fx.cli.errors import UserError
-from dora_fx.cli.memory import fitting_in_memory
+from dora_fx.cli.memory import estimate_memory, fitting_in_memory, memory_warning_maybe
 from dora_fx.cli.options import (
     FinetuneOptions,
     add_options,
@@ -29,10 +29,12 @@ from dora_fx.cli.options import (
 )
 from dora_fx.cli.progress import Display
 from dora_fx.cli.ranks import Ranks
+from dora_fx.cli.recompute import recompute_layers
 from dora_fx.cli.run_folder import RunFolder
 from dora_fx.cli.stop_signals import StopSignals
 from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.trainer import Trainer
+from dora_fx.cli.training_log import check_logs
 from dora_fx.cli.training_run import TrainingRun
 from dora_fx.cli.training_text import TrainingText, training_text, with_steps
 from dora_fx.models.specs import Spec
@@ -62,6 +64,8 @@ def run(parsed: dict[str, Any]) -> int:
     options = options_from(parsed)
     ranks = Ranks.from_environment()
     _check_world_size(options, ranks)
+    if ranks.is_main:
+        check_logs(options.logs)
     folder = _run_folder(options)
     dora = _dora(options)
     data = _data(options)
@@ -85,6 +89,8 @@ def run(parsed: dict[str, Any]) -> int:
         with display.phase("building the Megatron model"):
             model = build_base_model(checkpoint, options, device, spec)
         report = _adapt(dora, model)
+        if options.recompute:
+            recompute_layers(model)
         if options.compile != "none":
             dora_fx.compile_model(model, options.compile, inner_compiler=options.inner_compiler)
         place = f"{options.dtype} on {_place(options, device)}, {spec} spec"
@@ -93,6 +99,10 @@ def run(parsed: dict[str, Any]) -> int:
         if unknown := tokenizer.beyond_the_model():
             display.say(f"tokens of the tokenizer that the model does not have: {unknown}; the text has none of them")
         display.say(_summary(report))
+        estimate = estimate_memory(model, options)
+        display.say(str(estimate))
+        if warning := memory_warning_maybe(estimate, options, device):
+            display.say(warning)
         with fitting_in_memory("the optimizer", _SMALLER_ADAPTER):
             trainer = Trainer(model, text.sequences, options, device)
         if options.resume is None:

@@ -54,6 +54,9 @@ class ModelOptions:
     sequence_parallel: bool = field(
         default=False, metadata={"help": "shard the sequence between tensor-parallel layers too"}
     )
+    recompute: bool = field(
+        default=False, metadata={"help": "compute each layer's activations again in the backward pass, and keep none"}
+    )
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,12 @@ class TrainingOptions:
     )
     weight_decay: float = field(default=0.0, metadata={"help": "on the low-rank factors; magnitudes are not decayed"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 leaves them"})
-    eval_every: int = field(
-        default=0, metadata={"help": "steps between measurements of the held-out loss; 0 is before and after only"}
+    eval_every: int | None = field(
+        default=None,
+        metadata={"help": "steps between held-out losses; a fifth of the run by default, 0 is before and after only"},
+    )
+    patience: int = field(
+        default=0, metadata={"help": "stop after so many measurements without a new lowest held-out loss; 0 never does"}
     )
     seed: int = field(default=1234, metadata={"help": "of the adapter, dropout and the order of the sequences"})
 
@@ -154,6 +161,13 @@ class RunOptions:
     save_every: int = field(
         default=0, metadata={"help": "steps between saves; 0 saves at the end and on Ctrl-C or SIGTERM"}
     )
+    keep: int = field(
+        default=1, metadata={"help": "keep the adapters of so many measurements of the lowest held-out loss, in best/"}
+    )
+    log: str = field(
+        default="",
+        metadata={"help": "also log to tensorboard, wandb or tensorboard,wandb; files are in the run folder"},
+    )
     prompt: str | None = field(
         default=None, metadata={"help": "start of the sample; the start of a held-out sequence by default"}
     )
@@ -165,6 +179,16 @@ class RunOptions:
 @dataclass(frozen=True)
 class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, ModelOptions):
     """Every option of the command; the base classes are the groups that `--help` shows."""
+
+    @property
+    def logs(self) -> list[str]:
+        """Names of the logs to write."""
+        return list(dict.fromkeys(name.strip() for name in self.log.split(",") if name.strip()))
+
+    @property
+    def measuring_interval(self) -> int:
+        """Steps between measurements of the held-out loss during training; 0 for none."""
+        return max(round(self.steps / _MEASUREMENTS), 1) if self.eval_every is None else self.eval_every
 
     def __post_init__(self) -> None:
         """Raise UserError for a value out of its range."""
@@ -181,6 +205,8 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
                 f"--gradient-accumulation: found {self.gradient_accumulation}, expected a multiple of --dp {self.dp}, "
                 "whose ranks share the forward passes of a step"
             )
+        if self.patience and not self.measuring_interval:
+            raise UserError("--patience: found --eval-every 0, expected measurements during training to count")
         if self.pp > 1 and self.compile == "model":
             raise UserError("--compile model: found --pp above 1, expected the whole model; take --compile layer")
         if self.sequence_parallel and self.tp == 1:
@@ -192,6 +218,7 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
             )
 
 
+_MEASUREMENTS = 5
 _GROUPS = (ModelOptions, DataOptions, AdapterOptions, TrainingOptions, RunOptions)
 _POSITIVE = (lambda value: value > 0, "a positive integer")
 _NOT_NEGATIVE = (lambda value: value >= 0, "zero or a positive integer")
@@ -214,7 +241,9 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _AMOUNT,
     "max_grad_norm": _AMOUNT,
-    "eval_every": _NOT_NEGATIVE,
+    "eval_every": (lambda value: value is None or value >= 0, "zero or a positive integer"),
+    "patience": _NOT_NEGATIVE,
+    "keep": _NOT_NEGATIVE,
     "seed": (lambda value: 0 <= value < 2**63, "an integer from 0 to 2**63 - 1"),
     "save_every": _NOT_NEGATIVE,
     "sample_tokens": _NOT_NEGATIVE,
@@ -224,21 +253,8 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 # moved: the checkpoint has digests of both, and takes no others. Adapters of one spec fit the layers of
 # another, or have other names and are refused.
 CHANGEABLE_ON_RESUME = frozenset(
-    {
-        "steps",
-        "epochs",
-        "show_sample",
-        "save_every",
-        "eval_every",
-        "sample_tokens",
-        "device",
-        "spec",
-        "compile",
-        "tp",
-        "pp",
-        "dp",
-        "sequence_parallel",
-    }
+    {"steps", "epochs", "show_sample", "save_every", "eval_every", "patience", "keep", "log", "sample_tokens"}
+    | {"device", "spec", "compile", "recompute", "tp", "pp", "dp", "sequence_parallel"}
     | {"base", "data"}
 )
 

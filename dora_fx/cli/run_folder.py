@@ -6,6 +6,7 @@ metrics.jsonl    one line per step, and one per held-out loss
 samples.jsonl    text generated before and after training
 loss.png         both as curves
 checkpoint/      the trained parameters and all that `--resume` needs, see `dora_fx.save_checkpoint`
+best/step_N/     the adapters of the lowest held-out losses, as a checkpoint each
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,27 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    def best_of(self, step: int) -> Path:
+        """The checkpoint kept of a measurement."""
+        return self.best / f"step_{step}"
+
+    def make_best(self) -> None:
+        """Make the folder of kept checkpoints; raises UserError if that cannot be done."""
+        with _named(str(self.best)):
+            self.best.mkdir(exist_ok=True)
+
+    def drop_best_but(self, steps: Container[int]) -> None:
+        """Remove the kept checkpoints of all other steps; raises UserError if that cannot be done."""
+        with _named(str(self.best)):
+            for found in self.best.glob("step_*"):
+                number = found.name.removeprefix("step_")
+                if number.isdecimal() and int(number) not in steps:
+                    shutil.rmtree(found)
 
     @property
     def config_file(self) -> Path:
@@ -112,6 +135,7 @@ class RunFolder:
         """Forget rows of steps that the saved state does not have, which will be taken again, and half rows."""
         self._write_rows("metrics.jsonl", [row for row in self.read_metrics() if row["step"] <= step])
         self._write_rows("samples.jsonl", [row for row in self.read_samples().values() if row["step"] <= step])
+        self.drop_best_but(range(step + 1))
 
     def append_sample(self, step: int, prompt: str, text: str) -> None:
         self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
@@ -138,6 +162,12 @@ class RunFolder:
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         with _named(str(self.path / name)):
             write_atomically(self.path / name, write)
+
+
+def run_of(path: Path) -> RunFolder:
+    """The run folder at a path, or that which keeps the checkpoint at the path among its best."""
+    is_kept = path.absolute().parent.name == "best" and not RunFolder(path).config_file.is_file()
+    return RunFolder(path.absolute().parents[1] if is_kept else path)
 
 
 def checkpoint_in(path: Path) -> Path:

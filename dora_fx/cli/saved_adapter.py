@@ -14,7 +14,7 @@ from dora_fx.checkpoint.plain import WholeAdapter, read_adapters
 from dora_fx.cli.base_model import resolve_base
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.options_file import read_options_file
-from dora_fx.cli.run_folder import RunFolder, checkpoint_in
+from dora_fx.cli.run_folder import checkpoint_in, run_of
 from dora_fx.hf.adapter_source import split_adapter
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule
@@ -111,7 +111,7 @@ def _resolve(base: str, *, is_named: bool) -> Path:
 
 def _base_of(source: Path) -> str:
     """The base that a run was started with."""
-    folder = RunFolder(source)
+    folder = run_of(source)
     if not folder.config_file.is_file():
         raise UserError(f"{source}: no folder of a run, whose config.yaml names the base; give --base")
     options = read_options_file(folder.config_file)

@@ -111,10 +111,10 @@ class Trainer:
         with torch.compiler.set_stance("force_eager"):
             self.passes.token_losses(self._micro_batch(self._sequences.train[: self._options.batch_size]))
 
-    def save(self, checkpoint: Path) -> None:
+    def save(self, checkpoint: Path, *, with_optimizer: bool = True) -> None:
         """Save the state after the last complete step; every rank calls it. Raises CheckpointError."""
         extra = {"step": self.step, "text": self._sequences.fingerprint}
-        save_checkpoint(self.model, checkpoint, self._optimizer.megatron, extra=extra)
+        save_checkpoint(self.model, checkpoint, self._optimizer.megatron if with_optimizer else None, extra=extra)
 
     def load(self, checkpoint: Path) -> None:
         """Go on where `save` was called, at any parallel size; every rank calls it.

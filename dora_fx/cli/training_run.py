@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,9 +20,11 @@ from dora_fx.cli.sample import generate_greedily
 from dora_fx.cli.stop_signals import StopSignals
 from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.trainer import Trainer
+from dora_fx.cli.training_log import training_log
 
 logger = logging.getLogger(__name__)
 
+_ROW = ("step", "loss", "lr", "grad_norm", "tokens", "seconds")
 _SMALLER_BATCH = "take a smaller --batch-size, with --gradient-accumulation in its place, or --sequence-length"
 
 
@@ -54,9 +57,10 @@ class TrainingRun:
         if self.options.resume is not None:
             self._restore()
         try:
-            with self.stop.deferred(), fitting_in_memory("a batch", _SMALLER_BATCH):
+            with self._logging(), self.stop.deferred(), fitting_in_memory("a batch", _SMALLER_BATCH):
                 self.trainer.allocate_buffers()
-                self._measure()
+                if self.trainer.step == 0:
+                    self._measure()
                 self._train()
                 self._measure()
         except Interrupted as interrupted:
@@ -99,8 +103,11 @@ class TrainingRun:
                 self.stop.raise_if_requested()
                 if trainer.step == options.steps:
                     break
-                if options.eval_every and trainer.step % options.eval_every == 0:
+                if options.measuring_interval and trainer.step % options.measuring_interval == 0:
                     self._measure_held_out(shown.say)
+                    if self._lost_patience():
+                        shown.say(f"no lower held-out loss in {options.patience} measurements: stopped early")
+                        break
                 if options.save_every and trainer.step % options.save_every == 0:
                     self._save()
         self._save()
@@ -116,16 +123,12 @@ class TrainingRun:
                 raise
             logger.debug("the step under way failed after a signal", exc_info=True)
             return
-        row = {name: getattr(metrics, name) for name in ("step", "loss", "lr", "grad_norm", "tokens", "seconds")}
-        if self.ranks.is_main:
-            self.folder.append_metrics(row)
+        self._enter({name: getattr(metrics, name) for name in _ROW})
         shown.show(metrics)
 
     def _measure(self) -> None:
         """Held-out loss and sample, before the first step and after the last; whatever is there is not redone."""
         step = self.trainer.step
-        if step not in (0, self.options.steps):
-            return
         if step not in self._held_out_losses():
             once = " (and compiling for it, once)" if step == 0 and self.options.compile != "none" else ""
             with self.display.phase(f"measuring the held-out loss{once}"):
@@ -136,9 +139,36 @@ class TrainingRun:
 
     def _measure_held_out(self, say: Callable[[str], None]) -> None:
         loss = self.trainer.held_out_loss(between=self.stop.raise_if_requested)
-        if self.ranks.is_main:
-            self.folder.append_metrics({"step": self.trainer.step, "held_out_loss": loss})
+        self._enter({"step": self.trainer.step, "held_out_loss": loss})
         say(f"held-out loss at step {self.trainer.step}: {loss:.4f}")
+        self._keep_best()
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        names = self.options.logs if self.ranks.is_main else []
+        with training_log(names, self.folder.path, saved_options(self.options), self.trainer.step + 1) as self._log:
+            yield
+
+    def _enter(self, row: dict[str, float]) -> None:
+        if self.ranks.is_main:
+            self.folder.append_metrics(row)
+            self._log(row)
+
+    def _keep_best(self) -> None:
+        """Keep the adapters if they are among the best measured, and those of no worse measurement."""
+        step, losses = self.trainer.step, self._held_out_losses()
+        losses.pop(0, None)
+        best = sorted(losses, key=lambda measured: (losses[measured], measured))[: self.options.keep]
+        if step in best:
+            self.ranks.from_main(self.folder.make_best)
+            with _saving():
+                self.trainer.save(self.folder.best_of(step), with_optimizer=False)
+        self.ranks.from_main(self.folder.drop_best_but, best)
+
+    def _lost_patience(self) -> bool:
+        losses = self._held_out_losses()
+        best = min(losses, key=lambda measured: (losses[measured], measured))
+        return 0 < self.options.patience <= sum(measured > best for measured in losses)
 
     def _generate(self) -> None:
         tokens = generate_greedily(
@@ -160,10 +190,8 @@ class TrainingRun:
     def _save(self) -> None:
         """Save the state unless it is saved already, and draw the curve; every rank calls it."""
         if self.saved_step != self.trainer.step:
-            try:
+            with _saving():
                 self.trainer.save(self.folder.checkpoint)
-            except CheckpointError as error:
-                raise UserError(str(error)) from error
             self.saved_step = self.trainer.step
         if self.ranks.is_main:
             self.folder.draw_loss_curve()
@@ -171,7 +199,8 @@ class TrainingRun:
     def _say_results(self) -> None:
         say, folder = self.display.say, self.folder
         losses, samples = self._held_out_losses(), self.ranks.from_main(folder.read_samples)
-        after, last = losses[self.options.steps], samples.get(self.options.steps)
+        step = self.trainer.step
+        after, last = losses[step], samples.get(step)
         # A run whose files were removed in between knows nothing of its start.
         before, first = losses.get(0), samples.get(0)
         compared = "" if before is None else f"{before:.4f} before, "
@@ -181,5 +210,16 @@ class TrainingRun:
             if first is not None:
                 say(f"before:  {first['text']!r}")
             say(f"after:   {last['text']!r}")
+        best = min(losses, key=lambda measured: (losses[measured], measured))
+        if best not in (0, step) and self.ranks.from_main(folder.best_of(best).is_dir):
+            say(f"best held-out loss: {losses[best]:.4f} at step {best}, kept in {folder.best_of(best)}")
         say(f"\nrun folder: {folder.path}\n  loss curve: {folder.loss_curve.name}   adapter: {folder.checkpoint.name}")
         say(f"train on with: dora-fx finetune --resume {folder.path} --steps {2 * self.options.steps}")
+
+
+@contextmanager
+def _saving() -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise UserError(str(error)) from error

@@ -42,7 +42,7 @@ def build_gpt_model(
     """A Megatron GPTModel or HybridModel that computes what the Hugging Face model computes.
 
     Megatron's model-parallel groups must exist (`dora_fx.megatron.world`); each rank keeps the layers of its pipeline
-    stage, and of them the tensor-parallel shards. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the
+    stage, and its tensor-parallel shards of them. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the
     attention mask. `export_hf` gives the layers the checkpoint's names again.
 
     Args:

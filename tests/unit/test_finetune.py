@@ -32,6 +32,7 @@ def test_a_run_writes_its_folder_and_learns(
     options = ["--compile", "layer", "--inner-compiler", "eager", "--gradient-accumulation", 2, "--eval-every", 10]
     assert finetune(*inputs, *options, "--run", run, "--steps", 30) == 0
     assert sorted(path.name for path in run.iterdir()) == [
+        "best",
         "checkpoint",
         "config.yaml",
         "loss.png",
