@@ -14,18 +14,11 @@ import torch
 import dora_fx
 from dora_fx import DoRA
 from dora_fx.attach.report import DoRAReport
-from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base
+from dora_fx.cli.base_model import DTYPES, build_base_model, chosen_device, load_checkpoint, resolve_base
 from dora_fx.cli.data import demo_documents, read_documents
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.memory import fitting_in_memory
-from dora_fx.cli.options import (
-    FinetuneOptions,
-    add_options,
-    check_resumable,
-    options_from,
-    options_in_order,
-    saved_options,
-)
+from dora_fx.cli.options import FinetuneOptions, check_resumable, options_from, saved_options
 from dora_fx.cli.progress import Display
 from dora_fx.cli.ranks import Ranks
 from dora_fx.cli.run_folder import RunFolder
@@ -35,19 +28,7 @@ from dora_fx.cli.trainer import Trainer
 from dora_fx.cli.training_run import TrainingRun
 from dora_fx.cli.training_text import training_text
 
-__all__ = ["HELP", "options_in_order", "parser", "run"]
-
 _SMALLER_ADAPTER = "take a smaller --dim, or fewer --target-modules"
-HELP = "train a DoRA adapter on a text"
-
-
-def parser() -> Any:
-    """The command's jsonargparse parser."""
-    import jsonargparse
-
-    command = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
-    add_options(command)
-    return command
 
 
 def run(parsed: dict[str, Any]) -> int:
@@ -63,7 +44,7 @@ def run(parsed: dict[str, Any]) -> int:
     folder = _run_folder(options)
     dora = _dora(options)
     documents = _documents(options)
-    device = _device(options)
+    device = chosen_device(options.device)
     display = Display(quiet=not ranks.is_main)
     stop = StopSignals(agree=ranks.largest)
     with stop.installed(), ranks.world(device, options.seed, options.tp):
@@ -95,6 +76,11 @@ def run(parsed: dict[str, Any]) -> int:
 
 
 def _check_world_size(options: FinetuneOptions, ranks: Ranks) -> None:
+    if options.tp == 1 and ranks.world_size > 1:
+        raise UserError(
+            f"found {ranks.world_size} processes and no --tp; give --tp {ranks.world_size} to shard the model over "
+            "them, or start the command without torchrun"
+        )
     if ranks.world_size != options.tp:
         raise UserError(
             f"--tp {options.tp}: found {ranks.world_size} processes, expected as many as the tensor-parallel size; "
@@ -140,15 +126,6 @@ def _dora(options: FinetuneOptions) -> DoRA:
         raise UserError(str(error)) from error
 
 
-def _device(options: FinetuneOptions) -> str:
-    available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise UserError("--device cuda: torch finds no CUDA GPU here")
-    if options.device == "auto":
-        return "cuda" if available else "cpu"
-    return options.device
-
-
 def _documents(options: FinetuneOptions) -> list[str]:
     if options.data is None:
         return demo_documents()
@@ -168,11 +145,10 @@ def _saying_where(options: FinetuneOptions, name: str) -> Iterator[None]:
 
 
 def _resolve_base(options: FinetuneOptions, display: Display, ranks: Ranks) -> Path:
-    if options.base != "smollm2":
-        with _saying_where(options, "base"):
-            return resolve_base(options.base)
-    with display.phase("finding SmolLM2-135M, a download of about 90 MB the first time"):
-        return ranks.main_first(resolve_base, options.base)
+    if options.base == "smollm2":
+        return ranks.main_first(resolve_base, options.base, display)
+    with _saying_where(options, "base"):
+        return resolve_base(options.base, display)
 
 
 def _adapt(dora: DoRA, model: Any) -> DoRAReport:

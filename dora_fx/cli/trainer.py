@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,8 @@ from dora_fx.checkpoint import load_checkpoint, save_checkpoint
 from dora_fx.cli.data import TokenBlocks, training_batch
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
 from dora_fx.cli.options import FinetuneOptions
+from dora_fx.cli.step_metrics import StepMetrics
 from dora_fx.models import causal_mask
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """Of one optimizer step. `loss` is the mean over its tokens, in nats; `grad_norm` is before clipping."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    seconds: float
 
 
 class Trainer:

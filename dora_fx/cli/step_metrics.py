@@ -1,0 +1,17 @@
+"""What one training step is measured by, for whoever shows it or keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Of one optimizer step. `loss` is the mean over its tokens, in nats; `grad_norm` is before clipping."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
