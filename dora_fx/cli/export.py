@@ -6,32 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dora_fx.cli.progress import Display
-from dora_fx.cli.saved_adapter import add_arguments, open_saved_adapter, or_user_error, write_folder
+from dora_fx.cli.saved_adapter import open_saved_adapter, or_user_error, write_folder
 from dora_fx.hf.adapter_source import one_dropout
 from dora_fx.hf.export_adapter import warn_of_tied_output
 from dora_fx.hf.layers import every_hf_path
 from dora_fx.hf.peft_files import write_peft_adapter
 from dora_fx.models.hf_architectures import HF_ARCHITECTURES
 
-HELP = "write the adapter of a run or a checkpoint for Hugging Face PEFT"
-
 # What PEFT can find by name; the GGUF file that the name stands for in this command is a quantised copy.
 _HF_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-
-
-def parser() -> Any:
-    """The command's jsonargparse parser."""
-    import jsonargparse
-
-    command = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
-    add_arguments(command)
-    command.add_argument(
-        "--base-name",
-        type=str | None,
-        default=None,
-        help="Hugging Face name or directory by which PEFT finds the base; the base's own by default",
-    )
-    return command
 
 
 def run(parsed: dict[str, Any]) -> int:

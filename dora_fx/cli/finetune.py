@@ -15,18 +15,18 @@ import torch
 import dora_fx
 from dora_fx import DoRA
 from dora_fx.attach.report import DoRAReport
-from dora_fx.cli.base_model import DTYPES, build_base_model, load_checkpoint, resolve_base, resolve_spec
+from dora_fx.cli.base_model import (
+    DTYPES,
+    build_base_model,
+    chosen_device,
+    load_checkpoint,
+    resolve_base,
+    resolve_spec,
+)
 from dora_fx.cli.data import TrainingData, demo_data, read_data
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.memory import estimate_memory, fitting_in_memory, memory_warning_maybe
-from dora_fx.cli.options import (
-    FinetuneOptions,
-    add_options,
-    check_resumable,
-    options_from,
-    options_in_order,
-    saved_options,
-)
+from dora_fx.cli.options import FinetuneOptions, check_resumable, options_from, saved_options
 from dora_fx.cli.progress import Display
 from dora_fx.cli.ranks import Ranks
 from dora_fx.cli.recompute import recompute_layers
@@ -39,19 +39,7 @@ from dora_fx.cli.training_run import TrainingRun
 from dora_fx.cli.training_text import TrainingText, training_text, with_steps
 from dora_fx.models.specs import Spec
 
-__all__ = ["HELP", "options_in_order", "parser", "run"]
-
 _SMALLER_ADAPTER = "take a smaller --dim, or fewer --target-modules"
-HELP = "train a DoRA adapter on a text"
-
-
-def parser() -> Any:
-    """The command's jsonargparse parser."""
-    import jsonargparse
-
-    command = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
-    add_options(command)
-    return command
 
 
 def run(parsed: dict[str, Any]) -> int:
@@ -69,7 +57,7 @@ def run(parsed: dict[str, Any]) -> int:
     folder = _run_folder(options)
     dora = _dora(options)
     data = _data(options)
-    device = _device(options)
+    device = chosen_device(options.device)
     spec = resolve_spec(options, device)
     options, notes = without_packing_beside(spec, options, data)
     display = Display(quiet=not ranks.is_main)
@@ -114,6 +102,11 @@ def _check_world_size(options: FinetuneOptions, ranks: Ranks) -> None:
     expected = options.tp * options.pp * options.dp
     if ranks.world_size == expected:
         return
+    if expected == 1:
+        raise UserError(
+            f"found {ranks.world_size} processes and no --tp; give --tp {ranks.world_size} to shard the model over "
+            "them, or --pp or --dp, or start the command without torchrun"
+        )
     sizes = [(name, getattr(options, name)) for name in ("tp", "pp", "dp")]
     shown = " ".join(f"--{name} {size}" for name, size in sizes if size > 1 or name == "tp")
     raise UserError(
@@ -163,15 +156,6 @@ def _dora(options: FinetuneOptions) -> DoRA:
         )
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
-
-
-def _device(options: FinetuneOptions) -> str:
-    available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise UserError("--device cuda: torch finds no CUDA GPU here")
-    if options.device == "auto":
-        return "cuda" if available else "cpu"
-    return options.device
 
 
 def _data(options: FinetuneOptions) -> TrainingData:
@@ -227,11 +211,10 @@ def _saying_where(options: FinetuneOptions, name: str) -> Iterator[None]:
 
 
 def _resolve_base(options: FinetuneOptions, display: Display, ranks: Ranks) -> Path:
-    if options.base != "smollm2":
-        with _saying_where(options, "base"):
-            return resolve_base(options.base)
-    with display.phase("finding SmolLM2-135M, a download of about 90 MB the first time"):
-        return ranks.main_first(resolve_base, options.base)
+    if options.base == "smollm2":
+        return ranks.main_first(resolve_base, options.base, display)
+    with _saying_where(options, "base"):
+        return resolve_base(options.base, display)
 
 
 def _adapt(dora: DoRA, model: Any) -> DoRAReport:

@@ -17,21 +17,9 @@ from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.run_folder import checkpoint_in
 
-HELP = "show what a checkpoint holds and whether it is whole"
 DAMAGED_EXIT_CODE = 1
 
 Rows = list[tuple[str, ...]]
-
-
-def parser() -> Any:
-    """The command's jsonargparse parser."""
-    import jsonargparse
-
-    command = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
-    command.add_argument(
-        "checkpoint", type=Path, help="what dora_fx.save_checkpoint wrote, or the folder of a run of dora-fx finetune"
-    )
-    return command
 
 
 def run(parsed: dict[str, Any]) -> int:

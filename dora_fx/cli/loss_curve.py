@@ -1,24 +1,36 @@
-"""The picture of a run: training loss by step, and the held-out loss where it was measured."""
+"""The picture of a run: losses by step, training and held-out, and below them the speed."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _SMOOTHING = 0.9
+_HEADROOM = 1.25
 
 
-def draw_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG of the rows of metrics.jsonl."""
+def draw_loss_curve(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Write a PNG of the rows of metrics.jsonl, with two axes over the same steps: nats per token, and tokens/s."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, speed = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    _draw_losses(losses, rows)
+    losses.set_title(title, loc="left", parse_math=False)
+    _draw_speed(speed, rows)
+    # No step is between two others, also where there are few.
+    speed.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _draw_losses(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
@@ -26,14 +38,29 @@ def draw_loss_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if held_out:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, color="tab:orange", marker="o", label="held out")
+        # On white, so that the number can be read where it lies on the training loss.
+        box = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1)
         for step, loss in held_out:
-            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 7), ha="center")
-    axes.set_xlabel("optimizer step")
+            at = dict(textcoords="offset points", xytext=(0, 9), ha="center")
+            axes.annotate(f"{loss:.3f}", (step, loss), color="tab:orange", bbox=box, **at)
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     if train or held_out:
         axes.legend()
-    figure.savefig(path, dpi=120, format="png")
+
+
+def _draw_speed(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    timed = [row for row in rows if row.get("seconds", 0) > 0 and "tokens" in row]
+    if timed:
+        speeds = [row["tokens"] / row["seconds"] for row in timed]
+        median = statistics.median(speeds)
+        axes.plot([row["step"] for row in timed], speeds, color="tab:green", linewidth=1)
+        axes.axhline(median, color="tab:green", alpha=0.5, linestyle="--", label=f"median {median:,.0f}")
+        axes.set_ylim(0, _HEADROOM * max(speeds))
+        axes.legend(loc="lower right")
+    axes.set_xlabel("optimizer step (the first compiles)")
+    axes.set_ylabel("tokens/s")
+    axes.grid(alpha=0.3)
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:

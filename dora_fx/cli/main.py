@@ -11,9 +11,11 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
-from typing import Any
 
+from dora_fx.cli.command_line import with_hint, with_lists
+from dora_fx.cli.commands import COMMANDS
 from dora_fx.cli.errors import Interrupted, UserError
+from dora_fx.cli.options import DEMO_DEFAULTS, LIST_OPTIONS, options_in_order
 from dora_fx.version import __version__
 
 USER_ERROR_EXIT_CODE = 2
@@ -32,8 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] == "dora_fx":
             raise
         return _fail(f'{error.name} is not installed; the command needs: pip install "dora-fx[demo]"')
-    except ArgumentError as error:
-        return _fail(_in_terms_of_options(str(error)))
     except UserError as error:
         return _fail(str(error))
     except Interrupted as error:
@@ -51,22 +51,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     import jsonargparse
 
-    from dora_fx.cli import export, finetune, inspect, merge
-
     parser = jsonargparse.ArgumentParser(
         prog="dora-fx",
         description="DoRA fine-tuning of Megatron-Core models.",
         exit_on_error=False,
+        allow_abbrev=False,
         version=__version__,
     )
-    commands = parser.add_subcommands(required=True, dest="command")
-    modules: dict[str, Any] = {"finetune": finetune, "export": export, "merge": merge, "inspect": inspect}
-    for name, module in modules.items():
-        commands.add_subcommand(name, module.parser(), help=module.HELP)
+    subcommands = parser.add_subcommands(required=True, dest="command")
+    parsers = {name: command.parser() for name, command in COMMANDS.items()}
+    for name, command in COMMANDS.items():
+        subcommands.add_subcommand(name, parsers[name], help=command.help)
     if argv[:1] == ["finetune"]:
-        argv = ["finetune", *finetune.options_in_order(argv[1:])]
-    parsed = parser.parse_args(argv)
-    return int(modules[parsed.command].run(parsed[parsed.command].as_dict()))
+        argv = ["finetune", *options_in_order(with_lists(argv[1:], LIST_OPTIONS))]
+    try:
+        parsed = parser.parse_args(argv)
+        if parsed.command == "finetune" and parsed.finetune.demo:
+            # What the command line and files of options say goes on top of these as of any other defaults.
+            parsers["finetune"].set_defaults(DEMO_DEFAULTS)
+            parsed = parser.parse_args(argv)
+    except ArgumentError as error:
+        message = _in_terms_of_options(str(error))
+        known = parsers[argv[0]].get_defaults().keys() if argv and argv[0] in parsers else parsers
+        raise UserError(with_hint(message, [name.replace("_", "-") for name in known])) from error
+    return COMMANDS[parsed.command].run(parsed[parsed.command].as_dict())
 
 
 def _quieten_libraries() -> None:

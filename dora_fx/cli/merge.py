@@ -5,26 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dora_fx.checkpoint.checks import check_base
-from dora_fx.checkpoint.directory import open_checkpoint
 from dora_fx.cli.base_model import load_checkpoint
 from dora_fx.cli.progress import Display
-from dora_fx.cli.saved_adapter import SavedAdapter, add_arguments, open_saved_adapter, or_user_error, write_folder
-from dora_fx.hf.base_digests import base_digests
+from dora_fx.cli.saved_adapter import check_base_digests, open_saved_adapter, or_user_error, write_folder
 from dora_fx.hf.merged_model import merged_state_dict, save_hf_model
 from dora_fx.models.base_files import companion_files
-from dora_fx.models.hf_checkpoint import HFCheckpoint
-
-HELP = "write the base with the adapter of a run or a checkpoint merged in, as a Hugging Face model"
-
-
-def parser() -> Any:
-    """The command's jsonargparse parser."""
-    import jsonargparse
-
-    command = jsonargparse.ArgumentParser(description=__doc__, exit_on_error=False)
-    add_arguments(command)
-    return command
 
 
 def run(parsed: dict[str, Any]) -> int:
@@ -47,21 +32,9 @@ def run(parsed: dict[str, Any]) -> int:
         or_user_error(f"--base {saved.base}: ", companion_files, saved.base_path)
     with display.phase(f"loading {saved.base_path.name}"):
         checkpoint = load_checkpoint(saved.base_path, dtype)
-        or_user_error(f"--base {saved.base}: ", _check_base, saved, checkpoint)
+        or_user_error(f"--base {saved.base}: ", check_base_digests, saved, checkpoint)
     with display.phase("merging"):
         merged = or_user_error(f"{saved.path}: ", merged_state_dict, checkpoint, saved.modules)
     write_folder(target, lambda into: save_hf_model(checkpoint, merged, into))
     display.say(f"merged model: {target}")
     return 0
-
-
-def _check_base(saved: SavedAdapter, checkpoint: HFCheckpoint) -> None:
-    directory, manifest = open_checkpoint(saved.path)
-    found = base_digests(
-        checkpoint.config,
-        checkpoint.state_dict,
-        manifest.base,
-        non_homogeneous_layers=manifest.non_homogeneous_layers,
-        names=saved.names,
-    )
-    check_base(directory, manifest, found, any_base=False)

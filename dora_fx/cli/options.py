@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dora_fx.cli.errors import UserError
-from dora_fx.cli.options_file import read_options_file
-from dora_fx.cli.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ class DataOptions:
     """Text and samples"""
 
     demo: bool = field(
-        default=False, metadata={"help": "train on a text that every Python has: the language reference in pydoc_data"}
+        default=False,
+        metadata={"help": "train on a text that every Python has, the language reference in pydoc_data, for 60 steps"},
     )
     data: Path | None = field(
         default=None,
@@ -219,6 +218,14 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
 
 
 _MEASUREMENTS = 5
+# For the text of `--demo`. The prompt is a sentence that the text does not have, so what follows is not quoted, and
+# shows in whose style the model writes.
+DEMO_DEFAULTS: dict[str, Any] = {
+    "steps": 60,
+    "sample_tokens": 48,
+    "prompt": "Dictionaries map keys to values.",
+}
+
 _GROUPS = (ModelOptions, DataOptions, AdapterOptions, TrainingOptions, RunOptions)
 _POSITIVE = (lambda value: value > 0, "a positive integer")
 _NOT_NEGATIVE = (lambda value: value >= 0, "zero or a positive integer")
@@ -299,6 +306,15 @@ def check_resumable(options: FinetuneOptions, saved: dict[str, Any]) -> None:
             raise UserError(f"{_flag(name)}: found {value!r}, but the run to resume was started with {saved[name]!r}")
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+LIST_OPTIONS = frozenset(
+    _flag(option.name) for option in dataclasses.fields(FinetuneOptions) if option.type == "list[str]"
+)
+
+
 def options_in_order(argv: list[str]) -> list[str]:
     """Arguments of the command so that what comes later wins: a resumed run's config, `--config`, the others.
 
@@ -316,6 +332,9 @@ def options_in_order(argv: list[str]) -> list[str]:
             continue
         value = value if equals else next(arguments, "")
         if name == "--config":
+            # torch comes with it, which the help and a misspelled option do without.
+            from dora_fx.cli.options_file import read_options_file
+
             # The parser says of some files that it cannot read neither their names nor that they are files.
             if os.path.exists(value):
                 in_file = read_options_file(Path(value), "--config")
@@ -325,6 +344,8 @@ def options_in_order(argv: list[str]) -> list[str]:
                     others.append("--epochs=null")
             configs.append(f"--config={value}")
         else:
+            from dora_fx.cli.run_folder import RunFolder
+
             folder = RunFolder(Path(value))
             folder.saved_config()
             resumed.append(f"--config={folder.config_file}")
@@ -335,7 +356,3 @@ def options_in_order(argv: list[str]) -> list[str]:
 def _check_one_length(place: str, has_both: bool) -> None:
     if has_both:
         raise UserError(f"--epochs: found --steps beside it in {place}, expected one of them")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

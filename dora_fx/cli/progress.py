@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Column
 
-from dora_fx.cli.trainer import StepMetrics
+from dora_fx.cli.step_metrics import StepMetrics
 
 _PLAIN_LINES = 20
+# Columns of a terminal that has room for a bar beside the numbers, and those that the numbers take.
+_WIDE = 80
+_NUMBERS = 66
 
 
 class Display:
     """Messages, phases of unknown length, and the bar of training steps."""
 
-    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
-        """`quiet` shows nothing at all: of several processes one talks."""
-        self._console = console or Console(quiet=quiet)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False, to_stderr: bool = False) -> None:
+        """`quiet` shows nothing at all: of several processes one talks. `to_stderr` leaves stdout to results."""
+        self._console = console or Console(quiet=quiet, stderr=to_stderr)
 
     def say(self, text: str = "") -> None:
         """Print a line as it is, whatever brackets it has, and however long."""
@@ -30,7 +44,8 @@ class Display:
         """Announce something that takes a while, and say how long it took."""
         start = time.perf_counter()
         if self._console.is_terminal:
-            with self._console.status(f"{text} ..."):
+            # The dots that rich draws by default are letters that ASCII lacks.
+            with self._console.status(f"{text} ...", spinner="line" if self._console.options.ascii_only else "dots"):
                 yield
         else:
             self.say(f"{text} ...")
@@ -38,21 +53,42 @@ class Display:
         self.say(f"{text}: {time.perf_counter() - start:.1f} s")
 
     @contextlib.contextmanager
+    def download(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Announce a download of `total` bytes; the function that is yielded takes those that have come."""
+        start, size = time.perf_counter(), f"{total / 1e6:.0f} MB"
+        if self._console.is_terminal:
+            self.say(f"{text} ({size})")
+            columns: tuple[ProgressColumn, ...] = (self._bar_column(), DownloadColumn(), TransferSpeedColumn())
+            with Progress(*columns, console=self._console, transient=True) as bar:
+                task = bar.add_task("", total=total)
+                yield lambda there: bar.update(task, completed=there)
+        else:
+            self.say(f"{text} ({size}) ...")
+            yield lambda there: None
+        self.say(f"downloaded {size}: {time.perf_counter() - start:.1f} s")
+
+    @contextlib.contextmanager
     def training(self, done: int, steps: int) -> Iterator[TrainingDisplay]:
         """Show steps as they come; `done` of `steps` are behind."""
         if not self._console.is_terminal:
             yield TrainingDisplay(self, done, steps, None, None)
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            TimeElapsedColumn(),
-        )
+        # What does not fit is cut; rich's ellipsis is a letter that ASCII lacks.
+        metrics = TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="crop"))
+        columns: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), metrics)
+        if self.is_wide:
+            columns = (TextColumn("{task.description}"), self._bar_column(), *columns, TimeElapsedColumn())
         with Progress(*columns, console=self._console) as bar:
             task = bar.add_task("training", total=steps, completed=done, metrics="")
             yield TrainingDisplay(self, done, steps, bar, task)
+
+    @property
+    def is_wide(self) -> bool:
+        """Return whether a line has room for all numbers of a step."""
+        return self._console.width >= _WIDE
+
+    def _bar_column(self) -> BarColumn:
+        return BarColumn(bar_width=max(10, min(40, self._console.width - _NUMBERS)))
 
 
 class TrainingDisplay:
@@ -72,7 +108,10 @@ class TrainingDisplay:
 
     def show(self, metrics: StepMetrics) -> None:
         """Enter one finished step."""
-        text = f"loss {metrics.loss:.4f}  {metrics.tokens / metrics.seconds:,.0f} tokens/s{self._time_left(metrics)}"
+        speed = f"  {metrics.tokens / metrics.seconds:,.0f} tokens/s"
+        if self._bar is not None and not self._display.is_wide:
+            speed = ""
+        text = f"loss {metrics.loss:.4f}{speed}{self._time_left(metrics)}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=metrics.step, metrics=text)
             return

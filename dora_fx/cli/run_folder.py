@@ -4,7 +4,7 @@ config.yaml      the options of the run
 report.txt       the adapted layers
 metrics.jsonl    one line per step, and one per held-out loss
 samples.jsonl    text generated before and after training
-loss.png         both as curves
+loss.png         the losses, and the speed below them, as curves
 checkpoint/      the trained parameters and all that `--resume` needs, see `dora_fx.save_checkpoint`
 best/step_N/     the adapters of the lowest held-out losses, as a checkpoint each
 """
@@ -30,6 +30,9 @@ from dora_fx.cli.options_file import read_options_file
 from dora_fx.files.durable import give_default_mode, sync
 from dora_fx.files.json_file import parse_json
 from dora_fx.files.regular_file import UnsafeFileError, open_regular
+
+# The values that the picture shows.
+_CURVES = ("loss", "held_out_loss", "tokens", "seconds")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -129,7 +132,7 @@ class RunFolder:
         Raises:
             UserError: the file cannot be read, or a line is none that `append_metrics` wrote.
         """
-        return _complete_rows(self.path / "metrics.jsonl", {name: (int, float) for name in ("loss", "held_out_loss")})
+        return _complete_rows(self.path / "metrics.jsonl", {name: (int, float) for name in _CURVES})
 
     def drop_rows_after(self, step: int) -> None:
         """Forget rows of steps that the saved state does not have, which will be taken again, and half rows."""
@@ -145,11 +148,11 @@ class RunFolder:
         rows = _complete_rows(self.path / "samples.jsonl", {"prompt": (str,), "text": (str,)}, all_there=True)
         return {row["step"]: row for row in rows}
 
-    def draw_loss_curve(self) -> None:
+    def draw_loss_curve(self, title: str) -> None:
         from dora_fx.cli.loss_curve import draw_loss_curve
 
         rows = self.read_metrics()
-        self._write(self.loss_curve.name, lambda path: draw_loss_curve(rows, path))
+        self._write(self.loss_curve.name, lambda path: draw_loss_curve(rows, title, path))
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with _named(str(self.path / name)), (self.path / name).open("a", encoding="utf-8") as file:
@@ -186,7 +189,10 @@ def checkpoint_in(path: Path) -> Path:
             f"{path}: found state.pt and no checkpoint, the folder of a run that an earlier version of dora_fx saved; "
             "go on with that version, or start a new run"
         )
-    raise UserError(f"{path}: there is no checkpoint, the run was stopped before it saved one; start it anew")
+    raise UserError(
+        f"{path}: there is no checkpoint, the run was stopped before it saved one, or is still going on; wait for its "
+        "end, where it saves (--save-every N saves before), or start it anew"
+    )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The input of `export` and `merge`: a run or a checkpoint, and the base that its adapters belong to."""
+"""The input of `export`, `merge` and `chat`: a run or a checkpoint, and the base that its adapters belong to."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dora_fx.checkpoint import CheckpointError
+from dora_fx.checkpoint.checks import check_base
 from dora_fx.checkpoint.directory import open_checkpoint
 from dora_fx.checkpoint.manifest import ATTENTION_AND_MLP
 from dora_fx.checkpoint.plain import WholeAdapter, read_adapters
 from dora_fx.cli.base_model import resolve_base
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.options_file import read_options_file
+from dora_fx.cli.progress import Display
 from dora_fx.cli.run_folder import checkpoint_in, run_of
 from dora_fx.hf.adapter_source import split_adapter
+from dora_fx.hf.base_digests import base_digests
 from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule
 from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP
 from dora_fx.models.architecture import architecture_of
 from dora_fx.models.decoder_names import DecoderNames
-from dora_fx.models.hf_checkpoint import load_hf_config
+from dora_fx.models.hf_checkpoint import HFCheckpoint, load_hf_config
 from dora_fx.models.hf_parts import HFParts, check_size
 
 T = TypeVar("T")
@@ -49,37 +52,44 @@ class SavedAdapter:
     modules: dict[str, PeftModule]
 
 
-def add_arguments(command: Any) -> None:
-    """The arguments that say what to read and where to write, for a jsonargparse parser."""
-    command.add_argument(
-        "checkpoint", type=Path, help="folder of a run of dora-fx finetune, or what dora_fx.save_checkpoint wrote"
-    )
-    command.add_argument("--to", type=Path, required=True, help="folder to write; it must not exist, or be empty")
-    command.add_argument(
-        "--base",
-        type=str | None,
-        default=None,
-        help="the adapter's base: a Hugging Face directory, a GGUF file, or smollm2; a run knows its own",
-    )
-
-
 def open_saved_adapter(parsed: dict[str, Any]) -> SavedAdapter:
-    """Check the arguments of `add_arguments` and read what they name; the base's weights are not read.
+    """Check the arguments of `export` and `merge` and read what they name; the base's weights are not read.
 
     Raises:
         UserError: the target is taken, there is no whole checkpoint, no base, or the adapter does not fit the base.
     """
     or_user_error("--to ", check_new_folder, Path(parsed["to"]))
-    source = Path(parsed["checkpoint"])
-    base = parsed["base"] or _base_of(source)
+    return read_saved_adapter(Path(parsed["checkpoint"]), parsed["base"])
+
+
+def read_saved_adapter(source: Path, named_base: str | None) -> SavedAdapter:
+    """Read the adapter of a run or a checkpoint, and the config of its base; the run knows its base by itself.
+
+    Raises:
+        UserError: there is no whole checkpoint, no base, or the adapter does not fit the base.
+    """
+    base = named_base or _base_of(source)
     path = checkpoint_in(source)
     layers = or_user_error("", read_adapters, path)
-    base_path = _resolve(base, is_named=bool(parsed["base"]))
+    base_path = _resolve(base, is_named=bool(named_base))
     config = or_user_error(f"--base {base}: ", load_hf_config, base_path)
     names = _names(path, config)
     layers = {names.gpt_path(layer): adapter for layer, adapter in layers.items()}
     modules = or_user_error(f"{path} on --base {base}: ", _modules, config, layers)
     return SavedAdapter(path, base, base_path, config, names, layers, modules)
+
+
+def check_base_digests(saved: SavedAdapter, checkpoint: HFCheckpoint) -> None:
+    """Raise CheckpointError if the adapter was trained on other weights than those of the checkpoint."""
+    directory, manifest = open_checkpoint(saved.path)
+    found = base_digests(
+        checkpoint.config,
+        checkpoint.state_dict,
+        manifest.base,
+        non_homogeneous_layers=manifest.non_homogeneous_layers,
+        names=saved.names,
+    )
+    check_base(directory, manifest, found, any_base=False)
 
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> None:
@@ -102,7 +112,7 @@ def or_user_error(prefix: str, function: Callable[..., T], *args: Any) -> T:
 
 def _resolve(base: str, *, is_named: bool) -> Path:
     try:
-        return resolve_base(base)
+        return resolve_base(base, Display())
     except UserError as error:
         if is_named:
             raise

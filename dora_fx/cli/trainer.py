@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,8 @@ from dora_fx.checkpoint import load_checkpoint, save_checkpoint
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
 from dora_fx.cli.options import FinetuneOptions
 from dora_fx.cli.passes import MicroBatch, Passes
+from dora_fx.cli.step_metrics import StepMetrics
 from dora_fx.data.sequences import Sequences, TrainingSequences, training_batch
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """Of one optimizer step.
-
-    `loss` is the mean over the tokens that are learned, in nats; `grad_norm` is before clipping; `tokens` are all but
-    padding.
-    """
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    tokens: int
-    seconds: float
 
 
 class Trainer:

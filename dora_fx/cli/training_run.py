@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -26,6 +28,14 @@ logger = logging.getLogger(__name__)
 
 _ROW = ("step", "loss", "lr", "grad_norm", "tokens", "seconds")
 _SMALLER_BATCH = "take a smaller --batch-size, with --gradient-accumulation in its place, or --sequence-length"
+
+# Commands for a finished run, with what each does.
+_NEXT = (
+    ("chat {run}", "talk to the trained model; --raw goes on with a text"),
+    ("export {run} --to adapter", "the adapter, for Hugging Face PEFT"),
+    ("merge {run} --to merged", "the whole model, for transformers and inference engines"),
+    ("finetune --resume {run} --steps {more}", "train on"),
+)
 
 
 @dataclass
@@ -85,7 +95,12 @@ class TrainingRun:
         except (CheckpointError, ValueError) as error:
             raise UserError(f"--resume {self.folder.path}: {error}") from error
         step, steps = self.trainer.step, self.options.steps
-        if step > steps or (step == steps and step in self._held_out_losses()):
+        if step > steps:
+            raise UserError(
+                f"--steps: found {steps}, but the run in {self.folder.path} was saved at step {step}; expected more "
+                "than that to go on, or another folder to start anew"
+            )
+        if step == steps and step in self._held_out_losses():
             raise UserError(f"--resume {self.folder.path}: all of its {step} steps are done; more with --steps")
         if self.ranks.is_main:
             self.folder.drop_rows_after(step)
@@ -194,7 +209,7 @@ class TrainingRun:
                 self.trainer.save(self.folder.checkpoint)
             self.saved_step = self.trainer.step
         if self.ranks.is_main:
-            self.folder.draw_loss_curve()
+            self.folder.draw_loss_curve(self._title())
 
     def _say_results(self) -> None:
         say, folder = self.display.say, self.folder
@@ -214,7 +229,16 @@ class TrainingRun:
         if best not in (0, step) and self.ranks.from_main(folder.best_of(best).is_dir):
             say(f"best held-out loss: {losses[best]:.4f} at step {best}, kept in {folder.best_of(best)}")
         say(f"\nrun folder: {folder.path}\n  loss curve: {folder.loss_curve.name}   adapter: {folder.checkpoint.name}")
-        say(f"train on with: dora-fx finetune --resume {folder.path} --steps {2 * self.options.steps}")
+        say("\nwhat comes next:")
+        path = shlex.quote(str(folder.path))
+        for command, meaning in _NEXT:
+            say(f"  # {meaning}\n  dora-fx {command.format(run=path, more=2 * self.options.steps)}")
+
+    def _title(self) -> str:
+        """What was trained on what, for the picture."""
+        options, text = self.options, "Python's language reference" if self.options.data is None else None
+        base = "SmolLM2-135M" if options.base == "smollm2" else Path(options.base).name
+        return f"{base} on {text or Path(str(options.data)).name}: DoRA of rank {options.dim}"
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def test_the_python_of_hugging_face_models_runs(tutorial_folder: Path) -> None:
 
 def test_the_tutorial_s_commands_run(tutorial_folder: Path) -> None:
     commands = [line.removeprefix("$ ") for block in blocks("tutorial.md", "console") for line in block.splitlines()]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "dora-fx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ import yaml
 from dora_fx.checkpoint.manifest import Manifest
 from dora_fx.cli.main import main
 from dora_fx.cli.optimizer import learning_rate
-from dora_fx.cli.options import FinetuneOptions, check_resumable, options_in_order, saved_options
+from dora_fx.cli.options import DEMO_DEFAULTS, FinetuneOptions, check_resumable, options_in_order, saved_options
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -144,6 +145,31 @@ def test_ranks_that_cannot_meet_say_so(
     shown = capsys.readouterr().err
     assert "error: the processes of the run do not find each other (" in shown and shown.count("\n") == 1
     assert message in shown and "; start the command with torchrun" in shown
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_torchrun_without_a_parallel_size_advises_one(
+    processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", 0), ("WORLD_SIZE", processes), ("LOCAL_RANK", 0)):
+        monkeypatch.setenv(name, str(value))
+    assert f"found {processes} processes and no --tp; give --tp {processes} to" in error_of(capsys, "--demo")
+
+
+def test_the_demo_has_defaults_of_its_own_below_whatever_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[dict[str, Any]] = []
+    monkeypatch.setattr("dora_fx.cli.finetune.run", lambda parsed: taken.append(parsed) or 0)
+    (tmp_path / "a.yaml").write_text("demo: true\neval_every: 7\n")
+    for arguments in (["--demo"], ["--config", str(tmp_path / "a.yaml"), "--steps", "9"], ["--data", "x.txt"]):
+        assert main(["finetune", *arguments]) == 0
+    demo, mixed, other = taken
+    assert DEMO_DEFAULTS.items() <= demo.items()
+    assert (mixed["steps"], mixed["eval_every"], mixed["prompt"]) == (9, 7, DEMO_DEFAULTS["prompt"])
+    assert other["prompt"] is None and other["steps"] == FinetuneOptions(demo=True).steps
+    # The curve of the demo has points between its ends, and the last step is measured anyway.
+    assert 3 <= demo["steps"] // demo["eval_every"] <= 10
 
 
 def test_a_folder_that_exists_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

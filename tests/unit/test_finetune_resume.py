@@ -141,6 +141,9 @@ def test_a_finished_run_can_be_trained_further_only_with_more_steps(
     capsys.readouterr()
     assert finetune("--resume", run) == 2
     assert f"--resume {run}: all of its 2 steps are done; more with --steps" in capsys.readouterr().err
+    assert finetune("--resume", run, "--steps", 1) == 2
+    assert f"--steps: found 1, but the run in {run} was saved at step 2; expected more" in capsys.readouterr().err
+    assert list(rows(run)) == [1, 2]
     assert finetune("--resume", run, "--steps", 3) == 0
     assert list(rows(run)) == [1, 2, 3]
 

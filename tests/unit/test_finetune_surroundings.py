@@ -178,14 +178,15 @@ def test_a_folder_in_place_of_a_record_is_named(name: str, folder: Path, capsys:
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1:strict", marks=pytest.mark.slow)])
 def test_a_sample_is_shown_on_a_terminal_that_lacks_its_letters(encoding: str, folder: Path) -> None:
     (folder / "text.txt").write_text("the quick brown fox\n" * 60, encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", "-m", "dora_fx.cli.main", "finetune"]
+    command = [sys.executable, "-m", "dora_fx.cli.main", "finetune"]
     prompt = ["--steps", "1", "--prompt", "na\u00efve \u2192 \U0001f98a", "--run", str(folder / "\u00e9t\u00e9")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
     environment |= dict(PYTHONIOENCODING=encoding, LC_ALL="C", OMP_NUM_THREADS="1")
     # Letters that this tokenizer does not know would come back as "?".
     add_letters(folder / "base", "na\u00efve \u2192 \U0001f98a")
     done = subprocess.run([*command, *options_of(folder, *prompt)], capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    # Without a terminal there are no bars, and no library says anything.
+    assert (done.returncode, done.stderr) == (0, b"")
     assert rb"\u2192" in done.stdout and rb"\U0001f98a" in done.stdout
     assert "\u2192" in RunFolder(folder / "\u00e9t\u00e9").read_samples()[1]["prompt"]
 
@@ -201,7 +202,7 @@ def add_letters(base: Path, letters: str) -> None:
 
 
 def test_output_that_nobody_reads_or_that_does_not_fit_ends_the_command(folder: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "dora_fx.cli.main", "inspect", str(folder / "run")]
+    command = [sys.executable, "-m", "dora_fx.cli.main", "inspect", str(folder / "run")]
     read, write = os.pipe()
     os.close(read)
     full = os.open("/dev/full", os.O_WRONLY)
@@ -271,7 +272,7 @@ def test_a_full_disk_is_one_line(name: str, folder: Path, capsys: pytest.Capture
     calls: dict[str, Callable[[], Any]] = {
         "metrics.jsonl": lambda: run.append_metrics({"step": 1}),
         "samples.jsonl": lambda: run.append_sample(1, "a", "b"),
-        "loss.png": run.draw_loss_curve,
+        "loss.png": lambda: run.draw_loss_curve("a title"),
     }
     with pytest.raises(UserError, match=rf"{name}: No (space left on device|such file or directory)$"):
         calls[name]()

