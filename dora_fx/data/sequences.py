@@ -27,6 +27,7 @@ class Batch:
         attention_mask: `[1, 1, s, s]`, or `[b, 1, s, s]` where sequences have several samples; True where a position
             must not look.
         num_tokens: how many of the inputs are no padding.
+        num_targets: losses that count.
     """
 
     tokens: Tensor
@@ -35,11 +36,7 @@ class Batch:
     position_ids: Tensor
     attention_mask: Tensor
     num_tokens: int
-
-    @property
-    def num_targets(self) -> int:
-        """Losses that count."""
-        return int(self.loss_mask.sum())
+    num_targets: int
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,9 @@ class Sequences:
             loss_mask = loss_mask & (self.sample[:, 1:] == self.sample[:, :-1])
             positions = _positions(self.sample[:, :-1])
             mask = separating_mask(self.sample[:, :-1].to(device))
+        num_targets = int(loss_mask.sum())  # before it is on a GPU, which would have to be waited for
         tokens, labels, loss_mask, positions = (part.to(device) for part in (tokens, labels, loss_mask, positions))
-        return Batch(tokens, labels, loss_mask, positions, mask, num_tokens)
+        return Batch(tokens, labels, loss_mask, positions, mask, num_tokens, num_targets)
 
 
 @dataclass(frozen=True)
