@@ -235,15 +235,15 @@ def test_rows_that_take_far_more_than_their_file_are_refused(tmp_path: Path) -> 
 
 
 def test_what_a_file_names_is_neither_opened_nor_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library datasets decodes such a column: it opens the path that is in it."""
-    import datasets
-
+    """With this metadata the library datasets decodes the column: it opens or fetches the path that is in it."""
     secret = tmp_path / "secret.png"
     secret.write_bytes(b"no picture")
-    features = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
-    rows = {"text": ["a"], "picture": [{"path": str(secret), "bytes": None}]}
+    features = {"text": {"dtype": "string", "_type": "Value"}, "picture": {"_type": "Image"}}
+    picture = pa.array([{"path": str(secret), "bytes": None}], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    table = pa.table({"text": ["a"], "picture": picture})
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pa.table(rows, schema=features.arrow_schema), path)
+    pyarrow.parquet.write_table(table, path)
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(socket, "socket", None)

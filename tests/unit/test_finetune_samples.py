@@ -1,13 +1,13 @@
-"""`dora-fx finetune` on samples of every format: its command line, what it says of the data, and its bad input."""
+"""`dora-fx finetune` on samples of every format: its command line, and what it says of the data."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -21,51 +21,19 @@ from dora_fx.cli.finetune import without_packing_beside
 from dora_fx.cli.options import FinetuneOptions
 from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.training_text import training_text, with_steps
+from dora_fx.data.formats import FORMATS
 from dora_fx.models.specs import Spec
 from tests.chat_templates import HEADERS, unmarked
 from tests.closeness import assert_close, rounding
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP, finetune, rows, step_of
-from tests.hf_models import save_tiny_checkpoint, tiny_hf_config, tiny_tokenizer
-
-WORDS = ("dog", "cat", "fox", "owl", "bee")
-
-
-def texts(number: int) -> tuple[str, str]:
-    """A question and its answer, of lengths that vary."""
-    word = WORDS[number % len(WORDS)]
-    return f"say {word}", " ".join([word] * (1 + number % 3))
-
-
-SAMPLES: dict[str, Callable[[str, str], dict[str, Any]]] = {
-    "messages": lambda ask, say: {
-        "messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": say}]
-    },
-    "sharegpt": lambda ask, say: {"conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": say}]},
-    "prompt-completion": lambda ask, say: {"prompt": f"{ask}: ", "completion": say},
-    "alpaca": lambda ask, say: {"instruction": ask, "input": "", "output": say},
-}
+from tests.hf_models import tiny_hf_config, tiny_tokenizer
+from tests.sample_files import SAMPLES, options, texts, write, write_inputs
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two bases, of which one has a chat template, and a file of every format."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_checkpoint(folder / "plain")
-    save_tiny_checkpoint(folder / "base")
-    (folder / "base" / "chat_template.jinja").write_text(unmarked(HEADERS))
-    for name, sample in SAMPLES.items():
-        write(folder / f"{name}.jsonl", [sample(*texts(number)) for number in range(40)])
-    return folder
-
-
-def write(path: Path, records: list[Any]) -> Path:
-    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    return path
-
-
-def options(folder: Path, data: str | Path, *more: object, base: str = "base") -> list[object]:
-    sizes = ("--sequence-length", 120, "--sample-tokens", 3, "--device", "cpu", "--compile", "none", "--lr", 0.01)
-    return ["--base", folder / base, "--data", folder / data, *sizes, *more]
+    """The inputs of every run here."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -228,71 +196,18 @@ def test_a_folder_of_parquet_files_is_trained_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
 
 
-def chat(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-GOOD = chat(("user", "a"), ("assistant", "b"))
-
-
-@pytest.mark.parametrize(
-    ("records", "message"),
-    [
-        (
-            [GOOD, {"messages": [{"content": "a"}]}],
-            "line 2, turn 1: found the fields 'content', expected an obje",
-        ),
-        ([GOOD, chat(("user", "a"), ("bot", "b"))], "line 2, turn 2: found 'bot' as role, expected one of system"),
-        ([GOOD, chat(("user", "a"), ("assistant", ""))], "line 2, turn 2: found an empty turn of the assistant"),
-        ([GOOD, chat(("user", "a"))], "line 2: found no turn of the assistant among 1"),
-        ([GOOD, {"text": "a"}], "line 2: found the fields 'text', expected those of messages (messages), which"),
-        ([{"text": "a"}, GOOD], "it is of the format messages, and a file or folder has one format"),
-        ([GOOD | {"text": "a"}], "say which with --data-format text or messages"),
-        (
-            [{"question": "a", "answer": "b"}],
-            "found the fields 'question', 'answer', expected those of a format; ",
-        ),
-        ([GOOD, ["a"]], "line 2: found a list, expected an object"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_bad_samples_are_named_before_anything_is_loaded(
-    records: list[Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_page_s_record_and_command_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path / "a.jsonl", records)
-    # The base does not exist either, and would be named if it were looked at first.
-    assert finetune("--data", data, "--base", "nowhere", "--run", tmp_path / "run") == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith(f"dora-fx: error: --data {data}, line ") and captured.err.count("\n") == 1
-    assert message in captured.err and captured.out == "" and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("data", "more", "message"),
-    [
-        ("messages.jsonl", (), "line 1: found a conversation, but the base's tokenizer has no chat template"),
-        ("sharegpt.jsonl", (), "line 1: found a conversation, but the base's tokenizer has no chat template"),
-        (
-            "messages.jsonl",
-            ("--data-format", "alpaca"),
-            "expected those of alpaca (instruction, output), which --",
-        ),
-        ("messages.jsonl", ("--data-format", "chat"), "--data-format: Expected Literal['auto', 'text', 'messages', "),
-        ("one.jsonl", (), "one.jsonl: found one sample, expected at least two"),
-        ("broken.parquet", (), "broken.parquet: cannot be read (ArrowInvalid: "),
-        ("text.txt", ("--no-packing",), "--no-packing: found texts, which are cut into sequences"),
-        ("text.txt", ("--too-long", "cut"), "--too-long: found texts, which are cut into sequences"),
-    ],
-)
-def test_data_that_do_not_suit_the_base_or_the_options_are_named(
-    data: str, more: tuple[object, ...], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write(folder / "one.jsonl", [SAMPLES["prompt-completion"](*texts(0))])
-    (folder / "broken.parquet").write_bytes(b"PAR1 and no more")
-    (folder / "text.txt").write_text("some text. " * 100)
-    assert finetune(*options(folder, data, "--run", tmp_path / "run", *more, base="plain")) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1 and not (tmp_path / "run").exists()
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (record,) = re.findall(r"^```json\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (command,) = re.findall(r"^\$ dora-fx finetune (.*)$", page, re.MULTILINE)
+    (tmp_path / "base").symlink_to(folder / "base")
+    (tmp_path / "chat.jsonl").write_text(record * 2)
+    monkeypatch.chdir(tmp_path)
+    assert finetune(*shlex.split(command)) == 0
+    assert "chat.jsonl, line 1: " in capsys.readouterr().out
+    assert all(f"| `{name}` |" in page for name in FORMATS)
 
 
 @pytest.mark.parametrize("spec", ["te", "hybrid"])
