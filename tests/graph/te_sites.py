@@ -60,18 +60,18 @@ CASES = {
 
 
 def added_collectives(
-    name: str, tp: int, sequence_parallel: bool, dropout: float, compiled: bool
+    name: str, tp: int, sequence_parallel: bool, dropout: float, compiled: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, dict[tuple[str, int], int]]:
     """What an adapted layer sends more than the layer itself, which runs Transformer Engine's own code; and less."""
     warnings.simplefilter("ignore")
     with fake_world(tp):
         parallel = "Row" in CASES[name]
         tokens = SEQUENCE // tp if sequence_parallel and not parallel else SEQUENCE
-        settings = dict(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
+        settings = dict(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel, params_dtype=dtype)
 
         def counts(adapts: bool) -> CollectiveCounts:
             torch._dynamo.reset()
-            x = torch.randn(tokens, BATCH, IN // tp if parallel else IN, requires_grad=True)
+            x = torch.randn(tokens, BATCH, IN // tp if parallel else IN, dtype=dtype, requires_grad=True)
             layer = te_layer(CASES[name], **settings)
             if not adapts:
                 return count_collectives(OneLinear(layer).requires_grad_(False), x)

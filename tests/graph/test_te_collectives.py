@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+import torch
 
 from tests.distributed.launch import call_in_process
 from tests.graph.sites import DIM, IN, OUT
@@ -55,6 +56,12 @@ def test_collectives_added_to_the_base_emulated_kernels(compiled):
 
 def every_case(compiled: bool) -> dict[tuple[str, bool, float], dict[str, dict[tuple[str, int], int]]]:
     return {case: added_collectives(case[0], TP, case[1], case[2], compiled) for case in CONTRACT}
+
+
+def test_gradients_of_two_dtypes_are_one_message_emulated_kernels():
+    # A's and B's are bfloat16, the magnitude's float32; all travel, and are added up, in float32.
+    added = call_in_process(added_collectives, "duplicated", TP, True, 0.0, True, torch.bfloat16)
+    assert added == {"once": {}, "forward": {}, "backward": EVERY_GRAD, "removed": {}}
 
 
 def test_every_kind_has_its_contract():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -232,6 +234,16 @@ def test_generalised_tensor_parallelism_emulated_kernels():
     )
 
 
+@contextmanager
+def fp8_autocast() -> Iterator[None]:
+    """Transformer Engine's own state within its autocast, which a machine without FP8 does not let in."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    with mock.patch.object(FP8GlobalStateManager.quantization_state, "fp8_enabled", True):
+        assert FP8GlobalStateManager.is_fp8_enabled()
+        yield
+
+
 def calls_in_another_state() -> None:
     for name in SINGLE_LAYERS[:1] + SINGLE_LAYERS[-1:]:
         model, x = layer_and_input(name)
@@ -250,6 +262,13 @@ def calls_in_another_state() -> None:
             ):
                 call(x)
             handle.remove()
+            with (
+                fp8_autocast(),
+                pytest.raises((ValueError, RuntimeError), match="linear: found Transformer Engine's FP8"),
+            ):
+                torch._dynamo.reset()
+                call(x)
+            torch._dynamo.reset()
             torch.testing.assert_close(call(x), plain, rtol=1e-5, atol=1e-6)
         with pytest.raises(
             ValueError, match=rf"^linear: the input has {HIDDEN + 1} features, the layer takes {HIDDEN}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from typing import Any, cast
 
 import torch
@@ -79,6 +80,10 @@ class _TELinear(LinearKind):
             )
         if torch.is_autocast_enabled(weight.device.type):
             return f"found torch.autocast around a {name}, expected none: it computes in its weight's {weight.dtype}"
+        if _fp8_is_enabled():
+            return (
+                f"found Transformer Engine's FP8 autocast around a {name}, expected none: its weight is {weight.dtype}"
+            )
         return None
 
 
@@ -136,6 +141,15 @@ class TEDuplicated(_TELinear):
     def layout_name(linear: Any) -> str:
         # The layer's own `sequence_parallel` is False: to Transformer Engine it is not parallel.
         return "replicated_sequence_parallel" if linear.config.sequence_parallel else "replicated"
+
+
+@torch.compiler.assume_constant_result
+def _fp8_is_enabled() -> bool:
+    """Return whether Transformer Engine, if anybody imported it, computes in FP8 now, or when a graph is traced."""
+    # Where its versions keep it.
+    modules = [sys.modules.get(f"transformer_engine.pytorch.{name}") for name in ("quantization", "fp8")]
+    states = [getattr(module, "FP8GlobalStateManager", None) for module in modules]
+    return any(state.is_fp8_enabled() for state in states if state is not None)
 
 
 def bypasses_its_linears(module: nn.Module) -> bool:
