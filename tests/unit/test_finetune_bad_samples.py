@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
 
-from dora_fx.cli.data import read_data
+from dora_fx.cli.data import demo_data, read_data
 from dora_fx.cli.errors import UserError
-from dora_fx.cli.finetune import _check_separable
+from dora_fx.cli.finetune import without_packing_beside
 from dora_fx.cli.options import FinetuneOptions
-from dora_fx.cli.tokens import BaseTokenizer
-from dora_fx.cli.training_text import training_text
+from dora_fx.models.specs import Spec
 from tests.finetune_runs import finetune
-from tests.hf_models import tiny_hf_config, tiny_tokenizer
 from tests.sample_files import SAMPLES, options, texts, write, write_inputs
 
 
@@ -92,20 +90,17 @@ def test_data_that_do_not_suit_the_base_or_the_options_are_named(
     assert message in captured.err and captured.err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def test_an_attention_that_takes_no_mask_does_not_get_packed_samples(folder: Path, world: None) -> None:
+@pytest.mark.parametrize("spec", ["te", "hybrid"])
+def test_an_attention_that_takes_no_mask_does_not_get_packed_samples(spec: Spec, folder: Path) -> None:
     """As Transformer Engine's, which is causal whatever the mask says."""
-
-    class CausalAttention(nn.Module):
-        pass
-
-    base = BaseTokenizer(folder / "plain", tiny_tokenizer(), 64)
-    data = read_data(folder / "prompt-completion.jsonl", "auto")
-    model = nn.ModuleDict({"core_attention": CausalAttention()})
-    for no_packing in (False, True):
-        chosen = FinetuneOptions(data=folder / "x", sequence_length=64, no_packing=no_packing)
-        text = training_text(chosen, data, base, tiny_hf_config(), "cpu")
-        if no_packing:
-            _check_separable(text, model)
-        else:
-            with pytest.raises(UserError, match="--no-packing: expected with this model"):
-                _check_separable(text, model)
+    samples, text = read_data(folder / "prompt-completion.jsonl", "auto"), demo_data()
+    options = FinetuneOptions(data=folder / "x")
+    assert without_packing_beside("local", options, samples) == (options, ())
+    assert without_packing_beside(spec, options, text) == (options, ())
+    chosen, notes = without_packing_beside(spec, options, samples)
+    assert chosen == replace(options, no_packing=True) and notes == (
+        f"attention of the {spec} spec keeps no packed samples apart: one in each",
+    )
+    assert without_packing_beside(spec, chosen, samples) == (chosen, ())
+    with pytest.raises(UserError, match=f"--spec: found {spec}, expected local: .* is trained on packed samples"):
+        without_packing_beside(spec, replace(options, resume=folder / "run"), samples)

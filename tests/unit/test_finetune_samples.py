@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import socket
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,14 +14,11 @@ import pytest
 import torch
 import yaml
 
-from dora_fx.cli.data import demo_data, read_data
-from dora_fx.cli.errors import UserError
-from dora_fx.cli.finetune import without_packing_beside
+from dora_fx.cli.data import read_data
 from dora_fx.cli.options import FinetuneOptions
 from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.training_text import training_text, with_steps
 from dora_fx.data.formats import FORMATS
-from dora_fx.models.specs import Spec
 from tests.chat_templates import HEADERS, unmarked
 from tests.closeness import assert_close, rounding
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP, finetune, rows, step_of
@@ -208,19 +204,3 @@ def test_the_page_s_record_and_command_run(
     assert finetune(*shlex.split(command)) == 0
     assert "chat.jsonl, line 1: " in capsys.readouterr().out
     assert all(f"| `{name}` |" in page for name in FORMATS)
-
-
-@pytest.mark.parametrize("spec", ["te", "hybrid"])
-def test_an_attention_that_takes_no_mask_does_not_get_packed_samples(spec: Spec, folder: Path) -> None:
-    """As Transformer Engine's, which is causal whatever the mask says."""
-    samples, text = read_data(folder / "prompt-completion.jsonl", "auto"), demo_data()
-    options = FinetuneOptions(data=folder / "x")
-    assert without_packing_beside("local", options, samples) == (options, ())
-    assert without_packing_beside(spec, options, text) == (options, ())
-    chosen, notes = without_packing_beside(spec, options, samples)
-    assert chosen == replace(options, no_packing=True) and notes == (
-        f"attention of the {spec} spec keeps no packed samples apart: one in each",
-    )
-    assert without_packing_beside(spec, chosen, samples) == (chosen, ())
-    with pytest.raises(UserError, match=f"--spec: found {spec}, expected local: .* is trained on packed samples"):
-        without_packing_beside(spec, replace(options, resume=folder / "run"), samples)
