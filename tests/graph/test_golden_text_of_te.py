@@ -33,7 +33,7 @@ def test_before_emulated_kernels():
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 48]", x: "f32[8, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", norm_weight: "f32[48]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
-        output: "f32[8, 2, 80]" = dora_fx_modules_marker_dora_linear(None, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, delta, grad_gain, grad_scale, None, None, norm_weight, None, 'RMSNorm', 1e-05, False)
+        output: "f32[8, 2, 80]" = dora_fx_modules_marker_dora_linear(None, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, None, None, None, delta, grad_gain, grad_scale, None, None, norm_weight, None, 'RMSNorm', 1e-05, False)
         return (output,)
 """,
     )
