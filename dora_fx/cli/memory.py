@@ -36,7 +36,7 @@ class MemoryEstimate:
     Attributes:
         parameters: of the base and the adapters, and buffers; exact.
         gradients, optimizer: of the adapters; exact.
-        activations: of the micro-batches that are under way at once, eager; compiled code keeps less.
+        activations: of the micro-batches that are under way at once, as eager layers keep them.
     """
 
     parameters: int

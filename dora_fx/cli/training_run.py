@@ -71,6 +71,9 @@ class TrainingRun:
                 self.trainer.allocate_buffers()
                 if self.trainer.step == 0:
                     self._measure()
+                elif self._is_measured(self.trainer.step) and self.trainer.step not in self._held_out_losses():
+                    # The run was stopped between the step and its measurement.
+                    self._measure_held_out(self.display.say)
                 self._train()
                 self._measure()
         except Interrupted as interrupted:
@@ -118,7 +121,7 @@ class TrainingRun:
                 self.stop.raise_if_requested()
                 if trainer.step == options.steps:
                     break
-                if options.measuring_interval and trainer.step % options.measuring_interval == 0:
+                if self._is_measured(trainer.step):
                     self._measure_held_out(shown.say)
                     if self._lost_patience():
                         shown.say(f"no lower held-out loss in {options.patience} measurements: stopped early")
@@ -126,6 +129,11 @@ class TrainingRun:
                 if options.save_every and trainer.step % options.save_every == 0:
                     self._save()
         self._save()
+
+    def _is_measured(self, step: int) -> bool:
+        """Return whether the held-out loss is measured after a step that is not the last."""
+        options = self.options
+        return step < options.steps and bool(options.measuring_interval) and step % options.measuring_interval == 0
 
     def _train_step(self, shown: TrainingDisplay) -> None:
         try:

@@ -125,7 +125,7 @@ def test_recomputation_changes_no_loss(options: list[str], inputs: list[str], tm
 
 @pytest.mark.usefixtures("world")
 def test_recomputation_keeps_the_inputs_of_layers_alone() -> None:
-    """Between two layers, `[s, b, h]` float32 each; the first layer's input is the embedding's output."""
+    """A layer's input is held by its checkpoint; autograd keeps what is outside of layers, the final norm's."""
     kept_bytes = {}
     for name in ("kept", "again"):
         model = DoRA(GPT_TARGETS, dim=4, alpha=8)(tiny_gpt(num_layers=4))

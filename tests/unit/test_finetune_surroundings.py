@@ -26,7 +26,12 @@ from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint, t
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, a text and a finished run of two steps."""
     folder = tmp_path_factory.mktemp("whole")
-    assert finetune(*finetune_inputs(folder, "--compile", "none"), "--steps", 2, "--run", folder / "run") == 0
+    assert (
+        finetune(
+            *finetune_inputs(folder, "--compile", "none", "--eval-every", 0), "--steps", 2, "--run", folder / "run"
+        )
+        == 0
+    )
     return folder
 
 
