@@ -75,7 +75,13 @@ def import_bridge_dora() -> Any:
     return DoRA
 
 
-def gated_mlp(hidden: int, ffn: int, dtype: torch.dtype, device: str) -> MLP:
+def gated_mlp(
+    hidden: int,
+    ffn: int,
+    dtype: torch.dtype,
+    device: str,
+    linears: tuple[type[nn.Module], type[nn.Module]] = (ColumnParallelLinear, RowParallelLinear),
+) -> MLP:
     """Megatron's SwiGLU layer from column- and row-parallel linears, frozen."""
     config = TransformerConfig(
         num_layers=1,
@@ -88,8 +94,9 @@ def gated_mlp(hidden: int, ffn: int, dtype: torch.dtype, device: str) -> MLP:
         use_cpu_initialization=True,
         params_dtype=dtype,
         bias_activation_fusion=False,
+        normalization="RMSNorm",
     )
-    mlp = MLP(config, MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    mlp = MLP(config, MLPSubmodules(linear_fc1=linears[0], linear_fc2=linears[1]))
     return mlp.to(device).requires_grad_(False)
 
 

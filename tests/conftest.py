@@ -109,7 +109,7 @@ def emulated_te(request: pytest.FixtureRequest) -> Iterator[None]:
     """Processes that a module's tests start have Transformer Engine's own Python, with emulated kernels."""
     folder = request.config.getoption("transformer_engine")
     if folder is None:
-        pytest.skip("needs --transformer-engine FOLDER with Transformer Engine's Python, see CONTRIBUTING.md")
+        pytest.skip("needs --transformer-engine=FOLDER with Transformer Engine's Python, see CONTRIBUTING.md")
     with processes_with_emulated_te(str(Path(folder).resolve(strict=True))):
         yield
 
