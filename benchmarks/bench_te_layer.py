@@ -2,8 +2,8 @@
 
 The MLP of `bench_layer.py`, of Megatron's layers over Transformer Engine: fc1 normalises its input. LoRA calls these
 layers and takes the normalised input from them, as Megatron-Bridge's does; the adapters of dora_fx are in the graph
-with the norm and the products. On CUDA Transformer Engine is the installed one. Without, its Python runs with kernels that
-are emulated in plain torch, and the ratios show the shape of the cost alone:
+with the norm and the products. On CUDA Transformer Engine is the installed one. Without, its Python runs with kernels
+that are emulated in plain torch, and the ratios show the shape of the cost alone:
 
     pip install --no-deps --target te -r .ci/emulated_te.txt
     python -m benchmarks.bench_te_layer --transformer-engine te

@@ -49,14 +49,14 @@ MUTATIONS = [
     ),
     Mutation(
         "magnitude's gradient left partial",
-        site_parameters._with_complete_gradients,
-        "site.layout.magnitude_grad_is_partial(dropout=site.dropout is not None)",
+        site_parameters.StoredParameters.magnitude_grad_is_partial.fget,
+        "self.layout.magnitude_grad_is_partial(dropout=self.dropout is not None)",
         "False",
     ),
     Mutation(
         "magnitude's gradient left partial under dropout",
-        site_parameters._with_complete_gradients,
-        "dropout=site.dropout is not None",
+        site_parameters.StoredParameters.magnitude_grad_is_partial.fget,
+        "dropout=self.dropout is not None",
         "dropout=False",
     ),
     Mutation(
