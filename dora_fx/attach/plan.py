@@ -79,6 +79,7 @@ def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> Atta
             new.append(_plan_site(settings, chunk, named))
     _check_called(chunks, new)
     _check_data_parallelism(chunks, new)
+    _check_cuda_graphs(chunks)
     idle = settings.idle_patterns([named.whole_path for _, named in found.targets])
     return AttachPlan(new, existing, found.unmatched_targets, found.unmatched_linears, idle)
 
@@ -188,6 +189,17 @@ def _check_data_parallelism(chunks: Iterable[nn.Module], new: Iterable[PlannedSi
             "never synchronise their gradients, so that ranks drift apart; expected DoRA to be called first, and "
             "DistributedDataParallel on what it returns. Delete the one that is there"
         )
+
+
+def _check_cuda_graphs(chunks: Iterable[nn.Module]) -> None:
+    for chunk in chunks:
+        config = getattr(unwrap(chunk), "config", None)
+        for name, off in (("enable_cuda_graph", False), ("external_cuda_graph", False), ("cuda_graph_impl", "none")):
+            if getattr(config, name, off) != off:
+                raise ValueError(
+                    f"TransformerConfig.{name}: found {getattr(config, name)!r}, expected {off!r}: a graph that is "
+                    "replayed computes no norms, so that those of its first step would stay"
+                )
 
 
 def _check_same_settings(settings: DoRASettings, path: str, site: DoRALinear) -> None:

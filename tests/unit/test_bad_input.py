@@ -235,6 +235,16 @@ def test_empty_batch_gives_empty_output_and_zero_gradients(
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in trainable(zoo).values())
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("enable_cuda_graph", True), ("external_cuda_graph", True), ("cuda_graph_impl", "local")]
+)
+def test_cuda_graphs_which_would_keep_the_norms_of_their_first_step(name: str, value: object) -> None:
+    model = tiny_gpt()
+    setattr(model.config, name, value)
+    with unchanged(model), pytest.raises(ValueError, match=f"TransformerConfig.{name}: found {value!r}, expected"):
+        dora_fx.DoRA(GPT_TARGETS, dim=DIM)(model)
+
+
 def test_refused_twice_then_accepted() -> None:
     """The model that a refused call left behind is one that a right call adapts."""
     model = tiny_gpt()
