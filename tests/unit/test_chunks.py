@@ -131,6 +131,8 @@ def calls(folder: Path) -> dict[str, Callable[[Any], Any]]:
         "merged": lambda model: dora_fx.merged(model).__enter__(),
         "iter_adapter": dora_fx.iter_adapter,
         "iter_merged": dora_fx.iter_merged,
+        "compare_merged": dora_fx.compare_merged,
+        "parameter_groups": lambda model: dora_fx.parameter_groups(model, lr=1e-3),
         "export_hf": lambda model: dora_fx.export_hf(model, folder / "adapter"),
         "import_hf": lambda model: dora_fx.import_hf(model, folder / "adapter"),
         "load_bridge_checkpoint": lambda model: dora_fx.load_bridge_checkpoint(
@@ -140,7 +142,9 @@ def calls(folder: Path) -> dict[str, Callable[[Any], Any]]:
 
 
 def test_these_are_all_public_functions(tmp_path: Path) -> None:
-    no_functions_of_a_model = {"CheckpointError", "DoRALinear", "ParallelLinearDoRAAdapter", "__version__"}
+    no_functions_of_a_model = {
+        *("CheckpointError", "DoRALinear", "ParallelLinearDoRAAdapter", "config_overrides", "__version__")
+    }
     assert set(dora_fx.__all__) - no_functions_of_a_model == set(calls(tmp_path))
 
 

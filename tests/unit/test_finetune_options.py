@@ -169,7 +169,8 @@ def test_the_demo_has_defaults_of_its_own_below_whatever_is_given(
     assert (mixed["steps"], mixed["eval_every"], mixed["prompt"]) == (9, 7, DEMO_DEFAULTS["prompt"])
     assert other["prompt"] is None and other["steps"] == FinetuneOptions(demo=True).steps
     # The curve of the demo has points between its ends, and the last step is measured anyway.
-    assert 3 <= demo["steps"] // demo["eval_every"] <= 10
+    options = FinetuneOptions(demo=True, **DEMO_DEFAULTS)
+    assert 3 <= options.steps // options.measuring_interval <= 10
 
 
 def test_a_folder_that_exists_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,14 +27,15 @@ def written_strings(tree: ast.AST) -> Iterator[str]:
 
 
 def names_in(path: Path) -> list[str]:
-    """Strings of a file that hold a name of the table's."""
+    """Strings of a file that hold a name of the table's; `linear_kv_down_proj` and the like are Megatron's own."""
     layers = {name.rpartition(".")[2] for hf in HF_ARCHITECTURES.values() for ns in hf.linears.values() for name in ns}
     norms = {name for hf in HF_ARCHITECTURES.values() for name in hf.norms.values() if name not in hf.norms}
     around = {"self_attn", "lm_head", "embed_tokens", "model.layers", "model.norm"}
     return [
         text
         for text in written_strings(ast.parse(path.read_text()))
-        if text in SUPPORTED_MODEL_TYPES or any(name in text for name in layers | norms | around)
+        if text in SUPPORTED_MODEL_TYPES
+        or any(re.search(rf"(?<!\w){re.escape(name)}", text) for name in layers | norms | around)
     ]
 
 

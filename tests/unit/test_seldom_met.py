@@ -41,7 +41,7 @@ def test_a_forward_hook_of_the_user_runs(world: None) -> None:
 
 def test_an_adapter_shows_its_settings(world: None) -> None:
     shown = repr(adapt_zoo(LinearZoo(["row_bias_added"]), dropout=0.25))
-    for text in ("dim=6, alpha=12, dropout=0.25, layout=row", "shape=(6, 24), dtype=torch.float32"):
+    for text in ("dim=6, alpha=12, use_rslora=False, dropout=0.25, layout=row", "shape=(6, 24), dtype=torch.float32"):
         assert text in shown
 
 
