@@ -67,7 +67,10 @@ def mla_layer(spec: str, sequence_parallel: bool) -> nn.Module:
     tp_rank, tp_size = parallel_state.get_tensor_model_parallel_rank(), layer.config.tensor_model_parallel_size
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            dim = parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+            is_parallel = getattr(parameter, "tensor_model_parallel", False)
+            # Megatron 0.16 says so of duplicated weights, too.
+            is_duplicated = getattr(layer.get_submodule(name.rpartition(".")[0]), "parallel_mode", "") is None
+            dim = parameter.partition_dim if is_parallel and not is_duplicated else None
             shape = list(parameter.shape)
             if dim is not None:
                 shape[dim] *= tp_size
