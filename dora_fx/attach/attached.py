@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 from torch import nn
+
+# Its functions are told, whether or not a program has imported it.
+_ROOM_BELOW = "dora_fx.hf"
 
 AttachListener = Callable[[nn.Module], None]
 _listeners: list[AttachListener] = []
@@ -18,5 +22,6 @@ def when_attached(listener: AttachListener) -> AttachListener:
 
 def tell_of_adapters(chunk: nn.Module) -> None:
     """Call the functions."""
+    import_module(_ROOM_BELOW)
     for listener in _listeners:
         listener(chunk)

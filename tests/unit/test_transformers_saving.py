@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,20 @@ def test_what_save_pretrained_saves_has_the_adapter(base_folder: Path, tmp_path:
             assert_same_logits(hf_logits(loaded), expected, model)
     # With a config beside it, the adapter would pass for a model where PEFT is not installed.
     assert not (tmp_path / "first" / "config.json").exists()
+
+
+@pytest.mark.parametrize("home", ["dora_fx", "dora_fx.attach.config"])
+def test_a_program_that_uses_nothing_but_dora_saves_the_adapter(home: str, base_folder: Path, tmp_path: Path) -> None:
+    """Names of the package are imported where they are used, and saving belongs to another room than attaching."""
+    code = (
+        f"import sys, transformers\nfrom {home} import DoRA\nassert 'dora_fx.hf' not in sys.modules\n"
+        f"model = DoRA('all-linear', dim=4)(transformers.AutoModelForCausalLM.from_pretrained({str(base_folder)!r}))\n"
+        f"model.save_pretrained({str(tmp_path / 'saved')!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "saved" / "config.json").exists()
+    assert len(adapters(dora_fx.import_hf(of_folder(base_folder), tmp_path / "saved"))) > 0
 
 
 def test_a_hub_gets_what_save_pretrained_saves(
