@@ -56,6 +56,21 @@ def test_the_losses_are_those_of_the_local_spec_emulated_kernels(
     assert_same_run(run, local)
 
 
+def test_stages_of_a_pipeline_train_the_local_model_emulated_kernels(
+    inputs: list[str], local: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    finetune(2, *inputs, *TE, *EAGER, "--pp", 2, "--run", run)
+    assert_same_run(run, local)
+
+
+@hybrid
+def test_stages_of_a_hybrid_model_train_the_whole_emulated_kernels(inputs: list[str], tmp_path: Path) -> None:
+    finetune(1, *inputs, *HYBRID, *EAGER, "--run", tmp_path / "whole")
+    finetune(2, *inputs, *HYBRID, *EAGER, "--pp", 2, "--run", tmp_path / "stages")
+    assert_same_run(tmp_path / "stages", tmp_path / "whole")
+
+
 @hybrid
 @pytest.mark.parametrize("compiled", [EAGER, pytest.param(COMPILED, marks=slow)], ids=["eager", "compiled"])
 def test_a_hybrid_model_begins_as_the_local_spec_and_learns_emulated_kernels(
