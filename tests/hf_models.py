@@ -10,7 +10,7 @@ import transformers
 
 from dora_fx.checkpoint.plain import read_adapters
 
-_SHAPE: dict[str, Any] = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=64,
     hidden_size=48,
     intermediate_size=80,
@@ -56,7 +56,7 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
 def tiny_hf_config(kind: str = "llama", **overrides: Any) -> Any:
     """A transformers config from `CONFIGS`."""
     config_class, settings = CONFIGS[kind]
-    return config_class(**(_SHAPE | settings | overrides))
+    return config_class(**(SHAPE | settings | overrides))
 
 
 def tiny_hf_model(kind: str = "llama", seed: int = 3, **overrides: Any) -> Any:

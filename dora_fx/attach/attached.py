@@ -1,4 +1,4 @@
-"""Functions that are told of modules that got adapters; rooms below this one add theirs."""
+"""Functions that are told of modules that got adapters; a room that imports this one adds its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from importlib import import_module
 
 from torch import nn
 
-# Its functions are told, whether or not a program has imported it.
-_ROOM_BELOW = "dora_fx.hf"
+# It imports this room, and a program that attaches need not have imported it.
+_LISTENING_ROOM = "dora_fx.hf"
 
 AttachListener = Callable[[nn.Module], None]
 _listeners: list[AttachListener] = []
@@ -22,6 +22,6 @@ def when_attached(listener: AttachListener) -> AttachListener:
 
 def tell_of_adapters(chunk: nn.Module) -> None:
     """Call the functions."""
-    import_module(_ROOM_BELOW)
+    import_module(_LISTENING_ROOM)
     for listener in _listeners:
         listener(chunk)

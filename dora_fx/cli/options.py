@@ -102,7 +102,9 @@ class AdapterOptions:
         default_factory=list, metadata={"help": "names, paths or patterns that stay as they are"}
     )
     dim: int = field(default=16, metadata={"help": "rank"})
-    alpha: float = field(default=32.0, metadata={"help": "the low-rank product is scaled by alpha / dim"})
+    alpha: float = field(
+        default=32.0, metadata={"help": "the low-rank product is scaled by alpha / dim, or as --use-rslora says"}
+    )
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={

@@ -181,7 +181,7 @@ class TrainingRun:
         """Keep the adapters if they are among the best measured, and those of no worse measurement."""
         step, losses = self.trainer.step, self._held_out_losses()
         losses.pop(0, None)
-        best = sorted(losses, key=lambda measured: (losses[measured], measured))[: self.options.keep]
+        best = _best_first(losses)[: self.options.keep]
         if step in best:
             self.ranks.from_main(self.folder.make_best)
             with _saving():
@@ -190,7 +190,7 @@ class TrainingRun:
 
     def _lost_patience(self) -> bool:
         losses = self._held_out_losses()
-        best = min(losses, key=lambda measured: (losses[measured], measured))
+        best = _best_first(losses)[0]
         return 0 < self.options.patience <= sum(measured > best for measured in losses)
 
     def _generate(self) -> None:
@@ -233,7 +233,7 @@ class TrainingRun:
             if first is not None:
                 say(f"before:  {first['text']!r}")
             say(f"after:   {last['text']!r}")
-        best = min(losses, key=lambda measured: (losses[measured], measured))
+        best = _best_first(losses)[0]
         if best not in (0, step) and self.ranks.from_main(folder.best_of(best).is_dir):
             say(f"best held-out loss: {losses[best]:.4f} at step {best}, kept in {folder.best_of(best)}")
         say(f"\nrun folder: {folder.path}\n  loss curve: {folder.loss_curve.name}   adapter: {folder.checkpoint.name}")
@@ -247,6 +247,11 @@ class TrainingRun:
         options, text = self.options, "Python's language reference" if self.options.data is None else None
         base = "SmolLM2-135M" if options.base == "smollm2" else Path(options.base).name
         return f"{base} on {text or Path(str(options.data)).name}: DoRA of rank {options.dim}"
+
+
+def _best_first(losses: dict[int, float]) -> list[int]:
+    """The steps of held-out losses, the lowest first, and the earlier of two that are alike."""
+    return sorted(losses, key=lambda step: (losses[step], step))
 
 
 @contextmanager

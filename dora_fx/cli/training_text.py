@@ -116,8 +116,7 @@ def _of_samples(options: FinetuneOptions, data: TrainingData, tokenizer: BaseTok
         raise UserError(f"--data {options.data}: {error}") from error
     learned = sum(sample.num_targets for sample in samples)
     rows = sequences.train
-    assert rows.num_padding is not None
-    padding = (rows.num_padding - 1).sum().item() / (len(rows) * options.sequence_length)
+    padding = 1 - rows.num_tokens / (len(rows) * options.sequence_length)
     layout = "one in each" if options.no_packing else "packed"
     notes = [
         f"{data.format.name}: {len(samples):,} samples of {sequences.num_tokens:,} tokens, of which {learned:,} are "

@@ -44,7 +44,7 @@ class AdapterSource:
     Attributes:
         layers: the adapters of each layer in turn, by their paths in the Hugging Face model.
         on_ranks: whether they lie on the ranks of a world, all of which take part; else this process has them all.
-        all_paths: of the Hugging Face model's linear layers, adapted or not.
+        all_paths: of the Hugging Face model's layers, adapted or not.
         is_tied: whether the output layer multiplies by the embedding.
         base_model: the name that the model has itself.
         task_type: of PEFT; None for none of its own.

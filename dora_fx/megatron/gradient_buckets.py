@@ -89,10 +89,10 @@ def _hook(group: Any, before_reduction: ParametersHook, after_reset: ParametersH
         before_reduction(parameters)
         return start_grad_sync(*args, **kwargs)
 
-    def reset_before_hook(*args: Any, **kwargs: Any) -> Any:
+    def reset_and_hook(*args: Any, **kwargs: Any) -> Any:
         result = reset(*args, **kwargs)
         after_reset(parameters)
         return result
 
     start_after_hook.dora_fx_hook = True  # type: ignore[attr-defined]
-    group.start_grad_sync, group.reset = start_after_hook, reset_before_hook
+    group.start_grad_sync, group.reset = start_after_hook, reset_and_hook

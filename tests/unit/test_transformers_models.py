@@ -16,7 +16,7 @@ from torch import nn
 import dora_fx
 from dora_fx.checkpoint.manifest import read_manifest
 from tests.closeness import assert_apart, assert_close, rounding, roundings_of
-from tests.hf_models import CONFIGS, tiny_hf_model
+from tests.hf_models import CONFIGS, SHAPE, tiny_hf_model
 from tests.models import randomize_adapters, sites
 from tests.peft_models import (
     TOKENS,
@@ -30,16 +30,7 @@ from tests.peft_models import (
 
 KINDS = ["llama", "llama_tied", "qwen2", "phi3"]
 # Of a family that no Megatron model is built for: norms of its own, a scaled embedding that the output layer shares.
-_GEMMA = dict(
-    vocab_size=64,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=8,
-    pad_token_id=0,
-)
+_GEMMA = SHAPE | dict(head_dim=8, pad_token_id=0)
 
 
 def base_model(kind: str = "llama") -> Any:

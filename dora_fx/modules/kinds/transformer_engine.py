@@ -87,15 +87,21 @@ class _TELinear(LinearKind):
         return None
 
 
-class TELayerNormColumnParallel(_TELinear):
-    """A norm of the input, then a layer whose output rows are sharded."""
+class TEColumnParallel(_TELinear):
+    """Output rows are sharded."""
 
-    class_name = "TELayerNormColumnParallelLinear"
+    class_name = "TEColumnParallelLinear"
     parallel_mode = "column"
 
     @staticmethod
     def layout_name(linear: Any) -> str:
         return "column_sequence_parallel" if linear.sequence_parallel else "column"
+
+
+class TELayerNormColumnParallel(TEColumnParallel):
+    """A norm of the input, then a layer whose output rows are sharded."""
+
+    class_name = "TELayerNormColumnParallelLinear"
 
     @staticmethod
     def input_norm(linear: Any) -> InputNorm:
@@ -107,17 +113,6 @@ class TELayerNormColumnParallel(_TELinear):
             eps=linear.eps,
             zero_centered=linear.zero_centered_gamma,
         )
-
-
-class TEColumnParallel(_TELinear):
-    """Output rows are sharded."""
-
-    class_name = "TEColumnParallelLinear"
-    parallel_mode = "column"
-
-    @staticmethod
-    def layout_name(linear: Any) -> str:
-        return "column_sequence_parallel" if linear.sequence_parallel else "column"
 
 
 class TERowParallel(_TELinear):
