@@ -13,30 +13,43 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from dora_fx.data.sequences import Sequences
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass.
+    """One forward pass. What a model takes, masks of `[b, 1, s, s]` among it, is made when the pass runs.
 
     Attributes:
-        inputs: tokens, positions and attention mask, as a GPTModel takes them, of `[b, s]` tokens.
-        labels: `[b, s]`.
+        sequences: `[b, s + 1]`.
+        device: of the model.
         seed: of the dropout of the pass; stages of a pipeline make seeds of their own of it.
-        loss_of: from the losses of the tokens `[b, s]` to this pass's share of the loss of a step.
+        share: of a learned token in the loss of a step.
     """
 
-    inputs: tuple[Tensor, Tensor, Tensor]
-    labels: Tensor
+    sequences: Sequences
+    device: str
     seed: int
-    loss_of: Callable[[Tensor], Tensor]
+    share: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the labels: b and s."""
+        rows, length = self.sequences.tokens.shape
+        return rows, length - 1
 
     def run(self, model: Any) -> Tensor:
         """The losses of the tokens, or the hidden states that a stage hands on."""
         torch.manual_seed((self.seed + _PRIME * parallel_state.get_pipeline_model_parallel_rank()) % 2**63)
-        output: Tensor = model(*self.inputs, labels=self.labels)
+        batch = self.sequences.batch(self.device)
+        output: Tensor = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
         return output
+
+    def loss_of(self, losses: Tensor) -> Tensor:
+        """From the losses of the tokens `[b, s]` to this pass's share of the loss of a step."""
+        # Not by indexing, whose shape would depend on the data.
+        return torch.where(self.sequences.loss_mask().to(losses.device), losses, 0.0).sum() * self.share
 
 
 # Far from the distances of seeds of micro-batches.
@@ -80,7 +93,7 @@ class Passes:
 
             return micro_batch.run(model), loss_of
 
-        for loss in self._scheduled(step, micro_batches, micro_batches[0].labels, forward_only=False):
+        for loss in self._scheduled(step, micro_batches, micro_batches[0].shape, forward_only=False):
             total += loss
         return self._from_last_stage(total)
 
@@ -89,7 +102,7 @@ class Passes:
         """The losses `[b, s]` of one batch, on every rank."""
         if not self._is_pipeline:
             return micro_batch.run(self._model)
-        return self._forward(micro_batch.run, micro_batch.labels, tuple(micro_batch.labels.shape), torch.float32)
+        return self._forward(micro_batch.run, micro_batch.shape, torch.float32)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
@@ -98,28 +111,29 @@ class Passes:
             logits: Tensor = self._model(tokens, positions, mask)
             return logits
         shape = (*tokens.shape, self._model.vocab_size // parallel_state.get_tensor_model_parallel_world_size())
-        return self._forward(lambda model: model(tokens, positions, mask), tokens, shape, self.config.params_dtype)
+        return self._forward(lambda model: model(tokens, positions, mask), shape, self.config.params_dtype)
 
-    def _forward(
-        self, run: Callable[[Any], Tensor], tokens: Tensor, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
+    def _forward(self, run: Callable[[Any], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """What a pass returns on the last stage, `[b, s, ...]`, on every rank."""
+
         def step(batches: Iterator[Any], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             return run(model), lambda output: (output.mean(), output)
 
-        found = self._scheduled(step, [None], tokens, forward_only=True)
+        found = self._scheduled(step, [None], shape, forward_only=True)
         output = found[0].to(dtype).contiguous() if found else torch.empty(shape, dtype=dtype, device=self._device)
         return self._from_last_stage(output)
 
-    def _scheduled(self, step: Any, batches: Sequence[Any], tokens: Tensor, *, forward_only: bool) -> list[Any]:
+    def _scheduled(self, step: Any, batches: Sequence[Any], shape: tuple[int, ...], *, forward_only: bool) -> list[Any]:
         """What the loss functions return beside the loss; an empty list but on the last stage."""
+        rows, length = shape[:2]
         with self._runs_on_cpu():
             found: list[Any] = get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=iter(batches),
                 model=self._model,
                 num_microbatches=len(batches),
-                seq_length=tokens.shape[1],
-                micro_batch_size=tokens.shape[0],
+                seq_length=length,
+                micro_batch_size=rows,
                 forward_only=forward_only,
             )
         return found

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import Tensor
 
 from dora_fx.checkpoint import load_checkpoint, save_checkpoint
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
@@ -126,11 +125,5 @@ class Trainer:
 
     def _micro_batch(self, sequences: Sequences, index: int = 0, share: float = 1.0) -> MicroBatch:
         """A micro-batch by its number in the run; its dropout is the same whoever takes it."""
-        batch = sequences.batch(self._device)
-
-        def loss_of(losses: Tensor) -> Tensor:
-            # Not by indexing, whose shape would depend on the data.
-            return torch.where(batch.loss_mask, losses, 0.0).sum() * share
-
         seed = (self._options.seed * 1_000_003 + index) % 2**63
-        return MicroBatch((batch.tokens, batch.position_ids, batch.attention_mask), batch.labels, seed, loss_of)
+        return MicroBatch(sequences, self._device, seed, share)

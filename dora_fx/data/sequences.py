@@ -17,12 +17,11 @@ from dora_fx.models.gpt_model import causal_mask, separating_mask
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model takes for one forward pass, and which of its losses count.
+    """What a model takes for one forward pass.
 
     Attributes:
         tokens: inputs `[b, s]`.
         labels: the tokens that follow them, `[b, s]`.
-        loss_mask: `[b, s]`, True where the label is learned.
         position_ids: `[b, s]`, from zero for every sample.
         attention_mask: `[1, 1, s, s]`, or `[b, 1, s, s]` where sequences have several samples; True where a position
             must not look.
@@ -30,7 +29,6 @@ class Batch:
 
     tokens: Tensor
     labels: Tensor
-    loss_mask: Tensor
     position_ids: Tensor
     attention_mask: Tensor
 
@@ -82,7 +80,7 @@ class Sequences:
         if self.sample is not None:
             positions = _positions(self.sample[:, :-1])
             mask = separating_mask(self.sample[:, :-1].to(device))
-        parts = (self.tokens[:, :-1], self.tokens[:, 1:], self.loss_mask(), positions, mask)
+        parts = (self.tokens[:, :-1], self.tokens[:, 1:], positions, mask)
         return Batch(*(part.to(device) for part in parts))
 
 

@@ -57,7 +57,7 @@ def gradients(model: nn.Module, parts: Sequence[Sequences]) -> dict[str, Tensor]
     for part in parts:
         batch = part.batch()
         losses = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
-        losses[batch.loss_mask].sum().backward()
+        losses[part.loss_mask()].sum().backward()
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
@@ -81,11 +81,11 @@ def test_the_comparison_notices_samples_that_are_not_kept_apart(part: str, model
     sequences = all_sequences(samples(), packed=True)
     expected = gradients(model, [sequences])
     batch = sequences.batch()
-    one_text = Sequences(sequences.tokens, sequences.is_target).batch()
+    one_text = Sequences(sequences.tokens, sequences.is_target)
     faults = {
-        "sample": (batch.position_ids, one_text.attention_mask, batch.loss_mask),
-        "positions": (batch.position_ids.flip(1), batch.attention_mask, batch.loss_mask),
-        "mask": (batch.position_ids, batch.attention_mask, one_text.loss_mask),
+        "sample": (batch.position_ids, one_text.batch().attention_mask, sequences.loss_mask()),
+        "positions": (batch.position_ids.flip(1), batch.attention_mask, sequences.loss_mask()),
+        "mask": (batch.position_ids, batch.attention_mask, one_text.loss_mask()),
     }
     positions, attention_mask, loss_mask = faults[part]
     model.zero_grad()
@@ -115,7 +115,7 @@ def test_every_sample_is_whole_in_one_sequence_and_its_learned_tokens_count_once
     chosen = samples()
     sequences = all_sequences(chosen, packed=packed)
     batch = sequences.batch()
-    assert int(batch.loss_mask.sum()) == sum(each.num_targets for each in chosen)
+    assert int(sequences.loss_mask().sum()) == sum(each.num_targets for each in chosen)
     assert sequences.num_tokens == sum(LENGTHS)
     found = []
     for row in range(len(sequences)):
