@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
+from dora_fx.megatron.te_classes import derives_from
 from dora_fx.megatron.wrappers import ModelT, chunks_of, unwrap, walk
 
 Scope = Literal["layer", "model"]
@@ -95,12 +96,8 @@ def _check_compilable(chunk: nn.Module, scope: Scope) -> None:
 
 
 def _breaks_graphs(chunk: nn.Module) -> bool:
-    """Return whether a model has Transformer Engine's attention, told by name: the package need not be installed."""
-    return any(
-        cls.__name__ == "TEDotProductAttention" and cls.__module__ == "megatron.core.extensions.transformer_engine"
-        for module in chunk.modules()
-        for cls in type(module).__mro__
-    )
+    """Return whether a model has Transformer Engine's attention."""
+    return any(derives_from(module, "TEDotProductAttention") for module in chunk.modules())
 
 
 def _compile_chunk(chunk: nn.Module, scope: Scope, settings: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from dora_fx.cli.base_model import chosen_device, load_checkpoint, resolve_base
 from dora_fx.cli.chat_model import ChatModel
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.progress import Display
-from dora_fx.cli.saved_adapter import check_base_digests, or_user_error, read_saved_adapter
+from dora_fx.cli.saved_adapter import load_base, or_user_error, read_saved_adapter
 from dora_fx.cli.tokens import is_utf8
 from dora_fx.hf.merged_model import merged_state_dict
 from dora_fx.models.hf_checkpoint import HFCheckpoint
@@ -66,10 +66,8 @@ def _load(parsed: dict[str, Any], display: Display) -> HFCheckpoint:
     path, name = Path(parsed["model"]), parsed["model"]
     if _is_adapter(path):
         saved = read_saved_adapter(path, parsed["base"])
-        dtype = next(iter(saved.layers.values())).tensors["linear_in.weight"].dtype
         with display.phase(f"loading {saved.base_path.name} and the adapter"):
-            checkpoint = load_checkpoint(saved.base_path, dtype)
-            or_user_error(f"--base {saved.base}: ", check_base_digests, saved, checkpoint)
+            checkpoint = load_base(saved)
             merged = or_user_error(f"{saved.path}: ", merged_state_dict, checkpoint, saved.modules)
         return HFCheckpoint(checkpoint.path, checkpoint.config, merged, checkpoint.tokenizer)
     if parsed["base"] is not None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dora_fx.cli.base_model import load_checkpoint
 from dora_fx.cli.progress import Display
-from dora_fx.cli.saved_adapter import check_base_digests, open_saved_adapter, or_user_error, write_folder
+from dora_fx.cli.saved_adapter import load_base, open_saved_adapter, or_user_error, write_folder
 from dora_fx.hf.merged_model import merged_state_dict, save_hf_model
 from dora_fx.models.base_files import companion_files
 
@@ -27,12 +26,10 @@ def run(parsed: dict[str, Any]) -> int:
     disable_progress_bar()
     target, display = Path(parsed["to"]), Display()
     saved = open_saved_adapter(parsed)
-    dtype = next(iter(saved.layers.values())).tensors["linear_in.weight"].dtype
     if saved.base_path.is_dir():
         or_user_error(f"--base {saved.base}: ", companion_files, saved.base_path)
     with display.phase(f"loading {saved.base_path.name}"):
-        checkpoint = load_checkpoint(saved.base_path, dtype)
-        or_user_error(f"--base {saved.base}: ", check_base_digests, saved, checkpoint)
+        checkpoint = load_base(saved)
     with display.phase("merging"):
         merged = or_user_error(f"{saved.path}: ", merged_state_dict, checkpoint, saved.modules)
     write_folder(target, lambda into: save_hf_model(checkpoint, merged, into))

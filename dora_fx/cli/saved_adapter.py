@@ -12,7 +12,7 @@ from dora_fx.checkpoint.checks import check_base
 from dora_fx.checkpoint.directory import open_checkpoint
 from dora_fx.checkpoint.manifest import ATTENTION_AND_MLP
 from dora_fx.checkpoint.plain import WholeAdapter, read_adapters
-from dora_fx.cli.base_model import resolve_base
+from dora_fx.cli.base_model import load_checkpoint, resolve_base
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.options_file import read_options_file
 from dora_fx.cli.progress import Display
@@ -79,8 +79,19 @@ def read_saved_adapter(source: Path, named_base: str | None) -> SavedAdapter:
     return SavedAdapter(path, base, base_path, config, names, layers, modules)
 
 
-def check_base_digests(saved: SavedAdapter, checkpoint: HFCheckpoint) -> None:
-    """Raise CheckpointError if the adapter was trained on other weights than those of the checkpoint."""
+def load_base(saved: SavedAdapter) -> HFCheckpoint:
+    """The base in the dtype that the adapter was trained on, which A and B have.
+
+    Raises:
+        UserError: it cannot be loaded, or the adapter was trained on other weights.
+    """
+    dtype = next(iter(saved.layers.values())).tensors["linear_in.weight"].dtype
+    checkpoint = load_checkpoint(saved.base_path, dtype)
+    or_user_error(f"--base {saved.base}: ", _check_digests, saved, checkpoint)
+    return checkpoint
+
+
+def _check_digests(saved: SavedAdapter, checkpoint: HFCheckpoint) -> None:
     directory, manifest = open_checkpoint(saved.path)
     found = base_digests(
         checkpoint.config,

@@ -16,6 +16,7 @@ An optimizer that steps in between would miss a part of the gradient, so it rais
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ class PartialGradient:
 
     def __init__(self, adapter: ParallelLinearDoRAAdapter, name: str, path: str) -> None:
         self.adapter, self.name, self.path = adapter, name, path
+        _guard_optimizers()
         parameter = self.parameter
         self.is_sharded = adapter.placements[name].shard_dim is not None
         rows, *others = parameter.shape
@@ -217,4 +219,7 @@ def _refuse_partial_gradients(*_: object) -> None:
         )
 
 
-register_optimizer_step_pre_hook(_refuse_partial_gradients)
+@functools.cache
+def _guard_optimizers() -> None:
+    """From the first sums of a process on, refuse steps that would miss a part of a gradient."""
+    register_optimizer_step_pre_hook(_refuse_partial_gradients)

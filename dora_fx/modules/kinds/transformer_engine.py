@@ -19,6 +19,7 @@ from torch import nn
 
 from dora_fx.function.input_norm import InputNorm
 from dora_fx.function.placement import LAYOUTS
+from dora_fx.megatron.te_classes import TE_MODULE, derives_from
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, has_own_hooks
 from dora_fx.modules.kinds.megatron_linear import row_blocks
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class _TELinear(LinearKind):
-    class_module = "megatron.core.extensions.transformer_engine"
+    class_module = TE_MODULE
     # `parallel_mode` of the layers that this kind is of.
     parallel_mode: str | None
 
@@ -149,8 +150,7 @@ def _fp8_is_enabled() -> bool:
 
 def bypasses_its_linears(module: nn.Module) -> bool:
     """Return whether a module computes with the parameters of the linear layers in it and does not call these."""
-    classes = [(cls.__module__, cls.__name__) for cls in type(module).__mro__]
-    return (_TELinear.class_module, "TEFusedMLP") in classes
+    return derives_from(module, "TEFusedMLP")
 
 
 def _bias(linear: Any) -> nn.Parameter | None:
