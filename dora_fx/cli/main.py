@@ -11,6 +11,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from typing import Any
 
 from dora_fx.cli.command_line import with_hint, with_lists
 from dora_fx.cli.commands import COMMANDS
@@ -49,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    name, parsed = parse(argv)
+    return COMMANDS[name].run(parsed)
+
+
+def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
+    """The sub-command that arguments name, and its own arguments; raises UserError for what it does not know."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
@@ -74,7 +81,7 @@ def _run(argv: list[str]) -> int:
         message = _in_terms_of_options(str(error))
         known = parsers[argv[0]].get_defaults().keys() if argv and argv[0] in parsers else parsers
         raise UserError(with_hint(message, [name.replace("_", "-") for name in known])) from error
-    return COMMANDS[parsed.command].run(parsed[parsed.command].as_dict())
+    return parsed.command, parsed[parsed.command].as_dict()
 
 
 def _quieten_libraries() -> None:

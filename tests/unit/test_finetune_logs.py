@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.finetune_runs import finetune, rows
 from tests.hf_models import finetune_inputs
@@ -17,9 +19,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_tensorboard_has_what_the_metrics_have(inputs: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run = tmp_path / "run"
     assert finetune(*inputs, "--log", "tensorboard", "--run", run) == 0
     assert finetune("--resume", run, "--steps", 3) == 0
@@ -34,7 +33,6 @@ def test_tensorboard_has_what_the_metrics_have(inputs: list[str], tmp_path: Path
 def test_wandb_writes_its_files_beside_the_run_s(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert finetune(*inputs, "--log", "wandb", "--run", tmp_path / "run") == 0
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
@@ -44,7 +42,7 @@ def test_wandb_without_a_login_is_one_line_before_training(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # It remembers the mode of an earlier run in the process.
-    pytest.importorskip("wandb").teardown()
+    wandb.teardown()
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from dora_fx.checkpoint.manifest import Manifest
-from dora_fx.cli.main import main
+from dora_fx.cli.main import main, parse
 from dora_fx.cli.optimizer import learning_rate
 from dora_fx.cli.options import DEMO_DEFAULTS, FinetuneOptions, check_resumable, options_in_order, saved_options
 
@@ -156,15 +155,10 @@ def test_torchrun_without_a_parallel_size_advises_one(
     assert f"found {processes} processes and no --tp; give --tp {processes} to" in error_of(capsys, "--demo")
 
 
-def test_the_demo_has_defaults_of_its_own_below_whatever_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[dict[str, Any]] = []
-    monkeypatch.setattr("dora_fx.cli.finetune.run", lambda parsed: taken.append(parsed) or 0)
+def test_the_demo_has_defaults_of_its_own_below_whatever_is_given(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("demo: true\neval_every: 7\n")
-    for arguments in (["--demo"], ["--config", str(tmp_path / "a.yaml"), "--steps", "9"], ["--data", "x.txt"]):
-        assert main(["finetune", *arguments]) == 0
-    demo, mixed, other = taken
+    given = (["--demo"], ["--config", str(tmp_path / "a.yaml"), "--steps", "9"], ["--data", "x.txt"])
+    demo, mixed, other = (parse(["finetune", *arguments])[1] for arguments in given)
     assert DEMO_DEFAULTS.items() <= demo.items()
     assert (mixed["steps"], mixed["eval_every"], mixed["prompt"]) == (9, 7, DEMO_DEFAULTS["prompt"])
     assert other["prompt"] is None and other["steps"] == FinetuneOptions(demo=True).steps
