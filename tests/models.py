@@ -117,6 +117,21 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 GPT_TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
+# SwiGLU, RMSNorm and grouped queries.
+GPT_SHAPE: dict[str, Any] = dict(
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    normalization="RMSNorm",
+    gated_linear_unit=True,
+    activation_func=F.silu,
+    add_bias_linear=False,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+)
+
+
 def tiny_gpt(
     *, tied: bool = False, num_layers: int = 2, chunk: dict[str, Any] | None = None, **overrides: Any
 ) -> GPTModel:
@@ -124,20 +139,7 @@ def tiny_gpt(
 
     `chunk` says which part of a pipeline it is, in GPTModel's own arguments.
     """
-    settings = dict(
-        num_layers=num_layers,
-        hidden_size=32,
-        ffn_hidden_size=48,
-        num_attention_heads=4,
-        num_query_groups=2,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
-    gpt_config = config(**(settings | overrides))
+    gpt_config = config(**(dict(num_layers=num_layers) | GPT_SHAPE | overrides))
     return GPTModel(
         config=gpt_config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization=gpt_config.normalization),

@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from torch import nn
@@ -22,9 +21,9 @@ from dora_fx.megatron.wrappers import walk
 from dora_fx.models import causal_mask
 from tests.distributed.pipeline_gpt import Layout
 from tests.distributed.spec_models import DIM, PADDED, TOKENS, adapter_of, build, logits_of, train
-from tests.models import GPT_TARGETS
+from tests.models import GPT_SHAPE, GPT_TARGETS
 
-VOCAB, HIDDEN = 64, 32
+VOCAB = 64
 
 
 def stage_of(layout: Layout, pattern: str) -> nn.Module:
@@ -34,16 +33,7 @@ def stage_of(layout: Layout, pattern: str) -> nn.Module:
 
     config = TransformerConfig(
         num_layers=len(pattern.replace("|", "")),
-        hidden_size=HIDDEN,
-        ffn_hidden_size=48,
-        num_attention_heads=4,
-        num_query_groups=2,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        **GPT_SHAPE,
         use_cpu_initialization=True,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -75,7 +65,7 @@ def logits_through_stages(model: nn.Module, layout: Layout) -> torch.Tensor | No
     """Logits on the last stage, None on the others."""
     length = TOKENS.shape[1]
     positions, mask = torch.arange(length).expand_as(TOKENS), causal_mask(length, "cpu")
-    rank, hidden = dist.get_rank(), torch.empty(length, len(TOKENS), HIDDEN)
+    rank, hidden = dist.get_rank(), torch.empty(length, len(TOKENS), GPT_SHAPE["hidden_size"])
     if rank > 0:
         dist.recv(hidden, src=rank - 1)
         model.set_input_tensor(hidden)  # type: ignore[operator]
