@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from bench_layer import DTYPES, TARGETS, make_step
 from measuring import interleaved, save_tables
+from quiet_world import quiet_world
 from variants import gated_mlp, with_dora
 
 from dora_fx import DoRALinear
 from dora_fx.cache.parameter_cache import refresh
-from dora_fx.megatron.world import megatron_world
 
 
 def measure(options: argparse.Namespace, device: str) -> dict[str, float]:
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with megatron_world(device):
+    with quiet_world(device):
         row = measure(options, device)
     print("  ".join(f"{name} {value:.3f}" for name, value in row.items()))
     if options.json:

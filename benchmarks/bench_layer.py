@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from measuring import CONTROL, Comparison, compare, peak_bytes, save, saved_bytes, show
+from quiet_world import quiet_world
 from torch import nn
 from variants import HAS_BRIDGE, PlainGatedMLP, gated_mlp, with_bridge_dora, with_dora, with_lora, with_peft
-
-from dora_fx.megatron.world import megatron_world
 
 REFERENCE = "LoRA compiled"
 TARGETS = ["linear_fc1", "linear_fc2"]
@@ -97,7 +96,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with megatron_world(device):
+    with quiet_world(device):
         found = measure(options, device)
     show(found, REFERENCE)
     if options.json:

@@ -1,8 +1,8 @@
 r"""What does DoRA cost in a whole GPT, beside LoRA: training, evaluation, memory, compilation?
 
 A Llama-shaped Megatron GPT, compiled layer by layer: an optimizer step of some micro-batches, and a forward pass in
-evaluation. PEFT adapts the same weights in transformers' model. All variants run in turn within one round, and each
-round gives ratios to LoRA.
+evaluation, of the base and of merged adapters too. PEFT adapts the same weights in transformers' model. All variants
+run in turn within one round, and each round gives ratios to LoRA.
 
     python benchmarks/bench_model.py
     python benchmarks/bench_model.py --layers 8 --hidden 4096 --ffn 12288 --heads 32 --groups 8 --tokens 4096 \
@@ -12,6 +12,7 @@ round gives ratios to LoRA.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from measuring import CONTROL, Comparison, compare, peak_bytes, save, show
+from quiet_world import quiet_world
 from torch import nn
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
@@ -27,12 +29,13 @@ from variants import with_dora, with_lora, with_peft
 
 import dora_fx
 from dora_fx.compilation import like_a_layer_output
-from dora_fx.megatron.world import megatron_world
 from dora_fx.models import build_gpt_model, causal_mask
 
 REFERENCE = "LoRA"
 MEGATRON_TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MERGED = "dora_fx merged"
+EVALUATED_ONLY = ("base", MERGED)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -41,8 +44,11 @@ class Variant:
 
     def __init__(self, model: nn.Module, losses: Callable[[nn.Module], torch.Tensor], micro_batches: int) -> None:
         self.model, self._losses, self._micro_batches = model, losses, micro_batches
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    @functools.cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self._trained, lr=1e-4)
 
     def train_step(self) -> None:
         self.model.train()
@@ -109,10 +115,12 @@ def make_variants(options: argparse.Namespace, device: str, *, only: str | None 
 
     every_call = {"weight_norm": "every_call"}
     makers: dict[str, Callable[[], Variant]] = {
+        "base": lambda: megatron(lambda model, *_: model.requires_grad_(False), backend="inductor"),
         REFERENCE: lambda: megatron(with_lora, backend="inductor"),
         CONTROL: lambda: megatron(with_lora, backend="inductor"),
         "dora_fx": lambda: megatron(with_dora, backend="dora_fx"),
         "dora_fx, norm every call": lambda: megatron(with_dora, backend="dora_fx", options=every_call),
+        MERGED: lambda: megatron(with_dora, backend="dora_fx"),
         "PEFT LoRA eager": lambda: huggingface(use_dora=False),
         "PEFT DoRA eager": lambda: huggingface(use_dora=True),
     }
@@ -141,13 +149,16 @@ def measure(options: argparse.Namespace, device: str) -> dict[str, Comparison]:
         variant.allocate_buffers()
         with fresh_cache():
             begin = time.perf_counter()
-            variant.train_step()
+            if name not in EVALUATED_ONLY:
+                variant.train_step()
             seconds = time.perf_counter() - begin
+            if name == MERGED:
+                dora_fx.merge(variant.model, keep_adapter=True)
             variant.evaluate()
-        peak = peak_bytes(variant.train_step, device)
-        extra[name] = {"first step s": seconds, "peak MiB": peak / 2**20}
+        if name not in EVALUATED_ONLY:
+            extra[name] = {"first step s": seconds, "peak MiB": peak_bytes(variant.train_step, device) / 2**20}
     rounds = {"rounds": options.rounds, "max_rounds": options.max_rounds}
-    steps = {name: variant.train_step for name, variant in variants.items()}
+    steps = {name: variant.train_step for name, variant in variants.items() if name not in EVALUATED_ONLY}
     evaluations = {name: variant.evaluate for name, variant in variants.items()}
     training = compare(steps, REFERENCE, device, **rounds)
     return {
@@ -167,7 +178,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the tables here")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with megatron_world(device):
+    with quiet_world(device):
         comparisons = measure(options, device)
     for title, comparison in comparisons.items():
         print(f"\n{title}")

@@ -95,11 +95,10 @@ def main() -> None:
         sys.path.insert(0, str(options.transformer_engine))
         import tests.emulated_te.installed  # noqa: F401  before Megatron
     from measuring import save, show
-
-    from dora_fx.megatron.world import megatron_world
+    from quiet_world import quiet_world
 
     device = "cuda" if torch.cuda.is_available() and options.transformer_engine is None else "cpu"
-    with megatron_world(device):
+    with quiet_world(device):
         found = measure(options, device)
     show(found, REFERENCE)
     if options.json:

@@ -50,12 +50,13 @@ class DoRA(DoRASettings):
             several that name a layer the first counts, as in PEFT.
         use_rslora: scale by alpha / sqrt(dim) (rsLoRA, arXiv 2312.03732).
         complete_gradients: when gradients that are partial sums on each tensor-parallel rank are completed.
-            "every_backward", by default: each backward pass leaves complete ones. "once_per_step": they are added up
-            over micro-batches, and completed when Megatron's DistributedDataParallel, which must be around the model,
-            starts to reduce them over data-parallel ranks, in `finalize_model_grads` at the latest. That sends one
-            message in place of one per micro-batch, and takes memory for the sums, r * in numbers of a column layer and
-            out * r of a row layer. Layers that are whole on every rank keep "every_backward". An optimizer that steps
-            before the sums are complete raises PartialGradientsError.
+            "every_backward": each backward pass leaves complete ones. "once_per_step": they are added up over
+            micro-batches, and completed when Megatron's DistributedDataParallel, which must be around the model, starts
+            to reduce them over data-parallel ranks, in `finalize_model_grads` at the latest. That sends one message in
+            place of one per micro-batch, and takes memory for the sums, r * in numbers of a column layer and out * r of
+            a row layer. Layers that are whole on every rank keep "every_backward". An optimizer that steps before the
+            sums are complete raises PartialGradientsError. "auto", by default: "once_per_step" where that wrapper is,
+            "every_backward" elsewhere.
 
     Raises:
         ValueError: for a field out of its range, naming the value found and the values expected.

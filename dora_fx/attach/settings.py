@@ -30,7 +30,7 @@ class DoRASettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
-    complete_gradients: CompleteGradients = "every_backward"
+    complete_gradients: CompleteGradients = "auto"
 
     def __post_init__(self) -> None:
         self._check()

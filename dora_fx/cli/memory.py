@@ -16,6 +16,7 @@ from dora_fx.cli.options import FinetuneOptions
 from dora_fx.files.regular_file import reason_of
 from dora_fx.models.decoder_names import DecoderNames
 from dora_fx.models.reading import is_out_of_memory
+from dora_fx.modules.dora_linear import DoRALinear
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LOGIT_BYTES = 4
@@ -35,7 +36,7 @@ class MemoryEstimate:
 
     Attributes:
         parameters: of the base and the adapters, and buffers; exact.
-        gradients, optimizer: of the adapters; exact.
+        gradients, optimizer: of the adapters, partial sums of a step among gradients; exact.
         activations: of the micro-batches that are under way at once, as eager layers keep them.
     """
 
@@ -65,9 +66,10 @@ def estimate_memory(model: Any, options: FinetuneOptions) -> MemoryEstimate:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     narrow = sum(parameter.numel() for parameter in trained if parameter.dtype.itemsize < 4)
+    sums = sum(module.num_partial_sums for module in model.modules() if isinstance(module, DoRALinear))
     return MemoryEstimate(
         parameters=sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors),
-        gradients=count * _GRADIENT_BYTES,
+        gradients=(count + sums) * _GRADIENT_BYTES,
         optimizer=count * _MOMENT_BYTES + narrow * _MAIN_COPY_BYTES,
         activations=_activations(model, options),
     )

@@ -26,19 +26,27 @@ class GradientBucket(NamedTuple):
     """The place where Megatron's wrapper keeps and reduces the gradient of one parameter.
 
     Attributes:
-        wrapper: the DistributedDataParallel.
-        group: its bucket group that has the parameter.
+        wrapper: the DistributedDataParallel, which this does not keep alive.
         main_grad: the parameter's accumulated gradient, which the bucket's reduction reads.
     """
 
-    wrapper: Any
-    group: Any
+    wrapper: weakref.ref[Any]
     main_grad: torch.Tensor
+
+    def is_gone(self) -> bool:
+        """Return whether nothing reduces the gradient any more."""
+        return self.wrapper() is None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters whose gradients the wrapper reduces."""
+        wrapper = self.wrapper()
+        return [] if wrapper is None else list(wrapper.param_to_bucket_group)
 
     def register_ready(self, parameter: nn.Parameter) -> None:
         """Tell an overlapped reduction that the parameter has its gradient of a backward pass."""
-        if self.wrapper.ddp_config.overlap_grad_reduce:
-            self.group.register_grad_ready(parameter, self.wrapper.force_all_reduce)
+        wrapper = self.wrapper()
+        if wrapper is not None and wrapper.ddp_config.overlap_grad_reduce:
+            wrapper.param_to_bucket_group[parameter].register_grad_ready(parameter, wrapper.force_all_reduce)
 
 
 def find_bucket_maybe(
@@ -63,7 +71,7 @@ def find_bucket_maybe(
         return None
     wrapper, group = known
     _hook(group, before_reduction, after_reset)
-    return GradientBucket(wrapper, group, main_grad)
+    return GradientBucket(weakref.ref(wrapper), main_grad)
 
 
 def _group_of_maybe(

@@ -50,7 +50,7 @@ class DoRALinear(BaseAttributes):
         *,
         path: str = "",
         base_weight: nn.Parameter | None = None,
-        complete_gradients: CompleteGradients = "every_backward",
+        complete_gradients: CompleteGradients = "auto",
     ) -> None:
         super().__init__()
         self.to_wrap = to_wrap
@@ -73,6 +73,14 @@ class DoRALinear(BaseAttributes):
     def scaling(self) -> float:
         """The factor of the low-rank product."""
         return self.adapter.scaling
+
+    @property
+    def num_partial_sums(self) -> int:
+        """Elements of the gradients that this rank keeps as partial sums within a step, if any wrapper reduces them."""
+        lora_a, lora_b, magnitude = self._partial_gradients
+        if not self.adapter.layout.magnitude_grad_is_partial(dropout=self.adapter.has_dropout):
+            magnitude = None
+        return sum(partial.leaf.numel() for partial in (lora_a, lora_b, magnitude) if partial is not None)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the base layer returns, with its output adapted.

@@ -11,7 +11,8 @@ the bucket's parameters are completed, in one message of each kind, and added to
     start_grad_sync       main_grad += reduce_scatter(total)     and then Megatron's own reduction
     zero_grad_buffer      total is given up
 
-An optimizer that steps in between would miss a part of the gradient, so it raises.
+An optimizer that steps in between would miss a part of the gradient, so it raises. Where no such wrapper reduces the
+parameter's gradient, every backward pass completes it, unless the sums were asked for by name.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dora_fx.megatron.gradient_buckets import GradientBucket, find_bucket_maybe
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.ranks.groups import group_size
 
-CompleteGradients = Literal["every_backward", "once_per_step"]
+CompleteGradients = Literal["auto", "every_backward", "once_per_step"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class PartialGradient:
         adapter: the parameter's module.
         name: of the parameter there. It is looked up anew, as a load may have replaced it.
         path: of the adapted layer, for messages.
+        is_required: never leave the gradient to the backward pass, but raise where nothing would complete it.
 
     Attributes:
         leaf: takes the gradient, of the whole tensor's shape. It has no memory of that size, and no values.
@@ -54,9 +56,8 @@ class PartialGradient:
             None where there is nothing to complete.
     """
 
-    def __init__(self, adapter: ParallelLinearDoRAAdapter, name: str, path: str) -> None:
-        self.adapter, self.name, self.path = adapter, name, path
-        _guard_optimizers()
+    def __init__(self, adapter: ParallelLinearDoRAAdapter, name: str, path: str, *, is_required: bool) -> None:
+        self.adapter, self.name, self.path, self.is_required = adapter, name, path, is_required
         parameter = self.parameter
         self.is_sharded = adapter.placements[name].shard_dim is not None
         rows, *others = parameter.shape
@@ -67,11 +68,14 @@ class PartialGradient:
         collect = weakref.WeakMethod(self._collect)
         self.leaf.requires_grad_().register_post_accumulate_grad_hook(lambda _: _call_maybe(collect))
         self.total: torch.Tensor | None = None
+        # Looked for once for each `main_grad`.
+        self._main_grad: torch.Tensor | None = None
         self._bucket: GradientBucket | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles get a leaf and a hook of their own.
-        return PartialGradient, (self.adapter, self.name, self.path)
+        make = functools.partial(PartialGradient, is_required=self.is_required)
+        return make, (self.adapter, self.name, self.path)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -83,6 +87,13 @@ class PartialGradient:
         parameter = self.parameter
         return self.leaf.dtype == parameter.dtype and self.leaf.device == parameter.device
 
+    def takes_gradient_of(self, parameter: nn.Parameter) -> bool:
+        """Return whether the parameter's gradient goes to the leaf. Dynamo traces it, and guards on what it asks.
+
+        A `main_grad` may be of a wrapper that is gone, or of another maker. `_collect` sees to these.
+        """
+        return self.is_required or hasattr(parameter, "main_grad")
+
     @torch.no_grad()
     def _collect(self) -> None:
         """Move what a backward pass left in the leaf to the sum."""
@@ -90,10 +101,14 @@ class PartialGradient:
         if grad is None:
             # Autograd calls the hook of a compiled graph's input that no gradient reached, too.
             return
-        bucket = self._current_bucket()
+        bucket = self._current_bucket_maybe()
+        if bucket is None:
+            self._complete_now(grad.detach())
+            return
         if self.total is None:
             self.total = grad.detach().to(bucket.main_grad.dtype)
             _pending.add(self)
+            _guard_optimizers()
         else:
             self.total.add_(grad)
         bucket.register_ready(self.parameter)
@@ -105,21 +120,39 @@ class PartialGradient:
         assert total is not None
         return total
 
-    def _current_bucket(self) -> GradientBucket:
-        """The bucket of the parameter's gradient, which a new wrapper around the model replaces."""
-        parameter = self.parameter
-        if self._bucket is None or self._bucket.main_grad is not getattr(parameter, "main_grad", None):
-            if self.total is not None:
-                # The gradient that it was to be added to is gone.
-                self.take()
-            self._bucket = find_bucket_maybe(parameter, before_reduction=complete, after_reset=give_up)
-        if self._bucket is None:
+    def optimized_with(self) -> list[torch.Tensor]:
+        """The parameters that the same wrapper reduces, and Megatron's float32 copies of them."""
+        parameters = [] if self._bucket is None else self._bucket.parameters()
+        copies = [getattr(parameter, "main_param", None) for parameter in parameters]
+        return [*parameters, *(copy for copy in copies if copy is not None)]
+
+    def _complete_now(self, gradient: torch.Tensor) -> None:
+        """Give the parameter the gradient of one backward pass."""
+        if self.is_required:
             raise ValueError(
                 f"{self.path}.adapter.{self.name}: complete_gradients='once_per_step' completes gradients where "
                 "Megatron's DistributedDataParallel starts to reduce them, and found none that has this parameter; "
-                "expected one around the model, or complete_gradients='every_backward'"
+                "expected one around the model, or complete_gradients='auto'"
             )
+        (completed,) = _collective_for(is_sharded=self.is_sharded)([gradient], self.adapter.tp_group)
+        # Through autograd, for hooks on the parameter.
+        self.parameter.backward(completed)
+
+    def _current_bucket_maybe(self) -> GradientBucket | None:
+        """The bucket of the parameter's gradient, which a new wrapper around the model replaces."""
+        main_grad: torch.Tensor | None = getattr(self.parameter, "main_grad", None)
+        if main_grad is not self._main_grad or (self._bucket is not None and self._bucket.is_gone()):
+            if self.total is not None:
+                # The gradient that it was to be added to is gone.
+                self.take()
+            self._main_grad = main_grad
+            self._bucket = find_bucket_maybe(self.parameter, before_reduction=complete, after_reset=give_up)
         return self._bucket
+
+
+def _collective_for(*, is_sharded: bool) -> Callable[[Sequence[torch.Tensor], str], Sequence[torch.Tensor]]:
+    """What completes partial sums of parameters that are sharded by rows, or replicated."""
+    return reduce_scatter_rows if is_sharded else all_reduce_coalesced
 
 
 # Those that have a sum. A model that is gone has nothing to complete.
@@ -157,21 +190,25 @@ def partial_gradients(
         "linear_out.weight": layout.gathers_lora_b,
         "weight_magnitude": layout.magnitude_grad_is_partial(dropout=True),
     }
-    return PartialGradients(
-        *(PartialGradient(adapter, name, path) if partial else None for name, partial in is_partial.items())
-    )
+    make = functools.partial(PartialGradient, adapter, path=path, is_required=complete_gradients == "once_per_step")
+    return PartialGradients(*(make(name) if partial else None for name, partial in is_partial.items()))
 
 
 def leaves_for(partials: PartialGradients, adapter: ParallelLinearDoRAAdapter) -> list[torch.Tensor | None]:
-    """The leaves of A, B and m; None for one that is not trained, and where `functional_call` puts another tensor."""
+    """The leaves of A, B and m; None for one that is not trained, and where `functional_call` puts another tensor.
+
+    None, too, where the backward pass completes the gradient.
+    """
     if not any(partials):
         return [None, None, None]
     parameters = (adapter.linear_in.weight, adapter.linear_out.weight, adapter.weight_magnitude)
-    is_trained = [parameter.requires_grad and isinstance(parameter, nn.Parameter) for parameter in parameters]
-    return [
-        partial.leaf if trained and partial is not None else None
-        for partial, trained in zip(partials, is_trained, strict=True)
-    ]
+    return [_leaf_maybe(partial, parameter) for partial, parameter in zip(partials, parameters, strict=True)]
+
+
+def _leaf_maybe(partial: PartialGradient | None, parameter: torch.Tensor) -> torch.Tensor | None:
+    if partial is None or not parameter.requires_grad or not isinstance(parameter, nn.Parameter):
+        return None
+    return partial.leaf if partial.takes_gradient_of(parameter) else None
 
 
 @torch.no_grad()
@@ -187,8 +224,7 @@ def complete(parameters: Sequence[nn.Parameter]) -> None:
         key = (partial.adapter.tp_group, partial.total.dtype, partial.is_sharded)
         messages.setdefault(key, []).append(partial)
     for (tp_group, _, is_sharded), partials in messages.items():
-        collective = reduce_scatter_rows if is_sharded else all_reduce_coalesced
-        completed = collective([partial.take() for partial in partials], tp_group)
+        completed = _collective_for(is_sharded=is_sharded)([partial.take() for partial in partials], tp_group)
         for partial, gradient in zip(partials, completed, strict=True):
             partial.parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
 
@@ -210,13 +246,22 @@ def _pending_of(parameters: Sequence[nn.Parameter]) -> list[PartialGradient]:
     return sorted(found, key=lambda partial: numbers[partial.parameter])
 
 
-def _refuse_partial_gradients(*_: object) -> None:
+def _refuse_partial_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    stepped = {_memory_of(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for partial in _pending:
+        # A distributed optimizer has a part of each model's parameters on each rank, and all ranks raise.
+        if stepped.isdisjoint(map(_memory_of, partial.optimized_with())):
+            continue
         raise PartialGradientsError(
             f"{partial.path}.adapter.{partial.name}: found an optimizer's step while the gradient is a partial sum on "
             "each tensor-parallel rank; expected finalize_model_grads, or finish_grad_sync of Megatron's "
             "DistributedDataParallel, before it"
         )
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    """The same for a parameter and for Megatron's views of it."""
+    return tensor.untyped_storage()._cdata
 
 
 @functools.cache

@@ -197,9 +197,16 @@ class Training:
 
     Its steps take gradients that depend on nothing but the parameter's name and the number of the step, so that
     values and moments are bitwise the same at every layout.
+
+    Args:
+        salt: of the adapters' values.
+        overlap_grad_reduce: reduce gradients over data-parallel ranks while Megatron's schedule still runs.
+        dora: settings of `DoRA`.
     """
 
-    def __init__(self, layout: Layout, kind: Kind, salt: str = "", **dora: Any) -> None:
+    def __init__(
+        self, layout: Layout, kind: Kind, salt: str = "", *, overlap_grad_reduce: bool = False, **dora: Any
+    ) -> None:
         self.layout, self.kind = layout, kind
         chunks: list[Any] = attach(build_base(layout, kind), **dora)
         set_adapter_values(chunks, layout, salt)
@@ -217,10 +224,19 @@ class Training:
             config = chunks[0].config
             if kind.dtype is torch.bfloat16:
                 chunks = [Float16Module(config, chunk) for chunk in chunks]
-            ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
+            ddp = DistributedDataParallelConfig(
+                use_distributed_optimizer=distributed, overlap_grad_reduce=overlap_grad_reduce
+            )
             # A module's magnitude that Float16Module cast is float32 again.
             self.chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
             self.optimizer = get_megatron_optimizer(settings, self.chunks)
+        if overlap_grad_reduce:
+            # As Megatron's own training does.
+            functions = [(chunk.no_sync, chunk.start_grad_sync) for chunk in self.chunks]
+            no_sync, start_grad_sync = zip(*functions, strict=True)
+            is_interleaved = layout.vpp > 1
+            config.no_sync_func = list(no_sync) if is_interleaved else no_sync[0]
+            config.grad_sync_func = list(start_grad_sync) if is_interleaved else start_grad_sync[0]
 
     def train(self, number: int) -> float:
         """One update by the loss of a batch, in micro-batches through Megatron's pipeline schedule.

@@ -1,7 +1,9 @@
-"""Gradients that are completed once per step are those of one rank, with all that Megatron does to gradients."""
+"""Whenever gradients are completed, they are those of one rank, with all that Megatron does to gradients."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -11,12 +13,15 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.oracle import run_oracle
 from tests.distributed.test_same_function_everywhere import bound_of, error_of
 from tests.distributed.training import TRAINED, Mode, TrainingRun
-from tests.distributed.zoo import Topology, layer_names
+from tests.distributed.zoo import Topology, layer_names, sites_of
 
 ALL_LAYERS: tuple[str, ...] = ()
 SOME = ("column_bias_added", "row_bias_added", "gated_mlp", "output_layer")
 
+# Where nothing else is said they are completed once per step, as Megatron's wrapper is there.
 EAGER = Mode(complete_gradients="once_per_step")
+IN_EACH_PASS = Mode(complete_gradients="every_backward", overlap_grad_reduce=True, num_steps=3)
+IN_EACH_PASS_COMPILED = replace(IN_EACH_PASS, compiler="dora_fx_aot_eager", dropout=0.3)
 OVERLAPPED = replace(EAGER, overlap_grad_reduce=True)
 # Clipping measures the norm of gradients that must be complete by then.
 CLIPPED = replace(OVERLAPPED, dtype=torch.float32, clip_grad=1.0, num_steps=3)
@@ -39,8 +44,8 @@ slow = pytest.mark.slow
 SP = Topology(tp=2, sequence_parallel=True)
 SP_DP = replace(SP, dp=2)
 CASES = [
-    pytest.param(Topology(tp=2), ALL_LAYERS, [short(EAGER), COMPILED], id="tp2"),
-    pytest.param(SP, ALL_LAYERS, [CLIPPED, short(DISTRIBUTED)], id="tp2-sp"),
+    pytest.param(Topology(tp=2), ALL_LAYERS, [short(EAGER), COMPILED, IN_EACH_PASS], id="tp2"),
+    pytest.param(SP, ALL_LAYERS, [CLIPPED, short(DISTRIBUTED), IN_EACH_PASS_COMPILED], id="tp2-sp"),
     pytest.param(Topology(tp=2), SOME, [short(INDUCTOR), PLAIN_INDUCTOR, BFLOAT16], marks=slow, id="tp2-compilers"),
     pytest.param(
         Topology(tp=2, dp=2), SOME, [CLIPPED, DISTRIBUTED, short(DISTRIBUTED_COMPILED)], marks=slow, id="tp2-dp2"
@@ -80,3 +85,30 @@ def test_equals_one_rank(topology, names, modes):
         assert float(results["replicas differ by"]) == 0.0
         wrong += wrong_quantities(mode, expected, results)
     assert not wrong, "\n".join(wrong)
+
+
+def gradients_after_the_wrapper(topology: Topology, mode: Mode, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Gradients of a backward pass of a model that was trained in Megatron's wrapper before."""
+    run = TrainingRun(topology, mode, names)
+    run.forward_backward(0, keep=False)
+    wrapper = weakref.ref(run.ddp)
+    del run.ddp, run.optimizer
+    gc.collect()
+    assert wrapper() is None
+    run.forward_backward(0, keep=False)
+    return {
+        f"{path} {name}": parameter.grad
+        for path, site in sites_of(run.zoo).items()
+        for name, parameter in site.adapter.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("compiler", ["eager", "dora_fx_aot_eager"])
+def test_a_graph_that_outlives_the_wrapper_completes_gradients_as_they_come(compiler):
+    found, expected = (
+        run_ranks(gradients_after_the_wrapper, 2, 2, SP, Mode(compiler=compiler, complete_gradients=when), SOME)
+        for when in ("auto", "every_backward")
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

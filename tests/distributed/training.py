@@ -47,7 +47,7 @@ class Mode:
     recompute: bool = False
     num_steps: int = 20
     clip_grad: float = 0.0
-    complete_gradients: str = "every_backward"
+    complete_gradients: str = "auto"
     overlap_grad_reduce: bool = False
     distributed_optimizer: bool = False
 

@@ -21,9 +21,9 @@ from tests.graph.sites import IN, OneLinear, adapted, column, config, row
 TP = 2
 
 
-def once(**settings: Any) -> OneLinear:
+def once(complete_gradients: str = "once_per_step") -> OneLinear:
     """A column layer whose gradients are completed once per step, on rank 0 of a fake group."""
-    return adapted(column(tensor_model_parallel_size=TP), complete_gradients="once_per_step", **settings)
+    return adapted(column(tensor_model_parallel_size=TP), complete_gradients=complete_gradients)
 
 
 def data_parallel(model: OneLinear) -> DistributedDataParallel:
@@ -53,8 +53,71 @@ def pending_sum(model: OneLinear) -> torch.Tensor | None:
 
 
 def test_an_unknown_value_is_refused():
-    with pytest.raises(ValueError, match=r"DoRA.complete_gradients: found 'step', expected one of \['every_b"):
+    with pytest.raises(ValueError, match=r"DoRA.complete_gradients: found 'step', expected one of \['auto', 'every_b"):
         dora_fx.DoRA(complete_gradients="step")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_by_default_gradients_are_summed_where_megatron_reduces_them(tensor_parallel, compiled):
+    tensor_parallel(TP)
+    torch._dynamo.reset()
+    counters.clear()
+    model = once("auto")
+    if compiled:
+        model.compile(backend="dora_fx", options={"inner_compiler": "aot_eager"}, fullgraph=True)
+    backward(model)
+    assert lora_a_of(model).grad is not None and pending_sum(model) is None
+    lora_a_of(model).grad = None
+    ddp = data_parallel(model)
+    for _ in range(2):
+        backward(ddp)
+    assert lora_a_of(model).grad is None and pending_sum(model) is not None
+    finish(ddp)
+    assert pending_sum(model) is None
+    assert counters["dora_fx"]["graphs_compiled"] == 2 * compiled
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_wrapper_that_is_gone_leaves_gradients_to_the_backward_pass(tensor_parallel, compiled):
+    tensor_parallel(TP)
+    torch._dynamo.reset()
+    model = once("auto")
+    if compiled:
+        model.compile(backend="dora_fx", options={"inner_compiler": "aot_eager"}, fullgraph=True)
+    ddp = data_parallel(model)
+    backward(ddp)
+    del ddp
+    gc.collect()
+    backward(model)
+    assert lora_a_of(model).grad is not None and pending_sum(model) is None
+    torch.optim.SGD(trained(model), lr=1.0).step()
+
+
+def test_a_main_grad_that_is_not_megatrons_is_left_to_its_owner(tensor_parallel):
+    tensor_parallel(TP)
+    model = once("auto")
+    parameter = lora_a_of(model)
+    parameter.main_grad = torch.zeros_like(parameter)
+
+    def accumulate(trained: torch.Tensor) -> None:
+        trained.main_grad.add_(trained.grad)
+
+    parameter.register_post_accumulate_grad_hook(accumulate)
+    backward(model)
+    assert pending_sum(model) is None
+    assert torch.equal(parameter.main_grad, parameter.grad)
+
+
+def test_a_step_of_another_model_between_micro_batches(tensor_parallel):
+    tensor_parallel(TP)
+    models = [once("auto"), once("auto")]
+    wrappers = [data_parallel(model) for model in models]
+    for wrapper in wrappers:
+        backward(wrapper)
+    finish(wrappers[0])
+    torch.optim.SGD(trained(models[0]), lr=1.0).step()
+    with pytest.raises(PartialGradientsError):
+        torch.optim.SGD(trained(models[1]), lr=1.0).step()
 
 
 def test_without_megatrons_data_parallelism_the_first_backward_pass_raises(tensor_parallel):
