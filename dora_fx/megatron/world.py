@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from dora_fx.megatron.cpu_runtime import cuda_current_device_is_cpu
 def megatron_world(
     device: str = "cpu",
     *,
+    backend: str | None = None,
     seed: int = 1234,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
@@ -26,7 +28,8 @@ def megatron_world(
     """Make the default process group, Megatron's groups and its RNG tracker; take them down on exit.
 
     Args:
-        device: "cpu" (gloo) or "cuda" (NCCL, the current device).
+        device: "cpu" or "cuda" (the current device).
+        backend: of torch.distributed, for all groups; gloo on a CPU and NCCL on CUDA by default.
         seed: seeds torch and Megatron's tensor-parallel generators.
         tensor_model_parallel_size, pipeline_model_parallel_size: their product divides `world_size`.
         virtual_pipeline_model_parallel_size: model chunks of each pipeline rank; None without virtual stages.
@@ -48,7 +51,7 @@ def megatron_world(
     on_cpu = device == "cpu"
     with cuda_current_device_is_cpu() if on_cpu else contextlib.nullcontext():
         dist.init_process_group(
-            "gloo" if on_cpu else "nccl",
+            backend or ("gloo" if on_cpu else "nccl"),
             store=store if store is not None else dist.HashStore(),
             rank=global_rank,
             world_size=world_size,
@@ -57,6 +60,7 @@ def megatron_world(
             _start_megatron(
                 on_cpu,
                 seed,
+                create_gloo_process_groups=on_cpu and backend is None,
                 tensor_model_parallel_size=tensor_model_parallel_size,
                 pipeline_model_parallel_size=pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
@@ -94,11 +98,11 @@ def world_at_hand() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _start_megatron(on_cpu: bool, seed: int, **sizes: int | None) -> None:
+def _start_megatron(on_cpu: bool, seed: int, **settings: Any) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
 
-    parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=on_cpu)
+    parallel_state.initialize_model_parallel(**settings)
     torch.manual_seed(seed)
     # The training tracker switches CUDA generator states; the inference one leaves the generator alone. The
     # tracker of an earlier world would carry its kind and its states over, hence the reset.

@@ -6,30 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dora_fx.megatron.cpu_runtime import cuda_current_device_is_cpu
+from dora_fx.megatron.world import megatron_world
 
 
 @contextlib.contextmanager
 def fake_world(tp_size: int, tp_rank: int = 0) -> Iterator[None]:
     """A world whose collectives return at once with meaningless values, for graphs and counts only."""
-    with cuda_current_device_is_cpu():
-        dist.init_process_group("fake", store=FakeStore(), rank=tp_rank, world_size=tp_size)
-        try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=tp_size, create_gloo_process_groups=False
-            )
-            initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
-            torch.manual_seed(0)
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+    world = {"global_rank": tp_rank, "world_size": tp_size, "tensor_model_parallel_size": tp_size}
+    with megatron_world(backend="fake", store=FakeStore(), seed=0, **world):
+        yield
 
 
 @pytest.fixture
