@@ -197,9 +197,10 @@ def partial_gradients(
 def leaves_for(partials: PartialGradients, adapter: ParallelLinearDoRAAdapter) -> list[torch.Tensor | None]:
     """The leaves of A, B and m; None for one that is not trained, and where `functional_call` puts another tensor.
 
-    None, too, where the backward pass completes the gradient.
+    None, too, where the backward pass completes the gradient, and where there is no such pass: an evaluation's graph is
+    the same before and after the model is wrapped.
     """
-    if not any(partials):
+    if not any(partials) or not torch.is_grad_enabled():
         return [None, None, None]
     parameters = (adapter.linear_in.weight, adapter.linear_out.weight, adapter.weight_magnitude)
     return [_leaf_maybe(partial, parameter) for partial, parameter in zip(partials, parameters, strict=True)]

@@ -77,6 +77,21 @@ def test_by_default_gradients_are_summed_where_megatron_reduces_them(tensor_para
     assert counters["dora_fx"]["graphs_compiled"] == 2 * compiled
 
 
+def test_an_evaluation_is_compiled_once_whatever_is_around_the_model(tensor_parallel):
+    tensor_parallel(TP)
+    torch._dynamo.reset()
+    counters.clear()
+    model = once("auto")
+    model.compile(backend="dora_fx", options={"inner_compiler": "aot_eager"}, fullgraph=True)
+    x = torch.ones(3, 2, IN)
+    with torch.no_grad():
+        model(x)
+    ddp = data_parallel(model)
+    with torch.no_grad():
+        ddp(x)
+    assert counters["dora_fx"]["graphs_compiled"] == 1
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_a_wrapper_that_is_gone_leaves_gradients_to_the_backward_pass(tensor_parallel, compiled):
     tensor_parallel(TP)
