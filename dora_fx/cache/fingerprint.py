@@ -26,25 +26,30 @@ def mix(start: int, count: int, device: torch.device) -> torch.Tensor:
     return (mixed ^ (mixed >> 32)) | 1
 
 
-@torch.no_grad()
 def fingerprint(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Fingerprint of the tensors' bits in their order, int64 `[]` on the device of the first.
+    """Fingerprint of the tensors' bits in their order, int64 `[]` on their device."""
+    return fingerprints([tensors])[0]
 
-    Nothing waits for the device. Tensors of other devices are not looked at together; strided ones are copied.
+
+@torch.no_grad()
+def fingerprints(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Fingerprints of several groups of tensors, int64 `[len(groups)]` on the one device where all of them are.
+
+    Nothing waits for the device. Most of it is one launch for all groups, as tensors are small and many; strided ones
+    are copied.
     """
-    words = [_words(tensor.detach()) for tensor in tensors]
-    if not words[0].is_cpu:
-        # One launch for all of them.
-        return _weighted_sum(torch.cat(words))
-    return _weighted_sum(torch.stack([_weighted_sum(part) for part in words]))
-
-
-def _weighted_sum(words: torch.Tensor) -> torch.Tensor:
-    mixed = words >> 32
-    mixed ^= words
-    factors = _factors_of(words)
-    # Only the CPU has a dot product of integers.
-    return torch.dot(mixed, factors) if words.is_cpu else (mixed * factors).sum()
+    words = [[_words(tensor.detach()) for tensor in group] for group in groups]
+    lengths = [sum(part.numel() for part in group) for group in words]
+    flat = torch.cat([part for group in words for part in group])
+    mixed = flat >> 32
+    mixed ^= flat
+    known = _factors_for(flat.device, max(lengths))
+    factors = [known[:length] for length in lengths]
+    if flat.is_cpu:
+        # Only the CPU has a dot product of integers.
+        return torch.stack([torch.dot(part, by) for part, by in zip(mixed.split(lengths), factors, strict=True)])
+    mixed *= torch.cat(factors)
+    return torch.stack([part.sum() for part in mixed.split(lengths)])
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
@@ -56,8 +61,8 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.int64)
 
 
-def _factors_of(words: torch.Tensor) -> torch.Tensor:
-    known = _factors.get(words.device)
-    if known is None or known.numel() < words.numel():
-        known = _factors[words.device] = mix(0, max(words.numel(), 1024), words.device)
-    return known[: words.numel()]
+def _factors_for(device: torch.device, count: int) -> torch.Tensor:
+    known = _factors.get(device)
+    if known is None or known.numel() < count:
+        known = _factors[device] = mix(0, max(count, 1024), device)
+    return known

@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dora_fx.cache.fingerprint import fingerprint
+from dora_fx.cache.fingerprint import fingerprint, fingerprints
 
 
 class StaleParametersError(RuntimeError):
@@ -106,17 +106,34 @@ class _Record(NamedTuple):
     values: Snapshot
 
 
+class Claim(NamedTuple):
+    """The claim that a value, and others that are kept with it, hold what follows from the sources as they are.
+
+    Attributes:
+        path: of the site, for messages.
+        value, sources, others: as in `record_fresh`.
+        sampled: the sources are views of parts of what the value follows from. Equal bits then do not make up for a
+            write that PyTorch counted.
+    """
+
+    path: str
+    value: torch.Tensor
+    sources: Sequence[torch.Tensor]
+    others: Sequence[torch.Tensor] = ()
+    sampled: bool = False
+
+
 class _Question(NamedTuple):
     """The question whether the bits of sources on an accelerator are as recorded; answered when the device gets there.
 
     Attributes:
-        path: of the site, for messages.
-        differs: bool `[]` in host memory, written by the device.
+        paths: of the sites, for messages.
+        differ: bool `[len(paths)]` in host memory, written by the device.
         event: after the writing.
     """
 
-    path: str
-    differs: torch.Tensor
+    paths: tuple[str, ...]
+    differ: torch.Tensor
     event: torch.Event
 
 
@@ -142,48 +159,53 @@ def is_from_earlier_step(value: torch.Tensor) -> bool:
     return record is not None and record.steps not in (None, _optimizer_steps)
 
 
-def is_fresh(
-    path: str,
-    value: torch.Tensor,
-    sources: Sequence[torch.Tensor],
-    others: Sequence[torch.Tensor] = (),
-    *,
-    sampled: bool = False,
-) -> bool:
-    """Return whether `value` and `others` were recorded with these sources and hold what follows from them.
+def are_fresh(claims: Sequence[Claim]) -> list[bool]:
+    """Return which values were recorded with their sources and hold what follows from them.
 
     On an accelerator True may be an answer that a later look takes back; see `raise_if_answered_stale`.
-
-    Args:
-        path: of the site, for that look's message.
-        value, sources, others: as in `record_fresh`.
-        sampled: the sources are views of parts of what the value follows from. Equal bits then do not make up for a
-            write that PyTorch counted.
     """
-    record = _records.get(value)
-    if record is None or is_from_earlier_step(value):
-        return False
-    values = (value, *others)
-    if record.values.in_same_memory(values) and record.sources.in_same_memory(sources):
-        if value.is_cpu:
-            return record.sources.has_same_bits(sources)
-        _ask(path, record.sources, sources)
-        return True
-    if sampled or not (record.values.has_same_bits(values) and record.sources.has_same_bits(sources)):
-        return False
-    # Moved, or written with what was there already.
-    _records[value] = record._replace(sources=Snapshot.of(sources), values=Snapshot.of(values))
-    return True
+    answers = [False] * len(claims)
+    untouched: dict[torch.device, list[int]] = {}
+    for index, claim in enumerate(claims):
+        record = _records.get(claim.value)
+        if record is None or is_from_earlier_step(claim.value):
+            continue
+        values = (claim.value, *claim.others)
+        if record.values.in_same_memory(values) and record.sources.in_same_memory(claim.sources):
+            if record.sources.kinds == _kinds(claim.sources):
+                untouched.setdefault(claim.value.device, []).append(index)
+        elif not claim.sampled and record.values.has_same_bits(values) and record.sources.has_same_bits(claim.sources):
+            # Moved, or written with what was there already.
+            _records[claim.value] = record._replace(sources=Snapshot.of(claim.sources), values=Snapshot.of(values))
+            answers[index] = True
+    for device, indices in untouched.items():
+        look = _compare if device.type == "cpu" else _ask
+        for index, answer in zip(indices, look([claims[index] for index in indices]), strict=True):
+            answers[index] = answer
+    return answers
 
 
-def _ask(path: str, known: Snapshot, sources: Sequence[torch.Tensor]) -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return
-    differs = torch.empty((), dtype=torch.bool, pin_memory=True)
-    differs.copy_(known.bits != fingerprint(sources), non_blocking=True)
-    event = torch.Event(sources[0].device.type)
-    event.record()
-    _questions.append(_Question(path, differs, event))
+def _bits(claims: Sequence[Claim]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bits of the claims' sources as recorded, and as they are."""
+    known = torch.stack([_records[claim.value].sources.bits for claim in claims])
+    return known, fingerprints([claim.sources for claim in claims])
+
+
+def _compare(claims: Sequence[Claim]) -> list[bool]:
+    known, found = _bits(claims)
+    return (known == found).tolist()
+
+
+def _ask(claims: Sequence[Claim]) -> list[bool]:
+    """Ask the device to compare, and take it for granted until it answers."""
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        known, found = _bits(claims)
+        differ = torch.empty(len(claims), dtype=torch.bool, pin_memory=True)
+        differ.copy_(known != found, non_blocking=True)
+        event = torch.Event(found.device.type)
+        event.record()
+        _questions.append(_Question(tuple(claim.path for claim in claims), differ, event))
+    return [True] * len(claims)
 
 
 def raise_if_answered_stale() -> None:
@@ -196,9 +218,10 @@ def raise_if_answered_stale() -> None:
     for question in answered:
         _questions.remove(question)
     for question in answered:
-        if question.differs:
+        if question.differ.any():
+            path = question.paths[int(question.differ.nonzero()[0])]
             raise StaleParametersError(
-                f"{question.path}: its parameters were written past PyTorch's version counter and outside an "
+                f"{path}: its parameters were written past PyTorch's version counter and outside an "
                 "optimizer's step (through .data, say), so earlier calls used the norms of the values before; call "
                 "dora_fx.invalidate_norms(model) after such writes"
             )

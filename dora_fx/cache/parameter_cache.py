@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 
 from dora_fx.cache.freshness import (
+    Claim,
     StaleParametersError,
-    is_fresh,
+    are_fresh,
     is_from_earlier_step,
     raise_if_answered_stale,
     record_fresh,
@@ -86,10 +87,15 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
         RuntimeError: the parameters of this rank changed outside an optimizer's step, and another rank's did not.
     """
     raise_if_answered_stale()
-    for site in sites:
-        assert site.stored.base_norm_sq is not None
-        measure_base(site.path, site.stored.weight, site.stored.base_norm_sq)
-    is_stale = [not _is_fresh(site) for site in sites]
+    bases, claims = [_claim_of_base(site) for site in sites], [_claim(site) for site in sites]
+    # All at once: a look at many small tensors costs what a look at few does.
+    base_and_site = are_fresh([*bases, *claims])
+    is_stale = [not fresh for fresh in base_and_site[len(sites) :]]
+    for index, base_is_fresh in enumerate(base_and_site[: len(sites)]):
+        if not base_is_fresh:
+            _measure(sites[index].stored.weight, bases[index])
+            [is_fresh] = are_fresh([claims[index]])
+            is_stale[index] = not is_fresh
     if any(is_stale) and not any(is_from_earlier_step(site.cached.delta) for site in sites):
         is_stale = _agree(sites, is_stale, rank_timeout)
     stale = [site for site, flag in zip(sites, is_stale, strict=True) if flag]
@@ -127,13 +133,31 @@ def measure_base(path: str, weight: torch.Tensor, base_norm_sq: torch.Tensor) ->
     whole weight would cost more to look at than the rest of DoRA: one into the whole weight shows, one into a few rows
     need not.
     """
-    sample = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]
-    if is_fresh(path, base_norm_sq, (sample,), sampled=True):
-        return
-    squares = base_norm_squared(weight)
+    claim = _norm_claim(path, weight, base_norm_sq)
+    [is_fresh] = are_fresh([claim])
+    if not is_fresh:
+        _measure(weight, claim)
+
+
+def _measure(weight: torch.Tensor, claim: Claim) -> None:
+    base_norm_sq, squares = claim.value, base_norm_squared(weight)
     if not torch.equal(squares, base_norm_sq):
         base_norm_sq.copy_(squares)
-    record_fresh(base_norm_sq, (sample,), sources_are_trained=False)
+    record_fresh(base_norm_sq, claim.sources, sources_are_trained=False)
+
+
+def _norm_claim(path: str, weight: torch.Tensor, base_norm_sq: torch.Tensor) -> Claim:
+    sample = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]
+    return Claim(path, base_norm_sq, (sample,), sampled=True)
+
+
+def _claim_of_base(site: CachedSite) -> Claim:
+    assert site.stored.base_norm_sq is not None
+    return _norm_claim(site.path, site.stored.weight, site.stored.base_norm_sq)
+
+
+def _claim(site: CachedSite) -> Claim:
+    return Claim(site.path, site.cached.delta, _sources(site), _other_buffers(site))
 
 
 def _agree(sites: Sequence[CachedSite], is_stale: list[bool], rank_timeout: float) -> list[bool]:
@@ -146,10 +170,6 @@ def _agree(sites: Sequence[CachedSite], is_stale: list[bool], rank_timeout: floa
             for index in stale_on_any_rank(described, [i for i in own if is_stale[i]], tp_group, rank_timeout):
                 is_stale[index] = True
     return is_stale
-
-
-def _is_fresh(site: CachedSite) -> bool:
-    return is_fresh(site.path, site.cached.delta, _sources(site), _other_buffers(site))
 
 
 def _sources(site: CachedSite) -> list[torch.Tensor]:
