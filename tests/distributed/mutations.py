@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from dora_fx.attach import plan
 from dora_fx.function import collectives, dropout, formula, row_scale, site_parameters, weight_norm
+from dora_fx.modules import partial_gradients
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter as Adapter
 from dora_fx.modules.adapter import low_rank_scaling
 from dora_fx.modules.kinds import LinearSpec, megatron_linear
@@ -133,6 +134,13 @@ MUTATIONS = [
         " + _together(_gathered_rows_only, requests[len(sites) :], gathered[len(sites) :])",
     ),
     Mutation("weight gradients reduced twice", collectives.reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
+    Mutation(
+        "sum of the last micro-batch alone",
+        partial_gradients.PartialGradient._collect,
+        "self.total.add_(grad)",
+        "self.total.copy_(grad)",
+    ),
+    Mutation("sums not handed over", partial_gradients.complete, "main_grad.add_(gradient)", "main_grad.add_(0)"),
     Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),
     Mutation("group of one rank", LinearSpec.tp_group_name.fget, "self.tp_size > 1", "self.tp_size > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),

@@ -16,10 +16,11 @@ from tests.distributed.training import Mode, TrainingRun
 from tests.distributed.zoo import Topology
 
 NAMES = ("column_bias_added", "row_bias_added", "gated_mlp")
+# Gradients are completed in each backward pass, and once per step.
 MODES = [
-    Mode(num_steps=2),
+    Mode(num_steps=2, complete_gradients="every_backward"),
     Mode(dropout=0.3, num_steps=1),
-    Mode(compiler="dora_fx_eager", num_steps=1),
+    Mode(compiler="dora_fx_eager", num_steps=1, complete_gradients="every_backward"),
 ]
 # One of each kind: terms of the function, its collectives, the norm's terms, its gradient and its age, gradients that
 # are completed, masks, which shard is whose, what Megatron's optimizer is told, how values are drawn.
@@ -33,6 +34,7 @@ SAMPLE = [
     "stale norm",
     "magnitude's gradient left partial",
     "gradient of A not reduced",
+    "sum of the last micro-batch alone",
     "two dropout masks",
     "mask differs between replicas",
     "factors gathered backwards",
