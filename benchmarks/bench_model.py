@@ -144,22 +144,22 @@ def compile_layers(model: Any, options: argparse.Namespace, settings: dict[str, 
 
 def measure(options: argparse.Namespace, device: str) -> dict[str, Comparison]:
     variants = make_variants(options, device)
+    steps = {name: variant.train_step for name, variant in variants.items() if name not in EVALUATED_ONLY}
+    evaluations = {name: variant.evaluate for name, variant in variants.items()}
     extra = {}
     for name, variant in variants.items():
         variant.allocate_buffers()
+        if name == MERGED:
+            dora_fx.merge(variant.model, keep_adapter=True)
         with fresh_cache():
-            begin = time.perf_counter()
-            if name not in EVALUATED_ONLY:
-                variant.train_step()
-            seconds = time.perf_counter() - begin
-            if name == MERGED:
-                dora_fx.merge(variant.model, keep_adapter=True)
-            variant.evaluate()
-        if name not in EVALUATED_ONLY:
-            extra[name] = {"first step s": seconds, "peak MiB": peak_bytes(variant.train_step, device) / 2**20}
+            if name in steps:
+                begin = time.perf_counter()
+                steps[name]()
+                extra[name] = {"first step s": time.perf_counter() - begin}
+            evaluations[name]()
+        if name in steps:
+            extra[name]["peak MiB"] = peak_bytes(steps[name], device) / 2**20
     rounds = {"rounds": options.rounds, "max_rounds": options.max_rounds}
-    steps = {name: variant.train_step for name, variant in variants.items() if name not in EVALUATED_ONLY}
-    evaluations = {name: variant.evaluate for name, variant in variants.items()}
     training = compare(steps, REFERENCE, device, **rounds)
     return {
         "training step": replace(training, table={name: row | extra[name] for name, row in training.table.items()}),

@@ -9,10 +9,12 @@ bit. Integer sums do not depend on the order of their terms, hence not on thread
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+# 8 MiB, of which there are three copies at most: the adapters of a whole model would take hundreds.
+_WORDS_AT_ONCE = 2**20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _factors: dict[torch.device, torch.Tensor] = {}
@@ -35,12 +37,30 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def fingerprints(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     """Fingerprints of several groups of tensors, int64 `[len(groups)]` on the one device where all of them are.
 
-    Nothing waits for the device. Most of it is one launch for all groups, as tensors are small and many; strided ones
+    Nothing waits for the device. Most of it is one launch for many groups, as tensors are small and many; strided ones
     are copied.
     """
     words = [[_words(tensor.detach()) for tensor in group] for group in groups]
-    lengths = [sum(part.numel() for part in group) for group in words]
-    flat = torch.cat([part for group in words for part in group])
+    return torch.cat([_weighted_sums(run) for run in _runs(words)])
+
+
+def _runs(groups: Iterable[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
+    """Consecutive groups, as many as take no more memory together than `_WORDS_AT_ONCE`, but one at least."""
+    run: list[list[torch.Tensor]] = []
+    num_words = 0
+    for group in groups:
+        more = sum(part.numel() for part in group)
+        if run and num_words + more > _WORDS_AT_ONCE:
+            yield run
+            run, num_words = [], 0
+        run.append(group)
+        num_words += more
+    yield run
+
+
+def _weighted_sums(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    lengths = [sum(part.numel() for part in group) for group in groups]
+    flat = torch.cat([part for group in groups for part in group])
     mixed = flat >> 32
     mixed ^= flat
     known = _factors_for(flat.device, max(lengths))

@@ -126,17 +126,17 @@ def check(sites: Sequence[CachedSite]) -> None:
 
 
 @torch.no_grad()
-def measure_base(path: str, weight: torch.Tensor, base_norm_sq: torch.Tensor) -> None:
+def measure_base(site: CachedSite) -> None:
     """Bring the frozen weight's squared norms up to date, in place, if they were measured of other values.
 
     No rank needs another one for that. Writes past PyTorch's version counter are told by a sample of rows, as the
     whole weight would cost more to look at than the rest of DoRA: one into the whole weight shows, one into a few rows
     need not.
     """
-    claim = _norm_claim(path, weight, base_norm_sq)
+    claim = _claim_of_base(site)
     [is_fresh] = are_fresh([claim])
     if not is_fresh:
-        _measure(weight, claim)
+        _measure(site.stored.weight, claim)
 
 
 def _measure(weight: torch.Tensor, claim: Claim) -> None:
@@ -146,14 +146,11 @@ def _measure(weight: torch.Tensor, claim: Claim) -> None:
     record_fresh(base_norm_sq, claim.sources, sources_are_trained=False)
 
 
-def _norm_claim(path: str, weight: torch.Tensor, base_norm_sq: torch.Tensor) -> Claim:
-    sample = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]
-    return Claim(path, base_norm_sq, (sample,), sampled=True)
-
-
 def _claim_of_base(site: CachedSite) -> Claim:
-    assert site.stored.base_norm_sq is not None
-    return _norm_claim(site.path, site.stored.weight, site.stored.base_norm_sq)
+    weight, base_norm_sq = site.stored.weight, site.stored.base_norm_sq
+    assert base_norm_sq is not None
+    sample = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]
+    return Claim(site.path, base_norm_sq, (sample,), sampled=True)
 
 
 def _claim(site: CachedSite) -> Claim:

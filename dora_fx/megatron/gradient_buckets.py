@@ -27,11 +27,9 @@ class GradientBucket(NamedTuple):
 
     Attributes:
         wrapper: the DistributedDataParallel, which this does not keep alive.
-        main_grad: the parameter's accumulated gradient, which the bucket's reduction reads.
     """
 
     wrapper: weakref.ref[Any]
-    main_grad: torch.Tensor
 
     def is_gone(self) -> bool:
         """Return whether nothing reduces the gradient any more."""
@@ -71,7 +69,7 @@ def find_bucket_maybe(
         return None
     wrapper, group = known
     _hook(group, before_reduction, after_reset)
-    return GradientBucket(weakref.ref(wrapper), main_grad)
+    return GradientBucket(weakref.ref(wrapper))
 
 
 def _group_of_maybe(

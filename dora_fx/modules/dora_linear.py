@@ -180,8 +180,9 @@ class DoRALinear(BaseAttributes):
 
         Every rank of the layer's tensor-parallel group calls it.
         """
-        measure_base(self.path, self.base_weight, self.base_norm_sq)
-        return row_norms([self.cached_site().stored])[0]
+        site = self.cached_site()
+        measure_base(site)
+        return row_norms([site.stored])[0]
 
     def cached_site(self) -> CachedSite:
         """Return the parameters outside any call and the buffers made of them, for `parameter_cache.refresh`."""

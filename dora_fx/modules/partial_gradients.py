@@ -68,7 +68,7 @@ class PartialGradient:
         collect = weakref.WeakMethod(self._collect)
         self.leaf.requires_grad_().register_post_accumulate_grad_hook(lambda _: _call_maybe(collect))
         self.total: torch.Tensor | None = None
-        # Looked for once for each `main_grad`.
+        # The bucket is looked for once for each `main_grad`.
         self._main_grad: torch.Tensor | None = None
         self._bucket: GradientBucket | None = None
 
@@ -106,7 +106,8 @@ class PartialGradient:
             self._complete_now(grad.detach())
             return
         if self.total is None:
-            self.total = grad.detach().to(bucket.main_grad.dtype)
+            assert self._main_grad is not None
+            self.total = grad.detach().to(self._main_grad.dtype)
             _pending.add(self)
             _guard_optimizers()
         else:

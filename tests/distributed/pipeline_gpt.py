@@ -31,6 +31,8 @@ from tests.distributed.zoo import Sharding, shardings, sites_of, split, tensors_
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCAB, DIM = 4, 32, 48, 8, 4, 64, 4
 MICRO_BATCHES = 4
+# Forward and backward of what a step sums over; each step adds its own to what it trains.
+ROUNDINGS_OF_A_STEP = 3 * LAYERS * (5 * HIDDEN + FFN + 4 * DIM)
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import dora_fx
 from tests.closeness import assert_close, rounding
 from tests.distributed.launch import visit_worlds
-from tests.distributed.pipeline_gpt import DIM, FFN, HIDDEN, LAYERS, Kind, Layout, Training
+from tests.distributed.pipeline_gpt import ROUNDINGS_OF_A_STEP, Kind, Layout, Training
 
 STEPS = 3
 ONE = Layout()
@@ -48,8 +48,6 @@ def go_on(layout: Layout, kind: Kind, folder: Path, num_layouts: int) -> None:
         torch.save(losses, folder / "found")
 
 
-# Forward and backward of what a step sums over; each step adds its own to what it trains.
-ROUNDINGS_OF_A_STEP = 3 * LAYERS * (5 * HIDDEN + FFN + 4 * DIM)
 CASES = [
     pytest.param(FP32, TWO_RANKS, True, id="two_ranks"),
     pytest.param(Kind(), TWO_RANKS, True, id="two_ranks-no_sequence_parallel", marks=pytest.mark.slow),

@@ -10,11 +10,10 @@ from tests.closeness import assert_close
 from tests.distributed.test_finetune_ranks import BOUND, STEPS, assert_same_run, finetune, losses
 from tests.finetune_runs import rows
 from tests.hf_models import adapter_of, finetune_inputs
-from tests.unit.test_specs import HAS_HYBRID_MODEL
+from tests.unit.test_specs import needs_hybrid_model as hybrid
 
 pytestmark = pytest.mark.usefixtures("emulated_te")
 slow = pytest.mark.slow
-hybrid = pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core has no HybridModel")
 TE = ["--spec", "te"]
 HYBRID = ["--spec", "hybrid"]
 EAGER = ["--compile", "none"]

@@ -10,14 +10,12 @@ import torch.distributed as dist
 
 from tests.closeness import assert_close, rounding
 from tests.distributed.launch import visit_worlds
-from tests.distributed.pipeline_gpt import DIM, FFN, HIDDEN, LAYERS, Kind, Layout, Training, unwrapped
+from tests.distributed.pipeline_gpt import ROUNDINGS_OF_A_STEP, Kind, Layout, Training, unwrapped
 from tests.distributed.zoo import sites_of
 
 STEPS = 4
 ONE, STAGES, INTERLEAVED = Layout(), Layout(tp=2, pp=2), Layout(tp=2, pp=2, vpp=2)
 PLAIN, SP, DISTRIBUTED = Kind(), Kind(sequence_parallel=True), Kind(sequence_parallel=True, optimizer="distributed")
-# Forward and backward of what a step sums over; each step adds its own to what it trains.
-ROUNDINGS_OF_A_STEP = 3 * LAYERS * (5 * HIDDEN + FFN + 4 * DIM)
 
 slow = pytest.mark.slow
 CASES = [

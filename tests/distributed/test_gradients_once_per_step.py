@@ -50,9 +50,7 @@ CASES = [
     pytest.param(
         Topology(tp=2, dp=2), SOME, [CLIPPED, DISTRIBUTED, short(DISTRIBUTED_COMPILED)], marks=slow, id="tp2-dp2"
     ),
-    pytest.param(
-        replace(SP, dp=2), SOME, [OVERLAPPED, WITHOUT_DROPOUT, short(DISTRIBUTED)], marks=slow, id="tp2-sp-dp2"
-    ),
+    pytest.param(SP_DP, SOME, [OVERLAPPED, WITHOUT_DROPOUT, short(DISTRIBUTED)], marks=slow, id="tp2-sp-dp2"),
     pytest.param(Topology(tp=4), SOME, [EAGER, CLIPPED], marks=slow, id="tp4"),
     pytest.param(Topology(tp=4, sequence_parallel=True), SOME, [OVERLAPPED, COMPILED], marks=slow, id="tp4-sp"),
 ]

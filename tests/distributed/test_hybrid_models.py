@@ -17,12 +17,9 @@ from tests.distributed.pipeline_gpt import Layout
 from tests.distributed.spec_models import PADDED
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP
 from tests.hf_models import save_tiny_checkpoint
-from tests.unit.test_specs import HAS_HYBRID_MODEL
+from tests.unit.test_specs import needs_hybrid_model
 
-pytestmark = [
-    pytest.mark.usefixtures("emulated_te"),
-    pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core has no HybridModel"),
-]
+pytestmark = [pytest.mark.usefixtures("emulated_te"), needs_hybrid_model]
 
 
 def test_stages_number_name_and_save_their_layers_as_one_emulated_kernels(tmp_path: Path) -> None:

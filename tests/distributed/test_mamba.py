@@ -21,12 +21,9 @@ from dora_fx.checkpoint.directory import open_checkpoint
 from dora_fx.modules.whole_tensors import AdapterShards
 from tests.distributed.launch import run_ranks
 from tests.models import randomize_adapters
-from tests.unit.test_specs import HAS_HYBRID_MODEL
+from tests.unit.test_specs import needs_hybrid_model
 
-pytestmark = [
-    pytest.mark.usefixtures("emulated_te"),
-    pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core has no HybridModel"),
-]
+pytestmark = [pytest.mark.usefixtures("emulated_te"), needs_hybrid_model]
 PARTS = ("z", "x", "B", "C", "dt")
 
 

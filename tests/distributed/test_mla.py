@@ -22,7 +22,7 @@ from tests.distributed.mla_models import (
     refusal_of_fused_projections,
     refusal_of_splitting,
 )
-from tests.unit.test_specs import HAS_HYBRID_MODEL
+from tests.unit.test_specs import needs_hybrid_model
 
 pytestmark = pytest.mark.usefixtures("emulated_te")
 slow = pytest.mark.slow
@@ -115,7 +115,8 @@ def test_a_wrapped_layer_is_not_split_emulated_kernels() -> None:
     assert "self_attention.linear_kv_up_proj" in message and "the copy would have no adapter" in message
 
 
-@pytest.mark.skipif(not HAS_HYBRID_MODEL, reason="megatron-core has no fused down-projections")
+# Fused down-projections came with the same version.
+@needs_hybrid_model
 def test_down_projections_in_one_layer_are_refused_emulated_kernels() -> None:
     message = run_ranks(refusal_of_fused_projections, 1, 1)
     assert message.startswith("self_attention.linear_qkv_down_proj: found a TELayerNormColumnParallelLinear")

@@ -47,6 +47,7 @@ def why_not(num_devices: int) -> str:
     return "" if te is not None else "needs Transformer Engine"
 
 
+# "", or the reason for which tests on one device, or two, are skipped: these kernels run on CUDA alone.
 ONE, TWO = why_not(1), why_not(2)
 # Transformer Engine multiplies float32 with TF32's 10 bits.
 KERNELS_AGREE = {torch.float32: 2e-3, torch.bfloat16: 1e-2}

@@ -1,0 +1,34 @@
+"""Fingerprints of many groups of tensors are those of each group, and a change of bits shows in its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dora_fx.cache import fingerprint as module
+from dora_fx.cache.fingerprint import fingerprint, fingerprints
+
+
+def groups() -> list[list[torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    return [
+        [torch.randn(6, 8, generator=draw)[::2], torch.randn(3, generator=draw)],
+        [torch.randn(5, 7, generator=draw, dtype=torch.float64)],
+        [torch.randn(4, 4, generator=draw).bfloat16(), torch.randn((), generator=draw), torch.randn(9, generator=draw)],
+    ]
+
+
+@pytest.mark.parametrize("words_at_once", [1, 40, 2**20])
+def test_together_and_alone(monkeypatch, words_at_once):
+    alone = torch.stack([fingerprint(group) for group in groups()])
+    monkeypatch.setattr(module, "_WORDS_AT_ONCE", words_at_once)
+    assert torch.equal(fingerprints(groups()), alone)
+
+
+@pytest.mark.parametrize("changed", range(3))
+def test_a_change_shows_in_its_group_alone(changed):
+    now = groups()
+    # Of two signs, which a sum of words would not tell.
+    now[changed][0][0, :2].neg_()
+    differ = fingerprints(now) != fingerprints(groups())
+    assert differ.tolist() == [index == changed for index in range(3)]
