@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="with the packages of .ci/emulated_te.txt, for tests of its layers",
     )
     parser.addoption("--slow-share", metavar="I/N", help="the quick tests, and the I-th of N parts of the slow ones")
+    parser.addoption("--file-share", metavar="I/N", help="only the I-th of N parts of the files")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,8 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("simdlen") is not None:
         torch._inductor.config.cpp.simdlen = config.getoption("simdlen")
     if config.getoption("slow_share") is not None:
-        share_of(config)
+        share_of(config, "slow_share")
         config.option.markexpr = ""
+    if config.getoption("file_share") is not None:
+        share_of(config, "file_share")
     if os.environ.get("EXPECTTEST_ACCEPT") and config.getoption("numprocesses", None):
         raise pytest.UsageError("EXPECTTEST_ACCEPT: several processes would write the same files, expected -n 0")
     # The tensors of these tests are too small to share among threads; on a busy machine threads cost tenfold.
@@ -56,12 +59,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
-def share_of(config: pytest.Config) -> tuple[int, int]:
-    """The I and N of `--slow-share`, I below N."""
-    text = config.getoption("slow_share")
+def share_of(config: pytest.Config, option: str) -> tuple[int, int]:
+    """The I and N of an option that is given, I below N."""
+    text = config.getoption(option)
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise pytest.UsageError(f"--slow-share: found {text!r}, expected I/N with I from 0 to N - 1")
+        name = option.replace("_", "-")
+        raise pytest.UsageError(f"--{name}: found {text!r}, expected I/N with I from 0 to N - 1")
     return int(part), int(parts)
 
 
@@ -75,12 +79,24 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("slow_share") is None:
-        return
-    part, parts = share_of(config)
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    # Neighbours are alike, and alike in the time they take.
-    others = {item for number, item in enumerate(slow) if number % parts != part}
+    if config.getoption("slow_share") is not None:
+        # Neighbours are alike, and alike in the time they take.
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        deselect(config, items, in_other_parts(config, "slow_share", slow))
+    if config.getoption("file_share") is not None:
+        # Whole files, whose fixtures would otherwise be made for each part.
+        files = in_other_parts(config, "file_share", list(dict.fromkeys(item.path for item in items)))
+        deselect(config, items, {item for item in items if item.path in files})
+
+
+def in_other_parts(config: pytest.Config, option: str, things: list[Any]) -> set[Any]:
+    """Every thing but the I-th of each N."""
+    part, parts = share_of(config, option)
+    return {thing for number, thing in enumerate(things) if number % parts != part}
+
+
+def deselect(config: pytest.Config, items: list[pytest.Item], others: set[pytest.Item]) -> None:
+    """Take `others` out of `items`, and let pytest count them."""
     config.hook.pytest_deselected(items=list(others))
     items[:] = [item for item in items if item not in others]
 
