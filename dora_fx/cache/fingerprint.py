@@ -17,7 +17,7 @@ import torch
 _WORDS_AT_ONCE = 2**20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_factors: dict[torch.device, torch.Tensor] = {}
+_factors: dict[torch.device, dict[int, torch.Tensor]] = {}
 
 
 def mix(start: int, count: int, device: torch.device) -> torch.Tensor:
@@ -40,7 +40,7 @@ def fingerprints(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     Nothing waits for the device. Most of it is one launch for many groups, as tensors are small and many; strided ones
     are copied.
     """
-    words = [[_words(tensor.detach()) for tensor in group] for group in groups]
+    words = [[_words(tensor) for tensor in group] for group in groups]
     return torch.cat([_weighted_sums(run) for run in _runs(words)])
 
 
@@ -63,8 +63,7 @@ def _weighted_sums(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     flat = torch.cat([part for group in groups for part in group])
     mixed = flat >> 32
     mixed ^= flat
-    known = _factors_for(flat.device, max(lengths))
-    factors = [known[:length] for length in lengths]
+    factors = [_factors_for(flat.device, length) for length in lengths]
     if flat.is_cpu:
         # Only the CPU has a dot product of integers.
         return torch.stack([torch.dot(part, by) for part, by in zip(mixed.split(lengths), factors, strict=True)])
@@ -82,7 +81,13 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _factors_for(device: torch.device, count: int) -> torch.Tensor:
-    known = _factors.get(device)
-    if known is None or known.numel() < count:
-        known = _factors[device] = mix(0, max(count, 1024), device)
-    return known
+    """The first factors; those of each count that was met are kept, as slicing takes as long as a small product."""
+    known = _factors.setdefault(device, {})
+    if count not in known:
+        longest = max(known.values(), key=len, default=None)
+        if longest is None or len(longest) < count:
+            longest = mix(0, max(count, 1024), device)
+            # The others would keep memory of their own.
+            known.update({shorter: longest[:shorter] for shorter in known})
+        known[count] = longest[:count]
+    return known[count]

@@ -156,7 +156,11 @@ def record_fresh(
 def is_from_earlier_step(value: torch.Tensor) -> bool:
     """Return whether an optimizer stepped since `value` was recorded; the same on every rank that steps alike."""
     record = _records.get(value)
-    return record is not None and record.steps not in (None, _optimizer_steps)
+    return record is not None and _is_from_earlier_step(record)
+
+
+def _is_from_earlier_step(record: _Record) -> bool:
+    return record.steps not in (None, _optimizer_steps)
 
 
 def are_fresh(claims: Sequence[Claim]) -> list[bool]:
@@ -165,41 +169,39 @@ def are_fresh(claims: Sequence[Claim]) -> list[bool]:
     On an accelerator True may be an answer that a later look takes back; see `raise_if_answered_stale`.
     """
     answers = [False] * len(claims)
-    untouched: dict[torch.device, list[int]] = {}
+    untouched: dict[torch.device, dict[int, Snapshot]] = {}
     for index, claim in enumerate(claims):
         record = _records.get(claim.value)
-        if record is None or is_from_earlier_step(claim.value):
+        if record is None or _is_from_earlier_step(record):
             continue
         values = (claim.value, *claim.others)
         if record.values.in_same_memory(values) and record.sources.in_same_memory(claim.sources):
             if record.sources.kinds == _kinds(claim.sources):
-                untouched.setdefault(claim.value.device, []).append(index)
+                untouched.setdefault(claim.value.device, {})[index] = record.sources
         elif not claim.sampled and record.values.has_same_bits(values) and record.sources.has_same_bits(claim.sources):
             # Moved, or written with what was there already.
             _records[claim.value] = record._replace(sources=Snapshot.of(claim.sources), values=Snapshot.of(values))
             answers[index] = True
-    for device, indices in untouched.items():
+    for device, snapshots in untouched.items():
         look = _compare if device.type == "cpu" else _ask
-        for index, answer in zip(indices, look([claims[index] for index in indices]), strict=True):
+        looked_at = [claims[index] for index in snapshots]
+        for index, answer in zip(snapshots, look(looked_at, list(snapshots.values())), strict=True):
             answers[index] = answer
     return answers
 
 
-def _bits(claims: Sequence[Claim]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bits of the claims' sources as recorded, and as they are."""
-    known = torch.stack([_records[claim.value].sources.bits for claim in claims])
-    return known, fingerprints([claim.sources for claim in claims])
+def _compare(claims: Sequence[Claim], snapshots: Sequence[Snapshot]) -> list[bool]:
+    """Return whether the bits of the claims' sources are those of their snapshots."""
+    all_known = [snapshot.bits.item() for snapshot in snapshots]
+    all_found = fingerprints([claim.sources for claim in claims]).tolist()
+    return [known == found for known, found in zip(all_known, all_found, strict=True)]
 
 
-def _compare(claims: Sequence[Claim]) -> list[bool]:
-    known, found = _bits(claims)
-    return (known == found).tolist()
-
-
-def _ask(claims: Sequence[Claim]) -> list[bool]:
+def _ask(claims: Sequence[Claim], snapshots: Sequence[Snapshot]) -> list[bool]:
     """Ask the device to compare, and take it for granted until it answers."""
     if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        known, found = _bits(claims)
+        known = torch.stack([snapshot.bits for snapshot in snapshots])
+        found = fingerprints([claim.sources for claim in claims])
         differ = torch.empty(len(claims), dtype=torch.bool, pin_memory=True)
         differ.copy_(known != found, non_blocking=True)
         event = torch.Event(found.device.type)

@@ -149,7 +149,7 @@ def _measure(weight: torch.Tensor, claim: Claim) -> None:
 def _claim_of_base(site: CachedSite) -> Claim:
     weight, base_norm_sq = site.stored.weight, site.stored.base_norm_sq
     assert base_norm_sq is not None
-    sample = weight.detach()[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]
+    sample = weight[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]
     return Claim(site.path, base_norm_sq, (sample,), sampled=True)
 
 
