@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from tests.hf_models import save_tiny_checkpoint
+from tests.processes import HUNG_AFTER
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Losses are printed with four decimals.
@@ -24,7 +25,7 @@ PRINTED = 1e-4
 def output_of(*command: object) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=HUNG_AFTER, env=environment
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
