@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import warnings
@@ -31,8 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FOLDER",
         help="with the packages of .ci/emulated_te.txt, for tests of its layers",
     )
-    parser.addoption("--slow-share", metavar="I/N", help="the quick tests, and the I-th of N parts of the slow ones")
-    parser.addoption("--file-share", metavar="I/N", help="only the I-th of N parts of the files")
+    share = {"metavar": "I/N", "type": share_of}
+    parser.addoption("--slow-share", **share, help="the quick tests, and the I-th of N parts of the slow ones")
+    parser.addoption("--file-share", **share, help="only the I-th of N parts of the files")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,10 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("simdlen") is not None:
         torch._inductor.config.cpp.simdlen = config.getoption("simdlen")
     if config.getoption("slow_share") is not None:
-        share_of(config, "slow_share")
         config.option.markexpr = ""
-    if config.getoption("file_share") is not None:
-        share_of(config, "file_share")
     if os.environ.get("EXPECTTEST_ACCEPT") and config.getoption("numprocesses", None):
         raise pytest.UsageError("EXPECTTEST_ACCEPT: several processes would write the same files, expected -n 0")
     # The tensors of these tests are too small to share among threads; on a busy machine threads cost tenfold.
@@ -59,13 +58,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
-def share_of(config: pytest.Config, option: str) -> tuple[int, int]:
-    """The I and N of an option that is given, I below N."""
-    text = config.getoption(option)
+def share_of(text: str) -> tuple[int, int]:
+    """The I and N of an option's I/N, I below N."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        name = option.replace("_", "-")
-        raise pytest.UsageError(f"--{name}: found {text!r}, expected I/N with I from 0 to N - 1")
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected I/N with I from 0 to N - 1")
     return int(part), int(parts)
 
 
@@ -79,26 +76,22 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("slow_share") is not None:
-        # Neighbours are alike, and alike in the time they take.
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        deselect(config, items, in_other_parts(config, "slow_share", slow))
-    if config.getoption("file_share") is not None:
-        # Whole files, whose fixtures would otherwise be made for each part.
-        files = in_other_parts(config, "file_share", list(dict.fromkeys(item.path for item in items)))
-        deselect(config, items, {item for item in items if item.path in files})
-
-
-def in_other_parts(config: pytest.Config, option: str, things: list[Any]) -> set[Any]:
-    """Every thing but the I-th of each N."""
-    part, parts = share_of(config, option)
-    return {thing for number, thing in enumerate(things) if number % parts != part}
-
-
-def deselect(config: pytest.Config, items: list[pytest.Item], others: set[pytest.Item]) -> None:
-    """Take `others` out of `items`, and let pytest count them."""
+    # Neighbours are alike, and alike in the time they take.
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = in_other_parts(config.getoption("slow_share"), slow)
+    # Whole files: fixtures of a module would otherwise be made for each part.
+    files = in_other_parts(config.getoption("file_share"), list(dict.fromkeys(item.path for item in items)))
+    others |= {item for item in items if item.path in files}
     config.hook.pytest_deselected(items=list(others))
     items[:] = [item for item in items if item not in others]
+
+
+def in_other_parts(share: tuple[int, int] | None, things: list[Any]) -> set[Any]:
+    """Every thing but the I-th of each N; none without a share."""
+    if share is None:
+        return set()
+    part, parts = share
+    return {thing for number, thing in enumerate(things) if number % parts != part}
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,6 @@ import torch
 import torch.multiprocessing as mp
 
 _METHOD = "forkserver"
-# Seconds after which a process is taken for hung: ten times what the longest takes, as a busy machine may be that slow.
-HUNG_AFTER = 1500
 # What is not found here, each process imports for itself.
 PRELOADED = [
     "torch._dynamo.backends.distributed",

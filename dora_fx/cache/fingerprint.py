@@ -17,7 +17,7 @@ import torch
 _WORDS_AT_ONCE = 2**20
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_factors: dict[torch.device, dict[int, torch.Tensor]] = {}
+_factors: dict[torch.device, torch.Tensor] = {}
 
 
 def mix(start: int, count: int, device: torch.device) -> torch.Tensor:
@@ -63,7 +63,8 @@ def _weighted_sums(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     flat = torch.cat([part for group in groups for part in group])
     mixed = flat >> 32
     mixed ^= flat
-    factors = [_factors_for(flat.device, length) for length in lengths]
+    known = _factors_for(flat.device, max(lengths))
+    factors = [known[:length] for length in lengths]
     if flat.is_cpu:
         # Only the CPU has a dot product of integers.
         return torch.stack([torch.dot(part, by) for part, by in zip(mixed.split(lengths), factors, strict=True)])
@@ -81,13 +82,7 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _factors_for(device: torch.device, count: int) -> torch.Tensor:
-    """The first factors; those of each count that was met are kept, as slicing takes as long as a small product."""
-    known = _factors.setdefault(device, {})
-    if count not in known:
-        longest = max(known.values(), key=len, default=None)
-        if longest is None or len(longest) < count:
-            longest = mix(0, max(count, 1024), device)
-            # The others would keep memory of their own.
-            known.update({shorter: longest[:shorter] for shorter in known})
-        known[count] = longest[:count]
-    return known[count]
+    known = _factors.get(device)
+    if known is None or known.numel() < count:
+        known = _factors[device] = mix(0, max(count, 1024), device)
+    return known

@@ -105,6 +105,9 @@ class _Record(NamedTuple):
     sources: Snapshot
     values: Snapshot
 
+    def is_from_earlier_step(self) -> bool:
+        return self.steps not in (None, _optimizer_steps)
+
 
 class Claim(NamedTuple):
     """The claim that a value, and others that are kept with it, hold what follows from the sources as they are.
@@ -156,11 +159,7 @@ def record_fresh(
 def is_from_earlier_step(value: torch.Tensor) -> bool:
     """Return whether an optimizer stepped since `value` was recorded; the same on every rank that steps alike."""
     record = _records.get(value)
-    return record is not None and _is_from_earlier_step(record)
-
-
-def _is_from_earlier_step(record: _Record) -> bool:
-    return record.steps not in (None, _optimizer_steps)
+    return record is not None and record.is_from_earlier_step()
 
 
 def are_fresh(claims: Sequence[Claim]) -> list[bool]:
@@ -172,7 +171,7 @@ def are_fresh(claims: Sequence[Claim]) -> list[bool]:
     untouched: dict[torch.device, dict[int, Snapshot]] = {}
     for index, claim in enumerate(claims):
         record = _records.get(claim.value)
-        if record is None or _is_from_earlier_step(record):
+        if record is None or record.is_from_earlier_step():
             continue
         values = (claim.value, *claim.others)
         if record.values.in_same_memory(values) and record.sources.in_same_memory(claim.sources):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dora_fx.cli.main import main
-from tests.processes import HUNG_AFTER, start_process
+from tests.processes import start_process
 
 
 def finetune(num_ranks: int, *arguments: object, of_rank_1: Sequence[str] = (), expect: int = 0) -> str:
@@ -25,7 +25,7 @@ def finetune(num_ranks: int, *arguments: object, of_rank_1: Sequence[str] = (), 
         own = [["finetune", *map(str, arguments), *(of_rank_1 if rank == 1 else ())] for rank in range(num_ranks)]
         ranks = [start_process(be_rank, rank, num_ranks, store.port, output, own[rank]) for rank in range(num_ranks)]
         for rank in ranks:
-            rank.join(timeout=HUNG_AFTER)
+            rank.join(timeout=240)
         codes = [rank.exitcode for rank in ranks]
         for rank in ranks:
             rank.kill()

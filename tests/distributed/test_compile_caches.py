@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tests.closeness import assert_close, rounding
-from tests.processes import HUNG_AFTER
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +27,7 @@ def start(name: str, tp: int, cache: Path, root: Path = ROOT) -> list[dict[str, 
         settings = {"cwd": root, "env": environment, "stderr": subprocess.PIPE, "text": True}
         processes = [subprocess.Popen(command, **settings) for command in commands]
         for process in processes:
-            _, errors = process.communicate(timeout=HUNG_AFTER)
+            _, errors = process.communicate(timeout=600)
             assert process.returncode == 0, errors
         return [torch.load(Path(folder) / str(rank)) for rank in range(tp)]
 

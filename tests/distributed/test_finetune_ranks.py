@@ -14,7 +14,6 @@ from tests.closeness import assert_close, rounding
 from tests.distributed.finetune_ranks import finetune, losses
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP
 from tests.hf_models import adapter_of, finetune_inputs, tiny_tokenizer
-from tests.processes import HUNG_AFTER
 
 # Three query groups: two ranks need a fourth, which is padding.
 GROUPS = 3
@@ -32,7 +31,7 @@ def torchrun(*command: str, expect: int = 0) -> str:
     """Run a command in two processes that torchrun starts; returns what all of them wrote."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(start, capture_output=True, text=True, timeout=HUNG_AFTER, env=environment)
+    done = subprocess.run(start, capture_output=True, text=True, timeout=240, env=environment)
     text = done.stdout + done.stderr
     assert (done.returncode == 0) == (expect == 0), text
     return text

@@ -19,7 +19,7 @@ import dora_fx
 from dora_fx.backend import dora_fx as dora_fx_backend
 from tests.distributed.launch import enter_rank, run_ranks
 from tests.distributed.zoo import FFN, HIDDEN, Topology, make_config
-from tests.processes import HUNG_AFTER, start_process
+from tests.processes import start_process
 
 
 def row_model(dim: int = 4) -> nn.Module:
@@ -124,7 +124,7 @@ def test_a_killed_rank_ends_the_others():
     with tempfile.TemporaryDirectory() as folder:
         ranks = [start_process(enter_rank, rank, die_in_the_second_step, 2, 2, folder, ()) for rank in (0, 1)]
         for rank in ranks:
-            rank.join(timeout=HUNG_AFTER)
+            rank.join(timeout=120)
         assert ranks[1].exitcode == -signal.SIGKILL
         assert ranks[0].exitcode == 1
         assert not (Path(folder) / "result").exists()

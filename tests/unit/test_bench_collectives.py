@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import HUNG_AFTER
-
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_collectives.py"
 
 
@@ -19,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_collectives.py"
 def test_what_each_variant_adds(tmp_path):
     sizes = ["--hidden=64", "--ffn=96", "--dim=8", "--tokens=28", "--inner-compiler=aot_eager"]
     command = [sys.executable, str(SCRIPT), *sizes, f"--json={tmp_path / 'counts.json'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HUNG_AFTER)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "counts.json").read_text())["collectives"]
     assert not [row for row in rows if row["size"].endswith("bytes")]
