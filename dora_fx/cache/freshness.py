@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dora_fx.cache.fingerprint import fingerprint, fingerprints
+from dora_fx.cache.fingerprint import digest, fingerprint, fingerprints
 
 
 class StaleParametersError(RuntimeError):
@@ -67,16 +67,21 @@ class _Memory(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Tensors as they were: their memory, shapes and bits."""
+    """Tensors as they were: their memory, shapes and bits.
+
+    Attributes:
+        bits: their `digest` on a CPU, their `fingerprint` on an accelerator.
+    """
 
     memory: tuple[_Memory, ...]
     kinds: tuple[tuple[torch.Size, torch.dtype], ...]
-    bits: torch.Tensor
+    bits: int | torch.Tensor
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> Snapshot:
         """Take the snapshot; nothing waits for the device."""
-        return cls(tuple(map(_Memory.of, tensors)), _kinds(tensors), fingerprint(tensors))
+        bits = digest(tensors) if all(tensor.is_cpu for tensor in tensors) else fingerprint(tensors)
+        return cls(tuple(map(_Memory.of, tensors)), _kinds(tensors), bits)
 
     def in_same_memory(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether these are the tensors that it was taken of, and PyTorch counted no write into them."""
@@ -86,6 +91,8 @@ class Snapshot(NamedTuple):
         """Return whether these tensors hold what those did, wherever; waits for the device."""
         if self.kinds != _kinds(tensors):
             return False
+        if isinstance(self.bits, int):
+            return self.bits == digest(tensor.cpu() for tensor in tensors)
         return bool(self.bits.to(tensors[0].device) == fingerprint(tensors))
 
 
@@ -168,45 +175,39 @@ def are_fresh(claims: Sequence[Claim]) -> list[bool]:
     On an accelerator True may be an answer that a later look takes back; see `raise_if_answered_stale`.
     """
     answers = [False] * len(claims)
-    untouched: dict[torch.device, dict[int, Snapshot]] = {}
+    asked: dict[torch.device, list[tuple[Claim, torch.Tensor]]] = {}
     for index, claim in enumerate(claims):
         record = _records.get(claim.value)
         if record is None or record.is_from_earlier_step():
             continue
         values = (claim.value, *claim.others)
         if record.values.in_same_memory(values) and record.sources.in_same_memory(claim.sources):
-            if record.sources.kinds == _kinds(claim.sources):
-                untouched.setdefault(claim.value.device, {})[index] = record.sources
+            bits = record.sources.bits
+            if isinstance(bits, int):
+                answers[index] = record.sources.has_same_bits(claim.sources)
+            elif record.sources.kinds == _kinds(claim.sources):
+                asked.setdefault(bits.device, []).append((claim, bits))
+                answers[index] = True
         elif not claim.sampled and record.values.has_same_bits(values) and record.sources.has_same_bits(claim.sources):
             # Moved, or written with what was there already.
             _records[claim.value] = record._replace(sources=Snapshot.of(claim.sources), values=Snapshot.of(values))
             answers[index] = True
-    for device, snapshots in untouched.items():
-        look = _compare if device.type == "cpu" else _ask
-        looked_at = [claims[index] for index in snapshots]
-        for index, answer in zip(snapshots, look(looked_at, list(snapshots.values())), strict=True):
-            answers[index] = answer
+    for questions in asked.values():
+        _ask(questions)
     return answers
 
 
-def _compare(claims: Sequence[Claim], snapshots: Sequence[Snapshot]) -> list[bool]:
-    """Return whether the bits of the claims' sources are those of their snapshots."""
-    all_known = [snapshot.bits.item() for snapshot in snapshots]
-    all_found = fingerprints([claim.sources for claim in claims]).tolist()
-    return [known == found for known, found in zip(all_known, all_found, strict=True)]
-
-
-def _ask(claims: Sequence[Claim], snapshots: Sequence[Snapshot]) -> list[bool]:
-    """Ask the device to compare, and take it for granted until it answers."""
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        known = torch.stack([snapshot.bits for snapshot in snapshots])
-        found = fingerprints([claim.sources for claim in claims])
-        differ = torch.empty(len(claims), dtype=torch.bool, pin_memory=True)
-        differ.copy_(known != found, non_blocking=True)
-        event = torch.Event(found.device.type)
-        event.record()
-        _questions.append(_Question(tuple(claim.path for claim in claims), differ, event))
-    return [True] * len(claims)
+def _ask(asked: Sequence[tuple[Claim, torch.Tensor]]) -> None:
+    """Ask the device whether the fingerprints of claims' sources are those they are with."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    claims, known = zip(*asked, strict=True)
+    found = fingerprints([claim.sources for claim in claims])
+    differ = torch.empty(len(claims), dtype=torch.bool, pin_memory=True)
+    differ.copy_(torch.stack(known) != found, non_blocking=True)
+    event = torch.Event(found.device.type)
+    event.record()
+    _questions.append(_Question(tuple(claim.path for claim in claims), differ, event))
 
 
 def raise_if_answered_stale() -> None:

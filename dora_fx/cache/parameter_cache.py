@@ -88,7 +88,7 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
     """
     raise_if_answered_stale()
     bases, claims = [_claim_of_base(site) for site in sites], [_claim(site) for site in sites]
-    # All at once: a look at many small tensors costs what a look at few does.
+    # All at once: on an accelerator a look at many small tensors costs what a look at few does.
     base_and_site = are_fresh([*bases, *claims])
     is_stale = [not fresh for fresh in base_and_site[len(sites) :]]
     for index, base_is_fresh in enumerate(base_and_site[: len(sites)]):

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from torch.overrides import handle_torch_function, has_torch_function
 
 from dora_fx.attach import plan
+from dora_fx.cache import freshness
 from dora_fx.function import collectives, dropout, formula, row_scale, site_parameters, weight_norm
 from dora_fx.modules import partial_gradients
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter as Adapter
@@ -38,6 +39,12 @@ WRONG_GROUP = Mutation(
     LinearSpec.tp_group_name.fget,
     "self.tp_group.group_name if",
     "_data_parallel_group().group_name if",
+)
+BITS_ARE_NOT_COMPARED = Mutation(
+    "stale norm",
+    freshness.are_fresh,
+    "answers[index] = record.sources.has_same_bits(claim.sources)",
+    "answers[index] = True",
 )
 MUTATIONS = [
     WRONG_GROUP,

@@ -23,7 +23,7 @@ from dora_fx.cache import freshness
 from dora_fx.cache.freshness import StaleParametersError
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from tests.distributed.launch import run_ranks
-from tests.distributed.mutations import Mutation, planted
+from tests.distributed.mutations import BITS_ARE_NOT_COMPARED, Mutation, planted
 from tests.distributed.zoo import (
     BATCH,
     FFN,
@@ -41,7 +41,6 @@ from tests.distributed.zoo import (
 NAMES = ("gated_mlp", "row_split_input")
 NUM_STEPS, NUM_MICROBATCHES = 2, 8
 NO_STEP_IS_COUNTED = Mutation("stale norm", freshness._count_optimizer_step, "+= 1", "+= 0")
-BITS_ARE_NOT_COMPARED = Mutation("stale norm", freshness._compare, "known == found", "known == known")
 
 
 def train(

@@ -1,4 +1,4 @@
-"""Fingerprints of many groups of tensors are those of each group, and a change of bits shows in its own."""
+"""A change of bits shows, in the fingerprint of its own group alone where there are many."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dora_fx.cache import fingerprint as module
-from dora_fx.cache.fingerprint import fingerprint, fingerprints
+from dora_fx.cache.fingerprint import digest, fingerprint, fingerprints
 
 
 def groups() -> list[list[torch.Tensor]]:
@@ -32,3 +32,22 @@ def test_a_change_shows_in_its_group_alone(changed):
     now[changed][0][0, :2].neg_()
     differ = fingerprints(now) != fingerprints(groups())
     assert differ.tolist() == [index == changed for index in range(3)]
+
+
+@pytest.mark.parametrize("changed", range(3))
+def test_a_change_shows_on_a_cpu(changed):
+    now = groups()
+    now[changed][0][0, :2].neg_()
+    differ = [digest(then) != digest(later) for then, later in zip(groups(), now, strict=True)]
+    assert differ == [index == changed for index in range(3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5)])
+def test_every_parameter_has_a_digest(dtype, shape):
+    """Alone in its memory, as a view of more, and while it takes a gradient."""
+    wide = torch.ones(*shape, 2).to(dtype)
+    view = wide[..., 0]
+    assert digest([view]) == digest([view.clone()])
+    if dtype != torch.float8_e4m3fn:
+        assert digest([torch.nn.Parameter(view)]) == digest([view])

@@ -13,17 +13,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dora_fx
-from dora_fx.cache import freshness
 from dora_fx.cache.freshness import StaleParametersError
 from tests.closeness import assert_apart, assert_close
-from tests.distributed.mutations import Mutation, planted
+from tests.distributed.mutations import BITS_ARE_NOT_COMPARED, planted
 from tests.models import LinearZoo, adapt_zoo, logits_of, sites, tiny_gpt, token_ids, trainable
 from tests.oracle import reference_outputs, reference_zoo
 
 pytestmark = pytest.mark.usefixtures("world")
 
 KINDS = ["column", "row_bias_added", "linear"]
-BITS_ARE_NOT_COMPARED = Mutation("stale norm", freshness._compare, "known == found", "known == known")
 
 
 def compiled(model: Callable[..., Any], weight_norm: str = "once_per_step") -> Callable[..., Any]:
