@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dora_fx.cache.fingerprint import digest, fingerprint, fingerprints
+from dora_fx.cache.fingerprint import digest, fingerprint, fingerprints, sampled_rows
 
 
 class StaleParametersError(RuntimeError):
@@ -71,17 +71,23 @@ class Snapshot(NamedTuple):
 
     Attributes:
         bits: their `digest` on a CPU, their `fingerprint` on an accelerator.
+        sampled: the bits are those of their `sampled_rows` alone.
     """
 
     memory: tuple[_Memory, ...]
     kinds: tuple[tuple[torch.Size, torch.dtype], ...]
     bits: int | torch.Tensor
+    sampled: bool
 
     @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor]) -> Snapshot:
+    def of(cls, tensors: Sequence[torch.Tensor], *, sampled: bool = False) -> Snapshot:
         """Take the snapshot; nothing waits for the device."""
-        bits = digest(tensors) if all(tensor.is_cpu for tensor in tensors) else fingerprint(tensors)
-        return cls(tuple(map(_Memory.of, tensors)), _kinds(tensors), bits)
+        bits: int | torch.Tensor
+        if all(tensor.is_cpu for tensor in tensors):
+            bits = digest(tensors, sampled=sampled)
+        else:
+            bits = fingerprint(_looked_at(tensors, sampled))
+        return cls(tuple(map(_Memory.of, tensors)), _kinds(tensors), bits, sampled)
 
     def in_same_memory(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether these are the tensors that it was taken of, and PyTorch counted no write into them."""
@@ -92,28 +98,16 @@ class Snapshot(NamedTuple):
         if self.kinds != _kinds(tensors):
             return False
         if isinstance(self.bits, int):
-            return self.bits == digest(tensor.cpu() for tensor in tensors)
-        return bool(self.bits.to(tensors[0].device) == fingerprint(tensors))
+            return self.bits == digest((tensor.cpu() for tensor in tensors), sampled=self.sampled)
+        return bool(self.bits.to(tensors[0].device) == fingerprint(_looked_at(tensors, self.sampled)))
 
 
 def _kinds(tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
     return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
-class _Record(NamedTuple):
-    """The tensors that a value was computed from. The value is in it too, as somebody may write into it.
-
-    Attributes:
-        steps: `num_optimizer_steps` then; None for sources that no optimizer trains.
-        sources, values: as they were.
-    """
-
-    steps: int | None
-    sources: Snapshot
-    values: Snapshot
-
-    def is_from_earlier_step(self) -> bool:
-        return self.steps not in (None, _optimizer_steps)
+def _looked_at(tensors: Sequence[torch.Tensor], sampled: bool) -> Sequence[torch.Tensor]:
+    return [sampled_rows(tensor) for tensor in tensors] if sampled else tensors
 
 
 class Claim(NamedTuple):
@@ -121,16 +115,48 @@ class Claim(NamedTuple):
 
     Attributes:
         path: of the site, for messages.
-        value, sources, others: as in `record_fresh`.
-        sampled: the sources are views of parts of what the value follows from. Equal bits then do not make up for a
-            write that PyTorch counted.
+        value, sources, others: tensors.
+        frozen: the sources are weights that no optimizer trains. They are large, so only a sample of their rows is
+            looked at, and equal bits do not make up for a write that PyTorch counted.
     """
 
     path: str
     value: torch.Tensor
     sources: Sequence[torch.Tensor]
     others: Sequence[torch.Tensor] = ()
-    sampled: bool = False
+    frozen: bool = False
+
+    @property
+    def values(self) -> tuple[torch.Tensor, ...]:
+        return (self.value, *self.others)
+
+
+class _Record(NamedTuple):
+    """The tensors of a claim when it was true. The values are among them, as somebody may write into them.
+
+    Attributes:
+        steps: `num_optimizer_steps` then; None for frozen sources.
+        sources, values: as they were.
+    """
+
+    steps: int | None
+    sources: Snapshot
+    values: Snapshot
+
+    @classmethod
+    def of(cls, claim: Claim) -> _Record:
+        steps = None if claim.frozen else _optimizer_steps
+        return cls(steps, Snapshot.of(claim.sources, sampled=claim.frozen), Snapshot.of(claim.values))
+
+    def is_from_earlier_step(self) -> bool:
+        return self.steps not in (None, _optimizer_steps)
+
+    def is_untouched(self, claim: Claim) -> bool:
+        """Return whether PyTorch counted no write since; of sources only where not all bits are compared anyway."""
+        if not self.values.in_same_memory(claim.values):
+            return False
+        all_are_compared = isinstance(self.sources.bits, int) and not self.sources.sampled
+        return all_are_compared or self.sources.in_same_memory(claim.sources)
 
 
 class _Question(NamedTuple):
@@ -151,16 +177,9 @@ _records = WeakTensorKeyDictionary()
 _questions: list[_Question] = []
 
 
-def record_fresh(
-    value: torch.Tensor,
-    sources: Sequence[torch.Tensor],
-    others: Sequence[torch.Tensor] = (),
-    *,
-    sources_are_trained: bool = True,
-) -> None:
-    """Note that `value`, and `others` that are kept with it, hold what follows from the sources as they are."""
-    steps = _optimizer_steps if sources_are_trained else None
-    _records[value] = _Record(steps, Snapshot.of(sources), Snapshot.of((value, *others)))
+def record_fresh(claim: Claim) -> None:
+    """Note that a claim is true."""
+    _records[claim.value] = _Record.of(claim)
 
 
 def is_from_earlier_step(value: torch.Tensor) -> bool:
@@ -180,17 +199,18 @@ def are_fresh(claims: Sequence[Claim]) -> list[bool]:
         record = _records.get(claim.value)
         if record is None or record.is_from_earlier_step():
             continue
-        values = (claim.value, *claim.others)
-        if record.values.in_same_memory(values) and record.sources.in_same_memory(claim.sources):
+        if record.is_untouched(claim):
             bits = record.sources.bits
             if isinstance(bits, int):
                 answers[index] = record.sources.has_same_bits(claim.sources)
             elif record.sources.kinds == _kinds(claim.sources):
                 asked.setdefault(bits.device, []).append((claim, bits))
                 answers[index] = True
-        elif not claim.sampled and record.values.has_same_bits(values) and record.sources.has_same_bits(claim.sources):
+        elif not claim.frozen and all(
+            then.has_same_bits(now) for then, now in ((record.values, claim.values), (record.sources, claim.sources))
+        ):
             # Moved, or written with what was there already.
-            _records[claim.value] = record._replace(sources=Snapshot.of(claim.sources), values=Snapshot.of(values))
+            record_fresh(claim)
             answers[index] = True
     for questions in asked.values():
         _ask(questions)
@@ -202,7 +222,7 @@ def _ask(asked: Sequence[tuple[Claim, torch.Tensor]]) -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
     claims, known = zip(*asked, strict=True)
-    found = fingerprints([claim.sources for claim in claims])
+    found = fingerprints([_looked_at(claim.sources, claim.frozen) for claim in claims])
     differ = torch.empty(len(claims), dtype=torch.bool, pin_memory=True)
     differ.copy_(torch.stack(known) != found, non_blocking=True)
     event = torch.Event(found.device.type)

@@ -33,7 +33,6 @@ from dora_fx.ranks.agreement import stale_on_any_rank
 from dora_fx.ranks.groups import group_size
 
 _RANK_TIMEOUT = 300.0
-_SAMPLED_ROWS = 8
 
 
 class CachedSite(NamedTuple):
@@ -104,7 +103,7 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
     for site, complete in zip(stale, complete_parameters([site.stored for site in stale]), strict=True):
         for buffer, value in _buffers_and_values(site.cached, complete):
             buffer.copy_(value)
-        record_fresh(site.cached.delta, _sources(site), _other_buffers(site))
+        record_fresh(_claim(site))
 
 
 @torch.no_grad()
@@ -143,18 +142,20 @@ def _measure(weight: torch.Tensor, claim: Claim) -> None:
     base_norm_sq, squares = claim.value, base_norm_squared(weight)
     if not torch.equal(squares, base_norm_sq):
         base_norm_sq.copy_(squares)
-    record_fresh(base_norm_sq, claim.sources, sources_are_trained=False)
+    record_fresh(claim)
 
 
 def _claim_of_base(site: CachedSite) -> Claim:
     weight, base_norm_sq = site.stored.weight, site.stored.base_norm_sq
     assert base_norm_sq is not None
-    sample = weight[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]
-    return Claim(site.path, base_norm_sq, (sample,), sampled=True)
+    return Claim(site.path, base_norm_sq, (weight,), frozen=True)
 
 
 def _claim(site: CachedSite) -> Claim:
-    return Claim(site.path, site.cached.delta, _sources(site), _other_buffers(site))
+    stored, (delta, *others) = site.stored, site.cached
+    assert stored.base_norm_sq is not None
+    sources = [stored.lora_a, stored.lora_b, stored.magnitude, stored.base_norm_sq, stored.scaling]
+    return Claim(site.path, delta, sources, [buffer for buffer in others if buffer is not None])
 
 
 def _agree(sites: Sequence[CachedSite], is_stale: list[bool], rank_timeout: float) -> list[bool]:
@@ -167,17 +168,6 @@ def _agree(sites: Sequence[CachedSite], is_stale: list[bool], rank_timeout: floa
             for index in stale_on_any_rank(described, [i for i in own if is_stale[i]], tp_group, rank_timeout):
                 is_stale[index] = True
     return is_stale
-
-
-def _sources(site: CachedSite) -> list[torch.Tensor]:
-    stored = site.stored
-    assert stored.base_norm_sq is not None
-    return [stored.lora_a, stored.lora_b, stored.magnitude, stored.base_norm_sq, stored.scaling]
-
-
-def _other_buffers(site: CachedSite) -> list[torch.Tensor]:
-    _, *others = site.cached
-    return [buffer for buffer in others if buffer is not None]
 
 
 def _buffers_and_values(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dora_fx.cache import fingerprint as module
-from dora_fx.cache.fingerprint import digest, fingerprint, fingerprints
+from dora_fx.cache.fingerprint import digest, fingerprint, fingerprints, sampled_rows
 
 
 def groups() -> list[list[torch.Tensor]]:
@@ -51,3 +51,21 @@ def test_every_parameter_has_a_digest(dtype, shape):
     assert digest([view]) == digest([view.clone()])
     if dtype != torch.float8_e4m3fn:
         assert digest([torch.nn.Parameter(view)]) == digest([view])
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_digest_of_a_sample(num_rows, dtype):
+    weight = torch.randn(num_rows, 5).to(dtype)
+    rows = digest([sampled_rows(weight)])
+    assert digest([weight], sampled=True) == rows
+    assert digest([weight.t().clone().t()], sampled=True) == rows
+    weight[-1 if num_rows < 8 else 0].neg_()
+    assert digest([weight], sampled=True) != rows
+
+
+def test_freed_memory_is_an_error():
+    freed = torch.ones(3, 4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"\(3, 4\) whose memory was freed"):
+        digest([freed])
