@@ -144,7 +144,8 @@ def compile_layers(model: Any, options: argparse.Namespace, settings: dict[str, 
 
 def measure(options: argparse.Namespace, device: str) -> dict[str, Comparison]:
     variants = make_variants(options, device)
-    steps = {name: variant.train_step for name, variant in variants.items() if name not in EVALUATED_ONLY}
+    trains = options.only != "evaluation"
+    steps = {name: variant.train_step for name, variant in variants.items() if trains and name not in EVALUATED_ONLY}
     evaluations = {name: variant.evaluate for name, variant in variants.items()}
     extra = {}
     for name, variant in variants.items():
@@ -160,11 +161,14 @@ def measure(options: argparse.Namespace, device: str) -> dict[str, Comparison]:
         if name in steps:
             extra[name]["peak MiB"] = peak_bytes(steps[name], device) / 2**20
     rounds = {"rounds": options.rounds, "max_rounds": options.max_rounds}
-    training = compare(steps, REFERENCE, device, **rounds)
-    return {
-        "training step": replace(training, table={name: row | extra[name] for name, row in training.table.items()}),
-        "evaluation": compare(evaluations, REFERENCE, device, **rounds),
-    }
+    found = {}
+    if trains:
+        training = compare(steps, REFERENCE, device, **rounds)
+        table = {name: row | extra[name] for name, row in training.table.items()}
+        found["training step"] = replace(training, table=table)
+    if options.only != "training":
+        found["evaluation"] = compare(evaluations, REFERENCE, device, **rounds)
+    return found
 
 
 def main() -> None:
@@ -174,6 +178,7 @@ def main() -> None:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--only", choices=["training", "evaluation"], help="default both")
     parser.add_argument("--recompute", action="store_true", help="checkpoint every layer")
     parser.add_argument("--json", type=Path, help="write the tables here")
     options = parser.parse_args()
