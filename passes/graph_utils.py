@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 
 from dora_fx import version
@@ -100,8 +101,9 @@ def _describe_like(node: fx.Node, model: fx.Node) -> None:
         if key in model.meta:
             node.meta[key] = model.meta[key]
     args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
-    # As Dynamo does: not every torch has shapes of products of symbolic sizes otherwise.
-    with _mode_of(model), enable_python_dispatcher():
+    # As Dynamo does: a checkpoint around the call would count what is saved here, and not every torch has shapes of
+    # products of symbolic sizes otherwise.
+    with _mode_of(model), _disable_saved_tensors_hooks_during_tracing(), enable_python_dispatcher():
         if node.op == "call_method":
             node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

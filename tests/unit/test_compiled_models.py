@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import dora_fx
 from dora_fx.passes.rewrite_dora_pass import _warn_once
@@ -54,6 +55,15 @@ def halve(module: nn.Module, args: Any, output: Any) -> Any:
 
 def look_at_gradients(module: nn.Module, *gradients: Any) -> None:
     assert gradients
+
+
+@pytest.mark.parametrize("weight_norm", ["once_per_step", "every_call"])
+def test_is_compiled_within_a_checkpoint(weight_norm: str) -> None:
+    """It must save in its first call, which compiles, what it saves when it is recomputed."""
+    zoo = adapt_zoo(LinearZoo(KINDS).double(), dropout=0.25)
+    call = torch.compile(zoo, backend="dora_fx", options={**OPTIONS, "weight_norm": weight_norm}, fullgraph=True)
+    found = run_and_differentiate(lambda leaves: checkpoint(call, leaves, use_reentrant=False), zoo)
+    assert_same(found, run_and_differentiate(zoo, zoo))
 
 
 HOOKS: dict[str, Callable[[nn.Module], Any]] = {
