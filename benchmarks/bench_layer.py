@@ -11,6 +11,7 @@ rounds go on until the interval of its ratio is within 1 %, or the table says th
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from measuring import CONTROL, Comparison, compare, peak_bytes, save, saved_bytes, show
 from quiet_world import quiet_world
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from variants import HAS_BRIDGE, PlainGatedMLP, gated_mlp, with_bridge_dora, with_dora, with_lora, with_peft
 
 REFERENCE = "LoRA compiled"
@@ -73,8 +75,11 @@ def make_step(call: Callable[..., Any], model: nn.Module, x: torch.Tensor, micro
 def measure(options: argparse.Namespace, device: str) -> Comparison:
     x = torch.randn(options.tokens, 1, options.hidden, dtype=DTYPES[options.dtype], device=device, requires_grad=True)
     steps, memory = {}, {}
+    call: Callable[..., Any]
     for name, (model, settings) in make_variants(options, device).items():
         call = model if settings is None else torch.compile(model, **settings)
+        if options.recompute:
+            call = functools.partial(checkpoint, call, use_reentrant=False)
         steps[name] = make_step(call, model, x, options.micro_batches)
         steps[name]()
         peak = peak_bytes(steps[name], device)
@@ -92,6 +97,7 @@ def main() -> None:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--recompute", action="store_true", help="checkpoint the layer")
     parser.add_argument("--only", nargs="+", help="names of variants to measure beside the reference and its control")
     parser.add_argument("--json", type=Path, help="write the table here")
     options = parser.parse_args()
