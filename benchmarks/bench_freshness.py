@@ -1,7 +1,8 @@
 """What does it cost to notice, before every forward pass, that parameters were written behind PyTorch's back?
 
-The look itself is timed, as a share of a training step of the gated MLP of `bench_layer.py`: a difference of two
-steps would drown in their noise.
+The look itself is timed, as a share of a forward and backward pass of the gated MLP of `bench_layer.py`: a difference
+of two passes would drown in their noise. It is timed between forward passes, which leave a CPU's caches as a model
+does.
 
     python benchmarks/bench_freshness.py
     python benchmarks/bench_freshness.py --hidden 2048 --ffn 5632 --dim 64 --tokens 64
@@ -34,7 +35,9 @@ def measure(options: argparse.Namespace, device: str) -> dict[str, float]:
     refresh(sites)
     seconds = interleaved({"step": step, "refresh": lambda: refresh(sites)}, 1, device)
     # The look after a step recomputes the norms; those that follow only look.
-    looks = interleaved({"look": lambda: refresh(sites)}, 20 * options.rounds, device)["look"]
+    with torch.no_grad():
+        between = {"before": lambda: model(x), "look": lambda: refresh(sites), "after": lambda: model(x)}
+        looks = interleaved(between, options.rounds, device)["look"]
     steps = interleaved({"step": step}, options.rounds, device)["step"]
     look, whole = statistics.median(looks), statistics.median(steps)
     return {

@@ -110,7 +110,10 @@ def make_variants(options: argparse.Namespace, device: str, *, only: str | None 
         return Variant(model, megatron_losses, options.micro_batches)
 
     def huggingface(*, use_dora: bool) -> Variant:
-        model = with_peft(hf_model(options, device), options.dim, HF_TARGETS, use_dora=use_dora)
+        base = hf_model(options, device)
+        if options.recompute:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        model = with_peft(base, options.dim, HF_TARGETS, use_dora=use_dora)
         return Variant(model, hf_losses, options.micro_batches)
 
     every_call = {"weight_norm": "every_call"}

@@ -84,6 +84,7 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
     Raises:
         StaleParametersError: an earlier call on an accelerator used what was stale.
         RuntimeError: the parameters of this rank changed outside an optimizer's step, and another rank's did not.
+        RuntimeError: the memory of a parameter was freed.
     """
     raise_if_answered_stale()
     bases, claims = [_claim_of_base(site) for site in sites], [_claim(site) for site in sites]
@@ -92,9 +93,12 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
     is_stale = [not fresh for fresh in base_and_site[len(sites) :]]
     for index, base_is_fresh in enumerate(base_and_site[: len(sites)]):
         if not base_is_fresh:
-            _measure(sites[index].stored.weight, bases[index])
+            _measure(bases[index])
             [is_fresh] = are_fresh([claims[index]])
             is_stale[index] = not is_fresh
+    for claim, flag in zip(claims, is_stale, strict=True):
+        if flag:
+            _raise_if_freed(claim)
     if any(is_stale) and not any(is_from_earlier_step(site.cached.delta) for site in sites):
         is_stale = _agree(sites, is_stale, rank_timeout)
     stale = [site for site, flag in zip(sites, is_stale, strict=True) if flag]
@@ -131,14 +135,19 @@ def measure_base(site: CachedSite) -> None:
     No rank needs another one for that. Writes past PyTorch's version counter are told by a sample of rows, as the
     whole weight would cost more to look at than the rest of DoRA: one into the whole weight shows, one into a few rows
     need not.
+
+    Raises:
+        RuntimeError: the weight's memory was freed.
     """
     claim = _claim_of_base(site)
     [is_fresh] = are_fresh([claim])
     if not is_fresh:
-        _measure(site.stored.weight, claim)
+        _measure(claim)
 
 
-def _measure(weight: torch.Tensor, claim: Claim) -> None:
+def _measure(claim: Claim) -> None:
+    _raise_if_freed(claim)
+    [weight] = claim.sources
     base_norm_sq, squares = claim.value, base_norm_squared(weight)
     if not torch.equal(squares, base_norm_sq):
         base_norm_sq.copy_(squares)
@@ -156,6 +165,14 @@ def _claim(site: CachedSite) -> Claim:
     assert stored.base_norm_sq is not None
     sources = [stored.lora_a, stored.lora_b, stored.magnitude, stored.base_norm_sq, stored.scaling]
     return Claim(site.path, delta, sources, [buffer for buffer in others if buffer is not None])
+
+
+def _raise_if_freed(claim: Claim) -> None:
+    """Raise an error where reading would end the process, as after weights were offloaded."""
+    for tensor in (*claim.sources, *claim.values):
+        if tensor.numel() and not tensor.untyped_storage().nbytes():
+            found = f"found a tensor {tuple(tensor.shape)} of it whose memory was freed"
+            raise RuntimeError(f"{claim.path}: {found}, expected parameters that hold their values")
 
 
 def _agree(sites: Sequence[CachedSite], is_stale: list[bool], rank_timeout: float) -> list[bool]:

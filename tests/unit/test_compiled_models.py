@@ -57,15 +57,6 @@ def look_at_gradients(module: nn.Module, *gradients: Any) -> None:
     assert gradients
 
 
-@pytest.mark.parametrize("weight_norm", ["once_per_step", "every_call"])
-def test_is_compiled_within_a_checkpoint(weight_norm: str) -> None:
-    """It must save in its first call, which compiles, what it saves when it is recomputed."""
-    zoo = adapt_zoo(LinearZoo(KINDS).double(), dropout=0.25)
-    call = torch.compile(zoo, backend="dora_fx", options={**OPTIONS, "weight_norm": weight_norm}, fullgraph=True)
-    found = run_and_differentiate(lambda leaves: checkpoint(call, leaves, use_reentrant=False), zoo)
-    assert_same(found, run_and_differentiate(zoo, zoo))
-
-
 HOOKS: dict[str, Callable[[nn.Module], Any]] = {
     "item": lambda base: base.register_forward_hook(item),
     "graph break": lambda base: base.register_forward_hook(graph_break),
@@ -185,3 +176,12 @@ def test_alpha_and_dropout_may_be_changed_later() -> None:
     assert_apart(seen[1], seen[2])
     with pytest.raises(ValueError, match=r"dropout: found 1.0, expected a probability in \[0, 1\)"):
         layer.adapter.dropout = 1.0
+
+
+@pytest.mark.parametrize("weight_norm", ["once_per_step", "every_call"])
+def test_is_compiled_within_a_checkpoint(weight_norm: str) -> None:
+    """It must save in its first call, which compiles, what it saves when it is recomputed."""
+    zoo = adapt_zoo(LinearZoo(KINDS).double(), dropout=0.25)
+    call = torch.compile(zoo, backend="dora_fx", options={**OPTIONS, "weight_norm": weight_norm}, fullgraph=True)
+    found = run_and_differentiate(lambda leaves: checkpoint(call, leaves, use_reentrant=False), zoo)
+    assert_same(found, run_and_differentiate(zoo, zoo))

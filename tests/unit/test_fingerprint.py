@@ -49,8 +49,7 @@ def test_every_parameter_has_a_digest(dtype, shape):
     wide = torch.ones(*shape, 2).to(dtype)
     view = wide[..., 0]
     assert digest([view]) == digest([view.clone()])
-    if dtype != torch.float8_e4m3fn:
-        assert digest([torch.nn.Parameter(view)]) == digest([view])
+    assert digest([torch.nn.Parameter(view)]) == digest([view])
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 100])
@@ -62,10 +61,3 @@ def test_digest_of_a_sample(num_rows, dtype):
     assert digest([weight.t().clone().t()], sampled=True) == rows
     weight[-1 if num_rows < 8 else 0].neg_()
     assert digest([weight], sampled=True) != rows
-
-
-def test_freed_memory_is_an_error():
-    freed = torch.ones(3, 4)
-    freed.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match=r"\(3, 4\) whose memory was freed"):
-        digest([freed])

@@ -325,3 +325,15 @@ def test_parameters_computed_in_the_graph_are_not_cached(zoo: LinearZoo) -> None
     found = run(inputs())
     assert [now > then for now, then in zip(refreshes(zoo), before, strict=True)] == [True, True, False]
     assert_close(found, reference_outputs(reference_zoo(zoo), inputs()), 1e-12)
+
+
+@pytest.mark.parametrize("run_as", [compiled, eager])
+@pytest.mark.parametrize("freed", ["weight", "adapter.linear_out.weight", "cached_delta"])
+def test_freed_memory_is_an_error(zoo: LinearZoo, run_as: Callable[..., Any], freed: str) -> None:
+    """PyTorch would read address zero."""
+    run = run_as(zoo)
+    run(inputs())
+    owner, _, name = f"row_bias_added.{freed}".rpartition(".")
+    getattr(zoo.get_submodule(owner), name).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"^row_bias_added: found a tensor .* whose memory was freed"):
+        run(inputs())
