@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from dora_fx.hf import compare_merged, export_hf, import_hf, iter_adapter, iter_merged
     from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
     from dora_fx.modules.dora_linear import DoRALinear, disable_adapter, invalidate_norms
+    from dora_fx.preflight import CheckError, CheckReport, check
 
 __all__ = [
+    "CheckError",
+    "CheckReport",
     "CheckpointError",
     "DoRA",
     "DoRALinear",
     "ParallelLinearDoRAAdapter",
     "__version__",
+    "check",
     "compare_merged",
     "compile_model",
     "config_overrides",
@@ -47,10 +51,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CheckError": "dora_fx.preflight",
+    "CheckReport": "dora_fx.preflight",
     "CheckpointError": "dora_fx.checkpoint",
     "DoRA": "dora_fx.attach.config",
     "DoRALinear": "dora_fx.modules.dora_linear",
     "ParallelLinearDoRAAdapter": "dora_fx.modules.adapter",
+    "check": "dora_fx.preflight",
     "compare_merged": "dora_fx.hf",
     "compile_model": "dora_fx.compilation",
     "config_overrides": "dora_fx.attach.learning_rates",

@@ -1,0 +1,91 @@
+"""A warning, at the first step of an optimizer, for adapted layers that no gradient reached.
+
+A checkpoint that keeps no graph, a detached output or a layer that is never called train a part of the model without
+an error. B and m have gradients that are not zero from the first backward pass on; A has none while B is zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from dora_fx.modules.dora_linear import DoRALinear
+
+logger = logging.getLogger(__name__)
+
+_MOST_NAMES = 3
+# Each model's layers by their paths, until an optimizer that has a part of them steps.
+_watched: list[weakref.WeakValueDictionary[str, DoRALinear]] = []
+
+
+def watch_first_step(sites: Mapping[str, DoRALinear]) -> None:
+    """Look at these layers when an optimizer first trains one of them; the layers of one model, by their paths."""
+    if sites:
+        _watched.append(weakref.WeakValueDictionary(sites))
+        _watch_optimizers()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_look)
+
+
+def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
+    # `args` has the optimizer first. Within a closure the gradients are yet to come.
+    if any(callable(argument) for argument in (*args[1:], *kwargs.values())):
+        return
+    for sites in list(_watched):
+        alive = dict(sites)
+        if not alive:
+            _watched.remove(sites)
+        elif _trains_any(optimizer, alive.values()):
+            _watched.remove(sites)
+            _warn_of(alive)
+
+
+def _trains_any(optimizer: torch.optim.Optimizer, sites: Iterable[DoRALinear]) -> bool:
+    """Return whether an optimizer has a parameter of the layers, a view of one, or Megatron's copy of one."""
+    trained = {_memory_of(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters: list[Any] = [parameter for site in sites for parameter in site.adapter.parameters()]
+    copies = [getattr(parameter, "main_param", None) for parameter in parameters]
+    return any(_memory_of(tensor) in trained for tensor in (*parameters, *copies) if tensor is not None)
+
+
+def _warn_of(sites: Mapping[str, DoRALinear]) -> None:
+    untouched = [path for path, site in sites.items() if not _has_gradient(site)]
+    if untouched:
+        more = f" and {len(untouched) - _MOST_NAMES} more" if len(untouched) > _MOST_NAMES else ""
+        logger.warning(
+            "%s%s: found no gradient in %d of %d adapted layers at the optimizer's first step, expected one in each. "
+            "They were not called, or something between them and the loss keeps no graph, such as a checkpoint whose "
+            "input needs no gradient; dora_fx.check says more",
+            ", ".join(untouched[:_MOST_NAMES]),
+            more,
+            len(untouched),
+            len(sites),
+        )
+
+
+@torch.no_grad()
+def _has_gradient(site: DoRALinear) -> bool:
+    trained = [parameter for parameter in site.adapter.parameters() if parameter.requires_grad]
+    gradients = [gradient for parameter in trained if (gradient := _gradient_maybe(parameter)) is not None]
+    # Of a DTensor a rank has a part, which may be empty.
+    return not trained or any(isinstance(gradient, DTensor) or bool(gradient.any()) for gradient in gradients)
+
+
+def _gradient_maybe(parameter: Any) -> torch.Tensor | None:
+    """A parameter's gradient, wherever Megatron has moved it by the time that its optimizer steps."""
+    main_grad: torch.Tensor | None = getattr(parameter, "main_grad", None)
+    return parameter.grad if main_grad is None else main_grad
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,97 @@
+"""What an optimizer trains, read from torch's optimizers and from Megatron's, whatever these wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import nn
+
+
+class MainCopy(NamedTuple):
+    """A parameter, or this rank's part of it, and the float32 copy of it that the optimizer trains."""
+
+    parameter: nn.Parameter
+    part: torch.Tensor
+    copy: torch.Tensor
+
+
+def is_megatron(optimizer: Any) -> bool:
+    """Return whether an optimizer is one of Megatron's."""
+    return isinstance(optimizer, MegatronOptimizer)
+
+
+def single_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizers that one is made of: Megatron chains several, accelerate wraps one, None is made of none."""
+    if is_megatron(optimizer):
+        chained = getattr(optimizer, "chained_optimizers", [optimizer])
+        return [single for single in chained if not getattr(single, "is_stub_optimizer", False)]
+    wrapped = getattr(optimizer, "optimizer", optimizer)
+    return [] if optimizer is None else [wrapped]
+
+
+def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers that hold the state."""
+    return [single.optimizer if is_megatron(single) else single for single in single_optimizers(optimizer)]
+
+
+def trained_parameters(optimizer: Any) -> list[nn.Parameter]:
+    """The model's parameters that an optimizer trains; of a distributed one those of which this rank has a part."""
+    found: list[nn.Parameter] = []
+    for single in single_optimizers(optimizer):
+        if isinstance(single, DistributedOptimizer):
+            groups = [*single.model_float16_groups, *single.model_fp32_groups]
+        elif isinstance(single, Float16OptimizerWithFloat16Params):
+            groups = [*single.float16_groups, *single.fp32_from_fp32_groups]
+        else:
+            inner = single.optimizer if is_megatron(single) else single
+            groups = [group["params"] for group in inner.param_groups]
+        found += chain.from_iterable(groups)
+    return found
+
+
+def main_copies(optimizer: Any) -> Iterator[MainCopy]:
+    """The float32 copies of 16-bit parameters that Megatron's optimizers train in their place."""
+    for single in single_optimizers(optimizer):
+        if isinstance(single, DistributedOptimizer):
+            pairs = zip(single.model_float16_groups, single.shard_fp32_from_float16_groups, strict=True)
+        elif isinstance(single, Float16OptimizerWithFloat16Params):
+            pairs = zip(single.float16_groups, single.fp32_from_float16_groups, strict=True)
+        else:
+            continue
+        for parameters, copies in pairs:
+            for parameter, copy in zip(parameters, copies, strict=True):
+                # A precision-aware optimizer keeps its copies to itself.
+                if copy is not None:
+                    yield MainCopy(parameter, _own_part(single, parameter), copy)
+
+
+def complete_parts(optimizer: Any, gradients: dict[int, torch.Tensor]) -> None:
+    """Complete gradients, by the ids of their parameters, of which each rank of a distributed optimizer has a part.
+
+    Its reduction leaves the other parts as they are. Every rank calls it.
+    """
+    for single in single_optimizers(optimizer):
+        if isinstance(single, DistributedOptimizer) and single.data_parallel_group.size() > 1:
+            everywhere = [p for buffer in single.buffers for p in buffer.params if id(p) in gradients]
+            own = {id(parameter) for parameter in trained_parameters(single)}
+            for parameter in everywhere:
+                flat, whole = gradients[id(parameter)].view(-1), torch.zeros_like(gradients[id(parameter)]).view(-1)
+                if id(parameter) in own:
+                    part = single._get_model_param_range_map(parameter)["param"]
+                    whole[part.start : part.end] = flat[part.start : part.end]
+                dist.all_reduce(whole, group=single.data_parallel_group)
+                flat.copy_(whole)
+
+
+def _own_part(single: Any, parameter: nn.Parameter) -> torch.Tensor:
+    if not isinstance(single, DistributedOptimizer):
+        return parameter.detach()
+    own = single._get_model_param_range_map(parameter)["param"]
+    return parameter.detach().view(-1)[own.start : own.end]

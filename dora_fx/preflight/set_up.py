@@ -1,0 +1,269 @@
+"""One training set-up as the preflight handles it: run it, read its gradients, move its adapters, step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+
+from dora_fx.attach.matching import adapted_layers
+from dora_fx.megatron.data_parallel import data_parallel_around
+from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap, walk
+from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.preflight.optimizers import complete_parts, is_megatron, single_optimizers
+from dora_fx.preflight.passes import Forward, ForwardBackward, megatron_runs, one_step, output_of, weight_of_loss
+from dora_fx.preflight.saved_state import RandomState
+from dora_fx.ranks.exchange import gather_objects
+from dora_fx.ranks.groups import resolve_group, world_group
+
+# A learning rate for groups that have none yet, as at the start of a warm-up.
+_SOME_LEARNING_RATE = 1e-3
+# Of the norm of W0's rows, for the low-rank product of adapters whose values are chosen here.
+_SHARE_OF_LOW_RANK = 0.3
+
+
+class Pass(NamedTuple):
+    """What one training pass gave on this rank.
+
+    Attributes:
+        loss: None on pipeline stages that have none.
+        weight: of the loss; gradients are those of the mean over all ranks of loss by weight.
+        gradients: of every trainable parameter by its name in the whole model, None where it got none.
+    """
+
+    loss: float | None
+    weight: float
+    gradients: dict[str, torch.Tensor | None]
+
+
+class SetUp:
+    """A model with its wrappers, a batch, and an optimizer or None.
+
+    Attributes:
+        sites: the adapted layers of this rank by their paths in the whole model.
+        trainable: the parameters that require gradients by their names in the whole model.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: Any,
+        optimizer: Any,
+        forward_backward: ForwardBackward | None,
+        forward: Forward | None,
+    ) -> None:
+        self.model, self.batch, self.optimizer = model, batch, optimizer
+        self.chunks = chunks_of(model)
+        self._forward_backward, self._forward = forward_backward, forward
+        self.sites: dict[str, DoRALinear] = {}
+        for _, named in adapted_layers(self.chunks):
+            check_unsharded(named.whole_path, named.module)
+            self.sites[named.whole_path] = named.module
+        self.trainable = self._named_parameters()
+        found = data_parallel_around(self.chunks)
+        self._wrappers: list[Any] = [wrapper for wrapper in found if isinstance(wrapper, DistributedDataParallel)]
+        self._generators = RandomState()
+
+    @property
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """A, B and m of all sites by their names in the whole model."""
+        return {
+            f"{path}.adapter.{name}": parameter
+            for path, site in self.sites.items()
+            for name, parameter in site.adapter.named_parameters()
+        }
+
+    @property
+    def rounding(self) -> float:
+        """The unit of the coarsest dtype of the adapted weights."""
+        return max((torch.finfo(site.base_weight.dtype).eps for site in self.sites.values()), default=0.0)
+
+    def training_pass(self) -> Pass:
+        """Run forward and backward passes of one step, from the same random states as any other time."""
+        self._generators.restore()
+        self.clear_gradients()
+        if self._forward_backward is not None:
+            returned = self._forward_backward(self.model, self.batch)
+            loss, weight = None if returned is None else float(returned), 1.0
+        else:
+            loss, weight = one_step(self.model, self.batch, self._scaled), weight_of_loss()
+        gradients = {name: _gradient_maybe(parameter) for name, parameter in self.trainable.items()}
+        by_id = {id(self.trainable[name]): gradient for name, gradient in gradients.items() if gradient is not None}
+        complete_parts(self.optimizer, by_id)
+        return Pass(loss, weight, gradients)
+
+    def output(self) -> torch.Tensor | None:
+        """Return what the model computes in evaluation and without compiled code; None where it is not on this rank."""
+        modes = [(module, module.training) for chunk in self.chunks for module in chunk.modules()]
+        try:
+            for chunk in self.chunks:
+                chunk.eval()
+            self._generators.restore()
+            with uncompiled():
+                return output_of(self.model, self.batch, self._forward)
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def clear_gradients(self) -> None:
+        """Give up all gradients."""
+        for wrapper in self._wrappers:
+            wrapper.zero_grad_buffer()
+        for parameter in (*self.trainable.values(), *(p for s in single_optimizers(self.optimizer) for p in _held(s))):
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Let the optimizer step, at a learning rate above zero."""
+        for single in single_optimizers(self.optimizer):
+            for group in (single.optimizer if is_megatron(single) else single).param_groups:
+                if float(group["lr"]) == 0.0:
+                    group["lr"] = group.get("max_lr") or group.get("initial_lr") or _SOME_LEARNING_RATE
+        if is_megatron(self.optimizer):
+            with megatron_runs(self.chunks):
+                self.optimizer.step()
+        else:
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def scale_losses_by_one(self) -> None:
+        """Let float16 gradients be as they are: how large a scale they bear is found out in many steps."""
+        for single in single_optimizers(self.optimizer):
+            scale = getattr(getattr(single, "grad_scaler", None), "scale", None)
+            if isinstance(scale, torch.Tensor):
+                scale.fill_(1.0)
+
+    @torch.no_grad()
+    def move_adapters(self) -> None:
+        """Choose B and m by the paths of the layers, the same whole tensors at every layout: B != 0 and m != norm.
+
+        At the start DoRA is the identity, where no fault would show.
+        """
+        for path, size in zip(self.sites, self._sizes_of_b(), strict=True):
+            adapter, generator = self.sites[path].adapter, torch.Generator().manual_seed(zlib.crc32(path.encode()))
+
+            def draw(name: str, adapter: Any = adapter, generator: torch.Generator = generator) -> torch.Tensor:
+                placement = adapter.placements[name]
+                whole = torch.rand(placement.shape, dtype=torch.float64, generator=generator) * 2 - 1
+                return placement.pad_and_shard(whole, adapter.tp_rank, adapter.tp_size)
+
+            lora_b, magnitude = adapter.linear_out.weight, adapter.weight_magnitude
+            lora_b.copy_(draw("linear_out.weight") * (size * math.sqrt(3.0)))
+            gain = 1.0 + 0.3 * draw("weight_magnitude").to(magnitude.device)
+            magnitude.copy_(self.sites[path]._get_weight_norm() * gain)
+
+    @torch.no_grad()
+    def make_adapters_fresh(self) -> None:
+        """Set B to zero and m to the norms, where an adapted layer computes what its base does."""
+        for site in self.sites.values():
+            site.adapter.linear_out.weight.zero_()
+            site.adapter.weight_magnitude.copy_(site._get_weight_norm())
+
+    def _sizes_of_b(self) -> list[float]:
+        """Root mean squares of B with which rows of s B A have a part of the length of W0's rows; every rank calls it.
+
+        From sums over each layer's ranks, as they have to be the same at every layout.
+        """
+        own: dict[str, tuple[float, ...]] = {}
+        for path, site in self.sites.items():
+            adapter, weight = site.adapter, site.base_weight.detach()
+            own[path] = tuple(
+                float(tensor.double().square().sum()) for tensor in (weight, adapter.linear_in.weight.detach())
+            )
+        sizes = {path: self._size_of_b(site, [own[path]]) for path, site in self.sites.items()}
+        for tp_group in dict.fromkeys(site.adapter.tp_group for site in self.sites.values()):
+            if tp_group:
+                of_ranks = gather_objects(own, resolve_group(tp_group))
+                for path, site in self.sites.items():
+                    if site.adapter.tp_group == tp_group:
+                        sizes[path] = self._size_of_b(site, [of_rank[path] for of_rank in of_ranks])
+        return list(sizes.values())
+
+    @staticmethod
+    def _size_of_b(site: DoRALinear, squares: Sequence[tuple[float, ...]]) -> float:
+        """From the sums of squares of W0 and A on each of the layer's ranks."""
+        base, low_rank = (sum(column) for column in zip(*squares, strict=True))
+        if base == 0.0 or low_rank == 0.0:
+            return 1.0
+        row = math.sqrt(base / site.adapter.out_features)
+        return _SHARE_OF_LOW_RANK * row / (abs(site.scaling) * math.sqrt(low_rank))
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{named.whole_path}.{name}".replace(".to_wrap.", ".").lstrip("."): parameter
+            for chunk in self.chunks
+            for named in walk(chunk)
+            for name, parameter in named.module.named_parameters(recurse=False)
+            if parameter.requires_grad
+        }
+
+    def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = self.optimizer.scale_loss(loss) if is_megatron(self.optimizer) else loss
+        return scaled
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within the context compiled functions run as they were written."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def without_recomputation(setup: SetUp) -> Iterator[bool]:
+    """Within the context no activation checkpointing takes place; yields whether there was any.
+
+    Megatron asks its configuration for full recomputation and attributes of modules for parts of layers; transformers
+    has an attribute of the layers; torch's wrapper keeps the function that it calls.
+    """
+    changed: list[tuple[Any, str, Any]] = []
+
+    def put(holder: Any, name: str, value: Any) -> None:
+        changed.append((holder, name, getattr(holder, name)))
+        setattr(holder, name, value)
+
+    for module in (module for chunk in setup.chunks for module in chunk.modules()):
+        if isinstance(module, ActivationWrapper) and hasattr(module, "checkpoint_fn"):
+            put(module, "checkpoint_fn", lambda function, *args, **kwargs: function(*args, **kwargs))
+        config = getattr(module, "config", None)
+        if getattr(config, "recompute_granularity", None) is not None:
+            put(config, "recompute_granularity", None)
+        for name, value in list(vars(module).items()):
+            if value is True and not name.startswith("_") and ("recompute" in name or "checkpoint" in name):
+                put(module, name, False)
+    try:
+        yield bool(changed)
+    finally:
+        for holder, name, value in reversed(changed):
+            setattr(holder, name, value)
+
+
+def drops_in_base(setup: SetUp) -> bool:
+    """Return whether the base drops out, with masks that compiled code draws otherwise than eager code."""
+    names = ("hidden_dropout", "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
+    modules = [module for chunk in setup.chunks for module in chunk.modules()]
+    configs = [getattr(unwrap(module), "config", None) for module in modules]
+    by_config = any((getattr(config, name, 0.0) or 0.0) > 0.0 for config in configs for name in names)
+    return by_config or any(isinstance(module, nn.Dropout) and module.p > 0.0 for module in modules)
+
+
+def over_all_ranks(value: Any) -> list[Any]:
+    """The value of every rank, in order of ranks; every rank calls it."""
+    return gather_objects(value, world_group())
+
+
+def _gradient_maybe(parameter: torch.Tensor) -> torch.Tensor | None:
+    gradient = getattr(parameter, "main_grad", None)
+    gradient = parameter.grad if gradient is None else gradient
+    return None if gradient is None else gradient.detach().clone()
+
+
+def _held(single: Any) -> list[torch.Tensor]:
+    inner = single.optimizer if is_megatron(single) else single
+    return [parameter for group in inner.param_groups for parameter in group["params"]]

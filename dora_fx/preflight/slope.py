@@ -1,0 +1,109 @@
+"""Gradients are the slope of the loss: the proof of a backward pass that needs no oracle, at any layout.
+
+    (L(p + d) - L(p - d)) / 2    against    <dL/dp, d>        d along the gradient
+
+A, B and m move one after the other. DoRA takes norms for constants (arXiv 2402.09353, section 4.3), and so do these
+differences: while A or B moves, m moves with the norm, so that m / n stays.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dora_fx.function.placement import ADAPTER_TENSORS
+from dora_fx.preflight.passes import model_replicas
+from dora_fx.preflight.report import Finding
+from dora_fx.preflight.saved_state import SavedValues
+from dora_fx.preflight.set_up import Pass, SetUp, over_all_ranks, uncompiled
+
+# How much the loss is to change, relative to itself: above its rounding, and little enough to be straight.
+_CHANGE = {torch.float64: 1e-3, torch.float32: 1e-2}
+_CHANGE_OF_16_BITS = 5e-2
+# A tensor moves by no more than this part of itself.
+_MOST = 0.05
+# The curvature of the loss over such a change.
+_ROOM = 0.02
+
+
+def gradients_are_slopes(setup: SetUp, eager: Pass) -> Finding:
+    """The loss changes along the gradients of A, of B and of m as they say."""
+    name = "slope"
+    gradients = {path: eager.gradients.get(path) for path in setup.adapter_parameters}
+    known = all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients.values())
+    if not all(over_all_ranks(known)):
+        return Finding(name, "skipped", "there are layers without a gradient")
+    errors = {kind: _error_of(setup, eager, kind) for kind in ADAPTER_TENSORS}
+    worst = max(errors, key=lambda kind: errors[kind])
+    bound = _ROOM + 3.0 * math.sqrt(setup.rounding)
+    if not errors[worst] <= bound:
+        paths = [path for path in gradients if path.endswith(worst)]
+        where = paths[0] if paths else worst
+        text = f"{where} and those of other layers: found a loss that moves {errors[worst]:.1%} otherwise than they say"
+        return Finding(name, "failed", text)
+    figures = ", ".join(f"{kind.removesuffix('.weight')} {error:.1e}" for kind, error in errors.items())
+    return Finding(name, "ok", f"the loss moves along its gradients as they say; off by {figures}")
+
+
+def _error_of(setup: SetUp, eager: Pass, kind: str) -> float:
+    """How far the change of the loss along the gradients of one tensor of all layers is from what they say."""
+    parameters = setup.adapter_parameters
+    moved = {path: eager.gradients[path] for path in parameters if path.endswith(f".adapter.{kind}")}
+    squared = _total(setup, {path: float(g.double().square().sum()) for path, g in moved.items() if g is not None})
+    if squared == 0.0:
+        return 0.0
+    dtype = next((site.base_weight.dtype for site in setup.sites.values()), torch.float32)
+    change = max(over_all_ranks(_CHANGE.get(dtype, _CHANGE_OF_16_BITS))) * abs(_objective(eager))
+    sizes = {path: float(parameters[path].detach().double().square().sum()) for path in moved}
+    distance = min(change / (2.0 * squared), _MOST * math.sqrt(_total(setup, sizes) / squared))
+    values = SavedValues(parameters.values())
+    gains = {path: _gain(setup, path) for path in setup.sites}
+    ends = []
+    for sign in (1.0, -1.0):
+        before = {path: parameters[path].detach().double() for path in moved}
+        _move(setup, kind, eager, sign * distance, gains)
+        with uncompiled():
+            loss = _objective(setup.training_pass())
+        dots = {
+            path: float((g.double() * (parameters[path].detach().double() - before[path])).sum())
+            for path, g in moved.items()
+            if g is not None
+        }
+        ends.append((loss, _total(setup, dots)))
+        values.restore()
+    (above, said_above), (below, said_below) = ends
+    return abs((above - below) / (said_above - said_below) - 1.0)
+
+
+@torch.no_grad()
+def _move(setup: SetUp, kind: str, eager: Pass, distance: float, gains: dict[str, torch.Tensor]) -> None:
+    for path, site in setup.sites.items():
+        parameter, gradient = site.adapter.get_parameter(kind), eager.gradients[f"{path}.adapter.{kind}"]
+        assert gradient is not None
+        parameter.add_(gradient.to(parameter.dtype), alpha=distance)
+        if kind != "weight_magnitude":
+            site.adapter.weight_magnitude.copy_(gains[path] * site._get_weight_norm())
+
+
+@torch.no_grad()
+def _gain(setup: SetUp, path: str) -> torch.Tensor:
+    """m / n of each row; 0 for a row of zeros."""
+    norm, magnitude = setup.sites[path]._get_weight_norm(), setup.sites[path].adapter.weight_magnitude
+    return torch.where(norm > 0, magnitude / norm, torch.zeros_like(norm))
+
+
+def _objective(found: Pass) -> float:
+    """What the gradients of a pass are of; every rank calls it."""
+    losses = [loss for loss in over_all_ranks(None if found.loss is None else found.loss * found.weight) if loss]
+    return sum(losses) / len(losses) if losses else math.nan
+
+
+def _total(setup: SetUp, numbers: dict[str, float]) -> float:
+    """The sum over all layers and their shards, each counted once, of numbers by the names of adapter parameters."""
+    own = 0.0
+    for path, number in numbers.items():
+        site, _, kind = path.partition(".adapter.")
+        adapter = setup.sites[site].adapter
+        own += number if adapter.placements[kind].shard_dim is not None else number / adapter.tp_size
+    return sum(over_all_ranks(own)) / model_replicas()
