@@ -60,7 +60,7 @@ def check(
         setup.scale_losses_by_one()
         try:
             found, loss = _findings(setup, values, reference)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:
             raise CheckError(f"the batch cannot be trained on: {type(error).__name__}: {error}") from error
     report = CheckReport(joined(over_all_ranks(found)), loss, time.perf_counter() - start)
     if raises and report.failed:
@@ -80,6 +80,9 @@ def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | 
         proofs.replicas_are_equal(setup, "after"),
     ]
     values.restore()
+    if proofs.is_compiled(setup):
+        # What compiled code keeps of these values must not be used for the next ones.
+        setup.training_pass()
     setup.move_adapters()
     with uncompiled():
         eager = setup.training_pass()
@@ -92,6 +95,7 @@ def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | 
         proofs.recomputation_changes_nothing(setup, eager),
         proofs.adapter_off_is_base(setup),
         proofs.merged_is_adapted(setup),
+        proofs.magnitudes_are_lengths(setup),
         proofs.loss_is_reference(setup, loss, reference),
     ]
     return found, loss

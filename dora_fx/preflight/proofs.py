@@ -13,10 +13,11 @@ import math
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from dora_fx.attach.merge import merge_problem_maybe, merged
+from dora_fx.attach.merge import merge_problem_maybe, merged, merged_weight
 from dora_fx.checkpoint.contents import all_shards, model_contents
 from dora_fx.checkpoint.optimizer import OptimizerState
 from dora_fx.checkpoint.tensor_digests import copy_digests, differing_copies
@@ -27,6 +28,7 @@ from dora_fx.preflight.passes import call, loss_of
 from dora_fx.preflight.report import Finding
 from dora_fx.preflight.saved_state import SavedValues
 from dora_fx.preflight.set_up import Pass, SetUp, drops_in_base, over_all_ranks, uncompiled, without_recomputation
+from dora_fx.ranks.groups import resolve_group
 
 _OF_NO_MODULE = "a parameter of no module"
 _NO_OPTIMIZER = "no optimizer was given"
@@ -166,7 +168,7 @@ def gradients_arrive(setup: SetUp, eager: Pass) -> Finding:
 def compiled_is_eager(setup: SetUp, eager: Pass) -> Finding:
     """Compiled code gives the loss and the gradients of the same model run as it is written."""
     name = "compiled"
-    if not _is_compiled(setup):
+    if not is_compiled(setup):
         return Finding(name, "skipped", "nothing is compiled")
     if drops_in_base(setup):
         return Finding(name, "skipped", "the base drops out, with other masks in compiled code")
@@ -209,6 +211,25 @@ def merged_is_adapted(setup: SetUp) -> Finding:
     with merged(setup.model) if setup.sites else contextlib.nullcontext():
         whole = setup.output()
     return _same_output(name, setup, whole, adapted, off, "merged weights from adapters")
+
+
+@torch.no_grad()
+def magnitudes_are_lengths(setup: SetUp) -> Finding:
+    """The rows of m / n * (W0 + s B A) are as long as m says, which is what n is for, on however many ranks."""
+    name = "magnitudes"
+    errors = {}
+    for path, site in setup.sites.items():
+        adapter = site.adapter
+        squares = merged_weight(site).square().sum(1)
+        if adapter.tp_group and adapter.layout.shards_input_features:
+            dist.all_reduce(squares, group=resolve_group(adapter.tp_group))
+        errors[path] = _error(squares.sqrt(), adapter.weight_magnitude.detach().abs())
+    worst = max(errors, key=lambda path: errors[path], default="none here")
+    if errors and not errors[worst] <= math.sqrt(setup.rounding):
+        return Finding(
+            name, "failed", f"{worst}: found rows of the adapted weight {errors[worst]:.1e} off their lengths"
+        )
+    return Finding(name, "ok", f"rows are as long as m says, within {errors.get(worst, 0.0):.1e} ({worst})")
 
 
 def loss_is_reference(setup: SetUp, loss: float, reference: float | nn.Module | None) -> Finding:
@@ -276,7 +297,8 @@ def _all_parameters(setup: SetUp) -> dict[str, nn.Parameter]:
     return {**named, **setup.trainable}
 
 
-def _is_compiled(setup: SetUp) -> bool:
+def is_compiled(setup: SetUp) -> bool:
+    """Return whether a part of the model is compiled."""
     modules = [module for chunk in setup.chunks for module in chunk.modules()]
     compiled = (getattr(module, "_compiled_call_impl", None) is not None for module in modules)
     return any(compiled) or any(isinstance(module, OptimizedModule) for module in modules)

@@ -42,8 +42,8 @@ def gradients_are_slopes(setup: SetUp, eager: Pass) -> Finding:
         where = paths[0] if paths else worst
         text = f"{where} and those of other layers: found a loss that moves {errors[worst]:.1%} otherwise than they say"
         return Finding(name, "failed", text)
-    figures = ", ".join(f"{kind.removesuffix('.weight')} {error:.1e}" for kind, error in errors.items())
-    return Finding(name, "ok", f"the loss moves along its gradients as they say; off by {figures}")
+    figures = ", ".join(f"{errors[kind]:.1e} ({letter})" for kind, letter in zip(ADAPTER_TENSORS, "ABm", strict=True))
+    return Finding(name, "ok", f"the loss moves along its gradients as they say, within {figures}")
 
 
 def _error_of(setup: SetUp, eager: Pass, kind: str) -> float:

@@ -133,9 +133,11 @@ def _build_chunk(config: TransformerConfig, layout: Layout, stage: int) -> GPTMo
     )
 
 
-def attach(chunks: list[GPTModel], dim: int = DIM, alpha: float = 8, targets: list[str] = TARGETS) -> list[nn.Module]:
+def attach(
+    chunks: list[GPTModel], dim: int = DIM, alpha: float = 8, targets: list[str] = TARGETS, **dora: Any
+) -> list[nn.Module]:
     """Adapters on every chunk, untrained."""
-    return dora_fx.DoRA(target_modules=targets, dim=dim, alpha=alpha)(chunks)
+    return dora_fx.DoRA(target_modules=targets, dim=dim, alpha=alpha, **dora)(chunks)
 
 
 def name_of(chunk: GPTModel, path: str) -> str:
