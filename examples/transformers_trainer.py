@@ -43,6 +43,18 @@ class PrintLoss(transformers.TrainerCallback):
             print(f"step {state.global_step}: loss {float(logs['loss']):.4f}")
 
 
+class CheckFirst(transformers.TrainerCallback):
+    """Prove on one batch that what should train trains, with the optimizer that Trainer made."""
+
+    def __init__(self, batch: dict[str, torch.Tensor]) -> None:
+        self.batch = batch
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        print(dora_fx.check(model, {name: value.to(model.device) for name, value in self.batch.items()}, optimizer))
+
+
 def main(out: Path, base: str | None) -> None:
     model, samples = load_base(out, base)
     dora = dora_fx.DoRA(target_modules="all-linear", dim=8, alpha=16)
@@ -66,14 +78,16 @@ def main(out: Path, base: str | None) -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = transformers.Trainer(model, settings, train_dataset=samples, callbacks=[PrintLoss()])
+    batch = {name: torch.stack([sample[name] for sample in samples[:4]]) for name in samples[0]}
+    callbacks = [PrintLoss(), CheckFirst(batch)]
+    trainer = transformers.Trainer(model, settings, train_dataset=samples, callbacks=callbacks)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     dora_fx.export_hf(model, out / f"adapter-{done + STEPS}")
-    batch = {name: tensor[None].to(model.device) for name, tensor in samples[0].items()}
     with torch.no_grad(), dora_fx.merged(model.eval()):
-        print(f"merged model: loss {model(**batch).loss.item():.4f}")
+        one = {name: value[:1].to(model.device) for name, value in batch.items()}
+        print(f"merged model: loss {model(**one).loss.item():.4f}")
 
 
 # --8<-- [end:main]
