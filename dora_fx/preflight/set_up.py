@@ -118,6 +118,9 @@ class SetUp:
             wrapper.zero_grad_buffer()
         for parameter in (*self.trainable.values(), *(p for s in single_optimizers(self.optimizer) for p in _held(s))):
             parameter.grad = None
+            # Of a wrapper that this process does not show: a model may be passed without it.
+            if (main_grad := getattr(parameter, "main_grad", None)) is not None:
+                main_grad.zero_()
 
     def step(self) -> None:
         """Let the optimizer step, at a learning rate above zero."""
