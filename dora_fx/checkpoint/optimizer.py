@@ -42,32 +42,36 @@ class OptimizerState:
         self._optimizer, self._chunks, self._adapter = optimizer, chunks, adapter
         self._is_torch = is_torch
 
-    def to_save(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """This rank's part of the state dict to save, and its description of a torch optimizer."""
+    def to_save(self) -> tuple[dict[str, Any], Any]:
+        """This rank's part of the state dict to save, and what the other ranks need to know of its optimizer."""
         if self._optimizer is None:
             return {}, None
         if not self._is_torch:
             sharded = megatron_optimizer.sharded_state_dict(self._optimizer, self._adapter, is_loading=False)
-            return {"optimizer": sharded}, None
+            return {"optimizer": sharded}, megatron_optimizer.step_counts(self._optimizer, sharded)
         shards, description = torch_optimizer.state_to_save(self._optimizer, self._chunks)
         return {"optimizer": shards}, description
 
-    @staticmethod
-    def description_of_all_ranks(descriptions: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-        """The entry for the part of a checkpoint that is not sharded, from the descriptions of all ranks.
+    def add_of_all_ranks(self, common: dict[str, Any], descriptions: Sequence[Any]) -> None:
+        """Complete the part of a checkpoint that is not sharded by what the ranks know of their optimizers.
+
+        Args:
+            common: this rank's; rank 0's is saved.
+            descriptions: the second values of `to_save` on all ranks.
 
         Raises:
             CheckpointError: the ranks' optimizers differ.
         """
-        described = [description for description in descriptions if description is not None]
-        if not described:
-            return {}
-        if len(described) < len(descriptions):
-            raise CheckpointError(
-                f"optimizer: found a torch optimizer on {len(described)} of {len(descriptions)} ranks, expected one on "
-                "every rank"
-            )
-        return {DESCRIPTION: torch_optimizer.join_descriptions(described)}
+        for kind, name in ((dict, "a torch optimizer"), (list, "one of Megatron's optimizers")):
+            number = sum(isinstance(description, kind) for description in descriptions)
+            if 0 < number < len(descriptions):
+                raise CheckpointError(
+                    f"optimizer: found {name} on {number} of {len(descriptions)} ranks, expected one on every rank"
+                )
+        if self._is_torch:
+            common[DESCRIPTION] = torch_optimizer.join_descriptions(descriptions)
+        elif self._optimizer is not None:
+            megatron_optimizer.set_step_counts(self._optimizer, common["optimizer"], descriptions)
 
     def to_load(self, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
         """The shards to ask a checkpoint for that stores such tensors."""

@@ -138,13 +138,14 @@ class _Shards(NamedTuple):
 def _shards_to_save(chunks: Sequence[nn.Module], contents: ModelContents, optimizer: Any, path: Path) -> _Shards:
     """Describe all state, and check that the ranks' shards make whole tensors."""
     with failing_together(_saving(path)):
-        of_optimizer, description = OptimizerState(optimizer, chunks, contents.adapter).to_save()
-        own, common = _split(contents.adapter | of_optimizer)
+        of_optimizer = OptimizerState(optimizer, chunks, contents.adapter)
+        state, description = of_optimizer.to_save()
+        own, common = _split(contents.adapter | state)
         digests, copies = shard_digests(contents.base), copy_digests(all_shards(contents.adapter))
     everyone = gather((_without_data(own), digests, copies, description), _saving(path))
     of_ranks, digests_of_ranks, copies_of_ranks, descriptions = zip(*everyone, strict=True)
     with failing_together(_saving(path)):
-        common |= OptimizerState.description_of_all_ranks(descriptions)
+        of_optimizer.add_of_all_ranks(common, descriptions)
     for key in differing_copies(copies_of_ranks) if dist.get_rank() == 0 else ():
         logger.warning("%s: ranks hold different copies of %s; saving the first one's", path, key)
     with failing_together(f"{_saving(path)}, the shards of the ranks do not make whole tensors"):

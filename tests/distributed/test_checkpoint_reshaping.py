@@ -70,14 +70,14 @@ def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def rest_of(checkpoint: Path) -> tuple[list[Any], Any]:
-    """What is not sharded: values, tensors as lists, and their structure."""
-    leaves, structure = pytree.tree_flatten(torch.load(checkpoint / "common.pt", weights_only=True))
-    return [leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
+def rest_of(checkpoint: Path) -> dict[str, Any]:
+    """What is not sharded, with numbers and lists in place of tensors."""
+    common: dict[str, Any] = torch.load(checkpoint / "common.pt", weights_only=True)
+    return pytree.tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf, common)
 
 
 @functools.lru_cache(maxsize=2)
-def _reference(checkpoint: Path) -> tuple[dict[str, torch.Tensor], tuple[list[Any], Any]]:
+def _reference(checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The contents of a checkpoint with which many are compared, and into which nothing writes any more."""
     return whole_tensors(checkpoint), rest_of(checkpoint)
 
