@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import fx
 
-from dora_fx import version
+import dora_fx.version as version
 from dora_fx.function.collectives import DEPEND_ON_RANK
 from dora_fx.passes.graph_utils import subgraph_modules
 from dora_fx.ranks.groups import group_rank, group_size

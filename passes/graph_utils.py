@@ -18,7 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 
-from dora_fx import version
+import dora_fx.version as version
 
 _PACKAGE = Path(version.__file__).parent
 

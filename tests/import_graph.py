@@ -27,13 +27,18 @@ def source_files() -> dict[str, Path]:
 
 
 def imported(tree: ast.AST, modules: Mapping[str, Path]) -> Iterator[str]:
-    """The modules that a source imports at its top or inside a function."""
+    """The modules that a source imports at its top or inside a function.
+
+    `from package import module` is an import of both: it asks the package, which may be in the middle of importing the
+    source and not have the module yet.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
         elif isinstance(node, ast.ImportFrom) and node.module in modules:
+            yield node.module
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from (name if name in modules else node.module for name in names)
+            yield from (name for name in names if name in modules)
 
 
 def import_graph() -> dict[str, set[str]]:

@@ -11,9 +11,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from dora_fx.checkpoint import megatron_optimizer, torch_optimizer
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import StoredTensor
+from dora_fx.checkpoint.megatron_optimizer import load_state as load_megatrons
+from dora_fx.checkpoint.megatron_optimizer import set_step_counts, sharded_state_dict, step_counts
+from dora_fx.checkpoint.torch_optimizer import check_description, join_descriptions, state_to_load, state_to_save
+from dora_fx.checkpoint.torch_optimizer import load_state as load_torchs
 
 # Name of what is not sharded of a torch optimizer; its shards are under "optimizer", as those of Megatron's.
 DESCRIPTION = "torch_optimizer"
@@ -47,9 +50,9 @@ class OptimizerState:
         if self._optimizer is None:
             return {}, None
         if not self._is_torch:
-            sharded = megatron_optimizer.sharded_state_dict(self._optimizer, self._adapter, is_loading=False)
-            return {"optimizer": sharded}, megatron_optimizer.step_counts(self._optimizer, sharded)
-        shards, description = torch_optimizer.state_to_save(self._optimizer, self._chunks)
+            sharded = sharded_state_dict(self._optimizer, self._adapter, is_loading=False)
+            return {"optimizer": sharded}, step_counts(self._optimizer, sharded)
+        shards, description = state_to_save(self._optimizer, self._chunks)
         return {"optimizer": shards}, description
 
     def add_of_all_ranks(self, common: dict[str, Any], descriptions: Sequence[Any]) -> None:
@@ -69,17 +72,17 @@ class OptimizerState:
                     f"optimizer: found {name} on {number} of {len(descriptions)} ranks, expected one on every rank"
                 )
         if self._is_torch:
-            common[DESCRIPTION] = torch_optimizer.join_descriptions(descriptions)
+            common[DESCRIPTION] = join_descriptions(descriptions)
         elif self._optimizer is not None:
-            megatron_optimizer.set_step_counts(self._optimizer, common["optimizer"], descriptions)
+            set_step_counts(self._optimizer, common["optimizer"], descriptions)
 
     def to_load(self, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
         """The shards to ask a checkpoint for that stores such tensors."""
         if self._optimizer is None:
             return {}
         if not self._is_torch:
-            return {"optimizer": megatron_optimizer.sharded_state_dict(self._optimizer, self._adapter, is_loading=True)}
-        return {"optimizer": torch_optimizer.state_to_load(self._optimizer, self._chunks, stored)}
+            return {"optimizer": sharded_state_dict(self._optimizer, self._adapter, is_loading=True)}
+        return {"optimizer": state_to_load(self._optimizer, self._chunks, stored)}
 
     def check(self, directory: Path, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError unless the state that was read is that of such an optimizer. Changes nothing."""
@@ -93,7 +96,7 @@ class OptimizerState:
             )
         if self._is_torch:
             try:
-                torch_optimizer.check_description(self._optimizer, self._chunks, state[DESCRIPTION])
+                check_description(self._optimizer, self._chunks, state[DESCRIPTION])
             except CheckpointError as error:
                 raise CheckpointError(f"{directory}: {error}") from error
 
@@ -104,6 +107,6 @@ class OptimizerState:
         if self._is_torch:
             # An optimizer without any tensor leaves no trace among the shards.
             tensors = state.get("optimizer", {})
-            torch_optimizer.load_state(self._optimizer, self._chunks, state[DESCRIPTION], tensors)
+            load_torchs(self._optimizer, self._chunks, state[DESCRIPTION], tensors)
         else:
-            megatron_optimizer.load_state(self._optimizer, state["optimizer"])
+            load_megatrons(self._optimizer, state["optimizer"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from tests.import_graph import (
     drawing,
     folder_graph,
     import_graph,
+    imported,
     source_files,
     with_current_drawing,
     without_shortcuts,
@@ -41,6 +44,22 @@ def test_no_folder_imports_in_a_circle():
 def test_a_circle_is_found():
     with pytest.raises(pytest.fail.Exception, match=r"a -> b -> a|b -> a -> b"):
         assert_no_circle({"a": {"b"}, "b": {"a"}})
+
+
+def test_a_module_asked_of_its_package_is_a_circle():
+    # As where the package imports one of its modules, which asks the package for another one.
+    modules = {name: Path() for name in ("package", "package.one", "package.two")}
+    sources = {
+        "package": "from package.one import function",
+        "package.one": "def function():\n    from package import two",
+        "package.two": "",
+    }
+    graph = {name: set(imported(ast.parse(source), modules)) for name, source in sources.items()}
+    assert graph["package.one"] == {"package", "package.two"}
+    with pytest.raises(pytest.fail.Exception, match=r"package\.one -> package"):
+        assert_no_circle(graph)
+    sources["package.one"] = "from package.two import other"
+    assert_no_circle({name: set(imported(ast.parse(source), modules)) for name, source in sources.items()})
 
 
 def test_the_documents_show_the_imports_as_they_are():
