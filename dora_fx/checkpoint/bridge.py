@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import TensorStorageMetadata
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.checkpoint.reader import METADATA, CheckedReader
 from dora_fx.checkpoint.strategy import read_state
+from dora_fx.megatron.main_copies import update_main_copies
 from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, unwrap
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.ranks.agreement import raise_on_every_rank
@@ -233,3 +234,4 @@ def _copy(wanted: Sequence[StoredShard], values: Sequence[Tensor], tensor_parall
         for shard in wanted:
             if shard.is_partial:
                 shard.site.adapter.weight_magnitude.copy_(shard.site._get_weight_norm())
+    update_main_copies(shard.site.adapter.get_parameter(shard.name) for shard in wanted)

@@ -40,6 +40,7 @@ from dora_fx.checkpoint.optimizer import OptimizerState
 from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.checkpoint.strategy import SaveStrategy, read_state
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
+from dora_fx.megatron.main_copies import update_main_copies
 from dora_fx.megatron.world import world_at_hand
 from dora_fx.megatron.wrappers import Model, chunks_of
 from dora_fx.version import __version__
@@ -248,6 +249,7 @@ def _copy_into_parameters(contents: ModelContents, state: dict[str, Any]) -> Non
     for chunk, shards in contents.adapter.items():
         for key, shard in shards.items():
             shard.data.copy_(state[chunk][key])
+    update_main_copies(shard.data for shards in contents.adapter.values() for shard in shards.values())
 
 
 def _other_versions(manifest: Manifest) -> str:

@@ -26,6 +26,7 @@ from dora_fx.hf.layers import (
 from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
 from dora_fx.hf.transformers_model import OwnNames, transformers_model_maybe
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
+from dora_fx.megatron.main_copies import update_main_copies
 from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, unwrap
 from dora_fx.models.gpt_model import noted_architecture_maybe
 from dora_fx.models.hf_architectures import (
@@ -98,6 +99,7 @@ def import_hf(
     for planned in imports:
         if planned.joined is not None:
             _copy(sites[planned.linear.whole_path], planned.joined)
+    update_main_copies(parameter for site in sites.values() for parameter in site.adapter.parameters())
     logger.info("imported %d adapters from %s", sum(p.joined is not None for p in imports), folder)
     return model
 

@@ -12,6 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
+from dora_fx.megatron.live_objects import live_objects
+
 _DATA_PARALLEL = (DistributedDataParallel, TorchDDP)
 
 
@@ -65,15 +67,8 @@ def data_parallel_around(chunks: Iterable[nn.Module]) -> list[nn.Module]:
 
 def data_parallel_objects() -> list[nn.Module]:
     """Megatron's and torch's DistributedDataParallel objects of this process."""
-
-    def find() -> list[nn.Module]:
-        objects = gc.get_objects()
-        # A process has millions of objects, of some thousand classes.
-        kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, _DATA_PARALLEL)}
-        return [found for found in objects if type(found) in kinds]
-
-    if not find():
+    if not live_objects(_DATA_PARALLEL):
         return []
     # Wrappers that nobody uses any more live on in cycles until they are collected.
     gc.collect()
-    return find()
+    return live_objects(_DATA_PARALLEL)

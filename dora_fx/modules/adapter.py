@@ -194,17 +194,18 @@ class ParallelLinearDoRAAdapter(nn.Module):
                 parameter.partition_stride = placement.blocks  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        # Detached aliases keep the values: the cast below replaces the data of the same parameter and gradient.
-        grad = self.weight_magnitude.grad
-        precise, precise_grad = self.weight_magnitude.detach(), None if grad is None else grad.detach()
+        # A detached alias keeps the values: the cast below replaces the data of the same parameter. It would do so with
+        # a gradient's, too, which may be Megatron's `main_grad`, in a buffer.
+        precise, grad = self.weight_magnitude.detach(), self.weight_magnitude.grad
+        self.weight_magnitude.grad = None
         super()._apply(fn, recurse)
         magnitude = self.weight_magnitude
         wide = norm_dtype(magnitude.dtype)
         if magnitude.dtype != wide:
-            magnitude.grad = None
             magnitude.data = precise.to(device=magnitude.device, dtype=wide)
-            if precise_grad is not None:
-                magnitude.grad = precise_grad.to(device=magnitude.device, dtype=wide)
+        if grad is not None:
+            is_same = grad.device == magnitude.device and grad.dtype == magnitude.dtype
+            magnitude.grad = grad if is_same else grad.detach().to(magnitude)
         self._set_factors()
         return self
 

@@ -23,6 +23,7 @@ from dora_fx.modules.kinds import describe_linear
 from dora_fx.modules.marker import MarkedSite, mark
 from dora_fx.modules.partial_gradients import CompleteGradients, PartialGradients, leaves_for, partial_gradients
 from dora_fx.modules.site_paths import note_path
+from dora_fx.modules.written_parameters import guard_optimizers, note_loaded
 from dora_fx.ranks.groups import group_size
 
 _CACHE_BUFFERS = tuple(f"cached_{name}" for name in CachedParameters._fields)
@@ -65,7 +66,9 @@ class DoRALinear(BaseAttributes):
         self._partial_gradients, self.complete_gradients = PartialGradients(), complete_gradients
         if not hasattr(adapter, "weight_magnitude"):
             adapter.init_weight_magnitude(self._get_weight_norm())
+            note_path(adapter, self.path)
         self._partial_gradients = partial_gradients(adapter, self.path, complete_gradients)
+        guard_optimizers()
         self._register_load_state_dict_pre_hook(self._rename_base_keys)
         self.register_load_state_dict_post_hook(_after_load_state_dict)
 
@@ -160,7 +163,7 @@ class DoRALinear(BaseAttributes):
         )
         for name, buffer in zip(_CACHE_BUFFERS, cached, strict=True):
             setattr(self, name, buffer)
-        note_path(adapter.linear_in.weight, self.path)
+        note_path(adapter, self.path)
 
     def _fit_buffers(self) -> None:
         """Forget what is cached if parameters have got another dtype or device than the buffers.
@@ -168,7 +171,7 @@ class DoRALinear(BaseAttributes):
         Values that merely moved moved with the buffers; `freshness.py` finds out.
         """
         weight = self.base_weight
-        note_path(self.adapter.linear_in.weight, self.path)
+        note_path(self.adapter, self.path)
         if self.base_norm_sq.dtype != norm_dtype(weight.dtype) or self.base_norm_sq.device != weight.device:
             self.invalidate_norm()
         if not self._partial_gradients.fit_parameters():
@@ -284,6 +287,7 @@ def _after_load_state_dict(module: DoRALinear, incompatible_keys: Any) -> None:
     for keys in incompatible_keys:
         keys[:] = [key.replace(".to_wrap.", ".").removeprefix("to_wrap.") for key in keys]
     module._fit_buffers()
+    note_loaded(module.adapter.parameters())
 
 
 def invalidate_norms(model: Model) -> None:
