@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extrac
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch import nn
 
+from dora_fx.attach.other_trainables import warn_of_other_trainables
 from dora_fx.checkpoint.checks import check_base, check_files, check_sites, check_stored, check_tensors
 from dora_fx.checkpoint.common import COMMON, check_common, read_common
 from dora_fx.checkpoint.contents import ModelContents, all_shards, layout_of_world, model_contents
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any = None, *, extra: Any = None) -> None:
     """Save a model's adapters as the directory `path`, replacing a checkpoint that is there. Every rank calls it.
 
+    Parameters that are trained beside adapters are not kept, and named in a warning.
+
     Args:
         model: after `DoRA` ran on it; a list or a tuple of chunks with virtual pipeline stages. Bare or wrapped. A
             transformers model, or any module whose adapted layers each rank has whole, needs no process group.
@@ -67,6 +70,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
     """
     path, chunks = Path(os.path.abspath(path)), chunks_of(model)
     contents = model_contents(chunks)
+    warn_of_other_trainables(chunks, "save_checkpoint")
     shards = _shards_to_save(chunks, contents, optimizer, path)
     with contextlib.ExitStack() as stack:
         with failing_together(_saving(path)):

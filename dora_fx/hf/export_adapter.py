@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dora_fx.attach.other_trainables import warn_of_other_trainables
 from dora_fx.hf.adapter_source import adapter_source
 from dora_fx.hf.base_names import warn_of_assumed_names
 from dora_fx.hf.new_folder import check_new_folder, new_folder
@@ -38,6 +39,7 @@ def export_hf(
     Every rank calls it. Whole tensors go to global rank 0 one layer at a time, and it writes the files: the folder
     is whole or absent. A and B keep their dtype, magnitudes stay in float32 (or float64), padding is cut off. An
     adapted output layer that is tied to the embedding is exported too, with a warning: see `warn_of_tied_output`.
+    Parameters that are trained beside adapters are not written, and named in a warning.
 
     Args:
         model: a Megatron GPTModel of a supported architecture, or a list or a tuple of its chunks, bare or wrapped.
@@ -59,6 +61,7 @@ def export_hf(
     chunks = chunks_of(model)
     target = Path(folder)
     source = adapter_source(chunks, base_model, vocab_size, model_type, _folder_problem_maybe(target))
+    warn_of_other_trainables(chunks, "export_hf")
     modules: dict[str, PeftModule] = {}
     for part in source.layers:
         modules.update(_to_first_rank(part) if source.on_ranks else part)
@@ -102,6 +105,7 @@ def iter_adapter(
     """
     chunks = chunks_of(model)
     source = adapter_source(chunks, None, vocab_size, model_type)
+    warn_of_other_trainables(chunks, "iter_adapter")
     units = (peft_tensors(layer) for layer in source.layers)
     if not source.on_ranks:
         return (item for unit in units if every_rank or speaks_for_all() for item in unit.items())

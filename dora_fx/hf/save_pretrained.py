@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dora_fx.attach.attached import when_attached
 from dora_fx.attach.matching import adapted_layers
+from dora_fx.attach.other_trainables import warn_of_other_trainables
 from dora_fx.hf.adapter_source import adapter_source
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
 from dora_fx.hf.transformers_model import is_transformers_model
@@ -42,6 +43,8 @@ class AdapterSaver:
         **settings: Any,
     ) -> None:
         """Save the adapter in PEFT's format, and once more under the model's own names for `Trainer` to resume from.
+
+        Parameters that are trained beside adapters are not saved, and named in a warning.
 
         Args:
             save_directory: is made where it is missing; files of these names in it are replaced.
@@ -70,6 +73,7 @@ class AdapterSaver:
         own = adapter_tensors(self.model)
         _check_given(own, state_dict or {})
         source = adapter_source([self.model], None, None, None)
+        warn_of_other_trainables([self.model], "save_pretrained")
         if is_main_process:
             modules: dict[str, PeftModule] = {}
             for layer in source.layers:
