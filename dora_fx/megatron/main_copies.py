@@ -107,16 +107,22 @@ def differing(copies: Sequence[MainCopy]) -> list[MainCopy]:
     parts = [copy.own_part() for copy in copies]
     rounded = [torch.empty_like(part) for part in parts]
     torch._foreach_copy_(rounded, [copy.main.view(-1) for copy in copies])
-    differences = torch._foreach_norm(torch._foreach_sub(rounded, parts), ord=math.inf)
-    # A difference is NaN where both are NaN or infinite.
-    is_zero = torch.stack([difference.float() for difference in differences]) == 0
-    if is_zero.all():
-        return []
+    equal = _equal(parts, rounded)
     return [
         copy
-        for copy, mine, theirs, zero in zip(copies, parts, rounded, is_zero.tolist(), strict=True)
-        if not zero and not torch.allclose(mine, theirs, rtol=0, atol=0, equal_nan=True)
+        for copy, mine, theirs, same in zip(copies, parts, rounded, equal, strict=True)
+        if not same and not torch.allclose(mine, theirs, rtol=0, atol=0, equal_nan=True)
     ]
+
+
+def _equal(parts: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> list[bool]:
+    """Whether each is bitwise the other; False where both are NaN or infinite, on an accelerator."""
+    if all(part.is_cpu for part in parts):
+        return list(map(torch.equal, parts, others))
+    # A comparison of each would wait for the device as often.
+    differences = torch._foreach_norm(torch._foreach_sub(parts, others), ord=math.inf)
+    found: list[bool] = (torch.stack([difference.float() for difference in differences]) == 0).tolist()
+    return found
 
 
 def _pairs(groups: Sequence[Sequence[Any]], mains: Sequence[Sequence[Any]]) -> list[tuple[Any, Any]]:
