@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from torch import nn
 
 from dora_fx.attach.matching import adapted_layers
@@ -24,7 +25,8 @@ from dora_fx.function.weight_norm import norm_dtype
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
 from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, replace_modules, walk
 from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.ranks.agreement import raise_on_every_rank
+from dora_fx.modules.finite import adapter_not_finite_maybe
+from dora_fx.ranks.agreement import problem_of_any_rank_maybe
 from dora_fx.ranks.groups import resolve_group
 
 logger = logging.getLogger(__name__)
@@ -159,13 +161,16 @@ def merge_tensors(
 
 
 def _check_mergeable(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> None:
-    """Raise on every rank of the sites' tensor-parallel groups if a site of any of them cannot be merged."""
+    """Raise on every rank of the model, all of its pipeline stages, if a site of any of them cannot be merged."""
     problem = merge_problem_maybe(chunks, sites) if sites else _nothing_adapted(chunks)
-    groups = {site.adapter.tp_group for _, site in sites} - {""}
-    if not groups and problem is not None:
+    groups = [resolve_group(tp_group) for tp_group in sorted({site.adapter.tp_group for _, site in sites} - {""})]
+    if parallel_state.model_parallel_is_initialized():
+        groups.append(parallel_state.get_pipeline_model_parallel_group())
+    # Every rank takes part in every exchange before it raises: those of another stage hear of it in the last one.
+    for group in groups:
+        problem = problem_of_any_rank_maybe(problem, group)
+    if problem is not None:
         raise ValueError(problem)
-    for tp_group in sorted(groups):
-        raise_on_every_rank(problem, resolve_group(tp_group))
 
 
 def _nothing_adapted(chunks: Sequence[nn.Module]) -> str:
@@ -180,7 +185,6 @@ def merge_problem_maybe(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, 
 
 
 def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> str | None:
-    adapter = site.adapter
     try:
         check_unsharded(path, site)
     except ValueError as error:
@@ -198,10 +202,7 @@ def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> 
         return f"{path}: the adapter is disabled, so merging would change the function; enable it first"
     if site.weight.is_meta:
         return f"{path}: the base weight is on the meta device; load it before merging"
-    for name, parameter in adapter.named_parameters():
-        if not torch.isfinite(parameter).all():
-            return f"{path}.adapter.{name}: found NaN or inf, expected finite values"
-    return None
+    return adapter_not_finite_maybe([(path, site)])
 
 
 def _users_of_weights(chunks: Sequence[nn.Module]) -> dict[int, list[str]]:

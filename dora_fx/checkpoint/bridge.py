@@ -32,6 +32,7 @@ from dora_fx.checkpoint.strategy import read_state
 from dora_fx.megatron.main_copies import update_main_copies
 from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, unwrap
 from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.finite import not_finite_maybe
 from dora_fx.ranks.agreement import raise_on_every_rank
 from dora_fx.ranks.groups import world_group
 
@@ -217,9 +218,9 @@ def _check_row_magnitudes(wanted: Sequence[StoredShard], tensor_parallel_size: i
 
 
 def _check_finite(path: Path, wanted: Sequence[StoredShard], values: Sequence[Tensor]) -> None:
-    for shard, value in zip(wanted, values, strict=True):
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{path}: {shard.key} has NaN or inf, expected finite values")
+    problem = not_finite_maybe((shard.key, value) for shard, value in zip(wanted, values, strict=True))
+    if problem is not None:
+        raise ValueError(f"{path}: {problem}")
 
 
 @torch.no_grad()

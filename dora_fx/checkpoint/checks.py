@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterable, Mapping
 from operator import le
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import (
@@ -18,8 +20,10 @@ from dora_fx.checkpoint.manifest import (
     StoredTensor,
     check_file,
     dtype_of,
+    read_manifest,
 )
 from dora_fx.checkpoint.reader import CheckedReader
+from dora_fx.modules.finite import not_finite_maybe
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,20 @@ def check_base(directory: Path, manifest: Manifest, found: Mapping[str, str], *,
         logger.warning("%s", message)
 
 
+def check_same_manifest(directory: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError unless this rank sees the checkpoint whose manifest rank 0 has read."""
+    try:
+        found = read_manifest(directory)
+        problem = None if found == manifest else f"{directory} is another checkpoint"
+    except CheckpointError as error:
+        problem = str(error)
+    if problem is not None:
+        raise CheckpointError(
+            f"{socket.gethostname()} does not see the checkpoint that rank 0 sees: {problem}; expected a folder on a "
+            "file system that all ranks share"
+        )
+
+
 def check_files(directory: Path, manifest: Manifest) -> None:
     """Raise CheckpointError if a file is missing or damaged. Each rank reads a part of them."""
     names = sorted(manifest.files)
@@ -106,6 +124,13 @@ def check_stored(reader: CheckedReader, described: Mapping[str, StoredTensor]) -
                 f"{reader.directory}: {key} is a {stored.properties.dtype} tensor of shape {shape} in its files, "
                 f"expected {dtype} of shape {described[key].shape} as in {MANIFEST}; load another checkpoint"
             )
+
+
+def check_finite(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise CheckpointError, naming the tensor, if one that was read has NaN or inf."""
+    problem = not_finite_maybe(tensors)
+    if problem is not None:
+        raise CheckpointError(f"{directory}: {problem}; load another checkpoint")
 
 
 def _shown(value: float) -> str:

@@ -18,7 +18,9 @@ import fcntl
 import logging
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _ATTEMPTS = 5
+# How long a network file system may take to show on one host what another has made.
+_PATIENCE_S = 5.0
 
 
 def previous_of(path: Path) -> Path:
@@ -148,6 +152,22 @@ def new_directory(path: Path) -> Iterator[Path]:
     finally:
         os.close(handle)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_visible(directory: Path) -> None:
+    """Raise CheckpointError, which names this host, unless a directory that another process has just made is here.
+
+    Its name must be one that nobody has looked for before: network file systems remember for a while what was not
+    there.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    while not directory.is_dir():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"{socket.gethostname()} does not see {directory.name} in {directory.parent}, which rank 0 has just "
+                "made there; expected a folder on a file system that all ranks share"
+            )
+        time.sleep(0.1)
 
 
 def put_in_place(directory: Path, path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_fx.checkpoint.checks import check_stored
+from dora_fx.checkpoint.checks import check_finite, check_stored
 from dora_fx.checkpoint.directory import open_checkpoint, read_unreplaced, was_replaced
 from dora_fx.checkpoint.failing_together import CheckpointError, describe_error
 from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
@@ -37,7 +37,7 @@ def read_adapters(path: str | os.PathLike[str]) -> dict[str, WholeAdapter]:
     Optimizer state is not read. The files are checked first.
 
     Raises:
-        CheckpointError: there is no checkpoint, or a file of it is damaged.
+        CheckpointError: there is no checkpoint, a file of it is damaged, or an adapter has NaN or inf.
     """
     return read_unreplaced(Path(os.path.abspath(path)), open_checkpoint, _read, was_replaced)
 
@@ -61,7 +61,9 @@ def _read(directory: Path, manifest: Manifest) -> dict[str, WholeAdapter]:
     for site, settings in manifest.sites.items():
         names = {name: f"{site}.adapter.{name}" for name in ADAPTER_TENSORS}
         whole = {name: _cut(tensors[key], described[key]) for name, key in names.items()}
-        adapters |= {path: WholeAdapter(parts, settings) for path, parts in _layers(site, whole)}
+        for path, parts in _layers(site, whole):
+            check_finite(directory, ((f"{path}.adapter.{name}", tensor) for name, tensor in parts.items()))
+            adapters[path] = WholeAdapter(parts, settings)
     return adapters
 
 

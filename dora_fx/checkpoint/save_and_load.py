@@ -11,7 +11,8 @@ import contextlib
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,23 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factories
 from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extract_sharded_base
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
-from torch import nn
+from torch import Tensor, nn
 
+from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.other_trainables import warn_of_other_trainables
-from dora_fx.checkpoint.checks import check_base, check_files, check_sites, check_stored, check_tensors
+from dora_fx.checkpoint.checks import (
+    check_base,
+    check_files,
+    check_finite,
+    check_same_manifest,
+    check_sites,
+    check_stored,
+    check_tensors,
+)
 from dora_fx.checkpoint.common import COMMON, check_common, read_common
 from dora_fx.checkpoint.contents import ModelContents, all_shards, layout_of_world, model_contents
 from dora_fx.checkpoint.directory import (
+    check_visible,
     new_directory,
     open_checkpoint,
     put_in_place,
@@ -44,6 +55,7 @@ from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differi
 from dora_fx.megatron.main_copies import update_main_copies
 from dora_fx.megatron.world import world_at_hand
 from dora_fx.megatron.wrappers import Model, chunks_of
+from dora_fx.modules.finite import adapter_not_finite_maybe
 from dora_fx.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -76,6 +88,8 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
         with failing_together(_saving(path)):
             directory = stack.enter_context(new_directory(path)) if dist.get_rank() == 0 else None
         directory = from_first_rank(directory, _saving(path))
+        with failing_together(_saving(path)):
+            check_visible(directory)
         files = _write(shards.own, shards.common | {"extra": extra}, directory, _saving(path))
         with failing_together(_saving(path)):
             if dist.get_rank() == 0:
@@ -143,6 +157,9 @@ class _Shards(NamedTuple):
 def _shards_to_save(chunks: Sequence[nn.Module], contents: ModelContents, optimizer: Any, path: Path) -> _Shards:
     """Describe all state, and check that the ranks' shards make whole tensors."""
     with failing_together(_saving(path)):
+        problem = adapter_not_finite_maybe((named.whole_path, named.module) for _, named in adapted_layers(chunks))
+        if problem is not None:
+            raise CheckpointError(f"{_saving(path)}: {problem}")
         of_optimizer = OptimizerState(optimizer, chunks, contents.adapter)
         state, description = of_optimizer.to_save()
         own, common = _split(contents.adapter | state)
@@ -194,6 +211,7 @@ def _read(
     contents = model_contents(chunks, manifest.non_homogeneous_layers)
     digests = gather(shard_digests(contents.base), f"loading {directory}")
     with failing_together(f"loading {directory}"):
+        check_same_manifest(directory, manifest)
         check_sites(directory, manifest, contents.sites)
         check_base(directory, manifest, add_digests(digests), any_base=any_base)
         check_files(directory, manifest)
@@ -212,7 +230,20 @@ def _read(
         check_stored(reader, described)
         loaded = read_state(state, reader, read_common(directory))
         of_optimizer.check(directory, loaded)
+        check_finite(directory, _adapter_values(chunks, contents, loaded))
         return contents, loaded
+
+
+def _adapter_values(
+    chunks: Sequence[nn.Module], contents: ModelContents, state: dict[str, Any]
+) -> Iterator[tuple[str, Tensor]]:
+    """What was read of this rank's adapters, by the parameters' paths in the whole model."""
+    for chunk, (name, shards) in zip(chunks, contents.adapter.items(), strict=True):
+        for _, (path, whole_path, _) in adapted_layers([chunk]):
+            prefix = f"{path}.adapter."
+            yield from (
+                (whole_path + key.removeprefix(path), state[name][key]) for key in shards if key.startswith(prefix)
+            )
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -240,8 +271,10 @@ def _write(sharded: dict[str, Any], common: dict[str, Any], directory: Path, wha
         if dist.get_rank() == 0:
             torch.save(common, directory / COMMON)
             check_common(directory)
+        own = os.listdir(directory)
+    # Where one rank does not list a file that another wrote, it is missed there, and not left out of the manifest.
+    names = sorted(set(chain.from_iterable(gather(own, what))))
     with failing_together(what):
-        names = sorted(os.listdir(directory))
         share = names[dist.get_rank() :: dist.get_world_size()]
         described = {name: describe_file(directory / name) for name in share}
     parts = gather(described, what)

@@ -31,6 +31,7 @@ from dora_fx.megatron.wrappers import check_unsharded, unwrap, walk
 from dora_fx.models.hf_architectures import OUTPUT_LAYER
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.finite import adapter_not_finite_maybe
 from dora_fx.modules.whole_tensors import AdapterShards
 from dora_fx.ranks.agreement import raise_on_every_rank
 from dora_fx.ranks.exchange import gather_objects
@@ -82,6 +83,7 @@ def adapter_source(
         return _own_source(own)
     sites = adapted_linears(chunks)
     problem = _problem_maybe(chunks, sites, base_model, vocab_size, model_type) or other_problem
+    problem = problem or adapter_not_finite_maybe((site.whole_path, site.module) for site in sites)
     raise_on_every_rank(problem, world_group())
     dropout = _dropout_of_all_ranks(sites)
     config, num_layers = gpt_config(chunks), num_hf_layers(chunks)
@@ -98,9 +100,11 @@ def adapter_source(
 
 def _own_source(model: Any) -> AdapterSource:
     layers = own_adapters(model)
-    dropouts = [site.module.adapter.dropout for site in adapted_linears([model])]
+    sites = adapted_linears([model])
+    dropouts = [site.module.adapter.dropout for site in sites]
     if not dropouts:
         raise ValueError(NOTHING_ADAPTED)
+    raise_on_every_rank(adapter_not_finite_maybe((site.path, site.module) for site in sites), None)
     return AdapterSource(
         layers=layers,
         on_ranks=False,

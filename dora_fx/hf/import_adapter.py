@@ -38,6 +38,7 @@ from dora_fx.models.hf_architectures import (
 )
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.finite import not_finite_maybe
 from dora_fx.ranks.agreement import raise_on_every_rank
 from dora_fx.ranks.groups import world_group
 
@@ -206,8 +207,9 @@ def _part(adapter: PeftAdapter, name: str, in_features: int, out_features: int) 
             found = adapter.shapes[name][kind]
             raise ValueError(f"{adapter.folder}: {name}: found {kind} {found}, expected {shape}{hint}")
         tensors[kind] = adapter.tensor(name, kind)
-        if not torch.isfinite(tensors[kind]).all():
-            raise ValueError(f"{adapter.folder}: {name}: {kind} has NaN or inf, expected finite values")
+        problem = not_finite_maybe([(f"{name}: {kind}", tensors[kind])])
+        if problem is not None:
+            raise ValueError(f"{adapter.folder}: {problem}")
     return Part(**tensors, alpha=adapter.alpha(name), use_rslora=adapter.use_rslora)
 
 

@@ -86,8 +86,16 @@ def raise_on_every_rank(problem: str | None, group: dist.ProcessGroup | None) ->
     Raises:
         ValueError: on every rank, with the message of the first rank that has one.
     """
+    found = problem_of_any_rank_maybe(problem, group)
+    if found is not None:
+        raise ValueError(found)
+
+
+def problem_of_any_rank_maybe(problem: str | None, group: dist.ProcessGroup | None) -> str | None:
+    """The message of the first rank that has one, on every rank; see `raise_on_every_rank`."""
     problems = gather_objects(problem, group)
     for group_rank, found in enumerate(problems):
         if found is not None:
-            where = f" (found on rank {group_rank})" if len(problems) > 1 else ""
-            raise ValueError(found + where)
+            is_said = len(problems) == 1 or " (found on rank " in found
+            return found if is_said else f"{found} (found on rank {group_rank})"
+    return None

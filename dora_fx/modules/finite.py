@@ -1,0 +1,31 @@
+"""Adapters with NaN or inf: found by name before they are kept, loaded, merged or handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dora_fx.modules.dora_linear import DoRALinear
+
+
+def not_finite_maybe(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The problem of the first tensor that has NaN or inf, by its name; None where all of them are finite."""
+    for name, tensor in tensors:
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            return f"{name}: found NaN or inf, expected finite values"
+    return None
+
+
+def adapter_not_finite_maybe(sites: Iterable[tuple[str, DoRALinear]]) -> str | None:
+    """The problem of the first A, B or magnitude that has NaN or inf in this rank's part of it.
+
+    Args:
+        sites: adapted layers with their paths in the whole model.
+    """
+    return not_finite_maybe(
+        (f"{path}.adapter.{name}", parameter.detach())
+        for path, site in sites
+        for name, parameter in site.adapter.named_parameters()
+    )
