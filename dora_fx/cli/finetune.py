@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dora_fx.cli.progress import Display
 from dora_fx.cli.ranks import Ranks
 from dora_fx.cli.recompute import recompute_layers
 from dora_fx.cli.run_folder import RunFolder
+from dora_fx.cli.shared_folder import check_shared
 from dora_fx.cli.stop_signals import StopSignals
 from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.trainer import Trainer
@@ -49,25 +51,20 @@ def run(parsed: dict[str, Any]) -> int:
         UserError: for options, files and models that the command cannot work with.
         Interrupted: by a signal while there is nothing to save.
     """
-    options = options_from(parsed)
     ranks = Ranks.from_environment()
-    _check_world_size(options, ranks)
-    if ranks.is_main:
-        check_logs(options.logs)
-    folder = _run_folder(options)
-    dora = _dora(options)
-    data = _data(options)
-    device = chosen_device(options.device)
-    spec = resolve_spec(options, device)
-    options, notes = without_packing_beside(spec, options, data)
+    options = ranks.together(_checked_options, parsed, ranks)
+    options, given = ranks.together(_read_inputs, options)
+    device, spec = given.device, given.spec
     display = Display(quiet=not ranks.is_main)
     stop = StopSignals(agree=ranks.largest)
     with stop.installed(), ranks.world(device, options.seed, options.tp, options.pp):
+        # Where the name has the time in it, each rank has another one.
+        folder = ranks.from_main(lambda: given.folder)
         path = _resolve_base(options, display, ranks)
         with display.phase(f"loading {path.name}"):
-            checkpoint = load_checkpoint(path, DTYPES[options.dtype])
+            checkpoint = ranks.together(load_checkpoint, path, DTYPES[options.dtype])
         tokenizer = BaseTokenizer(path, checkpoint.tokenizer, checkpoint.config.vocab_size)
-        text = training_text(options, data, tokenizer, checkpoint.config, device)
+        text = ranks.together(training_text, options, given.data, tokenizer, checkpoint.config, device)
         if options.show_sample:
             return _show_sample(text, tokenizer, display)
         options = with_steps(options, len(text.sequences.train))
@@ -75,14 +72,14 @@ def run(parsed: dict[str, Any]) -> int:
             saved_options(options) | {"spec": spec, "text": text.sequences.fingerprint, **_versions()}
         )
         with display.phase("building the Megatron model"):
-            model = build_base_model(checkpoint, options, device, spec)
-        report = _adapt(dora, model)
+            model = ranks.together(build_base_model, checkpoint, options, device, spec)
+        report = ranks.together(_adapt, given.dora, model)
         if options.recompute:
             recompute_layers(model)
         if options.compile != "none":
             dora_fx.compile_model(model, options.compile, inner_compiler=options.inner_compiler)
         place = f"{options.dtype} on {_place(options, device)}, {spec} spec"
-        for note in (*text.notes, *notes, f"{options.steps} steps; {place}"):
+        for note in (*text.notes, *given.notes, f"{options.steps} steps; {place}"):
             display.say(note)
         if unknown := tokenizer.beyond_the_model():
             display.say(f"tokens of the tokenizer that the model does not have: {unknown}; the text has none of them")
@@ -92,10 +89,54 @@ def run(parsed: dict[str, Any]) -> int:
         if warning := memory_warning_maybe(estimate, options, device):
             display.say(warning)
         with fitting_in_memory("the optimizer", _SMALLER_ADAPTER):
-            trainer = Trainer(model, text.sequences, options, device)
-        if options.resume is None:
-            ranks.from_main(folder.create, saved_options(options), str(report))
+            trainer = ranks.together(Trainer, model, text.sequences, options, device)
+        _make_folder(folder, options, str(report), ranks)
         return TrainingRun(options, ranks, folder, display, stop, trainer, tokenizer, text.prompt, device).run()
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What each rank finds by itself before there is a model."""
+
+    folder: RunFolder
+    dora: DoRA
+    data: TrainingData
+    device: str
+    spec: Spec
+    notes: Sequence[str]
+
+
+def _checked_options(parsed: dict[str, Any], ranks: Ranks) -> FinetuneOptions:
+    options = options_from(parsed)
+    _check_world_size(options, ranks)
+    if ranks.is_main:
+        check_logs(options.logs)
+    return options
+
+
+def _read_inputs(options: FinetuneOptions) -> tuple[FinetuneOptions, _Inputs]:
+    """Read what the options name but for the base; options that the spec can follow."""
+    folder = _run_folder(options)
+    dora = _dora(options)
+    data = _data(options)
+    device = chosen_device(options.device)
+    spec = resolve_spec(options, device)
+    options, notes = without_packing_beside(spec, options, data)
+    return options, _Inputs(folder, dora, data, device, spec, notes)
+
+
+def _make_folder(folder: RunFolder, options: FinetuneOptions, report: str, ranks: Ranks) -> None:
+    """Make the folder of a new run, and check that all ranks see that folder; what was made for one goes again."""
+    if options.resume is not None:
+        check_shared(ranks, folder.path, "--resume")
+        return
+    ranks.from_main(folder.create, saved_options(options), report)
+    try:
+        check_shared(ranks, folder.path, "--run")
+    except UserError:
+        if ranks.is_main:
+            shutil.rmtree(folder.path)
+        raise
 
 
 def _check_world_size(options: FinetuneOptions, ranks: Ranks) -> None:
@@ -214,7 +255,7 @@ def _resolve_base(options: FinetuneOptions, display: Display, ranks: Ranks) -> P
     if options.base == "smollm2":
         return ranks.main_first(resolve_base, options.base, display)
     with _saying_where(options, "base"):
-        return resolve_base(options.base, display)
+        return ranks.together(resolve_base, options.base, display)
 
 
 def _adapt(dora: DoRA, model: Any) -> DoRAReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,9 @@ def draw_loss_curve(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -
 
 def _draw_losses(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    held_out = [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]
+    held_out = [
+        (row["step"], row["held_out_loss"]) for row in rows if math.isfinite(row.get("held_out_loss", math.nan))
+    ]
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")

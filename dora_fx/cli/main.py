@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -50,8 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    name, parsed = parse(argv)
+    try:
+        name, parsed = parse(argv)
+    except UserError as error:
+        if argv[:1] == ["finetune"] and os.environ.get("WORLD_SIZE", "1") != "1":
+            _tell_other_ranks(error)
+        raise
     return COMMANDS[name].run(parsed)
+
+
+def _tell_other_ranks(error: UserError) -> None:
+    """Tell the processes of the run, whose arguments and files may be in order, that this one leaves."""
+    from dora_fx.cli.ranks import Ranks
+
+    def refuse() -> None:
+        raise error
+
+    with contextlib.suppress(UserError):
+        Ranks.from_environment().together(refuse)
 
 
 def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:

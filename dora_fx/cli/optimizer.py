@@ -70,13 +70,18 @@ class AdapterOptimizer:
         self._wrapped.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def step(self, lr: float) -> float:
-        """Clip and update; return the gradients' norm before clipping, over all tensor-parallel ranks."""
+    def complete_gradients(self) -> float:
+        """Reduce the gradients over the ranks; return their norm over all of the model, before clipping."""
+        with self._megatron_runs():
+            finalize_model_grads([self._wrapped])
+            self.megatron.prepare_grads()
+            return float(self.megatron.get_grad_norm())
+
+    def step(self, lr: float) -> None:
+        """Clip and update; the gradients are complete."""
         for group in self.megatron.param_groups:
             group["lr"] = lr * group["lr_mult"]
             # The multiplier is zero for magnitudes, as for all that has one dimension; nobody else applies it.
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
         with self._megatron_runs():
-            finalize_model_grads([self._wrapped])
-            _, grad_norm, _ = self.megatron.step()
-        return float(grad_norm)
+            self.megatron.step()

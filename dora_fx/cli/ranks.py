@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 
 from dora_fx.cli.errors import UserError
-from dora_fx.files.regular_file import reason_of
+from dora_fx.cli.meeting import START, Meeting
 from dora_fx.megatron.world import megatron_world
 from dora_fx.ranks.exchange import broadcast_object, gather_objects
 from dora_fx.ranks.groups import world_group
@@ -20,7 +20,6 @@ from dora_fx.ranks.groups import world_group
 T = TypeVar("T")
 
 _MOST_DIGITS = 9
-_START = "start the command with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK"
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,11 @@ class Ranks:
     global_rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+
+    @cached_property
+    def meeting(self) -> Meeting:
+        """Where the processes meet."""
+        return Meeting(self.global_rank, self.world_size)
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -48,7 +52,7 @@ class Ranks:
         if found.global_rank >= found.world_size:
             raise UserError(
                 f"RANK: found {found.global_rank} in the environment, expected a number below WORLD_SIZE, which is "
-                f"{found.world_size}; {_START}"
+                f"{found.world_size}; {START}"
             )
         return found
 
@@ -62,17 +66,9 @@ class Ranks:
         self, device: str, seed: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int
     ) -> Iterator[None]:
         """Megatron's world of these processes, on "cpu" or "cuda"; raises UserError if they do not find each other."""
-        store = None
-        if self.world_size > 1:
-            try:
-                store, _, _ = next(dist.rendezvous("env://", self.global_rank, self.world_size))
-            # torch raises both for an address that is missing, malformed, taken, or where nobody answers.
-            except (ValueError, RuntimeError) as error:
-                raise UserError(
-                    f"the processes of the run do not find each other ({reason_of(error)}); {_START}"
-                ) from error
+        store = self.meeting.store() if self.world_size > 1 else None
         if device == "cuda":
-            torch.cuda.set_device(self.local_rank)
+            self.together(torch.cuda.set_device, self.local_rank)
         with megatron_world(
             device,
             seed=seed,
@@ -83,6 +79,14 @@ class Ranks:
             world_size=self.world_size,
         ):
             yield
+
+    def together(self, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` on every rank, before the world is there or in it; all return or all raise.
+
+        Raises:
+            UserError: it raised on another rank.
+        """
+        return self.meeting.together(function, *args)
 
     def from_main(self, function: Callable[..., T], *args: Any) -> T:
         """Call `function` on rank 0 alone; every rank gets its result, or raises the UserError it raised."""
@@ -100,11 +104,9 @@ class Ranks:
         return cast(T, result)
 
     def main_first(self, function: Callable[..., T], *args: Any) -> T:
-        """Call `function` on rank 0, then on the others, which find what it left in a cache."""
-        if self.is_main:
-            return self.from_main(function, *args)
-        self.from_main(function, *args)
-        return function(*args)
+        """Call `function` on rank 0, then on the others, which find what it left in a cache; all return or all raise."""
+        found = self.from_main(function, *args)
+        return self.together(lambda: found if self.is_main else function(*args))
 
     def largest(self, value: int) -> int:
         """The largest of the ranks' values, on every rank."""
@@ -123,5 +125,5 @@ class Ranks:
 def _number_in_environment(name: str) -> int:
     found = os.environ[name]
     if not (found.isascii() and found.isdigit() and len(found) <= _MOST_DIGITS):
-        raise UserError(f"{name}: found {found[:80]!r} in the environment, expected a number from 0; {_START}")
+        raise UserError(f"{name}: found {found[:80]!r} in the environment, expected a number from 0; {START}")
     return int(found)

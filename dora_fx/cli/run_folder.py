@@ -134,6 +134,10 @@ class RunFolder:
         """
         return _complete_rows(self.path / "metrics.jsonl", {name: (int, float) for name in _CURVES})
 
+    def count_skipped(self) -> int:
+        """Number of the steps that made no update; raises UserError as `read_metrics`."""
+        return sum("skipped" in row for row in self.read_metrics())
+
     def drop_rows_after(self, step: int) -> None:
         """Forget rows of steps that the saved state does not have, which will be taken again, and half rows."""
         self._write_rows("metrics.jsonl", [row for row in self.read_metrics() if row["step"] <= step])

@@ -10,7 +10,7 @@ class StepMetrics:
     """Of one optimizer step.
 
     `loss` is the mean over the tokens that are learned, in nats; `grad_norm` is before clipping; `tokens` are all but
-    padding.
+    padding. `problem` says why the step made no update; the loss or the norm is not finite then.
     """
 
     step: int
@@ -19,3 +19,4 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     seconds: float
+    problem: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from dora_fx.checkpoint import load_checkpoint, save_checkpoint
+from dora_fx.cli.not_finite import problem_of_step_maybe
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
 from dora_fx.cli.options import FinetuneOptions
 from dora_fx.cli.passes import MicroBatch, Passes
@@ -24,6 +25,7 @@ class Trainer:
 
     Attributes:
         step: the number of steps done.
+        last_update: the last step that made an update since this object was made; None before.
         passes: the model as it is called, whatever the pipeline.
         is_updating: whether the optimizer is in the middle of a step, or failed there, so that parameters and
             moments belong together no more.
@@ -32,6 +34,7 @@ class Trainer:
     def __init__(self, model: Any, sequences: TrainingSequences, options: FinetuneOptions, device: str) -> None:
         self.model = model
         self.step = 0
+        self.last_update: int | None = None
         self.is_updating = False
         self._sequences = sequences
         self._options = options
@@ -40,9 +43,10 @@ class Trainer:
         self.passes = Passes(model, device)
 
     def train_step(self) -> StepMetrics:
-        """Forward, backward and update on the next sequences; raises FloatingPointError for a loss not finite.
+        """Forward, backward and update on the next sequences.
 
-        The data-parallel ranks share the micro-batches of the step.
+        The data-parallel ranks share the micro-batches of the step. Where the loss or the gradients are not finite,
+        parameters and moments stay as they are on every rank; the step counts, so that the next takes other sequences.
         """
         options, start = self._options, time.perf_counter()
         self.model.train()
@@ -57,15 +61,26 @@ class Trainer:
         if replicas > 1:
             dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
             total /= replicas
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss of step {self.step + 1} is {total.item()}")
-        lr = learning_rate(self.step, options)
+        loss, grad_norm, lr = total.item(), self._optimizer.complete_gradients(), learning_rate(self.step, options)
+        problem = problem_of_step_maybe(self.model, loss, grad_norm, lambda: self._run_again(own))
         self.is_updating = True
-        grad_norm = self._optimizer.step(lr)
+        if problem is None:
+            self._optimizer.step(lr)
+            self.last_update = self.step + 1
         self.step += 1
         self.is_updating = False
         tokens = sum(batch.num_tokens for batch in batches)
-        return StepMetrics(self.step, total.item(), lr, grad_norm, tokens, time.perf_counter() - start)
+        return StepMetrics(self.step, loss, lr, grad_norm, tokens, time.perf_counter() - start, problem)
+
+    def go_back_to_last_update(self) -> None:
+        """Take back the steps since the last update, none of which made one."""
+        assert self.last_update is not None
+        self.step = self.last_update
+
+    def _run_again(self, batches: Sequence[tuple[int, Sequences]]) -> None:
+        """The forward passes of a step, with the same dropout."""
+        for index, batch in batches:
+            self.passes.token_losses(self._micro_batch(batch, index))
 
     @torch.no_grad()
     def held_out_loss(self, between: Callable[[], None] = lambda: None) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -27,6 +28,8 @@ from dora_fx.cli.training_log import training_log
 logger = logging.getLogger(__name__)
 
 _ROW = ("step", "loss", "lr", "grad_norm", "tokens", "seconds")
+# So many steps in a row without an update end a run: a single one may be a sample's fault, the next ones are not.
+_MOST_SKIPPED = 3
 _SMALLER_BATCH = "take a smaller --batch-size, with --gradient-accumulation in its place, or --sequence-length"
 
 # Commands for a finished run, with what each does.
@@ -55,12 +58,14 @@ class TrainingRun:
     prompt: Tensor
     device: str
     saved_step: int | None = None
+    _first_step: int = field(default=0, init=False)
 
     def run(self) -> int:
         """Train to the last step, or until a signal; return the exit code.
 
         Raises:
-            UserError: a checkpoint cannot be loaded or saved, or a loss is not finite.
+            UserError: a checkpoint cannot be loaded or saved, or losses or gradients of several steps in a row are not
+                finite; the state after the last update is saved then.
             Interrupted: by a second signal to one of several ranks, or in the middle of an update, with nothing saved
                 since the last save.
         """
@@ -105,10 +110,9 @@ class TrainingRun:
             )
         if step == steps and step in self._held_out_losses():
             raise UserError(f"--resume {self.folder.path}: all of its {step} steps are done; more with --steps")
-        if self.ranks.is_main:
-            self.folder.drop_rows_after(step)
-            self.folder.write_config(saved_options(self.options))
-        self.saved_step = step
+        self.ranks.from_main(self.folder.drop_rows_after, step)
+        self.ranks.from_main(self.folder.write_config, saved_options(self.options))
+        self.saved_step = self._first_step = step
         self.display.say(f"resumed at step {step} of {steps}")
 
     def _train(self) -> None:
@@ -138,16 +142,40 @@ class TrainingRun:
     def _train_step(self, shown: TrainingDisplay) -> None:
         try:
             metrics = self.trainer.train_step()
-        except FloatingPointError as error:
-            raise UserError(f"{error}; a smaller --lr may help") from error
         except Exception:
             # Ctrl-C on a terminal also reaches a C++ compiler that Inductor runs, and its failure ends the step.
             if not self.stop.requested:
                 raise
             logger.debug("the step under way failed after a signal", exc_info=True)
             return
-        self._enter({name: getattr(metrics, name) for name in _ROW})
-        shown.show(metrics)
+        row = {name: getattr(metrics, name) for name in _ROW}
+        if metrics.problem is None:
+            self._enter(row)
+            shown.show(metrics)
+            return
+        self._enter({name: value for name, value in row.items() if math.isfinite(value)} | {"skipped": 1})
+        shown.say(f"warning: step {metrics.step} made no update: {metrics.problem}")
+        self._give_up_maybe(metrics.problem)
+
+    def _give_up_maybe(self, problem: str) -> None:
+        """Save the state after the last update and raise UserError where too many steps in a row made none.
+
+        That is the state that is saved, and not that of the last step: whoever goes on takes these steps again.
+        """
+        trainer, last = self.trainer, self.trainer.step
+        since = self._first_step if trainer.last_update is None else trainer.last_update
+        if last - since < min(_MOST_SKIPPED, self.options.steps - self._first_step):
+            return
+        if trainer.last_update is None:
+            saved = "nothing was trained" + f" since step {since}, which is saved" * bool(since)
+        else:
+            trainer.go_back_to_last_update()
+            self._save()
+            saved = f"the state after step {since} is saved in {self.folder.path}"
+        raise UserError(
+            f"the {last - since} steps up to step {last} made no update, at the last of them because {problem}; "
+            f"{saved}; a smaller --lr may help"
+        )
 
     def _measure(self) -> None:
         """Held-out loss and sample, before the first step and after the last; whatever is there is not redone."""
@@ -169,7 +197,9 @@ class TrainingRun:
     @contextmanager
     def _logging(self) -> Iterator[None]:
         names = self.options.logs if self.ranks.is_main else []
-        with training_log(names, self.folder.path, saved_options(self.options), self.trainer.step + 1) as self._log:
+        log = training_log(names, self.folder.path, saved_options(self.options), self.trainer.step + 1)
+        with ExitStack() as opened:
+            self._log = self.ranks.together(opened.enter_context, log)
             yield
 
     def _enter(self, row: dict[str, float]) -> None:
@@ -190,7 +220,7 @@ class TrainingRun:
 
     def _lost_patience(self) -> bool:
         losses = self._held_out_losses()
-        best = _best_first(losses)[0]
+        best = next(iter(_best_first(losses)), -1)
         return 0 < self.options.patience <= sum(measured > best for measured in losses)
 
     def _generate(self) -> None:
@@ -216,8 +246,7 @@ class TrainingRun:
             with _saving():
                 self.trainer.save(self.folder.checkpoint)
             self.saved_step = self.trainer.step
-        if self.ranks.is_main:
-            self.folder.draw_loss_curve(self._title())
+        self.ranks.from_main(self.folder.draw_loss_curve, self._title())
 
     def _say_results(self) -> None:
         say, folder = self.display.say, self.folder
@@ -228,12 +257,14 @@ class TrainingRun:
         before, first = losses.get(0), samples.get(0)
         compared = "" if before is None else f"{before:.4f} before, "
         say(f"\nheld-out loss: {compared}{after:.4f} after" + ("" if before is None else f" ({after - before:+.4f})"))
+        if skipped := self.ranks.from_main(folder.count_skipped):
+            say(f"warning: {skipped} of {step} steps made no update, as their loss or gradients were not finite")
         if self.options.sample_tokens and last is not None:
             say(f"prompt:  {last['prompt']!r}")
             if first is not None:
                 say(f"before:  {first['text']!r}")
             say(f"after:   {last['text']!r}")
-        best = _best_first(losses)[0]
+        best = next(iter(_best_first(losses)), step)
         if best not in (0, step) and self.ranks.from_main(folder.best_of(best).is_dir):
             say(f"best held-out loss: {losses[best]:.4f} at step {best}, kept in {folder.best_of(best)}")
         say(f"\nrun folder: {folder.path}\n  loss curve: {folder.loss_curve.name}   adapter: {folder.checkpoint.name}")
@@ -250,8 +281,9 @@ class TrainingRun:
 
 
 def _best_first(losses: dict[int, float]) -> list[int]:
-    """The steps of held-out losses, the lowest first, and the earlier of two that are alike."""
-    return sorted(losses, key=lambda step: (losses[step], step))
+    """The steps of held-out losses that are finite, the lowest first, and the earlier of two that are alike."""
+    measured = [step for step, loss in losses.items() if math.isfinite(loss)]
+    return sorted(measured, key=lambda step: (losses[step], step))
 
 
 @contextmanager

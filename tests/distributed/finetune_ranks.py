@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,14 +16,25 @@ from dora_fx.cli.main import main
 from tests.processes import start_process
 
 
-def finetune(num_ranks: int, *arguments: object, of_rank_1: Sequence[str] = (), expect: int = 0) -> str:
-    """Run the command in processes with the surroundings that torchrun gives; returns what all of them wrote."""
+def finetune(
+    num_ranks: int,
+    *arguments: object,
+    of_rank_1: Sequence[str] = (),
+    prepare: Callable[[int], None] | None = None,
+    expect: int = 0,
+) -> str:
+    """Run the command in processes with the surroundings that torchrun gives; returns what all of them wrote.
+
+    `prepare` is called with its rank in each process first.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         # torchrun's agent holds the store, too.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         own = [["finetune", *map(str, arguments), *(of_rank_1 if rank == 1 else ())] for rank in range(num_ranks)]
-        ranks = [start_process(be_rank, rank, num_ranks, store.port, output, own[rank]) for rank in range(num_ranks)]
+        ranks = [
+            start_process(be_rank, rank, num_ranks, store.port, output, own[rank], prepare) for rank in range(num_ranks)
+        ]
         for rank in ranks:
             rank.join(timeout=240)
         codes = [rank.exitcode for rank in ranks]
@@ -34,13 +45,22 @@ def finetune(num_ranks: int, *arguments: object, of_rank_1: Sequence[str] = (), 
     return text
 
 
-def be_rank(rank: int, world_size: int, port: int, output: Path, arguments: list[str]) -> None:
+def be_rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    output: Path,
+    arguments: list[str],
+    prepare: Callable[[int], None] | None = None,
+) -> None:
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with output.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
+    if prepare is not None:
+        prepare(rank)
     sys.exit(main(arguments))
 
 

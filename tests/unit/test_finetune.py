@@ -118,7 +118,7 @@ def test_a_sequence_longer_than_the_model_takes_is_refused(
     assert "--sequence-length: found 129, expected at most 128" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_without_a_save(
+def test_losses_that_are_not_finite_end_the_run_and_the_state_before_them_is_saved(
     inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
