@@ -52,10 +52,15 @@ def run(parsed: dict[str, Any]) -> int:
         Interrupted: by a signal while there is nothing to save.
     """
     ranks = Ranks.from_environment()
+    display = Display(quiet=not ranks.is_main)
+    with display.never_silent():
+        return _run(parsed, ranks, display)
+
+
+def _run(parsed: dict[str, Any], ranks: Ranks, display: Display) -> int:
     options = ranks.together(_checked_options, parsed, ranks)
     options, given = ranks.together(_read_inputs, options)
     device, spec = given.device, given.spec
-    display = Display(quiet=not ranks.is_main)
     stop = StopSignals(agree=ranks.largest)
     with stop.installed(), ranks.world(device, options.seed, options.tp, options.pp):
         # Where the name has the time in it, each rank has another one.

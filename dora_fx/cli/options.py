@@ -276,11 +276,15 @@ def add_options(parser: Any) -> None:
         group = parser.add_argument_group(group_class.__doc__)
         for option in dataclasses.fields(group_class):
             help = option.metadata["help"].replace("%", "%%")
-            default = option.default_factory() if callable(option.default_factory) else option.default
+            default = _default(option)
             if types[option.name] is bool:
                 group.add_argument(_flag(option.name), action="store_true", help=help)
             else:
                 group.add_argument(_flag(option.name), type=types[option.name], default=default, help=help)
+
+
+def _default(option: dataclasses.Field[Any]) -> Any:
+    return option.default_factory() if callable(option.default_factory) else option.default
 
 
 def options_from(parsed: dict[str, Any]) -> FinetuneOptions:
@@ -303,9 +307,15 @@ def check_resumable(options: FinetuneOptions, saved: dict[str, Any]) -> None:
     """Raise UserError if the options would make a resumed run another run than the saved one."""
     if options.run is not None:
         raise UserError("--run: leave it out; a resumed run goes on in its own folder")
+    defaults = {option.name: _default(option) for option in dataclasses.fields(options)}
     for name, value in saved_options(options).items():
-        if name not in CHANGEABLE_ON_RESUME and value != saved.get(name, value):
-            raise UserError(f"{_flag(name)}: found {value!r}, but the run to resume was started with {saved[name]!r}")
+        # A version that had no such option did what its default does.
+        started = saved.get(name, defaults[name])
+        if name not in CHANGEABLE_ON_RESUME and value != started:
+            lacks = "" if name in saved else ", the default, as its config.yaml has no such option"
+            raise UserError(
+                f"{_flag(name)}: found {value!r}, but the run to resume was started with {started!r}{lacks}"
+            )
 
 
 def _flag(name: str) -> str:

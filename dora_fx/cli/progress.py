@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -31,13 +32,63 @@ _NUMBERS = 66
 class Display:
     """Messages, phases of unknown length, and the bar of training steps."""
 
-    def __init__(self, console: Console | None = None, *, quiet: bool = False, to_stderr: bool = False) -> None:
-        """`quiet` shows nothing at all: of several processes one talks. `to_stderr` leaves stdout to results."""
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        quiet: bool = False,
+        to_stderr: bool = False,
+        longest_silence_s: float = 60.0,
+    ) -> None:
+        """Make a display.
+
+        Args:
+            console: rich's.
+            quiet: show nothing at all: of several processes one talks.
+            to_stderr: leave stdout to results.
+            longest_silence_s: seconds between two lines at most, see `never_silent`.
+        """
         self._console = console or Console(quiet=quiet, stderr=to_stderr)
+        self._longest_silence_s = longest_silence_s
+        self._last_said = time.monotonic()
+        self._describe: Callable[[], str] = lambda: "at work"
 
     def say(self, text: str = "") -> None:
         """Print a line as it is, whatever brackets it has, and however long."""
+        self._last_said = time.monotonic()
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def never_silent(self) -> Iterator[None]:
+        """While the block runs, print off a terminal what is under way whenever nothing was printed for a minute.
+
+        A step, a compilation or a measurement may take many, and whoever reads a log wants to know whether it hangs.
+        """
+        if self._console.is_terminal or self._console.quiet:
+            yield
+            return
+        is_over = threading.Event()
+
+        def talk() -> None:
+            while not is_over.wait(max(0.0, self._last_said + self._longest_silence_s - time.monotonic())):
+                if time.monotonic() >= self._last_said + self._longest_silence_s:
+                    self.say(self._describe())
+
+        talker = threading.Thread(target=talk, daemon=True)
+        talker.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            talker.join()
+
+    @contextlib.contextmanager
+    def _under_way(self, describe: Callable[[], str]) -> Iterator[None]:
+        before, self._describe = self._describe, describe
+        try:
+            yield
+        finally:
+            self._describe = before
 
     @contextlib.contextmanager
     def phase(self, text: str) -> Iterator[None]:
@@ -49,7 +100,8 @@ class Display:
                 yield
         else:
             self.say(f"{text} ...")
-            yield
+            with self._under_way(lambda: f"{text} ... {time.perf_counter() - start:.0f} s so far"):
+                yield
         self.say(f"{text}: {time.perf_counter() - start:.1f} s")
 
     @contextlib.contextmanager
@@ -64,14 +116,22 @@ class Display:
                 yield lambda there: bar.update(task, completed=there)
         else:
             self.say(f"{text} ({size}) ...")
-            yield lambda there: None
+            received = [0]
+
+            def show(there: int) -> None:
+                received[0] = there
+
+            with self._under_way(lambda: f"{text} ... {received[0] / 1e6:.0f} of {size}"):
+                yield show
         self.say(f"downloaded {size}: {time.perf_counter() - start:.1f} s")
 
     @contextlib.contextmanager
     def training(self, done: int, steps: int) -> Iterator[TrainingDisplay]:
         """Show steps as they come; `done` of `steps` are behind."""
         if not self._console.is_terminal:
-            yield TrainingDisplay(self, done, steps, None, None)
+            shown = TrainingDisplay(self, done, steps, None, None)
+            with self._under_way(shown.describe):
+                yield shown
             return
         # What does not fit is cut; rich's ellipsis is a letter that ASCII lacks.
         metrics = TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="crop"))
@@ -101,6 +161,11 @@ class TrainingDisplay:
         self._task = task
         self._first = done + 1
         self._seconds = 0.0
+        self._done, self._text, self._since = done, "", time.monotonic()
+
+    def describe(self) -> str:
+        """The last step that is finished, and how long ago that was."""
+        return f"step {self._done}/{self._steps}{self._text}  {time.monotonic() - self._since:.0f} s ago"
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -115,6 +180,7 @@ class TrainingDisplay:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=metrics.step, metrics=text)
             return
+        self._done, self._text, self._since = metrics.step, f"  {text}", time.monotonic()
         every = max(1, self._steps // _PLAIN_LINES)
         if metrics.step in (self._first, self._steps) or metrics.step % every == 0:
             self._display.say(f"step {metrics.step}/{self._steps}  {text}")

@@ -104,7 +104,11 @@ class Ranks:
         return cast(T, result)
 
     def main_first(self, function: Callable[..., T], *args: Any) -> T:
-        """Call `function` on rank 0, then on the others, which find what it left in a cache; all return or all raise."""
+        """Call `function` on rank 0, then on the others, which find what it left in a cache.
+
+        Raises:
+            UserError: on every rank, if it raises on one.
+        """
         found = self.from_main(function, *args)
         return self.together(lambda: found if self.is_main else function(*args))
 

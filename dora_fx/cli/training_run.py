@@ -86,7 +86,11 @@ class TrainingRun:
                 raise
             self._save()
             self.display.say(f"{interrupted} at step {self.trainer.step} of {self.options.steps}; saved")
-            self.display.say(f"go on with: dora-fx finetune --resume {self.folder.path}")
+            if self.trainer.step == self.options.steps and self.trainer.step in self._held_out_losses():
+                # The sample alone was stopped, and there is nothing to go on with.
+                self._say_results()
+            else:
+                self.display.say(f"go on with: dora-fx finetune --resume {self.folder.path}")
             return interrupted.exit_code
         self._save()
         self._say_results()

@@ -104,10 +104,14 @@ def test_a_run_needs_a_folder_that_all_ranks_share(inputs: list[str], tmp_path: 
     ("of_rank_1", "message"),
     [
         (["--stepz", "3"], "unrecognized arguments: --stepz 3; did you mean --steps?"),
-        (["--lr", "0"], "--lr: found 0.0, expected a positive number"),
-        (["--data", "/nowhere.txt"], "--data /nowhere.txt"),
+        pytest.param(["--lr", "0"], "--lr: found 0.0, expected a positive number", marks=pytest.mark.slow),
+        pytest.param(["--data", "/nowhere.txt"], "--data /nowhere.txt", marks=pytest.mark.slow),
         (["--base", "/nowhere"], "--base /nowhere: no such file or directory"),
-        (["--sequence-length", "1000"], "--sequence-length: found 1000, expected at most 128"),
+        pytest.param(
+            ["--sequence-length", "1000"],
+            "--sequence-length: found 1000, expected at most 128",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

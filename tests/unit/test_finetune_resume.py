@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.finetune_runs import finetune, rows, step_of
@@ -162,6 +164,26 @@ def test_a_run_whose_text_changed_is_not_resumed(
     assert "--dim: found 3, but the run to resume was started with 16" in capsys.readouterr().err
 
 
+def test_an_option_that_the_config_of_an_older_version_lacks_has_its_default(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert finetune(*inputs, "--run", run, "--steps", 1) == 0
+    config, lacking = run / "config.yaml", {"use_rslora", "rank_pattern", "weight_decay", "eval_every"}
+    kept = [line for line in config.read_text().splitlines(True) if line.partition(":")[0] not in lacking]
+    config.write_text("".join(kept))
+    for option, found, default in (
+        (["--use-rslora"], True, False),
+        (["--rank-pattern", "{linear_qkv: 8}"], {"linear_qkv": 8}, {}),
+        (["--weight-decay", 0.5], 0.5, 0.0),
+    ):
+        capsys.readouterr()
+        assert finetune("--resume", run, "--steps", 2, *option) == 2
+        expected = f"{option[0]}: found {found!r}, but the run to resume was started with {default!r}, the default"
+        assert expected in capsys.readouterr().err
+    assert finetune("--resume", run, "--steps", 2, "--eval-every", 1, "--weight-decay", 0) == 0
+
+
 def test_what_cannot_be_resumed_is_named(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, base = tmp_path / "run", Path(inputs[inputs.index("--base") + 1])
     shutil.copytree(base, tmp_path / "base")
@@ -194,6 +216,31 @@ def test_what_cannot_be_resumed_is_named(inputs: list[str], tmp_path: Path, caps
     refuse(f"--resume {run}: found state.pt and no checkpoint")
     (run / "config.yaml").unlink()
     refuse(f"--resume {run}: there is no config.yaml, expected the folder of a saved run")
+
+
+def test_a_signal_while_the_last_text_is_sampled_stops_the_sample(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, tokens, passes = tmp_path / "run", 8, 0
+
+    def interrupt(module: Any, arguments: tuple[Any, ...], _: object) -> None:
+        nonlocal passes
+        # Samples are single sequences, all others come in batches of two.
+        if isinstance(module, GPTModel) and len(arguments[0]) == 1:
+            passes += 1
+            if passes == tokens + 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    handle = register_module_forward_hook(interrupt)
+    try:
+        assert finetune(*inputs, "--run", run, "--steps", 2, "--sample-tokens", tokens) == 130
+    finally:
+        handle.remove()
+    shown = capsys.readouterr().out
+    assert passes == tokens + 3 and len((run / "samples.jsonl").read_text().splitlines()) == 1
+    assert "stopped by SIGINT at step 2 of 2; saved" in shown
+    assert f"run folder: {run}" in shown and "go on with" not in shown
+    assert step_of(run) == 2 and list(rows(run, "held_out_loss")) == [0, 1, 2]
 
 
 def test_a_run_that_is_stopped_in_the_middle_of_an_update_is_not_saved_there(

