@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import socket
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -63,8 +64,11 @@ class Meeting:
         except BaseException as error:
             # The error itself says more than that the others could not be told.
             with contextlib.suppress(UserError):
-                if self._store is not None or isinstance(error, Exception):
+                # Whoever stops a process by a signal does not want to wait for the others.
+                if isinstance(error, Exception):
                     self._exchange(_problem(error), _TELLING)
+                elif self._store is not None:
+                    self._exchange(_problem(error), datetime.timedelta(0))
             raise
         for rank, (problem, host) in enumerate(self._exchange(None, default_pg_timeout)):
             if problem is not None:
@@ -77,7 +81,7 @@ class Meeting:
         keys = [f"dora_fx/meeting {self._exchanges}/{rank}" for rank in range(self.world_size)]
         try:
             store.set(keys[self.global_rank], json.dumps([problem, socket.gethostname()]))
-            store.wait(keys, timeout)
+            _wait_for(store, keys, timeout)
             found = [cast(tuple[str | None, str], tuple(json.loads(store.get(key)))) for key in keys]
         except RuntimeError as error:
             raise UserError(f"another process of the run is gone ({reason_of(error)})") from error
@@ -90,7 +94,18 @@ class Meeting:
         with contextlib.suppress(RuntimeError):
             store.set(keys[self.global_rank], "")
             if self.global_rank == 0:
-                store.wait(keys, _LEAVING)
+                _wait_for(store, keys, _LEAVING)
+
+
+def _wait_for(store: dist.Store, keys: list[str], timeout: datetime.timedelta) -> None:
+    """Do as `store.wait`, which keeps signals waiting too; raises RuntimeError when the time is over."""
+    deadline, pause_s = time.monotonic() + timeout.total_seconds(), 0.001
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            raise RuntimeError(f"ranks {missing} did not come within {timeout}")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.1)
 
 
 def _problem(error: BaseException) -> str:

@@ -55,8 +55,8 @@ def export_hf(
 
     Raises:
         ValueError: on every rank: no layer is adapted, one has no Hugging Face counterpart, adapters differ in
-            dropout, the folder exists or cannot be written, `model_type` is not that of the model, or a `base_model`
-            that is a directory has another vocabulary than the output layer has rows, or other layers.
+            dropout, one has NaN or inf, the folder exists or cannot be written, `model_type` is not the model's, or a
+            `base_model` that is a directory has another vocabulary than the output layer has rows, or other layers.
     """
     chunks = chunks_of(model)
     target = Path(folder)

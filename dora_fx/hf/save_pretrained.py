@@ -55,7 +55,8 @@ class AdapterSaver:
                 adapter.
 
         Raises:
-            ValueError: a setting asks for what an adapter cannot be saved as, or the adapters have several dropouts.
+            ValueError: a setting asks for what an adapter cannot be saved as, the adapters have several dropouts, or
+                one has NaN or inf.
         """
         sites = [named for _, named in adapted_layers([self.model])]
         if not sites or (state_dict is not None and not any(".adapter." in name for name in state_dict)):

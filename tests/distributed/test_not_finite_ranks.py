@@ -1,20 +1,27 @@
-"""NaN in one rank's part of an adapter is refused by every rank, whichever stage or shard it lies in."""
+"""NaN on one rank, in its part of an adapter or of a gradient, is refused by all of them."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import dora_fx
 from dora_fx import CheckpointError
+from tests.distributed.finetune_ranks import finetune
 from tests.distributed.launch import visit_worlds
 from tests.distributed.pipeline_gpt import Kind, Layout, attach, build_base, set_adapter_values, trained_parameters
+from tests.finetune_runs import rows, step_of
+from tests.hf_models import SHAPE, adapter_of, finetune_inputs
+from tests.planted_nan import planted_nan
 
 WRITERS: dict[str, Callable[[Any, Path], object]] = {
     "save_checkpoint": dora_fx.save_checkpoint,
@@ -50,3 +57,37 @@ def every_writer_refuses(layout: Layout, folder: Path) -> None:
 
 def test_all_ranks_refuse_what_one_rank_holds(tmp_path: Path) -> None:
     visit_worlds([(every_writer_refuses, Layout(pp=2)), (every_writer_refuses, Layout(tp=2))], tmp_path)
+
+
+_planted = ExitStack()
+
+
+def plant_on_rank_1(input_size: int, first_call: int, rank: int) -> None:
+    """Plant NaN in gradients from a call on, for as long as the process lives."""
+    if rank == 1:
+        _planted.enter_context(planted_nan("gradient", lambda call: call >= first_call, input_size))
+
+
+@pytest.mark.parametrize(
+    ("size", "shards", "passes"),
+    [
+        pytest.param("--tp", 2, 4, marks=pytest.mark.slow),
+        ("--pp", 1, 4),
+        pytest.param("--dp", 1, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_all_ranks_skip_the_step_of_one(size: str, shards: int, passes: int, tmp_path: Path) -> None:
+    """`shards` is how often the layer's input is sharded, `passes` what a rank has in a step."""
+    options = ["--compile", "none", "--gradient-accumulation", 4, "--sample-tokens", 0, size, 2]
+    inputs = finetune_inputs(tmp_path, *options)
+    good, run = tmp_path / "good", tmp_path / "run"
+    finetune(2, *inputs, "--steps", 2, "--run", good)
+    plant = partial(plant_on_rank_1, SHAPE["intermediate_size"] // shards, 2 * passes + 1)
+    text = finetune(2, *inputs, "--steps", 20, "--eval-every", 0, "--run", run, prepare=plant, expect=2)
+    assert text.count("the 3 steps up to step 5 made no update") == 2 and "Traceback" not in text
+    message = "step 3 made no update: the gradient of decoder.layers.1.mlp.linear_fc2.adapter"
+    assert text.count(message) == 1
+    assert step_of(run) == 2
+    torch.testing.assert_close(adapter_of(run), adapter_of(good), rtol=0, atol=0)
+    finetune(2, "--resume", run, "--steps", 3)
+    assert list(rows(run)) == [1, 2, 3]
