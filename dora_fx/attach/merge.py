@@ -162,13 +162,15 @@ def merge_tensors(
 
 def _check_mergeable(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> None:
     """Raise on every rank of the model, all of its pipeline stages, if a site of any of them cannot be merged."""
-    problem = merge_problem_maybe(chunks, sites) if sites else _nothing_adapted(chunks)
+    problem = merge_problem_maybe(chunks, sites)
     groups = [resolve_group(tp_group) for tp_group in sorted({site.adapter.tp_group for _, site in sites} - {""})]
     if parallel_state.model_parallel_is_initialized():
         groups.append(parallel_state.get_pipeline_model_parallel_group())
     # Every rank takes part in every exchange before it raises: those of another stage hear of it in the last one.
     for group in groups:
         problem = problem_of_any_rank_maybe(problem, group)
+    if problem is None and not sites:
+        problem = _nothing_adapted(chunks)
     if problem is not None:
         raise ValueError(problem)
 

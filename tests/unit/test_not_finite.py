@@ -14,6 +14,7 @@ from torch import nn
 import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.cli.main import main
 from tests.hf_models import tiny_hf_model
 from tests.models import randomize_adapters, sites
 from tests.peft_models import adapted_megatron
@@ -76,7 +77,7 @@ def test_a_good_checkpoint_is_not_replaced_by_one_that_is_not_finite(tmp_path: P
     assert are_equal(values(model), good)
 
 
-def test_a_stored_adapter_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+def test_a_stored_adapter_that_is_not_finite_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, model, mark = tmp_path / "checkpoint", adapted(1), 1234.5678
     with torch.no_grad():
         sites(model)["decoder.layers.0.mlp.linear_fc2"].adapter.linear_in.weight[1, 2] = mark
@@ -91,3 +92,6 @@ def test_a_stored_adapter_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
         read_adapters(path)
     assert expected in str(raised.value)
+    for command in ("export", "merge"):
+        assert main([command, str(path), "--base", "smollm2", "--to", str(tmp_path / "target")]) == 2
+        assert expected in capsys.readouterr().err and not (tmp_path / "target").exists()
