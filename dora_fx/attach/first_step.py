@@ -16,6 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dora_fx.megatron.main_copies import memory_of
 from dora_fx.modules.dora_linear import DoRALinear
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,10 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Mapping[str, Any]
 
 def _trains_any(optimizer: torch.optim.Optimizer, sites: Iterable[DoRALinear]) -> bool:
     """Return whether an optimizer has a parameter of the layers, a view of one, or Megatron's copy of one."""
-    trained = {_memory_of(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {memory_of(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameters: list[Any] = [parameter for site in sites for parameter in site.adapter.parameters()]
     copies = [getattr(parameter, "main_param", None) for parameter in parameters]
-    return any(_memory_of(tensor) in trained for tensor in (*parameters, *copies) if tensor is not None)
+    return any(memory_of(tensor) in trained for tensor in (*parameters, *copies) if tensor is not None)
 
 
 def _warn_of(sites: Mapping[str, DoRALinear]) -> None:
@@ -85,7 +86,3 @@ def _gradient_maybe(parameter: Any) -> torch.Tensor | None:
     """A parameter's gradient, wherever Megatron has moved it by the time that its optimizer steps."""
     main_grad: torch.Tensor | None = getattr(parameter, "main_grad", None)
     return parameter.grad if main_grad is None else main_grad
-
-
-def _memory_of(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata

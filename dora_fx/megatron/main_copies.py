@@ -47,7 +47,7 @@ class MainCopy(NamedTuple):
 
     def is_reached(self) -> bool:
         """Return whether a step changes the parameter."""
-        return self.buffer is None or _memory_of(self.buffer) == _memory_of(self.parameter)
+        return self.buffer is None or memory_of(self.buffer) == memory_of(self.parameter)
 
 
 def main_copies(optimizer: Any) -> list[MainCopy]:
@@ -120,7 +120,7 @@ def _equal(parts: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> lis
     if all(part.is_cpu for part in parts):
         return list(map(torch.equal, parts, others))
     # A comparison of each would wait for the device as often.
-    differences = torch._foreach_norm(torch._foreach_sub(parts, others), ord=math.inf)
+    differences = torch._foreach_norm(torch._foreach_sub(list(parts), list(others)), ord=math.inf)
     found: list[bool] = (torch.stack([difference.float() for difference in differences]) == 0).tolist()
     return found
 
@@ -147,5 +147,6 @@ def _keeps_weights_itself(optimizer: Any) -> bool:
     return is_offloading or optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
 
 
-def _memory_of(tensor: torch.Tensor) -> int:
+def memory_of(tensor: torch.Tensor) -> int:
+    """What is the same for a parameter and for Megatron's views of it."""
     return tensor.untyped_storage()._cdata

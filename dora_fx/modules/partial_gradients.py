@@ -29,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dora_fx.function.collectives import all_reduce_coalesced, reduce_scatter_rows
 from dora_fx.megatron.gradient_buckets import GradientBucket, find_bucket_maybe
+from dora_fx.megatron.main_copies import memory_of
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.ranks.groups import group_size
 
@@ -249,21 +250,16 @@ def _pending_of(parameters: Sequence[nn.Parameter]) -> list[PartialGradient]:
 
 
 def _refuse_partial_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    stepped = {_memory_of(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepped = {memory_of(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for partial in _pending:
         # A distributed optimizer has a part of each model's parameters on each rank, and all ranks raise.
-        if stepped.isdisjoint(map(_memory_of, partial.optimized_with())):
+        if stepped.isdisjoint(map(memory_of, partial.optimized_with())):
             continue
         raise PartialGradientsError(
             f"{partial.path}.adapter.{partial.name}: found an optimizer's step while the gradient is a partial sum on "
             "each tensor-parallel rank; expected finalize_model_grads, or finish_grad_sync of Megatron's "
             "DistributedDataParallel, before it"
         )
-
-
-def _memory_of(tensor: torch.Tensor) -> int:
-    """The same for a parameter and for Megatron's views of it."""
-    return tensor.untyped_storage()._cdata
 
 
 @functools.cache

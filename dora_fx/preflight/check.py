@@ -8,8 +8,22 @@ from typing import Any
 from torch import nn
 
 from dora_fx.megatron.wrappers import Model
-from dora_fx.preflight import proofs
 from dora_fx.preflight.passes import Forward, ForwardBackward
+from dora_fx.preflight.proofs import (
+    adapter_off_is_base,
+    compiled_is_eager,
+    gradients_arrive,
+    is_compiled,
+    loss_is_reference,
+    magnitudes_are_lengths,
+    main_copies_are_parameters,
+    merged_is_adapted,
+    optimizer_trains_adapters,
+    recomputation_changes_nothing,
+    replicas_are_equal,
+    saved_is_trained,
+    steps_move_everything,
+)
 from dora_fx.preflight.report import CheckError, CheckReport, Finding, joined
 from dora_fx.preflight.saved_state import SavedValues, left_as_it_was
 from dora_fx.preflight.set_up import SetUp, over_all_ranks, uncompiled
@@ -72,15 +86,15 @@ def check(
 def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | None) -> tuple[list[Finding], float]:
     """All findings of this rank, in an order that is the same on every rank, and the mean loss."""
     found = [
-        proofs.optimizer_trains_adapters(setup),
-        proofs.main_copies_are_parameters(setup),
-        proofs.saved_is_trained(setup),
-        proofs.replicas_are_equal(setup, "before"),
-        proofs.steps_move_everything(setup),
-        proofs.replicas_are_equal(setup, "after"),
+        optimizer_trains_adapters(setup),
+        main_copies_are_parameters(setup),
+        saved_is_trained(setup),
+        replicas_are_equal(setup, "before"),
+        steps_move_everything(setup),
+        replicas_are_equal(setup, "after"),
     ]
     values.restore()
-    if proofs.is_compiled(setup):
+    if is_compiled(setup):
         # What compiled code keeps of these values must not be used for the next ones.
         setup.training_pass()
     setup.move_adapters()
@@ -89,13 +103,13 @@ def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | 
     losses = [loss for loss in over_all_ranks(eager.loss) if loss is not None]
     loss = sum(losses) / len(losses) if losses else float("nan")
     found += [
-        proofs.gradients_arrive(setup, eager),
+        gradients_arrive(setup, eager),
         gradients_are_slopes(setup, eager),
-        proofs.compiled_is_eager(setup, eager),
-        proofs.recomputation_changes_nothing(setup, eager),
-        proofs.adapter_off_is_base(setup),
-        proofs.merged_is_adapted(setup),
-        proofs.magnitudes_are_lengths(setup),
-        proofs.loss_is_reference(setup, loss, reference),
+        compiled_is_eager(setup, eager),
+        recomputation_changes_nothing(setup, eager),
+        adapter_off_is_base(setup),
+        merged_is_adapted(setup),
+        magnitudes_are_lengths(setup),
+        loss_is_reference(setup, loss, reference),
     ]
     return found, loss

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +12,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import nn
 
-
-class MainCopy(NamedTuple):
-    """A parameter, or this rank's part of it, and the float32 copy of it that the optimizer trains."""
-
-    parameter: nn.Parameter
-    part: torch.Tensor
-    copy: torch.Tensor
+from dora_fx.megatron.main_copies import MainCopy, main_copies
 
 
 def is_megatron(optimizer: Any) -> bool:
@@ -56,20 +49,10 @@ def trained_parameters(optimizer: Any) -> list[nn.Parameter]:
     return found
 
 
-def main_copies(optimizer: Any) -> Iterator[MainCopy]:
-    """The float32 copies of 16-bit parameters that Megatron's optimizers train in their place."""
-    for single in single_optimizers(optimizer):
-        if isinstance(single, DistributedOptimizer):
-            pairs = zip(single.model_float16_groups, single.shard_fp32_from_float16_groups, strict=True)
-        elif isinstance(single, Float16OptimizerWithFloat16Params):
-            pairs = zip(single.float16_groups, single.fp32_from_float16_groups, strict=True)
-        else:
-            continue
-        for parameters, copies in pairs:
-            for parameter, copy in zip(parameters, copies, strict=True):
-                # A precision-aware optimizer keeps its copies to itself.
-                if copy is not None:
-                    yield MainCopy(parameter, _own_part(single, parameter), copy)
+def copies_of(optimizer: Any) -> list[MainCopy]:
+    """The copies, or parts of them, that Megatron's optimizers step on this rank in place of parameters."""
+    singles = [single for single in single_optimizers(optimizer) if is_megatron(single)]
+    return [copy for single in singles for copy in main_copies(single)]
 
 
 def complete_parts(optimizer: Any, gradients: dict[int, torch.Tensor]) -> None:
@@ -88,10 +71,3 @@ def complete_parts(optimizer: Any, gradients: dict[int, torch.Tensor]) -> None:
                     whole[part.start : part.end] = flat[part.start : part.end]
                 dist.all_reduce(whole, group=single.data_parallel_group)
                 flat.copy_(whole)
-
-
-def _own_part(single: Any, parameter: nn.Parameter) -> torch.Tensor:
-    if not isinstance(single, DistributedOptimizer):
-        return parameter.detach()
-    own = single._get_model_param_range_map(parameter)["param"]
-    return parameter.detach().view(-1)[own.start : own.end]

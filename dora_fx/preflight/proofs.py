@@ -21,9 +21,10 @@ from dora_fx.attach.merge import merge_problem_maybe, merged, merged_weight
 from dora_fx.checkpoint.contents import all_shards, model_contents
 from dora_fx.checkpoint.optimizer import OptimizerState
 from dora_fx.checkpoint.tensor_digests import copy_digests, differing_copies
+from dora_fx.megatron.main_copies import differing
 from dora_fx.megatron.world import world_at_hand
 from dora_fx.modules.dora_linear import disable_adapter
-from dora_fx.preflight.optimizers import main_copies, torch_optimizers, trained_parameters
+from dora_fx.preflight.optimizers import copies_of, torch_optimizers, trained_parameters
 from dora_fx.preflight.passes import call, loss_of
 from dora_fx.preflight.report import Finding
 from dora_fx.preflight.saved_state import SavedValues
@@ -68,14 +69,10 @@ def main_copies_are_parameters(setup: SetUp) -> Finding:
     """A step of Megatron's 16-bit optimizers writes float32 copies over the parameters: they must be their values."""
     name = "main copies"
     names = {id(parameter): path for path, parameter in setup.trainable.items()}
-    copies = list(main_copies(setup.optimizer))
-    differing = [
-        names.get(id(parameter), _OF_NO_MODULE)
-        for parameter, part, copy in copies
-        if not torch.equal(copy.detach().view(-1).to(part.dtype), part.reshape(-1))
-    ]
-    if differing:
-        return _failed(name, differing, "another value than the optimizer's float32 copy, which the next step writes")
+    copies = [copy for copy in copies_of(setup.optimizer) if copy.main.dtype != copy.parameter.dtype]
+    wrong = [names.get(id(copy.parameter), _OF_NO_MODULE) for copy in differing(copies)]
+    if wrong:
+        return _failed(name, wrong, "another value than the optimizer's float32 copy, which the next step writes")
     if not copies:
         return Finding(name, "skipped", "the optimizer has none")
     return Finding(name, "ok", f"{len(copies)} float32 copies are their parameters")
@@ -120,7 +117,9 @@ def steps_move_everything(setup: SetUp) -> Finding:
     name = "steps"
     if setup.optimizer is None:
         return Finding(name, "skipped", _NO_OPTIMIZER)
-    copies = {id(parameter): copy for parameter, _, copy in main_copies(setup.optimizer)}
+    if any(over_all_ranks(bool(differing(copies_of(setup.optimizer))))):
+        return Finding(name, "skipped", "a step would undo what was written into parameters")
+    copies = {id(copy.parameter): copy.main for copy in copies_of(setup.optimizer)}
     held = {path: [p, *([copies[id(p)]] if id(p) in copies else [])] for path, p in setup.trainable.items()}
     before = {path: [tensor.detach().clone() for tensor in tensors] for path, tensors in held.items()}
     for number in (1, 2):
