@@ -27,6 +27,29 @@ REASONING = (
     "{% if m['role'] == 'assistant' and loop.last %}{{ '(think)' }}{% endif %}"
     "{{ m['content'] + '<e>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '(assistant)' }}{% endif %}"
 )
+# As Qwen's: tools before all turns, an answer's reasoning, text and calls, and results of tools as the user's turns.
+TOOLS = (
+    "{% if tools %}{{ '(system)\n' }}{% for t in tools %}{{ t | tojson + ' ' }}{% endfor %}{{ '<e>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '(assistant)\n' }}{% generation %}"
+    "{% if m.reasoning_content %}{{ '(think)' + m.reasoning_content + '(end)' }}{% endif %}{{ m.content or '' }}"
+    "{% for call in m.tool_calls %}{% set f = call.function or call %}"
+    "{{ '(call)' + f.name + ' ' + f.arguments | tojson + '(end)' }}{% endfor %}{{ '<e>' }}{% endgeneration %}"
+    "{% elif m.role == 'tool' %}{{ '(user)\n(result)' + m.content + '<e>' }}"
+    "{% else %}{{ '(' + m.role + ')\n' + m.content + '<e>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '(assistant)\n' }}{% endif %}"
+)
+# As Llama 3.1's: one call in a turn, in place of its text, and roles of its own for results.
+ONE_CALL = (
+    "{{ '<b>' }}{% for m in messages %}{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}"
+    "{{ raise_exception('one call at a time') }}{% endif %}{{ '(assistant)' }}{% generation %}"
+    "{{ m.tool_calls[0].function | tojson }}{{ '<e>' }}{% endgeneration %}"
+    "{% elif m.role == 'tool' %}{{ '(ipython)' + m.content | tojson + '<e>' }}"
+    "{% elif m.role == 'assistant' %}{{ '(assistant)' }}{% generation %}{{ m.content + '<e>' }}{% endgeneration %}"
+    "{% else %}{{ '(' + m.role + ')' + (tools | tojson if tools and loop.first else '') + m.content + '<e>' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '(assistant)' }}{% endif %}"
+)
+# As DeepSeek's: arguments of a call are joined to a text.
+JOINED = TOOLS.replace("f.arguments | tojson", "f.arguments")
 
 
 def unmarked(template: str) -> str:

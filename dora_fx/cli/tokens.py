@@ -62,8 +62,10 @@ class BaseTokenizer:
         """Tell whether it writes conversations."""
         return self._tokenizer.chat_template is not None
 
-    def samples(self, samples: Sequence[Sample]) -> list[TokenSample]:
-        """Every sample as tokens, some of which are learned; a conversation may become several.
+    def samples(self, samples: Sequence[Sample]) -> tuple[list[TokenSample], list[str]]:
+        """Every sample as tokens, some of which are learned, and names of fields of turns that nothing uses.
+
+        A conversation may become several.
 
         Raises:
             UserError: the tokenizer or its chat template does not take a sample, as `SampleEncoder.encode` says, or
@@ -77,7 +79,7 @@ class BaseTokenizer:
         except ValueError as error:
             raise UserError(f"--data {error}") from error
         self._checked([index for sample in found for index in sample.ids], "the text")
-        return found
+        return found, list(encoder.unused_fields)
 
     def chat_prompt(self, text: str) -> Tensor:
         """The tokens after which the assistant answers a text of the user; raises UserError as `prompt`."""

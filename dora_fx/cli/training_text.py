@@ -102,7 +102,7 @@ def _of_text(options: FinetuneOptions, data: TrainingData, tokenizer: BaseTokeni
 
 
 def _of_samples(options: FinetuneOptions, data: TrainingData, tokenizer: BaseTokenizer) -> TrainingText:
-    encoded = tokenizer.samples(data.samples)
+    encoded, unused_of_turns = tokenizer.samples(data.samples)
     samples, notes = _of_length(encoded, options)
     try:
         sequences = sequences_of_samples(
@@ -126,6 +126,8 @@ def _of_samples(options: FinetuneOptions, data: TrainingData, tokenizer: BaseTok
         *notes,
         *_unused(data),
     ]
+    if unused_of_turns:
+        notes.append(f"fields of turns that the chat template leaves out: {', '.join(unused_of_turns)}")
     if len(encoded) > len(data.samples):
         notes.append(
             "the chat template writes earlier turns otherwise than the last: each answer is a sample of its own, after "

@@ -10,21 +10,18 @@ the turns before it as they are then.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dora_fx.data.chat_template import Span, WrittenConversation, write_conversation
 from dora_fx.data.formats import Completion, Conversation, Sample, Text
-from dora_fx.files.regular_file import reason_of
+from dora_fx.data.left_out import check_nothing_left_out
 from dora_fx.models.reading import reading
 
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _CURE = "the tokenizer's files may be damaged, or be none of the library tokenizers; take a base with a tokenizer.json"
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,18 +47,22 @@ class TokenSample:
 
 @dataclass(frozen=True)
 class SampleEncoder:
-    """transformers' tokenizer of a base, and the base's path for messages."""
+    """transformers' tokenizer of a base, and the base's path for messages.
+
+    `unused_fields` has the names of fields of turns that the chat template left out of what was encoded.
+    """
 
     base: Path
     tokenizer: Any
+    unused_fields: dict[str, None] = field(default_factory=dict)
 
     def encode(self, sample: Sample) -> list[TokenSample]:
         """Tokenize a sample; a conversation may become several, one for each answer.
 
         Raises:
             UnreadableFileError: the tokenizer fails, or does not tell which token is which part of a text.
-            ValueError: it has no chat template, its template refuses the conversation or does not show what is
-                learned, or no token is learned.
+            ValueError: it has no chat template, its template refuses the conversation, leaves out a part of it or
+                does not show what is learned, or no token is learned.
         """
         found = self._encode(sample)
         for each in found:
@@ -72,56 +73,30 @@ class SampleEncoder:
     def chat_prompt(self, text: str) -> list[int]:
         """The tokens after which the assistant answers a user's text; raises ValueError as `encode` does."""
         conversation = Conversation("--prompt", [{"role": "user", "content": text}])
-        return self._tokens("--prompt", self._rendered(conversation, 1, is_prompt=True), []).ids
+        prompt = WrittenConversation(self.tokenizer, conversation).text(1, is_prompt=True)
+        return self._tokens("--prompt", prompt, []).ids
 
     def _encode(self, sample: Sample) -> list[TokenSample]:
         if isinstance(sample, Conversation) and self.tokenizer.chat_template is None:
             sample = _without_template(sample)
         if isinstance(sample, Conversation):
-            template = self.tokenizer.get_chat_template(tools=sample.tools)
-            return (
-                [self._marked_by_template(sample)] if _GENERATION.search(template) else self._split_by_prompts(sample)
-            )
+            written = write_conversation(self.tokenizer, sample)
+            check_nothing_left_out(written, self.unused_fields)
+            if not written.is_marked:
+                return self._split_by_prompts(written)
+            ids, is_target, _ = written.marked()
+            return [TokenSample(sample.where, ids, is_target)]
         if isinstance(sample, Text):
             return [self._document(sample.where, "", sample.text)]
         return [self._document(sample.where, sample.prompt, sample.completion)]
 
-    def _marked_by_template(self, conversation: Conversation) -> TokenSample:
-        with_mask = dict(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        found = self._applied(conversation, conversation.messages, **with_mask)
-        return TokenSample(conversation.where, found["input_ids"], [bool(mark) for mark in found["assistant_masks"]])
-
-    def _split_by_prompts(self, conversation: Conversation) -> list[TokenSample]:
-        turns, spans = [], []
-        for index, message in enumerate(conversation.messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self._rendered(conversation, index, is_prompt=True)
-            turn = self._rendered(conversation, index + 1)
-            if not turn.startswith(prompt):
-                raise ValueError(
-                    f"{conversation.where}, message {index + 1}: the chat template writes something else than its own "
-                    "prompt before the answer, so that what is learned cannot be told; put {% generation %} into it"
-                )
-            turns.append(turn)
-            # What follows the mark of the end, a line break in most templates, no model has to generate.
-            spans.append((len(prompt), len(turn.rstrip())))
-        whole = self._rendered(conversation, len(conversation.messages))
-        if all(whole.startswith(turn) for turn in turns):
-            return [self._tokens(conversation.where, whole, spans)]
-        return [self._tokens(conversation.where, turn, [span]) for turn, span in zip(turns, spans, strict=True)]
-
-    def _rendered(self, conversation: Conversation, num_messages: int, *, is_prompt: bool = False) -> str:
-        messages = conversation.messages[:num_messages]
-        return str(self._applied(conversation, messages, tokenize=False, add_generation_prompt=is_prompt))
-
-    def _applied(self, conversation: Conversation, messages: list[dict[str, Any]], **options: Any) -> Any:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tools=conversation.tools, **options)
-        except Exception as error:  # jinja2's, and whatever an expression of a template raises
-            raise ValueError(
-                f"{conversation.where}: the base's chat template refuses the conversation ({reason_of(error)})"
-            ) from error
+    def _split_by_prompts(self, written: WrittenConversation) -> list[TokenSample]:
+        conversation = written.conversation
+        learned = filter(conversation.is_learned, range(len(conversation.messages)))
+        answers = [written.answer(index) for index in learned]
+        if all(written.whole.startswith(answer.text) for answer in answers):
+            return [self._tokens(conversation.where, written.whole, [answer.span for answer in answers])]
+        return [self._tokens(conversation.where, answer.text, [answer.span]) for answer in answers]
 
     def _document(self, where: str, given: str, learned: str) -> TokenSample:
         """Two texts with the tokens that the tokenizer puts before and after, and the end of text, which is learned."""

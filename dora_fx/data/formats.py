@@ -15,17 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dora_fx.data.records import Record, check_text
+from dora_fx.data.turns import read_tools, read_turn, turn_names
 from dora_fx.files.regular_file import shortened
 
-# Roles of chat templates, and those of ShareGPT's files.
-_SPEAKERS = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
 _ALPACA_START = "Below is an instruction that describes a task"
 _ALPACA_END = "Write a response that appropriately completes the request.\n\n"
 _ALIKE = 0.75
@@ -52,13 +44,20 @@ class Completion:
 class Conversation:
     """Messages as a chat template takes them; what the assistant says is learned.
 
-    `without_template` stands for it where the tokenizer has no chat template, None where nothing does.
+    Attributes:
+        without_template: stands for it where the tokenizer has no chat template, None where nothing does.
+        given: indices of messages of the assistant that are not learned.
     """
 
     where: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     without_template: Completion | None = None
+    given: frozenset[int] = frozenset()
+
+    def is_learned(self, index: int) -> bool:
+        """Return whether a message is the assistant's and is learned."""
+        return self.messages[index]["role"] == "assistant" and index not in self.given
 
 
 Sample = Text | Completion | Conversation
@@ -193,51 +192,30 @@ def _system(record: Record) -> list[dict[str, Any]]:
 
 
 def _conversation(record: Record, name: str) -> Conversation:
-    turns, tools = record.value[name], record.value.get("tools") or None
-    names = _turn_names(name, turns)
+    turns = record.value[name]
+    names = turn_names(name, turns)
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else shortened(turns)
         raise ValueError(f"{record.where}: found {found} in {name}, expected a list of {' and '.join(names)}")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise ValueError(f"{record.where}: found {shortened(tools)} in tools, expected a list of objects")
-    messages = _system(record) if name == "conversations" else []
-    messages += [_message(f"{record.where}, turn {number}", turn, *names) for number, turn in enumerate(turns, start=1)]
+    tools = read_tools(record.where, record.value.get("tools"))
+    read = [(message, False) for message in (_system(record) if name == "conversations" else [])]
+    read += [read_turn(f"{record.where}, turn {number}", turn, *names) for number, turn in enumerate(turns, start=1)]
+    messages = [message for message, _ in read]
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(
             f"{record.where}: found no turn of the assistant among {len(turns)}, expected one: nothing else is learned"
         )
+    if not any(is_learned for _, is_learned in read):
+        raise ValueError(
+            f"{record.where}: found no turn of the assistant that is learned among {len(turns)}, expected one without "
+            "a mark that says not to"
+        )
     if messages[0]["role"] == "assistant":
         raise ValueError(f"{record.where}: found a turn of the assistant first, expected one of the system or the user")
-    return Conversation(record.where, messages, tools)
-
-
-def _turn_names(name: str, turns: Any) -> tuple[str, str]:
-    """Names of a turn's speaker and text: files have either pair under either name of the whole."""
-    speakers = (
-        {field for turn in turns if isinstance(turn, dict) for field in turn} if isinstance(turns, list) else set()
-    )
-    if "from" in speakers or (name == "conversations" and "role" not in speakers):
-        return "from", "value"
-    return "role", "content"
-
-
-def _message(where: str, turn: Any, role: str, content: str) -> dict[str, Any]:
-    if not isinstance(turn, dict) or turn.get(role) is None:
-        found = f"the fields {', '.join(map(shortened, turn))}" if isinstance(turn, dict) else shortened(turn)
-        raise ValueError(f"{where}: found {found}, expected an object with {role} and {content}")
-    speaker, text, calls = turn[role], turn.get(content), turn.get("tool_calls")
-    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-        raise ValueError(f"{where}: found {shortened(speaker)} as {role}, expected one of {', '.join(_SPEAKERS)}")
-    if not isinstance(text, str) and not (text is None and calls):
-        found = f"no {content}" if text is None else f"{shortened(text)} as {content}"
-        raise ValueError(f"{where}: found {found}, expected a string")
-    if _SPEAKERS[speaker] == "assistant" and not calls and not (text or "").strip():
-        raise ValueError(f"{where}: found an empty turn of the assistant, expected some text: it would be learned")
-    if turn.get("weight") not in (None, 1):
-        raise ValueError(f"{where}: found a weight of {shortened(turn['weight'])}, expected none: every turn counts 1")
-    others = {name: value for name, value in turn.items() if name not in (role, content, "weight")}
-    said = {} if text is None else {"content": check_text(where, text)}
-    return {"role": _SPEAKERS[speaker], **said, **{name: value for name, value in others.items() if value is not None}}
+    given = {
+        index for index, (message, is_learned) in enumerate(read) if message["role"] == "assistant" and not is_learned
+    }
+    return Conversation(record.where, messages, tools, given=frozenset(given))
 
 
 FORMATS = {

@@ -163,7 +163,7 @@ def turns(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
         ({"messages": {"role": "user"}}, "found a value of type dict in messages"),
         ({"messages": turns(("user", "a\0"), ("assistant", "b"))}, "turn 1: found a NUL character"),
         ({"messages": turns(("user", "a"), ("assistant", "\ud83d"))}, r"turn 2: found \\ud83d by itself"),
-        ({"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "weight": 0}]}, "a weight of 0"),
+        ({"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "weight": 0}]}, "found no tu"),
         ({"messages": turns(("user", "a"), ("assistant", "b")), "tools": "f"}, "found 'f' in tools, expected a list"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, "turn 1: found 'alien' as from, expected one of"),
         ({"conversations": [{"value": "a"}]}, "turn 1: found the fields 'value', expected an object with from and"),

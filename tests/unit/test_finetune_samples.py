@@ -19,7 +19,7 @@ from dora_fx.cli.options import FinetuneOptions
 from dora_fx.cli.tokens import BaseTokenizer
 from dora_fx.cli.training_text import training_text, with_steps
 from dora_fx.data.formats import FORMATS
-from tests.chat_templates import HEADERS, unmarked
+from tests.chat_templates import HEADERS, TOOLS, unmarked
 from tests.closeness import assert_close, rounding
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP, finetune, rows, step_of
 from tests.hf_models import tiny_hf_config, tiny_tokenizer
@@ -57,6 +57,34 @@ def test_the_mask_of_a_sample_is_shown_and_nothing_is_trained(
     assert first.split()[:3] == ["given", "28", "tokens"] and "( a s s i s t a n t )" in first
     assert second.split()[:3] == ["learned", "4", "tokens"] and second.endswith("'d o g <e>'")
     assert third.split()[:3] == ["given", "1", "token"] and third.endswith(r"'\n'")
+
+
+def test_calls_and_turns_that_are_not_learned_are_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ask, answer = {"role": "user", "content": "say dog"}, {"role": "assistant", "content": "dog", "train": False}
+    call = {
+        "role": "assistant",
+        "id": 3,
+        "content": "",
+        "tool_calls": [{"name": "bark", "arguments": '{"times": "two"}'}],
+    }
+    data = write(folder / "calls.jsonl", [{"messages": [ask, answer, ask, call]}] * 3)
+    template = folder / "base" / "chat_template.jinja"
+    before = template.read_text()
+    try:
+        for name, code in ((unmarked(TOOLS), 0), (before, 2)):
+            template.write_text(name)
+            assert finetune(*options(folder, data, "--show-sample")) == code
+    finally:
+        template.write_text(before)
+    shown = capsys.readouterr()
+    assert "fields of turns that the chat template leaves out: id\n" in shown.out
+    lines = shown.out.splitlines()
+    start = next(index for index, line in enumerate(lines) if "line 1: " in line and "of them learned" in line)
+    given, learned, end = lines[start + 1 : start + 4]
+    assert given.split()[0] == end.split()[0] == "given" and "d o g <e>" in given
+    call_text = "( c a l l ) b a r k   ? ? t i m e s ? ?   ? t w o ? ? ( e n d ) <e>"
+    assert learned.split()[0] == "learned" and call_text in learned, learned
+    assert f"--data {data}, line 1, message 4: the base's chat template leaves out tool_calls of this" in shown.err
 
 
 def test_packed_and_padded_runs_learn_alike(folder: Path, tmp_path: Path) -> None:
