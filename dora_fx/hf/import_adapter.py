@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dora_fx.attach.config import DoRA
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.plan import AttachPlan, attach, plan_attachment
+from dora_fx.files.regular_file import reason_of
 from dora_fx.hf.join import JoinedAdapter, Part, join_parts
 from dora_fx.hf.layers import (
     NamedLinear,
@@ -23,7 +24,8 @@ from dora_fx.hf.layers import (
     num_hf_layers,
     true_vocabulary,
 )
-from dora_fx.hf.peft_files import PeftAdapter, read_peft_adapter
+from dora_fx.hf.peft_numbers import check_numbers
+from dora_fx.hf.peft_reader import PeftAdapter, read_peft_adapter
 from dora_fx.hf.transformers_model import OwnNames, transformers_model_maybe
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
 from dora_fx.megatron.main_copies import update_main_copies
@@ -38,7 +40,6 @@ from dora_fx.models.hf_architectures import (
 )
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.modules.finite import not_finite_maybe
 from dora_fx.ranks.agreement import raise_on_every_rank
 from dora_fx.ranks.groups import world_group
 
@@ -93,6 +94,9 @@ def import_hf(
         plans = None if _is_adapted(imports) else _plan_attachments(imports, dropout)
     except (ValueError, TypeError, OSError) as error:
         problem = str(error)
+    except Exception as error:
+        # Of a reader, for example: the other ranks would wait for this one.
+        problem = f"{folder}: cannot be read ({reason_of(error)})"
     raise_on_every_rank(problem, world_group())
     if plans is not None:
         _attach(chunks, plans, training)
@@ -120,16 +124,29 @@ def _plan_imports(chunks: Sequence[nn.Module], adapter: PeftAdapter, vocab_size:
             f"{adapter.folder}: found an adapter of {unknown[0]} ({len(unknown)} without a place in the model), "
             f"expected layers such as {known[0]}; the model has {len(linears)} linear layers"
         )
-    missing = [path for path in known if adapter.is_target(path) and path not in adapter.shapes]
-    if missing:
-        raise ValueError(
-            f"{adapter.folder}: target_modules names {missing[0]}, which has no tensors ({len(missing)} such layers)"
-        )
+    _check_targets(adapter, known)
     imports = [PlannedImport(linear, _joined_maybe(linear, adapter, parts, vocabulary)) for linear in linears]
     if _is_adapted(imports):
         for planned in imports:
             _check_fits(adapter.folder, planned)
     return imports
+
+
+def _check_targets(adapter: PeftAdapter, known: Sequence[str]) -> None:
+    """Raise ValueError unless the files have tensors of exactly the layers that their config adapts in this model."""
+    missing = [path for path in known if adapter.is_target(path) and path not in adapter.shapes]
+    if missing:
+        raise ValueError(
+            f"{adapter.folder}: target_modules names {missing[0]}, which has no tensors ({len(missing)} such layers)"
+        )
+    ignored = [path for path in adapter.shapes if adapter.is_target(path) is False]
+    if ignored:
+        raise ValueError(
+            f"{adapter.folder}: found tensors of {ignored[0]} ({len(ignored)} such layers), which target_modules, "
+            "exclude_modules and layers_to_transform leave out, so that PEFT would ignore them"
+        )
+    if idle := adapter.idle_patterns():
+        logger.warning("%s: %s names no layer that has tensors, and has no effect", adapter.folder, " and ".join(idle))
 
 
 # The model's linear layers, what they are in the Hugging Face model, all paths there, and the vocabulary where it is
@@ -188,13 +205,16 @@ def _joined_maybe(
     in_features, out_features = spec.true_sizes
     num_rows = out_features if path != OUTPUT_LAYER or vocabulary is None else vocabulary
     rows = hf_parts.rows(path, num_rows)
+    dtype = None if spec.weight is None else spec.weight.dtype
     parts = {
-        name: _part(adapter, name, in_features, len(index)) for name, index in rows.items() if name in adapter.shapes
+        name: _part(adapter, name, in_features, len(index), dtype)
+        for name, index in rows.items()
+        if name in adapter.shapes
     }
     return join_parts(path, parts, rows, out_features, spec.dim_multiple)
 
 
-def _part(adapter: PeftAdapter, name: str, in_features: int, out_features: int) -> Part:
+def _part(adapter: PeftAdapter, name: str, in_features: int, out_features: int, dtype: torch.dtype | None) -> Part:
     expected = {
         "lora_a": (adapter.rank(name), in_features),
         "lora_b": (out_features, adapter.rank(name)),
@@ -207,10 +227,9 @@ def _part(adapter: PeftAdapter, name: str, in_features: int, out_features: int) 
             found = adapter.shapes[name][kind]
             raise ValueError(f"{adapter.folder}: {name}: found {kind} {found}, expected {shape}{hint}")
         tensors[kind] = adapter.tensor(name, kind)
-        problem = not_finite_maybe([(f"{name}: {kind}", tensors[kind])])
-        if problem is not None:
-            raise ValueError(f"{adapter.folder}: {problem}")
-    return Part(**tensors, alpha=adapter.alpha(name), use_rslora=adapter.use_rslora)
+    part = Part(**tensors, alpha=adapter.alpha(name), use_rslora=adapter.use_rslora)
+    check_numbers(f"{adapter.folder}: {name}", part, dtype)
+    return part
 
 
 def _plan_attachments(imports: Sequence[PlannedImport], dropout: float) -> list[tuple[DoRA, AttachPlan]]:

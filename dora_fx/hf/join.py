@@ -12,7 +12,8 @@ is the norm of the base weight's rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -79,22 +80,23 @@ def join_parts(
         dim_multiple: the joined rank is filled up with zeros to a multiple of it.
 
     Raises:
-        ValueError: scalings differ by another factor than a power of two, which B cannot take over exactly.
+        ValueError: scalings differ by a factor that B cannot take over exactly, most others than powers of two.
     """
     first = next(iter(parts.values()))
     share_a = all(_same(part.lora_a, first.lora_a) and part.scaling == first.scaling for part in parts.values())
     dim = first.lora_a.shape[0] if share_a else sum(part.lora_a.shape[0] for part in parts.values())
     padded_dim = dim + -dim % dim_multiple
-    lora_a = first.lora_a.new_zeros(padded_dim, first.lora_a.shape[1])
-    lora_b = first.lora_b.new_zeros(out_features, padded_dim)
-    magnitude = first.magnitude.new_zeros(out_features)
+    lora_a = torch.zeros(padded_dim, first.lora_a.shape[1], dtype=_dtype([part.lora_a for part in parts.values()]))
+    lora_b = torch.zeros(out_features, padded_dim, dtype=_dtype([part.lora_b for part in parts.values()]))
+    magnitude = torch.zeros(out_features, dtype=_dtype([part.magnitude for part in parts.values()]))
     has_magnitude = torch.zeros(out_features, dtype=torch.bool)
     begin = 0
     for name, part in parts.items():
         end = begin + part.lora_a.shape[0]
         lora_a[begin:end] = part.lora_a
-        lora_b[rows[name], begin:end] = part.lora_b * _factor(path, name, part.scaling / first.scaling)
-        magnitude[rows[name]] = part.magnitude
+        scaled = _scaled(path, name, part.lora_b, part.scaling / first.scaling)
+        lora_b[rows[name], begin:end] = scaled.to(lora_b)
+        magnitude[rows[name]] = part.magnitude.to(magnitude)
         has_magnitude[rows[name]] = True
         begin = 0 if share_a else end
     use_rslora = first.use_rslora and padded_dim == first.lora_a.shape[0]
@@ -102,8 +104,24 @@ def join_parts(
     return JoinedAdapter(lora_a, lora_b, magnitude, has_magnitude, alpha, use_rslora)
 
 
+def _dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """A dtype that holds the values of all tensors."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _scaled(path: str, name: str, lora_b: Tensor, ratio: Fraction) -> Tensor:
+    factor = _factor(path, name, ratio)
+    scaled = lora_b * factor
+    if not torch.equal(scaled / factor, lora_b):
+        raise ValueError(
+            f"{path}: B of {name} has values that {lora_b.dtype} does not hold times {factor:g}, expected some that it "
+            "holds: the layer has one scaling for all of its parts"
+        )
+    return scaled
 
 
 def _factor(path: str, name: str, ratio: Fraction) -> float:

@@ -11,41 +11,21 @@ module has, with `.weight` at its end, alone: of PEFT's files it forgets them (s
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dora_fx.hf.peft_patterns import by_pattern, check_patterns
-from dora_fx.models.hf_architectures import LM_HEAD
-from dora_fx.models.reading import check_readable, read_json_object, reading
 from dora_fx.modules.adapter import low_rank_scaling
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
-_NAME_IN_MODULE = ".weight"
-
-# What the options that change the function must be. PiSSA, OLoRA and their like change the base weights too.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "use_dora": (True,),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "eva"),
-}
-# Options that are honoured, describe the files, or concern training under PEFT alone.
-_KNOWN = {
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping"),
-    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config", "loftq_config"),
-}
+PREFIX = "base_model.model."
+SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
+NAME_IN_MODULE = ".weight"
 
 
 @dataclass(frozen=True)
@@ -67,9 +47,9 @@ class PeftModule:
 def peft_tensors(modules: Mapping[str, PeftModule]) -> dict[str, Tensor]:
     """Tensors of adapters by the names that PEFT's files have; `modules` by the path in the Hugging Face model."""
     return {
-        f"{_PREFIX}{path}{suffix}": getattr(module, name).contiguous()
+        f"{PREFIX}{path}{suffix}": getattr(module, name).contiguous()
         for path, module in modules.items()
-        for name, suffix in _SUFFIXES.items()
+        for name, suffix in SUFFIXES.items()
     }
 
 
@@ -103,8 +83,8 @@ def write_peft_adapter(
 
     tensors = peft_tensors(modules)
     if for_transformers:
-        end = _SUFFIXES["magnitude"]
-        tensors = {key + _NAME_IN_MODULE * key.endswith(end): tensor for key, tensor in tensors.items()}
+        end = SUFFIXES["magnitude"]
+        tensors = {key + NAME_IN_MODULE * key.endswith(end): tensor for key, tensor in tensors.items()}
     try:
         save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -143,136 +123,6 @@ def write_peft_adapter(
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class PeftAdapter:
-    """A PEFT adapter on disk; tensors are read when they are asked for.
-
-    Attributes:
-        folder: where it lies.
-        config: adapter_config.json.
-        shapes: path of each adapted layer -> shapes of `lora_a`, `lora_b` and `magnitude`.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    shapes: dict[str, dict[str, tuple[int, ...]]]
-    _keys: dict[str, dict[str, str]] = field(repr=False)
-
-    @cached_property
-    def _file(self) -> Any:
-        from safetensors import safe_open
-
-        return safe_open(self.folder / TENSOR_FILE, framework="pt")
-
-    def rank(self, path: str) -> int:
-        """The rank that the config states for a layer."""
-        return int(by_pattern(self.config.get("rank_pattern"), path, self.config.get("r")))
-
-    def alpha(self, path: str) -> float:
-        """The lora_alpha that the config states for a layer."""
-        alpha: float = by_pattern(self.config.get("alpha_pattern"), path, self.config.get("lora_alpha"))
-        return alpha
-
-    @property
-    def use_rslora(self) -> bool:
-        """Return whether B A is scaled by alpha / sqrt(r)."""
-        return bool(self.config.get("use_rslora"))
-
-    def tensor(self, path: str, name: str) -> Tensor:
-        """Read `lora_a`, `lora_b` or `magnitude` of a layer."""
-        return self._file.get_tensor(self._keys[path][name])
-
-    def is_target(self, path: str) -> bool | None:
-        """Return whether the config targets a layer; None where it excludes layers in a way not followed here."""
-        targets = self.config.get("target_modules")
-        if self.config.get("layers_to_transform") is not None or self.config.get("exclude_modules"):
-            return None
-        if isinstance(targets, str):
-            return path != LM_HEAD if targets == "all-linear" else re.fullmatch(targets, path) is not None
-        return any(path == target or path.endswith(f".{target}") for target in targets or ())
-
-
-def read_peft_adapter(folder: Path) -> PeftAdapter:
-    """Open a PEFT DoRA adapter and check everything that needs no model.
-
-    Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: a file cannot be read; an option, or a tensor, has no equal here; a magnitude is missing.
-    """
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder / name}: no such file, expected a PEFT adapter in safetensors format")
-    config = read_json_object(folder / CONFIG_FILE)
-    check_readable(folder / TENSOR_FILE)
-    _check_config(folder / CONFIG_FILE, config)
-    keys, shapes = _tensors_by_layer(folder / TENSOR_FILE)
-    adapter = PeftAdapter(folder, config, shapes, keys)
-    for path, found in shapes.items():
-        _check_rank(adapter, path, found)
-    return adapter
-
-
-def _check_config(file: Path, config: Mapping[str, Any]) -> None:
-    for name, expected in _REQUIRED.items():
-        found = config.get(name, {"bias": "none", "init_lora_weights": True}.get(name))
-        # True == 1 in Python, and JSON's are told apart.
-        if not any(found is value or (isinstance(value, str) and found == value) for value in expected):
-            raise ValueError(f"{file}: {name} is {found!r}, which is not supported; expected {_one_of(expected)}")
-    for name, value in config.items():
-        if name not in _REQUIRED and name not in _KNOWN and value:
-            raise ValueError(f"{file}: {name} is {value!r}, which is not supported; expected it unset")
-    check_patterns(file, config)
-    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        for value in (config.get(name), *(config.get(pattern) or {}).values()):
-            if not _is_positive(value, whole=name == "r"):
-                raise ValueError(f"{file}: {name} or {pattern} has {value!r}, expected a positive number")
-
-
-def _tensors_by_layer(file: Path) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, tuple[int, ...]]]]:
-    from safetensors import safe_open
-
-    keys: dict[str, dict[str, str]] = {}
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    with reading(file, "the file is damaged or incomplete, download it again"), safe_open(file, "pt") as opened:
-        found_shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118  no dict
-    for key, shape in found_shapes.items():
-        path, name = _layer_and_name(file, key)
-        keys.setdefault(path, {})[name] = key
-        shapes.setdefault(path, {})[name] = shape
-    for path, found in shapes.items():
-        for name, suffix in _SUFFIXES.items():
-            if name not in found:
-                raise ValueError(
-                    f"{file}: {path} has {', '.join(sorted(found))} and no {suffix[1:]}; "
-                    "expected A, B and the magnitude of every adapted layer"
-                )
-    if not shapes:
-        raise ValueError(f"{file}: found no tensor, expected an adapter's")
-    return keys, shapes
-
-
-def _layer_and_name(file: Path, key: str) -> tuple[str, str]:
-    for name, suffix in (*_SUFFIXES.items(), ("magnitude", _SUFFIXES["magnitude"] + _NAME_IN_MODULE)):
-        if key.startswith(_PREFIX) and key.endswith(suffix):
-            return key.removeprefix(_PREFIX).removesuffix(suffix), name
-    if key.endswith(".base_layer.weight"):
-        raise ValueError(
-            f"{file}: found a copy of a base weight, {key!r}, expected an adapter alone; "
-            "save it from PEFT with save_embedding_layers=False"
-        )
-    expected = ", ".join(f"{_PREFIX}<path>{suffix}" for suffix in _SUFFIXES.values())
-    raise ValueError(f"{file}: found a tensor {key!r}, expected names of the form {expected}")
-
-
-def _check_rank(adapter: PeftAdapter, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    rank, (a, b) = adapter.rank(path), (shapes["lora_a"], shapes["lora_b"])
-    if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
-        raise ValueError(
-            f"{adapter.folder / TENSOR_FILE}: {path} has A of shape {a} and B of shape {b}, "
-            f"expected the rank {rank} that {CONFIG_FILE} states"
-        )
-
-
 def _common_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The commonest value, and a pattern for the layers that have another."""
     common = Counter(values.values()).most_common(1)[0][0]
@@ -298,12 +148,3 @@ def _kind(path: str) -> str:
 
 def _plain_number(value: float) -> float:
     return int(value) if value == int(value) else value
-
-
-def _is_positive(value: Any, whole: bool) -> bool:
-    kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _one_of(values: tuple[Any, ...]) -> str:
-    return " or ".join(map(repr, values))

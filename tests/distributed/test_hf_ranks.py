@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dora_fx
 from dora_fx.megatron.world import megatron_world
@@ -126,6 +127,14 @@ def on_two_stages(folder: Path) -> None:
         chunk=dict(pre_process=stage == 0, post_process=stage == 1),
     )
     assert [layer.layer_number for layer in model.decoder.layers] == [2 * stage + 1, 2 * stage + 2]
+    # Layers of one stage alone are damaged; both ranks refuse, and change nothing.
+    for case in ("float8", "nan"):
+        with pytest.raises(ValueError, match=r"layers.3.mlp.down_proj") as caught:
+            dora_fx.import_hf([model], folder / case)
+        refusals: list[Any] = [None, None]
+        dist.all_gather_object(refusals, str(caught.value))
+        assert refusals[0] == refusals[1]
+    assert not any("adapter" in name for name, _ in model.named_parameters())
     dora_fx.export_hf(dora_fx.import_hf([model], folder / "whole"), folder / "stages")
 
 
@@ -133,6 +142,11 @@ def test_pipeline_stages_import_their_layers_and_export_one_adapter(tmp_path: Pa
     model = dora_fx.DoRA(["linear_qkv", "linear_fc1", "*.layers.3.*linear_fc2"], dim=4)(tiny_gpt(num_layers=4))
     randomize_adapters(model)
     dora_fx.export_hf(model, tmp_path / "whole")
+    key = "base_model.model.model.layers.3.mlp.down_proj.lora_B.weight"
+    for case, edit in (("float8", lambda b: b.to(torch.float8_e4m3fn)), ("nan", lambda b: b / 0.0)):
+        shutil.copytree(tmp_path / "whole", tmp_path / case)
+        tensors = load_file(tmp_path / case / "adapter_model.safetensors")
+        save_file(tensors | {key: edit(tensors[key])}, tmp_path / case / "adapter_model.safetensors")
     run_ranks(on_two_stages, 2, 1, tmp_path)
     (config, tensors), (expected_config, expected) = files(tmp_path / "stages"), files(tmp_path / "whole")
     assert config == expected_config
