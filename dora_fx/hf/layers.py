@@ -20,6 +20,7 @@ from dora_fx.models.hf_architectures import (
     SUPPORTED_MODEL_TYPES,
     HFArchitecture,
 )
+from dora_fx.models.megatron_settings import check_settings, check_states
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.modules.kinds import LinearSpec, describe_linear, looks_like_linear
 
@@ -78,12 +79,7 @@ def gpt_config(chunks: Sequence[nn.Module]) -> Any:
     if config is None or not hasattr(model, "decoder"):
         raise ValueError(f"found a {type(model).__name__}, expected a Megatron GPTModel, whose layers have known names")
     DecoderNames.of(model)
-    for name, expected in (("gated_linear_unit", True), ("multi_latent_attention", False), ("num_moe_experts", None)):
-        found = getattr(config, name, expected)
-        if found != expected:
-            raise ValueError(
-                f"the model's config has {name} = {found!r}, expected {expected!r} as in every supported architecture"
-            )
+    check_settings(config, model)
     return config
 
 
@@ -95,16 +91,20 @@ def named_architecture(chunks: Sequence[nn.Module], stated: str | None) -> HFArc
         stated: a `model_type` by the caller, None to go by the model.
 
     Raises:
-        ValueError: the statement is no known type, or names layers otherwise than the checkpoint that the model is of.
+        ValueError: the statement is no known type, names layers otherwise than the checkpoint that the model is of, or
+            is of an architecture with other norms or biases.
     """
     if stated is not None and stated not in SUPPORTED_MODEL_TYPES:
         raise ValueError(f"model_type: found {stated!r}, expected one of {', '.join(SUPPORTED_MODEL_TYPES)}")
-    noted = noted_architecture_maybe(unwrap(chunks[0]))
+    model: Any = unwrap(chunks[0])
+    noted = noted_architecture_maybe(model)
     if stated is None:
         return noted or DEFAULT_ARCHITECTURE
-    if noted is not None and noted.linears != HF_ARCHITECTURES[stated].linears:
+    hf = HF_ARCHITECTURES[stated]
+    if noted is not None and noted.linears != hf.linears:
         raise ValueError(f"model_type: found {stated!r}, expected {noted.model_type!r}, which the model was built from")
-    return HF_ARCHITECTURES[stated]
+    check_states(model.config, model_type=stated, qkv_bias=hf.qkv_bias, qk_layernorm=hf.qk_layernorm)
+    return hf
 
 
 def true_vocabulary(config: Any, linears: Sequence[NamedLinear], stated: int | None) -> int | None:

@@ -41,16 +41,21 @@ class HFParts:
         hf: names them.
         queries_per_group, kv_channels: how linear_qkv's rows are grouped, queries of one group and features of one
             head.
+        num_query_groups: with those that are padding.
+        ffn_hidden_size: rows of gate, and of up.
     """
 
     hf: HFArchitecture
     queries_per_group: int
     kv_channels: int
+    num_query_groups: int
+    ffn_hidden_size: int
 
     @classmethod
     def of(cls, hf: HFArchitecture, config: Any) -> HFParts:
         """Take the heads from a `GPTArchitecture` or a Megatron `TransformerConfig`."""
-        return cls(hf, config.num_attention_heads // config.num_query_groups, config.kv_channels)
+        groups = config.num_query_groups or config.num_attention_heads
+        return cls(hf, config.num_attention_heads // groups, config.kv_channels, groups, config.ffn_hidden_size)
 
     def paths(self, path: str) -> tuple[str, ...]:
         """Paths of the Hugging Face layers in a Megatron layer; none where it has no counterpart.
@@ -92,15 +97,19 @@ class HFParts:
     def _blocks(self, path: str, out_features: int) -> tuple[Tensor, ...]:
         linear, rows = _within_layer(path), torch.arange(out_features)
         if linear == LINEAR_FC1:
-            if out_features % 2:
-                raise ValueError(f"{path}: found {out_features} rows, expected an even number, gate's and up's")
+            if out_features != 2 * self.ffn_hidden_size:
+                raise ValueError(
+                    f"{path}: found {out_features} rows, expected {2 * self.ffn_hidden_size}, twice ffn_hidden_size "
+                    "for gate and up"
+                )
             return rows.chunk(2)
         if linear != LINEAR_QKV:
             return (rows,)
         group = (self.queries_per_group + 2) * self.kv_channels
-        if out_features % group:
+        if out_features % group or out_features > group * self.num_query_groups:
             raise ValueError(
-                f"{path}: found {out_features} rows, expected a multiple of {group}, the rows of a query group"
+                f"{path}: found {out_features} rows, expected {group} of each query group, of which there are at most "
+                f"{self.num_query_groups}"
             )
         sizes = [self.queries_per_group * self.kv_channels, self.kv_channels, self.kv_channels]
         return tuple(part.flatten() for part in rows.view(-1, group).split(sizes, dim=1))

@@ -112,8 +112,8 @@ def test_refusals_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("qwen2", r"decoder.layers.0.self_attention.linear_qkv.bias: found no bias, expected one as in models of type"),
-        ("qwen3", r"decoder.layers.0.self_attention.q_layernorm: found no such layer, expected one as in models of"),
+        ("qwen2", "found 'qwen2' for a model whose config has add_qkv_bias = False, expected True"),
+        ("qwen3", "found 'qwen3' for a model whose config has qk_layernorm = False, expected True"),
     ],
 )
 def test_what_a_model_of_that_type_has_is_missed(model_type: str, message: str) -> None:

@@ -1,0 +1,153 @@
+"""What a Megatron configuration says about rows of fused weights and about what a layer computes, checked by name.
+
+Every supported architecture is a decoder of RMSNorm, rotary positions, softmax attention and a SwiGLU MLP. A setting
+that makes another function of it, or lays the rows of linear_qkv or linear_fc1 out in another way, is refused, whatever
+is read or written. So is a setting that neither table has, unless it is left at its default: a later megatron-core may
+mean by it what nothing here knows of.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch.nn import functional
+
+# attention_output_gate gives linear_qkv a gate as wide as the queries, and rotary_interleaved the rows of a head
+# another order. The rest is of the function.
+_EXPECTED: dict[str, tuple[Any, ...]] = {
+    "gated_linear_unit": (True,),
+    "activation_func": (functional.silu,),
+    "glu_linear_offset": (0.0,),
+    "activation_func_clamp_value": (None,),
+    "num_moe_experts": (None,),
+    "add_bias_linear": (False,),
+    "normalization": ("RMSNorm",),
+    "apply_residual_connection_post_layernorm": (False,),
+    "attention_output_gate": (False,),
+    "multi_latent_attention": (False,),
+    "experimental_attention_variant": (None,),
+    "linear_attention_freq": (None,),
+    "softmax_type": ("vanilla",),
+    "qk_l2_norm": (False,),
+    "rotary_interleaved": (False,),
+    "no_rope_freq": (None, 0),
+    "mrope_section": (None,),
+    "heterogeneous_block_specs": (False,),
+    "use_mup": (False,),
+}
+# Of the model itself; rotary_percent is the share of a head that positions turn.
+_EXPECTED_OF_MODEL: dict[str, tuple[Any, ...]] = {"position_embedding_type": ("rope", "yarn"), "rotary_percent": (1.0,)}
+# Sizes and numbers that are read, or that a base's own config has as well, and settings of training, precision, speed
+# and layout.
+_KNOWN = {
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("softmax_scale", "qk_layernorm", "add_qkv_bias", "layernorm_epsilon", "layernorm_zero_centered_gamma"),
+    *("window_size", "window_attn_skip_freq", "is_hybrid_model", "attention_dropout", "hidden_dropout"),
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "cp_comm_type"),
+    *("attention_backend", "flash_attention_version", "flash_decode", "transformer_impl", "batch_invariant_mode"),
+    *("fp32_residual_connection", "attention_softmax_in_fp32", "apply_query_key_layer_scaling", "quant_recipe"),
+    *("disable_bf16_reduced_precision_matmul", "bias_activation_fusion", "bias_dropout_fusion", "persist_layer_norm"),
+    *("masked_softmax_fusion", "memory_efficient_layer_norm", "apply_rope_fusion", "fused_single_qkv_rope"),
+    *("fused_residual_rmsnorm", "use_fused_weighted_squared_relu", "use_transformer_engine_op_fuser"),
+    *("use_te_activation_func", "use_te_rng_tracker", "use_inference_optimized_layers", "symmetric_ar_type"),
+    *("activation_func_fp8_input_store", "first_last_layers_bf16", "tp_only_amax_red", "use_kitchen"),
+    *("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16", "use_kitchen_attention", "kitchen_attention_backend"),
+    *("disable_parameter_transpose_cache", "clone_scatter_output_in_embedding", "config_logger_dir", "test_mode"),
+    *("calculate_per_token_loss", "output_layer_init_method", "qk_clip", "qk_clip_alpha", "qk_clip_threshold"),
+    *("log_max_attention_logit", "distribute_saved_activations", "enable_cuda_graph", "external_cuda_graph"),
+    *(
+        "fine_grained_activation_offloading",
+        "offload_modules",
+        "min_offloaded_tensor_size",
+        "nccl_all_reduce_for_prefill",
+    ),
+    *("delay_offload_until_cuda_graph", "delta_offload_bytes_across_pp_ranks", "activation_offload_fraction"),
+    *("fine_grained_offloading_max_inflight_offloads", "high_priority_a2a_comm_stream", "cache_mla_latents"),
+    *("mla_down_proj_fusion", "use_grouped_gemm_for_shared_expert", "use_grouped_gemm_for_dense_mlp"),
+    *("hetereogenous_dist_checkpoint", "experimental_attention_variant_loss_scale_func", "use_mamba_mem_eff_path"),
+    *("mlp_chunks_for_prefill", "mlp_chunks_for_training"),
+}
+# Of layers and functions that no model here has, and ways to compute what is computed.
+_KNOWN_STARTS = (
+    *("moe_", "mamba_", "dsa_", "linear_", "mtp_", "mup_", "fp8", "fp4", "init_", "embedding_init_method"),
+    *("cuda_graph_", "inference_", "recompute_"),
+)
+
+
+def check_settings(config: Any, model: Any) -> None:
+    """Check that a Megatron model's settings are those of the supported architectures.
+
+    Args:
+        config: its TransformerConfig, or one that has the same fields.
+        model: that it is of, for how it makes positions.
+
+    Raises:
+        ValueError: naming a setting, what was found and what was expected.
+    """
+    for name, expected in _EXPECTED.items():
+        _check(config, name, expected)
+    for name, expected in _EXPECTED_OF_MODEL.items():
+        _check(model, name, expected)
+    _check_scale(config)
+    for name, default in unknown_settings():
+        if getattr(config, name, default) != default:
+            raise ValueError(
+                f"the model's config has {name} = {_shown(getattr(config, name))}, a setting that is not known here, "
+                f"expected {_shown(default)}, its default"
+            )
+
+
+def unknown_settings() -> Iterator[tuple[str, Any]]:
+    """Yield names and defaults of settings of the installed megatron-core that no table here has."""
+    from megatron.core.transformer import TransformerConfig
+
+    # Settings of parallelism, which it inherits, say nothing about a function.
+    for field in dataclasses.fields(TransformerConfig):
+        is_known = field.name in _EXPECTED or field.name in _KNOWN or field.name.startswith(_KNOWN_STARTS)
+        if not is_known and field.name in TransformerConfig.__annotations__:
+            factory: Any = field.default_factory
+            yield field.name, field.default if factory is dataclasses.MISSING else factory()
+
+
+def check_states(config: Any, *, model_type: str, qkv_bias: bool, qk_layernorm: bool) -> None:
+    """Check that a model is of the architecture that a caller says it is.
+
+    Raises:
+        ValueError: naming the setting that another architecture has.
+    """
+    for name, found, expected in (
+        ("qk_layernorm", getattr(config, "qk_layernorm", qk_layernorm), qk_layernorm),
+        ("add_qkv_bias", getattr(config, "add_qkv_bias", qkv_bias), qkv_bias),
+    ):
+        if bool(found) != expected:
+            raise ValueError(
+                f"model_type: found {model_type!r} for a model whose config has {name} = {found!r}, expected {expected}"
+            )
+
+
+def _check(owner: Any, name: str, expected: tuple[Any, ...]) -> None:
+    found = getattr(owner, name, expected[0])
+    if not any(found is value or found == value for value in expected):
+        raise ValueError(
+            f"the model's config has {name} = {_shown(found)}, expected {' or '.join(map(_shown, expected))} as in "
+            "every supported architecture"
+        )
+
+
+def _check_scale(config: Any) -> None:
+    """Check that scores are divided by the root of a head's size, as they are where nothing is said."""
+    scale, size = getattr(config, "softmax_scale", None), config.kv_channels
+    if scale is not None and not math.isclose(scale, size**-0.5, rel_tol=1e-6):
+        raise ValueError(
+            f"the model's config has softmax_scale = {scale!r}, expected None or {size**-0.5:g}, 1 / sqrt(kv_channels) "
+            "as in every supported architecture"
+        )
+
+
+def _shown(value: Any) -> str:
+    """A function by its name, which its repr hides behind an address."""
+    return str(getattr(value, "__name__", value)) if callable(value) else repr(value)
