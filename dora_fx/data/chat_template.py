@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from dora_fx.data.formats import Conversation
@@ -37,7 +38,7 @@ class WrittenConversation:
     conversation: Conversation
     _texts: dict[tuple[int, bool], str] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def is_marked(self) -> bool:
         """Return whether the template marks what the assistant says."""
         return _GENERATION.search(self.tokenizer.get_chat_template(tools=self.conversation.tools)) is not None
@@ -70,6 +71,7 @@ class WrittenConversation:
         # What follows the mark of the end, a line break in most templates, no model has to generate.
         return Answer(index, text, (len(prompt), len(text.rstrip())))
 
+    @cached_property
     def marked(self) -> tuple[list[int], list[bool], list[Span]]:
         """Tokens of the whole, whether each is learned by the template's marks, and their spans in the text.
 

@@ -84,7 +84,7 @@ class SampleEncoder:
             check_nothing_left_out(written, self.unused_fields)
             if not written.is_marked:
                 return self._split_by_prompts(written)
-            ids, is_target, _ = written.marked()
+            ids, is_target, _ = written.marked
             return [TokenSample(sample.where, ids, is_target)]
         if isinstance(sample, Text):
             return [self._document(sample.where, "", sample.text)]

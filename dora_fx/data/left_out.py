@@ -72,7 +72,7 @@ def _shown(written: WrittenConversation, index: int) -> str:
     if not written.conversation.is_learned(index):
         return written.whole
     if written.is_marked:
-        _, mask, spans = written.marked()
+        _, mask, spans = written.marked
         return "".join(written.whole[a:b] for mark, (a, b) in zip(mask, spans, strict=True) if mark)
     answer = written.answer(index)
     return answer.text[slice(*answer.span)]

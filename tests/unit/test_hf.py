@@ -352,7 +352,7 @@ def test_tensors_are_refused_by_name(folder: Path) -> None:
     magnitude, lora_b = f"{Q_PROJ}lora_magnitude_vector", f"{Q_PROJ}lora_B.weight"
     refuse_tensors(r"layers.1.self_attn.q_proj has lora_a, lora_b and no lora_magnitude_vector", **{magnitude: None})
     refuse_tensors(r"q_proj: found magnitude \(47,\), expected \(48,\)", **{magnitude: good[magnitude][:-1].clone()})
-    refuse_tensors(r"q_proj: lora_b has NaN or inf", **{lora_b: good[lora_b] / 0.0})
+    refuse_tensors(r"q_proj: lora_b: found NaN or inf", **{lora_b: good[lora_b] / 0.0})
     refuse_tensors(r"found a tensor 'lm_head.weight', expected names", **{"lm_head.weight": torch.ones(2)})
     copy = {"base_model.model.lm_head.base_layer.weight": torch.ones(64, 48)}
     refuse_tensors(r"found a copy of a base weight, .*lm_head.* save_embedding_layers=False", **copy)
