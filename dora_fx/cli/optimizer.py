@@ -70,10 +70,15 @@ class AdapterOptimizer:
         self._wrapped.zero_grad_buffer()
         self.megatron.zero_grad()
 
-    def complete_gradients(self) -> float:
-        """Reduce the gradients over the ranks; return their norm over all of the model, before clipping."""
+    def reduce_gradients(self) -> None:
+        """Complete the gradients over the ranks."""
         with self._megatron_runs():
             finalize_model_grads([self._wrapped])
+
+    def complete_gradients(self) -> float:
+        """Reduce the gradients over the ranks; return their norm over all of the model, before clipping."""
+        self.reduce_gradients()
+        with self._megatron_runs():
             self.megatron.prepare_grads()
             return float(self.megatron.get_grad_norm())
 

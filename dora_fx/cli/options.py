@@ -148,6 +148,10 @@ class TrainingOptions:
     patience: int = field(
         default=0, metadata={"help": "stop after so many measurements without a new lowest held-out loss; 0 never does"}
     )
+    check: bool = field(
+        default=False,
+        metadata={"help": "before the first step, prove on a batch that what should train trains and would be kept"},
+    )
     seed: int = field(default=1234, metadata={"help": "of the adapter, dropout and the order of the sequences"})
 
 
@@ -224,6 +228,7 @@ _MEASUREMENTS = 5
 # shows in whose style the model writes.
 DEMO_DEFAULTS: dict[str, Any] = {
     "steps": 60,
+    "check": True,
     "sample_tokens": 48,
     "prompt": "Dictionaries map keys to values.",
 }
@@ -262,7 +267,7 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 # moved: the checkpoint has digests of both, and takes no others. Adapters of one spec fit the layers of
 # another, or have other names and are refused.
 CHANGEABLE_ON_RESUME = frozenset(
-    {"steps", "epochs", "show_sample", "save_every", "eval_every", "patience", "keep", "log", "sample_tokens"}
+    {"steps", "epochs", "check", "show_sample", "save_every", "eval_every", "patience", "keep", "log", "sample_tokens"}
     | {"device", "spec", "compile", "recompute", "tp", "pp", "dp", "sequence_parallel"}
     | {"base", "data"}
 )

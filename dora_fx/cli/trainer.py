@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+import dora_fx
+from dora_fx import CheckReport
 from dora_fx.checkpoint import load_checkpoint, save_checkpoint
 from dora_fx.cli.not_finite import problem_of_step_maybe
 from dora_fx.cli.optimizer import AdapterOptimizer, learning_rate
@@ -108,6 +110,28 @@ class Trainer:
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):
             self.passes.token_losses(self._micro_batch(self._sequences.train[: self._options.batch_size]))
+
+    def check(self) -> CheckReport:
+        """Run the preflight on the first forward pass of each data-parallel rank; every rank calls it."""
+        self.model.train()
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        batches = [self._sequences_of(index) for index in range(replicas)]
+        share = replicas / sum(int(batch.loss_mask().sum()) for batch in batches)
+        micro_batch = self._micro_batch(batches[replica], replica, share)
+
+        def forward_backward(model: Any, batch: MicroBatch) -> float:
+            loss = self.passes.forward_backward([batch]).item()
+            self._optimizer.reduce_gradients()
+            return loss
+
+        return dora_fx.check(
+            self.model,
+            micro_batch,
+            self._optimizer.megatron,
+            forward_backward=forward_backward,
+            forward=lambda model, batch: self.passes.token_losses(batch),
+            raises=False,
+        )
 
     def save(self, checkpoint: Path, *, with_optimizer: bool = True) -> None:
         """Save the state after the last complete step; every rank calls it. Raises CheckpointError."""

@@ -74,6 +74,8 @@ class TrainingRun:
         try:
             with self._logging(), self.stop.deferred(), fitting_in_memory("a batch", _SMALLER_BATCH):
                 self.trainer.allocate_buffers()
+                if self.options.check:
+                    self._check()
                 if self.trainer.step == 0:
                     self._measure()
                 elif self._is_measured(self.trainer.step) and self.trainer.step not in self._held_out_losses():
@@ -180,6 +182,13 @@ class TrainingRun:
             f"the {last - since} steps up to step {last} made no update, at the last of them because {problem}; "
             f"{saved}; a smaller --lr may help"
         )
+
+    def _check(self) -> None:
+        with self.display.phase("checking that what should train trains"):
+            report = self.trainer.check()
+        self.display.say(str(report))
+        if report.failed:
+            raise UserError(f"--check: {report.failed[0].name}: {report.failed[0].text}")
 
     def _measure(self) -> None:
         """Held-out loss and sample, before the first step and after the last; whatever is there is not redone."""

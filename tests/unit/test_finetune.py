@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from dora_fx.checkpoint.plain import read_adapters
 from tests.closeness import assert_close, rounding
+from tests.distributed.mutations import MUTATIONS, planted
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP, finetune, rows, step_of
 from tests.hf_models import adapter_of, finetune_inputs
 
@@ -159,3 +161,27 @@ def test_a_norm_of_zero_clips_nothing_and_the_norm_is_the_one_before_clipping(
     assert any(not torch.equal(found["1e-9"][key], tensor) for key, tensor in found["0"].items())
     norms = [rows(tmp_path / name, "grad_norm")[1] for name in found]
     assert norms[0] == norms[1] == norms[2] > 0.01
+
+
+def test_a_checked_run_goes_as_one_that_is_not(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--steps", 2, "--compile", "layer", "--inner-compiler", "eager", "--dropout", 0.2]
+    for run, check in (("plain", []), ("checked", ["--check"])):
+        assert finetune(*inputs, *options, *check, "--run", tmp_path / run) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^ok +slope +the loss moves", output, re.M)
+    assert re.search(r"^ok +compiled +loss within", output, re.M)
+    assert re.search(r"^nothing is wrong; loss ", output, re.M)
+    for key in ("loss", "grad_norm", "held_out_loss"):
+        assert rows(tmp_path / "checked", key) == rows(tmp_path / "plain", key)
+
+
+def test_a_run_whose_check_fails_trains_nothing(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with planted(next(mutation for mutation in MUTATIONS if mutation.name == "output gradient not scaled")):
+        assert finetune(*inputs, "--check", "--run", run) != 0
+    assert "--check: slope: " in capsys.readouterr().err
+    assert {path.name for path in run.iterdir()} <= {"config.yaml", "report.txt"}
