@@ -133,7 +133,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
         self.weight_magnitude: nn.Parameter
         for name in ("scaling_factor", "dropout_threshold", "dropout_rescale"):
             self.register_buffer(name, None, persistent=False)
-        self._set_factors()
+        self.set_factors()
 
     @property
     def layout(self) -> Layout:
@@ -148,7 +148,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
     @alpha.setter
     def alpha(self, value: float) -> None:
         self._alpha = value
-        self._set_factors()
+        self.set_factors()
 
     @property
     def dropout(self) -> float:
@@ -160,14 +160,14 @@ class ParallelLinearDoRAAdapter(nn.Module):
         if not 0.0 <= value < 1.0:
             raise ValueError(f"dropout: found {value!r}, expected a probability in [0, 1)")
         self._dropout = value
-        self._set_factors()
+        self.set_factors()
 
     @property
     def scaling(self) -> float:
         """The factor of the low-rank product, see `low_rank_scaling`."""
         return low_rank_scaling(self.alpha, self.dim, self.use_rslora)
 
-    def _set_factors(self) -> None:
+    def set_factors(self) -> None:
         """Make the buffers of alpha and dropout anew, beside A and in the dtype of norms and magnitudes."""
         lora_a = self.linear_in.weight
         dtype = norm_dtype(lora_a.dtype)
@@ -206,7 +206,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
         if grad is not None:
             is_same = grad.device == magnitude.device and grad.dtype == magnitude.dtype
             magnitude.grad = grad if is_same else grad.detach().to(magnitude)
-        self._set_factors()
+        self.set_factors()
         return self
 
     def sharded_state_dict(

@@ -23,6 +23,7 @@ from dora_fx.modules.kinds import describe_linear
 from dora_fx.modules.marker import MarkedSite, mark
 from dora_fx.modules.partial_gradients import CompleteGradients, PartialGradients, leaves_for, partial_gradients
 from dora_fx.modules.site_paths import note_path
+from dora_fx.modules.tensor_checks import check_buffers, check_factors, check_magnitude
 from dora_fx.modules.written_parameters import guard_optimizers, note_loaded
 from dora_fx.ranks.groups import group_size
 
@@ -97,8 +98,8 @@ class DoRALinear(BaseAttributes):
 
         Raises:
             ValueError: naming the path, if x does not fit the layer or the layer is in a state that would
-                train another function: a base weight that requires grad, an adapter of another dtype or
-                on another device.
+                train another function: a base weight that requires grad, a tensor of the adapter that has another
+                dtype or is on another device.
         """
         if not self._adapter_enabled:
             return self.to_wrap(x, *args, **kwargs)
@@ -119,7 +120,9 @@ class DoRALinear(BaseAttributes):
         stored = self._stored(weight, layout_name, self.training and adapter.has_dropout)
         bias = self.kind.added_bias(self.to_wrap)
         norm = self.kind.input_norm(self.to_wrap)
-        output = mark(MarkedSite(base_output, x, bias, stored, self._cached(), norm))
+        cached = self._cached()
+        check_buffers(self.path, stored, cached)
+        output = mark(MarkedSite(base_output, x, bias, stored, cached, norm))
         return output if beside is None else (output, *beside)
 
     def _check_call(self, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -133,23 +136,8 @@ class DoRALinear(BaseAttributes):
         features = weight.shape[1] * (self.adapter.tp_size if self.adapter.layout.enter == "split_features" else 1)
         if x.shape[-1] != features:
             raise ValueError(f"{self.path}: the input has {x.shape[-1]} features, the layer takes {features}")
-        for name, factor in (("linear_in", self.adapter.linear_in), ("linear_out", self.adapter.linear_out)):
-            found = factor.weight
-            if found.dtype != weight.dtype or found.device != weight.device:
-                raise ValueError(
-                    f"{self.path}.adapter.{name}: found {found.dtype} on {found.device}, "
-                    f"expected the base weight's {weight.dtype} on {weight.device}"
-                )
-            if tuple(found.shape) != factor.shape:
-                raise ValueError(
-                    f"{self.path}.adapter.{name}: found a shard of shape {tuple(found.shape)}, expected {factor.shape}"
-                )
-        magnitude = self.adapter.weight_magnitude
-        if magnitude.device != weight.device or magnitude.shape != self.base_norm_sq.shape:
-            raise ValueError(
-                f"{self.path}.adapter.weight_magnitude: found shape {tuple(magnitude.shape)} on {magnitude.device}, "
-                f"expected {tuple(self.base_norm_sq.shape)} on the base weight's {weight.device}"
-            )
+        check_factors(self.path, self.adapter, weight)
+        check_magnitude(self.path, self.adapter.weight_magnitude, weight, self.base_norm_sq)
 
     def invalidate_norm(self) -> None:
         """Forget the norms of the base weight and all that is cached of the adapter, on this rank alone.
@@ -157,6 +145,7 @@ class DoRALinear(BaseAttributes):
         The next forward pass, where all ranks are, computes them.
         """
         adapter, weight = self.adapter, self.base_weight
+        adapter.set_factors()
         self.base_norm_sq = empty_base_norm(weight)
         cached = empty_cache(
             self.base_norm_sq, adapter.linear_in.weight, adapter.linear_out.weight, adapter.layout, adapter.tp_group
