@@ -176,15 +176,17 @@ def test_a_manifest_names_rslora_where_it_is_used_alone_and_contradicts_nothing(
         read_adapters(path)
 
 
-def test_megatron_s_optimizer_and_scheduler_keep_the_ratios() -> None:
+def test_megatron_s_optimizer_keeps_the_ratios_with_its_scheduler_and_without() -> None:
     model = patterned(fresh_gpt())
     config = OptimizerConfig(optimizer="adam", lr=0.1, min_lr=0.01, weight_decay=0.5)
     optimizer = optimizer_of(model, config, loraplus_lr_ratio=8.0, magnitude_lr_ratio=0.5)
-    scheduler = OptimizerParamScheduler(optimizer, 0.0, 0.1, 0.01, 2, 10, "cosine", 0.5, 0.5, 0, "constant")
     kinds = {"linear_in.weight": (1.0, 0.5), "linear_out.weight": (8.0, 0.5), "weight_magnitude": (0.5, 0.0)}
     names = {id(parameter): name.partition(".adapter.")[2] for name, parameter in model.named_parameters()}
-    for _ in range(10):
-        scheduler.step(1)
+    for step in range(11):
+        if step == 1:
+            scheduler = OptimizerParamScheduler(optimizer, 0.0, 0.1, 0.01, 2, 10, "cosine", 0.5, 0.5, 0, "constant")
+        if step >= 1:
+            scheduler.step(1)
         own = {names[id(parameter)]: group for group in optimizer.param_groups for parameter in group["params"]}
         assert own.keys() == kinds.keys()
         base = own["linear_in.weight"]["lr"]

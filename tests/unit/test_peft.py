@@ -143,10 +143,11 @@ def test_patterns_and_rslora_agree_with_peft(use_rslora: bool) -> None:
 
 @pytest.mark.usefixtures("world")
 def test_learning_rate_ratios_agree_with_peft() -> None:
-    """PEFT gives magnitudes the rate of B; a scheduler of torch's keeps the ratios."""
+    """PEFT gives magnitudes the rate of B, and no decay unless asked; a scheduler of torch's keeps the ratios."""
     model, twin = patterned_twins(use_rslora=False)
     theirs = create_loraplus_optimizer(twin, torch.optim.AdamW, lr=LEARNING_RATE, loraplus_lr_ratio=4.0)
-    groups = dora_fx.parameter_groups(model, LEARNING_RATE, loraplus_lr_ratio=4.0, magnitude_lr_ratio=4.0)
+    ratios = dict(loraplus_lr_ratio=4.0, magnitude_lr_ratio=4.0)
+    groups = dora_fx.parameter_groups(model, LEARNING_RATE, weight_decay=0.0, **ratios)
     optimizers = torch.optim.AdamW(groups), theirs
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
     tokens = torch.randint(0, 64, (2, 10))
@@ -172,5 +173,36 @@ def test_magnitudes_have_a_rate_of_their_own_and_no_decay() -> None:
     assert len(rates) == 3 * len(sites(model))
     for name, parameter in our_parameters(model).items():
         assert rates[id(parameter)] == expected[name.partition(".adapter.")[2]]
-    with pytest.raises(ValueError, match="loraplus_lr_ratio: found 0, expected a positive finite number"):
-        dora_fx.parameter_groups(model, 0.1, loraplus_lr_ratio=0)
+    for options, message in (
+        (dict(lr=0.1, loraplus_lr_ratio=0), "loraplus_lr_ratio: found 0, expected a positive finite number"),
+        (dict(loraplus_lr_ratio=2), "lr: found None, expected the learning rate that the ratios multiply"),
+        (dict(lr=-1.0), "lr: found -1.0, expected a finite number of at least 0"),
+        (dict(lr=0.1, weight_decay=float("nan")), "weight_decay: found nan, expected a finite number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dora_fx.parameter_groups(model, **options)
+
+
+@pytest.mark.usefixtures("world")
+def test_groups_leave_to_the_optimizer_what_they_do_not_say(caplog: pytest.LogCaptureFixture) -> None:
+    """With gradients of zero only decay moves a parameter: by lr * weight_decay of itself."""
+    for options, rate, decay in (
+        (dict(lr=0.1, loraplus_lr_ratio=16.0), 0.1, 0.5),
+        (dict(), 0.2, 0.5),
+        (dict(lr=0.1, weight_decay=0.25), 0.1, 0.25),
+        (dict(weight_decay=0.0), 0.2, 0.0),
+    ):
+        model, _ = patterned_twins(use_rslora=False)
+        before = {name: parameter.detach().clone() for name, parameter in our_parameters(model).items()}
+        optimizer = torch.optim.AdamW(dora_fx.parameter_groups(model, **options), lr=0.2, weight_decay=0.5)
+        for parameter in our_parameters(model).values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        for name, parameter in our_parameters(model).items():
+            ratio = options.get("loraplus_lr_ratio", 1.0) if name.endswith("linear_out.weight") else 1.0
+            kept = 1.0 if name.endswith("weight_magnitude") else 1.0 - rate * ratio * decay
+            assert_close(parameter.detach(), kept * before[name], TOLERANCE)
+    assert not caplog.records
+    next(parameter for name, parameter in model.named_parameters() if "norm" in name).requires_grad_()
+    dora_fx.parameter_groups(model)
+    assert "found 1 trainable parameters outside adapters" in caplog.text and "norm.weight; add" in caplog.text
