@@ -37,8 +37,9 @@ def parameter_groups(
         torch.optim.AdamW(groups, weight_decay=0.1)
 
     What is None here is left to the optimizer's own arguments (AdamW decays by 0.01 unless told otherwise); what is
-    given here counts, as in any group of torch's. Magnitudes are not decayed by either: W0 is in them, and decay would pull the adapted weight to zero and
-    not to the base. PEFT decays them like A and B, Megatron decays nothing that has one dimension.
+    given here counts, as in any group of torch's. Magnitudes are not decayed by either: W0 is in them, and decay would
+    pull the adapted weight to zero and not to the base. PEFT decays them like A and B, Megatron decays nothing that has
+    one dimension.
 
     Every rank gets its own shards, and the same three groups, of which some may be empty on a pipeline stage. A warning
     names trainable parameters outside adapters, which are in none of them.

@@ -10,20 +10,22 @@ B and the norms' partial sums travel, one layer at a time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch import nn
 
 from dora_fx.attach.matching import adapted_layers
+from dora_fx.attach.shared_weights import sharing_problem_maybe
 from dora_fx.function.collectives import gather_rows_coalesced
 from dora_fx.function.row_scale import magnitude_delta
 from dora_fx.function.weight_norm import norm_dtype
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
-from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, replace_modules, walk
+from dora_fx.megatron.wrappers import ModelT, NamedModule, check_unsharded, chunks_of, replace_modules, walk
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.modules.finite import adapter_not_finite_maybe
 from dora_fx.ranks.agreement import problem_of_any_rank_maybe
@@ -33,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 NOTHING_ADAPTED = "found no adapted layer, expected a model that DoRA was called on"
 _KEPT = "_dora_fx_kept"
+_KEPT_TWICE = (
+    "{}: found an adapter over a layer whose merge was kept to be undone, expected one of them to be kept: "
+    "merge it without keep_adapter, after which neither can be undone"
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,12 @@ class KeptAdapter:
     Attributes:
         site: the adapted layer that the merged one stands in for.
         weight: a copy of W0, or of this rank's shard, in host memory.
+        merged_again: another adapter was merged into the layer since, which unmerging would lose.
     """
 
     site: DoRALinear
     weight: torch.Tensor
+    merged_again: bool = False
 
 
 def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
@@ -64,18 +72,25 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
 
     Raises:
         ValueError: on every rank, naming the layer: nothing is adapted; a layer's weight is tied to an embedding
-            or to another layer, which merging would change too; an adapter is disabled, or has NaN or inf.
+            or to another layer, or is in the memory of another model's, which merging would change too; an adapter
+            is disabled, or has NaN or inf; a layer's adapter is to be kept while that of an earlier merge is.
     """
     chunks = chunks_of(model)
     sites = [(named.whole_path, named.module) for _, named in adapted_layers(chunks)]
-    _check_mergeable(chunks, sites)
-    for _, site in sites:
-        kept = site.base_weight.detach().to("cpu", copy=True) if keep_adapter else None
-        _write_weight(site.to_wrap.weight, merged_weight(site))
-        if kept is not None:
-            setattr(site.to_wrap, _KEPT, KeptAdapter(site, kept))
-    for chunk in chunks:
-        replace_modules(chunk, {site: site.to_wrap for _, site in sites})
+    _check_mergeable(chunks, sites, keep_adapter=keep_adapter)
+    merged: dict[nn.Module, nn.Module] = {}
+    try:
+        for _, site in sites:
+            _merge_site(site, keep_adapter=keep_adapter)
+            merged[site] = site.to_wrap
+    except BaseException:
+        # Out of memory, say. What is merged so far is undone, or else the function stays that of the whole model.
+        if keep_adapter:
+            _restore(merged.values())
+        else:
+            _replace(chunks, merged)
+        raise
+    _replace(chunks, merged)
     if not keep_adapter:
         rebuild_gradient_buffers(chunks)
     logger.info("merged %d layers", len(sites))
@@ -85,30 +100,21 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
 def unmerge(model: ModelT) -> ModelT:
     """Undo `merge(model, keep_adapter=True)`: bitwise the base weights of before, and the same adapter modules.
 
-    A cast or a move of the model in between is carried over to the adapters. Every rank calls it.
+    A cast or a move of the model in between is carried over to the adapters. Every rank calls it. Everything is checked
+    before anything is changed, so the copies of the base weights stay where it raises.
 
     Raises:
-        ValueError: no layer of the model was merged with its adapter kept, or one was adapted again since.
+        ValueError: on every rank, naming the layer: no layer of the model was merged with its adapter kept; one was
+            adapted again since, also where that adapter was merged; its weight cannot take the values of before, or is
+            in the memory of another module's, which would change too.
     """
     chunks = chunks_of(model)
     merged = [named for chunk in chunks for named in walk(chunk) if hasattr(named.module, _KEPT)]
+    problem = _unmerge_problem_maybe(chunks, merged)
+    _raise_together(problem, {getattr(named.module, _KEPT).site.adapter.tp_group for named in merged})
     if not merged:
         raise ValueError("found no merged layer, expected a model after merge(model, keep_adapter=True)")
-    for named in merged:
-        if named.path.endswith(".to_wrap"):
-            path = named.whole_path.removesuffix(".to_wrap")
-            raise ValueError(f"{path}: adapted again since it was merged; merge that first")
-    sites: dict[nn.Module, nn.Module] = {}
-    for linear in (named.module for named in merged):
-        kept = getattr(linear, _KEPT)
-        delattr(linear, _KEPT)
-        _write_weight(linear.weight, kept.weight)
-        # The wrapper's own cast keeps the magnitude in float32 and measures the base weight again.
-        kept.site.to(device=linear.weight.device, dtype=linear.weight.dtype)
-        kept.site.train(linear.training)
-        sites[linear] = kept.site
-    for chunk in chunks:
-        replace_modules(chunk, sites)
+    _replace(chunks, _restore(named.module for named in merged))
     logger.info("unmerged %d layers", len(merged))
     return model
 
@@ -118,13 +124,43 @@ def merged(model: ModelT) -> Iterator[ModelT]:
     """Within the context the model is merged, for evaluation and generation at the base's price.
 
     Afterwards, also after an exception, base weights and adapters are bitwise what they were. See `merge`, which says
-    what it costs, what is refused, and that every rank calls it.
+    what it costs, what is refused, and that every rank calls it. It does not nest.
     """
     merge(model, keep_adapter=True)
     try:
         yield model
     finally:
         unmerge(model)
+
+
+def _merge_site(site: DoRALinear, *, keep_adapter: bool) -> None:
+    linear = site.to_wrap
+    kept = KeptAdapter(site, site.base_weight.detach().to("cpu", copy=True)) if keep_adapter else None
+    _write_weight(linear.weight, merged_weight(site))
+    if kept is not None:
+        setattr(linear, _KEPT, kept)
+    elif hasattr(linear, _KEPT):
+        setattr(linear, _KEPT, replace(getattr(linear, _KEPT), merged_again=True))
+
+
+def _restore(linears: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """Write the weights of before into merged layers; return the adapted layer of each."""
+    sites: dict[nn.Module, nn.Module] = {}
+    for linear in linears:
+        kept: KeptAdapter = getattr(linear, _KEPT)
+        weight: Any = linear.weight
+        _write_weight(weight, kept.weight)
+        delattr(linear, _KEPT)
+        # The wrapper's own cast keeps the magnitude in float32 and measures the base weight again.
+        kept.site.to(device=weight.device, dtype=weight.dtype)
+        kept.site.train(linear.training)
+        sites[linear] = kept.site
+    return sites
+
+
+def _replace(chunks: Iterable[nn.Module], replacements: Mapping[nn.Module, nn.Module]) -> None:
+    for chunk in chunks:
+        replace_modules(chunk, replacements)
 
 
 @torch.no_grad()
@@ -160,24 +196,54 @@ def merge_tensors(
     return merged.mul_(1.0 + delta.to(wide)[:, None])
 
 
-def _check_mergeable(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> None:
+def _check_mergeable(
+    chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]], *, keep_adapter: bool
+) -> None:
     """Raise on every rank of the model, all of its pipeline stages, if a site of any of them cannot be merged."""
     problem = merge_problem_maybe(chunks, sites)
-    groups = [resolve_group(tp_group) for tp_group in sorted({site.adapter.tp_group for _, site in sites} - {""})]
+    if problem is None and keep_adapter:
+        problem = next((_KEPT_TWICE.format(path) for path, site in sites if hasattr(site.to_wrap, _KEPT)), None)
+    if problem is None:
+        problem = sharing_problem_maybe(chunks, {path: site.to_wrap for path, site in sites})
+    _raise_together(problem, {site.adapter.tp_group for _, site in sites})
+    if not sites:
+        raise ValueError(_nothing_adapted(chunks))
+
+
+def _raise_together(problem: str | None, tp_groups: Iterable[str]) -> None:
+    """Raise what this rank found, or another one of the model, on all of its ranks; each of them calls it."""
+    groups = [resolve_group(tp_group) for tp_group in sorted(set(tp_groups) - {""})]
     if parallel_state.model_parallel_is_initialized():
         groups.append(parallel_state.get_pipeline_model_parallel_group())
     # Every rank takes part in every exchange before it raises: those of another stage hear of it in the last one.
     for group in groups:
         problem = problem_of_any_rank_maybe(problem, group)
-    if problem is None and not sites:
-        problem = _nothing_adapted(chunks)
     if problem is not None:
         raise ValueError(problem)
 
 
 def _nothing_adapted(chunks: Sequence[nn.Module]) -> str:
-    is_merged = any(hasattr(named.module, _KEPT) for chunk in chunks for named in walk(chunk))
-    return "found a model that is merged already; unmerge it first" if is_merged else NOTHING_ADAPTED
+    layers = [named for chunk in chunks for named in walk(chunk) if hasattr(named.module, _KEPT)]
+    path = next((named.whole_path for named in layers if not getattr(named.module, _KEPT).merged_again), None)
+    return NOTHING_ADAPTED if path is None else f"{path}: found a layer that is merged already; unmerge it first"
+
+
+def _unmerge_problem_maybe(chunks: Sequence[nn.Module], merged: Sequence[NamedModule]) -> str | None:
+    """The first reason why a merged layer cannot become what it was."""
+    for named in merged:
+        kept: KeptAdapter = getattr(named.module, _KEPT)
+        if named.path.endswith(".to_wrap") or kept.merged_again:
+            path = named.whole_path.removesuffix(".to_wrap")
+            what = "and that adapter was merged too" if kept.merged_again else "by an adapter that is there"
+            return f"{path}: found it adapted again since it was merged, {what}; undoing the merge would lose that one"
+        weight = named.module.weight
+        if weight is None or weight.is_meta or weight.shape != kept.weight.shape:
+            found = "none" if weight is None else f"one of shape {tuple(weight.shape)} on {weight.device}"
+            return (
+                f"{named.whole_path}.weight: found {found}, expected one of shape {tuple(kept.weight.shape)} with "
+                "memory, for the base weight of before the merge"
+            )
+    return sharing_problem_maybe(chunks, {named.whole_path: named.module for named in merged})
 
 
 def merge_problem_maybe(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> str | None:

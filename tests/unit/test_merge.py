@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+from collections.abc import Callable
+
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -10,6 +14,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx import DoRALinear
+from dora_fx.attach.merge import _KEPT
 from tests.closeness import assert_as_exact, assert_close, rounding, roundings_of
 from tests.models import (
     DIM,
@@ -240,8 +245,189 @@ def test_states_that_cannot_be_merged_are_named() -> None:
     assert len(sites(model)) == 8
 
 
-def test_a_merged_model_that_was_adapted_again_is_not_unmerged() -> None:
-    model = dora_fx.merge(adapted_gpt(), keep_adapter=True)
+MERGED_ALREADY = r"decoder\.layers\.0\..*: found a layer that is merged already; unmerge it first"
+ADAPTED_AGAIN = r"decoder\.layers\.0\.self_attention\.linear_proj: found it adapted again since it was merged, "
+
+
+def merge_and_keep(model: nn.Module) -> None:
+    dora_fx.merge(model, keep_adapter=True)
+
+
+def adapt_again(model: nn.Module) -> None:
     dora_fx.DoRA(GPT_TARGETS, dim=DIM)(model)
-    with pytest.raises(ValueError, match=r"linear_proj: adapted again since it was merged"):
-        dora_fx.unmerge(model)
+    randomize_adapters(model, seed=2)
+
+
+def enter_merged(model: nn.Module) -> None:
+    with dora_fx.merged(model):
+        pytest.fail("merged a model twice")
+
+
+def move_to_meta(model: nn.Module) -> None:
+    model.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("steps", "refused", "message"),
+    [
+        ([merge_and_keep], dora_fx.merge, MERGED_ALREADY),
+        ([merge_and_keep], merge_and_keep, MERGED_ALREADY),
+        ([merge_and_keep], enter_merged, MERGED_ALREADY),
+        ([merge_and_keep, dora_fx.unmerge], dora_fx.unmerge, "found no merged layer"),
+        ([dora_fx.merge], dora_fx.unmerge, "found no merged layer"),
+        ([merge_and_keep, adapt_again], dora_fx.unmerge, ADAPTED_AGAIN + "by an adapter that is there"),
+        ([merge_and_keep, adapt_again, dora_fx.merge], dora_fx.unmerge, ADAPTED_AGAIN + "and that adapter was merged"),
+        ([merge_and_keep, adapt_again, dora_fx.merge], merge_and_keep, "found no adapted layer"),
+        ([merge_and_keep, adapt_again], merge_and_keep, "linear_proj: found an adapter over a layer whose merge was"),
+        ([merge_and_keep, adapt_again], enter_merged, "linear_proj: found an adapter over a layer whose merge was"),
+        ([merge_and_keep, move_to_meta], dora_fx.unmerge, r"linear_proj\.weight: found one of shape .* on meta"),
+    ],
+)
+def test_merging_out_of_order_is_refused_before_anything_is_changed(
+    steps: list[Callable[[nn.Module], object]], refused: Callable[[nn.Module], object], message: str
+) -> None:
+    model = adapted_gpt()
+    linears = {path: site.to_wrap for path, site in sites(model).items()}
+    base = {path: site.base_weight.clone() for path, site in sites(model).items()}
+    for step in steps:
+        step(model)
+    before, adapted = tensors(model), sites(model)
+    with pytest.raises(ValueError, match=message):
+        refused(model)
+    assert sites(model) == adapted
+    if not any(value.is_meta for value in before.values()):
+        assert_same(tensors(model), before)
+    if merge_and_keep in steps and dora_fx.unmerge not in steps:
+        assert all(torch.equal(getattr(linears[path], _KEPT).weight, weight) for path, weight in base.items())
+
+
+def test_within_merged_a_second_merge_is_refused_and_leaving_undoes_the_first() -> None:
+    model = adapted_gpt()
+    before = tensors(model)
+    with dora_fx.merged(model):
+        for refused in (dora_fx.merge, enter_merged):
+            with pytest.raises(ValueError, match=MERGED_ALREADY):
+                refused(model)
+    assert_same(tensors(model), before)
+
+
+def test_a_merge_that_fails_half_way_leaves_the_function() -> None:
+    for keep in (True, False):
+        model = adapted_gpt()
+        before, expected = tensors(model), logits_of(model, token_ids())
+        last = sites(model)["decoder.layers.1.mlp.linear_fc2"]
+        lora_a = last.adapter.linear_in.weight
+        last.adapter.linear_in.weight = nn.Parameter(lora_a.detach()[:, 1:])
+        with pytest.raises(RuntimeError):
+            dora_fx.merge(model, keep_adapter=keep)
+        last.adapter.linear_in.weight = lora_a
+        assert_close(logits_of(model, token_ids()), expected, rounding(torch.float32, roundings_of(model)))
+        if keep:
+            assert_same(tensors(model), before)
+        else:
+            assert list(sites(model).values()) == [last]
+
+
+class Pair(nn.Module):
+    """Two linears, the second of which no test adapts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 4), nn.Linear(6, 4)
+
+
+def adapted_pair(model: Pair | None = None) -> Pair:
+    model = dora_fx.DoRA(["one"], dim=2)(model or Pair())
+    randomize_adapters(model)
+    return model
+
+
+def same_parameter(policy: Pair) -> nn.Module:
+    reference = Pair()
+    reference.one.weight = policy.one.weight
+    return adapted_pair(reference)
+
+
+def same_memory(policy: Pair) -> nn.Module:
+    reference = Pair()
+    reference.one.weight = nn.Parameter(policy.one.weight.detach().view(4, 6), requires_grad=False)
+    return adapted_pair(reference)
+
+
+def a_copy_but_for_the_base(policy: Pair) -> nn.Module:
+    shared = {id(policy.one.weight): policy.one.weight}
+    return copy.deepcopy(policy, shared)
+
+
+def a_plain_model(policy: Pair) -> nn.Module:
+    reference = Pair()
+    reference.one.weight = policy.one.weight
+    return nn.Sequential(reference)
+
+
+def a_buffer_of_some_rows(policy: Pair) -> nn.Module:
+    reference = Pair()
+    reference.register_buffer("rows", policy.one.weight.detach()[1:3])
+    return reference
+
+
+SHARERS = {
+    same_parameter: "one.weight of a Pair",
+    same_memory: "one.weight of a Pair",
+    a_copy_but_for_the_base: "one.weight of a Pair",
+    a_plain_model: "0.one.weight of a Sequential",
+    a_buffer_of_some_rows: "rows of a Pair",
+}
+
+
+@pytest.mark.parametrize("make", SHARERS, ids=lambda make: make.__name__)
+def test_a_base_that_another_model_uses_too_is_not_written(make: Callable[[Pair], nn.Module]) -> None:
+    policy = adapted_pair()
+    reference = make(policy)
+    message = f"one: found its base weight in the memory of {SHARERS[make]} outside the model too, which would change"
+    before = tensors(policy), tensors(reference)
+    for refused in (dora_fx.merge, merge_and_keep, enter_merged):
+        with pytest.raises(ValueError, match=message):
+            refused(policy)
+    assert_same(tensors(policy), before[0])
+    assert_same(tensors(reference), before[1])
+    # A reference that is gone does not count, even before it is collected.
+    gc.disable()
+    try:
+        reference.cycle = [reference]
+        del reference
+        dora_fx.merge(policy, keep_adapter=True)
+    finally:
+        gc.enable()
+    late = make(policy) if make in (a_plain_model, a_buffer_of_some_rows) else a_plain_model(policy)
+    before = tensors(policy), tensors(late)
+    with pytest.raises(ValueError, match=r"one: found its base weight in the memory of .* outside the model too"):
+        dora_fx.unmerge(policy)
+    assert_same(tensors(policy), before[0])
+    assert_same(tensors(late), before[1])
+    del late
+    dora_fx.unmerge(policy)
+
+
+def test_neighbours_in_one_buffer_and_chunks_of_one_model_share_nothing() -> None:
+    """Megatron's gradient buffers leave parameters as parts of one storage."""
+    flat = torch.randn(2 * 24)
+    chunks = [Pair(), Pair()]
+    for chunk, part in zip(chunks, flat.split(24), strict=True):
+        chunk.one.weight = nn.Parameter(part.view(4, 6))
+    dora_fx.DoRA(["one"], dim=2)(chunks)
+    randomize_adapters(chunks[0])
+    before = flat.clone()
+    whole = nn.ModuleList(chunks)
+    dora_fx.merge(chunks[0], keep_adapter=True)
+    assert not torch.equal(flat[:24], before[:24]) and torch.equal(flat[24:], before[24:])
+    dora_fx.unmerge(whole)
+    assert torch.equal(flat, before)
+
+
+def test_two_layers_of_one_model_over_the_same_memory_are_named() -> None:
+    model = Pair()
+    model.two.weight = nn.Parameter(model.one.weight.detach())
+    adapted_pair(model)
+    with pytest.raises(ValueError, match=r"one: found its base weight in the memory of two\.weight too"):
+        dora_fx.merge(model)
