@@ -69,6 +69,7 @@ class DoRA(DoRASettings):
 
     report: DoRAReport | None = field(default=None, init=False, repr=False, compare=False)
 
+    @torch.inference_mode(False)
     def __call__(self, model: ModelT, training: bool = True) -> ModelT:
         """Freeze the base, wrap the targets in place and return the model that was given.
 

@@ -56,6 +56,7 @@ class KeptAdapter:
     merged_again: bool = False
 
 
+@torch.inference_mode(False)
 def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
     """Put plain layers with the merged weight `[out, in]` in place of all adapted ones; return the model given.
 
@@ -97,6 +98,7 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
     return model
 
 
+@torch.inference_mode(False)
 def unmerge(model: ModelT) -> ModelT:
     """Undo `merge(model, keep_adapter=True)`: bitwise the base weights of before, and the same adapter modules.
 
@@ -283,6 +285,7 @@ def _users_of_weights(chunks: Sequence[nn.Module]) -> dict[int, list[str]]:
     return users
 
 
-@torch.no_grad()
 def _write_weight(weight: torch.Tensor, value: torch.Tensor) -> None:
-    weight.copy_(value)
+    # One that a user made in inference mode can be written there alone.
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.copy_(value)

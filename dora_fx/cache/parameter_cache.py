@@ -73,7 +73,6 @@ def empty_cache(
     )
 
 
-@torch.no_grad()
 def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) -> None:
     """Bring the buffers of all stale sites up to date, in place.
 
@@ -85,7 +84,27 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
         StaleParametersError: an earlier call on an accelerator used what was stale.
         RuntimeError: the parameters of this rank changed outside an optimizer's step, and another rank's did not.
         RuntimeError: the memory of a parameter was freed.
+        ValueError: adapters are about to be trained beside tensors that were made in inference mode.
     """
+    if torch.is_grad_enabled():
+        _refuse_inference_tensors(sites)
+    with torch.no_grad():
+        _refresh(sites, rank_timeout)
+
+
+def _refuse_inference_tensors(sites: Sequence[CachedSite]) -> None:
+    for path, stored, _ in sites:
+        named = {name: getattr(stored, name) for name in ("weight", "lora_a", "lora_b", "magnitude")}
+        if any(tensor.requires_grad for tensor in named.values()):
+            for name, tensor in named.items():
+                if tensor.is_inference():
+                    raise ValueError(
+                        f"{path}: found a {name} that was made under torch.inference_mode(), expected an ordinary "
+                        "tensor, as autograd takes no other; make the model outside, or put a clone in its place"
+                    )
+
+
+def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> None:
     raise_if_answered_stale()
     bases, claims = [_claim_of_base(site) for site in sites], [_claim(site) for site in sites]
     # All at once: on an accelerator a look at many small tensors costs what a look at few does.

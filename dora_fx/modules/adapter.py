@@ -167,6 +167,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
         """The factor of the low-rank product, see `low_rank_scaling`."""
         return low_rank_scaling(self.alpha, self.dim, self.use_rslora)
 
+    @torch.inference_mode(False)
     def set_factors(self) -> None:
         """Make the buffers of alpha and dropout anew, beside A and in the dtype of norms and magnitudes."""
         lora_a = self.linear_in.weight
@@ -193,6 +194,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
                 parameter.partition_dim = placement.shard_dim  # type: ignore[attr-defined]
                 parameter.partition_stride = placement.blocks  # type: ignore[attr-defined]
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         # A detached alias keeps the values: the cast below replaces the data of the same parameter. It would do so with
         # a gradient's, too, which may be Megatron's `main_grad`, in a buffer.

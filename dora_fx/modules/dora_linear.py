@@ -139,6 +139,7 @@ class DoRALinear(BaseAttributes):
         check_factors(self.path, self.adapter, weight)
         check_magnitude(self.path, self.adapter.weight_magnitude, weight, self.base_norm_sq)
 
+    @torch.inference_mode(False)
     def invalidate_norm(self) -> None:
         """Forget the norms of the base weight and all that is cached of the adapter, on this rank alone.
 
@@ -154,6 +155,7 @@ class DoRALinear(BaseAttributes):
             setattr(self, name, buffer)
         note_path(adapter, self.path)
 
+    @torch.inference_mode(False)
     def _fit_buffers(self) -> None:
         """Forget what is cached if parameters have got another dtype or device than the buffers.
 
@@ -231,6 +233,7 @@ class DoRALinear(BaseAttributes):
         if self.base_weight.requires_grad:
             self.to_wrap.backward_dw()
 
+    @torch.inference_mode(False)
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
         self._fit_buffers()
