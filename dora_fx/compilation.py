@@ -8,10 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.utils._pytree import tree_map_only
 
 from dora_fx.megatron.te_classes import derives_from
 from dora_fx.megatron.wrappers import ModelT, chunks_of, unwrap, walk
@@ -38,7 +40,8 @@ def compile_model(
     - the embedding's output is copied, for with one sequence in the batch it is a view, which Megatron copies in a way
       that Dynamo does not trace; with `scope="layer"` it also gets a gradient, as the input of all other layers has
       one, at the price of one layer's gradient of its input;
-    - with `scope="layer"`, Megatron's buffer for attention scores is allocated before compiled code writes into it.
+    - with `scope="layer"`, Megatron's buffer for attention scores is allocated before compiled code writes into it;
+      rotary positions that Megatron keeps from a call in inference mode are copied for training.
 
     Compiling changes settings of Dynamo for the whole process, see `megatron.dynamo_settings`; importing `dora_fx` and
     attaching adapters do not.
@@ -111,6 +114,9 @@ def _compile_chunk(chunk: nn.Module, scope: Scope, settings: dict[str, Any]) -> 
         chunk.compile(**settings)
         return
     chunk.register_forward_pre_hook(_allocate_buffers, with_kwargs=True)
+    for named in walk(chunk):
+        if isinstance(named.module, RotaryEmbedding):
+            named.module.register_forward_hook(_as_ordinary_tensors)
     for layer in _layers(chunk):
         layer.compile(**settings)
 
@@ -132,6 +138,14 @@ def like_a_layer_output(module: nn.Module, inputs: Any, output: Tensor) -> Tenso
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
+def _as_ordinary_tensors(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Copy what Megatron keeps from a call in inference mode, which autograd does not take in a later one."""
+    if torch.is_inference_mode_enabled():
+        return output
+    return tree_map_only(Tensor, lambda kept: kept.clone() if kept.is_inference() else kept, output)
+
+
+@torch.inference_mode(False)
 def _allocate_buffers(chunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Let the buffer that Megatron shares among attentions and gathers be large enough before it is traced.
 

@@ -275,8 +275,9 @@ def _check_weight(path: str, weight: torch.Tensor) -> None:
             f"{path}: found a base weight of class {type(weight).__module__}.{type(weight).__name__}, expected a plain "
             "tensor; quantised base weights are not supported"
         )
-    if not torch.isfinite(weight).all():
-        rows = (~torch.isfinite(weight)).any(1).nonzero().flatten()
+    finite = torch.isfinite(weight.detach())
+    if not finite.all():
+        rows = (~finite).any(1).nonzero().flatten()
         raise ValueError(
             f"{path}: the base weight has NaN or inf in {rows.numel()} of {weight.shape[0]} rows, "
             f"the first is row {int(rows[0])}; expected finite values"

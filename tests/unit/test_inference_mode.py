@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dora_fx
-from tests.models import DIM, GPT_TARGETS, logits_of, sites, tiny_gpt, token_ids, trainable
+from tests.models import DIM, GPT_TARGETS, IN, LinearZoo, adapt_zoo, logits_of, sites, tiny_gpt, token_ids, trainable
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -75,7 +75,7 @@ def check_training(model: nn.Module) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("scope", ["model", "backend"])
+@pytest.mark.parametrize("scope", ["layer", "model", "backend"])
 def test_a_compiled_model_is_first_called_in_inference_mode(scope: str) -> None:
     model = tiny_gpt(num_layers=1)
     adapt(model)
@@ -86,3 +86,20 @@ def test_a_compiled_model_is_first_called_in_inference_mode(scope: str) -> None:
     with torch.inference_mode():
         call(model)
     check_training(model)
+
+
+def test_a_base_that_was_made_in_inference_mode_is_named_when_it_is_trained() -> None:
+    with torch.inference_mode():
+        zoo = LinearZoo(["row"])
+    adapt_zoo(zoo)
+    x = {"row": torch.randn(3, IN)}
+    with torch.inference_mode():
+        expected = zoo(x)["row"]
+    call = torch.compile(zoo, backend="dora_fx", options={"inner_compiler": "eager"})
+    for forward in (zoo, call):
+        with pytest.raises(ValueError, match=r"row: found a weight that was made under torch\.inference_mode\(\)"):
+            forward(x)
+    zoo.row.to_wrap.weight = nn.Parameter(zoo.row.to_wrap.weight.detach().clone(), requires_grad=False)
+    found = zoo(x)["row"]
+    found.sum().backward()
+    assert torch.equal(found.detach(), expected)
