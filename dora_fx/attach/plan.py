@@ -14,6 +14,7 @@ from torch.distributed._composable.replicate import DDP as ComposableDDP
 
 from dora_fx.attach.attached import tell_of_adapters
 from dora_fx.attach.matching import find_targets, nearest_names
+from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron.data_parallel import data_parallel_around
 from dora_fx.megatron.wrappers import NamedModule, TorchDDP, check_unsharded, replace_modules, unwrap, walk
@@ -152,6 +153,7 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
         replacements.setdefault(site.chunk, {})[site.linear] = adapted
     for chunk, of_chunk in replacements.items():
         replace_modules(chunk, of_chunk)
+        train_through_recomputation(chunk)
         tell_of_adapters(chunk)
 
 

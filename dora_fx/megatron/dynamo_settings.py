@@ -7,9 +7,15 @@ which torch does for `backend="dora_fx"`, and another compiler's Dynamo when it 
 from __future__ import annotations
 
 import _warnings
+import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from megatron.core.tensor_parallel import random
 from torch._dynamo import config
+from torch.utils.checkpoint import checkpoint
 
 
 def capture_megatron_whole() -> None:
@@ -21,6 +27,9 @@ def capture_megatron_whole() -> None:
 
     A module may set attributes of itself inside `torch.utils.checkpoint`, and does so once, in the forward pass:
     TransformerLayer keeps its activation-offloading managers that way (megatron-core 0.19).
+
+    Megatron's checkpoint is traced as torch's, which Dynamo has an operator for: it reads the states of generators,
+    and its backward pass runs another one.
     """
     ignored = config.ignore_logging_functions if hasattr(config, "ignore_logging_functions") else None
     if ignored is None:
@@ -28,6 +37,19 @@ def capture_megatron_whole() -> None:
     ignored.update({warnings.warn, _warnings.warn})
     if hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    _trace_checkpoints_of_megatron()
+
+
+@functools.cache
+def _trace_checkpoints_of_megatron() -> None:
+    """Register the replacement, which Dynamo takes once in a process and keeps when it is reset."""
+
+    @torch.compiler.substitute_in_graph(random.checkpoint)
+    def traced(function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
+        if distribute_saved_activations:
+            # Only Megatron's own keeps a part of its input on each rank.
+            return random.CheckpointFunction.apply(function, distribute_saved_activations, *args)
+        return checkpoint(function, *args, use_reentrant=False)
 
 
 def allow_many_graphs() -> None:

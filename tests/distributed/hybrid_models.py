@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from dora_fx.megatron.wrappers import walk
 from dora_fx.models import causal_mask
 from tests.distributed.pipeline_gpt import Layout
 from tests.distributed.spec_models import DIM, PADDED, TOKENS, adapter_of, build, logits_of, train
+from tests.megatron_checkpoint import counted_checkpoints, without_cuda_generators
 from tests.models import GPT_SHAPE, GPT_TARGETS
 
 VOCAB = 64
@@ -122,14 +122,9 @@ def train_in_every_spec(specs: list[str], folder: str) -> dict[str, dict[str, An
 
 @contextlib.contextmanager
 def _recomputing(model: nn.Module) -> Iterator[None]:
-    """Megatron's full recomputation, a layer at a time, with torch's checkpoint: Megatron's keeps CUDA generators."""
-    from megatron.core import recompute
-
-    def checkpoint(function: Any, distribute: bool, *args: Any) -> Any:
-        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
-
+    """Megatron's full recomputation, a layer at a time."""
     config: Any = model.config
     config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
-    with mock.patch.object(recompute.tensor_parallel, "checkpoint", side_effect=checkpoint) as called:
+    with without_cuda_generators(), counted_checkpoints() as checkpoints:
         yield
-    assert called.call_count >= config.num_layers
+    assert len(checkpoints) >= config.num_layers

@@ -1,0 +1,127 @@
+"""Let adapters train in layers that are recomputed in the backward pass, though what comes before them is frozen.
+
+A reentrant checkpoint, of Megatron or torch, is an autograd function around layers that run without gradients. Autograd
+leaves it out of the graph unless one of its inputs needs a gradient, and the output of a frozen embedding needs none.
+The adapters inside would then get no gradient, and nothing would say so.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+from dora_fx.modules.dora_linear import DoRALinear
+
+# Megatron's modules that checkpoint layers which they hold, or whose layers checkpoint parts of themselves. Known by
+# their names, since no version of Megatron has all of them.
+_STACKS = {"TransformerBlock", "MambaStack", "HybridStack", "MultiTokenPredictionBlock"}
+
+# The one input of `_NeedGradient` that needs a gradient, which it never gets. Its device does not matter.
+_LEAF = torch.zeros((), requires_grad=True)
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _NeedGradient(torch.autograd.Function):
+    """Return a value that needs a gradient.
+
+    Unlike `requires_grad_`, Dynamo traces it where what follows from the value leaves the graph.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        # A view would not do: Megatron's checkpoint may replace the memory of its input, and refuses views.
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def train_through_recomputation(chunk: nn.Module) -> None:
+    """Have the input of every module of a chunk that recomputes adapted layers need a gradient, at each such call.
+
+    That costs one layer's gradient of its input, and is added in no call that recomputes nothing or that runs without
+    gradients; a module is asked anew in each call, since settings may change. Checkpoints that are put around modules
+    later are noticed where they are around Megatron's layers.
+
+    Args:
+        chunk: bare or wrapped, with adapters. Further calls change nothing.
+    """
+    for module in chunk.modules():
+        hook = _hook_maybe(module)
+        if hook is None or hook in module._forward_pre_hooks.values():
+            continue
+        if any(isinstance(part, DoRALinear) for part in module.modules()):
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _hook_maybe(module: nn.Module) -> Any:
+    if any(cls.__name__ in _STACKS and cls.__module__.startswith("megatron.core.") for cls in type(module).__mro__):
+        return before_stack
+    if isinstance(module, CheckpointWrapper):
+        return before_wrapper
+    # The name that every layer of transformers has which can be recomputed.
+    return before_transformers_layer if hasattr(type(module), "gradient_checkpointing") else None
+
+
+def before_stack(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Forward pre-hook of the modules of `_STACKS`."""
+    if not torch.is_grad_enabled() or not _recomputes(stack):
+        return None
+    if not getattr(stack, "pre_process", True):
+        # The stage takes this tensor and leaves its argument alone.
+        if isinstance(stack.input_tensor, torch.Tensor) and not stack.input_tensor.requires_grad:
+            stack.input_tensor = _NeedGradient.apply(stack.input_tensor, _LEAF)
+        return None
+    return _with_gradient(args, kwargs)
+
+
+def _recomputes(stack: Any) -> bool:
+    config = stack.config
+    if config.recompute_granularity == "full":
+        return bool(stack.training)
+    if config.recompute_granularity == "selective":
+        # Nothing in core attention is adapted.
+        return any(name != "core_attn" for name in config.recompute_modules or ())
+    return any(isinstance(layer, CheckpointWrapper) and _is_reentrant(layer.checkpoint_fn) for layer in stack.layers)
+
+
+def before_wrapper(wrapper: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Forward pre-hook of torch's wrapper that checkpoints a module."""
+    if torch.is_grad_enabled() and _is_reentrant(wrapper.checkpoint_fn):
+        return _with_gradient(args, kwargs)
+    return None
+
+
+def before_transformers_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Forward pre-hook of a layer of transformers, which checkpoints its `forward` (transformers 5.24)."""
+    recomputes = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
+    if recomputes and _is_reentrant(layer._gradient_checkpointing_func):
+        return _with_gradient(args, kwargs)
+    return None
+
+
+def _is_reentrant(checkpoint: Any) -> bool:
+    """Return whether a checkpoint may be reentrant, which functions other than torch's do not tell."""
+    return not (isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant") is False)
+
+
+def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Return a call's arguments with hidden states that need a gradient, None if they need one already."""
+    # Rotary embeddings are floats too, and come after the hidden states where nothing has a name.
+    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
+        hidden_states = kwargs["hidden_states"]
+        if hidden_states.requires_grad:
+            return None
+        return args, {**kwargs, "hidden_states": _NeedGradient.apply(hidden_states, _LEAF)}
+    for index, value in enumerate(args):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if value.requires_grad:
+                return None
+            return (*args[:index], _NeedGradient.apply(value, _LEAF), *args[index + 1 :]), kwargs
+    return None
