@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -266,9 +268,7 @@ def calls_in_another_state() -> None:
                 fp8_autocast(),
                 pytest.raises((ValueError, RuntimeError), match="linear: found Transformer Engine's FP8"),
             ):
-                torch._dynamo.reset()
                 call(x)
-            torch._dynamo.reset()
             torch.testing.assert_close(call(x), plain, rtol=1e-5, atol=1e-6)
         with pytest.raises(
             ValueError, match=rf"^linear: the input has {HIDDEN + 1} features, the layer takes {HIDDEN}"
@@ -280,6 +280,36 @@ def calls_in_another_state() -> None:
 
 def test_calls_in_a_state_that_the_layer_would_heed_emulated_kernels():
     run_ranks(calls_in_another_state, 1, 1)
+
+
+def num_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def enters_fp8_after_compiled_calls() -> None:
+    """With any compiler, and whatever is computed once per step."""
+    compilers: dict[str, dict[str, Any]] = {
+        "dora_fx": {"inner_compiler": "eager"},
+        "every call": {"inner_compiler": "eager", "weight_norm": "every_call"},
+        "aot_eager": {},
+    }
+    for name, options in compilers.items():
+        torch._dynamo.reset()
+        model, x = layer_and_input("te_norm_column_rms")
+        adapt(model)
+        backend = name if name == "aot_eager" else "dora_fx"
+        called = torch.compile(lambda x, model=model: output_of(model, x), backend=backend, options=options or None)
+        plain, graphs = called(x), num_graphs()
+        # What is imported in between is no reason to trace anew.
+        sys.modules[f"imported after {name}"] = types.ModuleType("imported")
+        assert torch.equal(called(x), plain) and num_graphs() == graphs
+        with fp8_autocast(), pytest.raises(ValueError, match=r"^linear: found Transformer Engine's FP8 autocast"):
+            called(x)
+        torch.testing.assert_close(called(x), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_fp8_is_noticed_after_a_compiled_call_emulated_kernels():
+    run_ranks(enters_fp8_after_compiled_calls, 1, 1)
 
 
 class Records(logging.Handler):

@@ -139,13 +139,24 @@ class TEDuplicated(_TELinear):
         return "replicated_sequence_parallel" if linear.config.sequence_parallel else "replicated"
 
 
+# Transformer Engine's own records of what it computes in, found when a layer of it is first looked at. Dynamo reads
+# them as it reads any global, and guards on them, so compiled code that meets another state is traced anew. It would
+# guard on `sys.modules` as well, and trace everything anew after any import.
+_fp8_states: list[Any] = []
+
+
 @torch.compiler.assume_constant_result
-def _fp8_is_enabled() -> bool:
-    """Return whether Transformer Engine, if anybody imported it, computes in FP8 now, or when a graph is traced."""
+def _find_fp8_states() -> None:
     # Where its versions keep it.
     modules = [sys.modules.get(f"transformer_engine.pytorch.{name}") for name in ("quantization", "fp8")]
-    states = [getattr(module, "FP8GlobalStateManager", None) for module in modules]
-    return any(state.is_fp8_enabled() for state in states if state is not None)
+    found = [getattr(module, "FP8GlobalStateManager", None) for module in modules]
+    _fp8_states.extend(state for state in dict.fromkeys(found) if state is not None and state not in _fp8_states)
+
+
+def _fp8_is_enabled() -> bool:
+    """Return whether Transformer Engine, if anybody imported it, computes in FP8 now."""
+    _find_fp8_states()
+    return any(state.is_fp8_enabled() for state in _fp8_states)
 
 
 def bypasses_its_linears(module: nn.Module) -> bool:
