@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dora_fx.cache.parameter_cache import CachedSite, refresh
+from dora_fx.cache.recorded import is_recorded
 from dora_fx.function.formula import adapted_linear
 from dora_fx.function.input_norm import InputNorm
 from dora_fx.function.site_parameters import CachedParameters, CompleteParameters, StoredParameters, complete_parameters
@@ -43,8 +44,11 @@ class MarkedSite(NamedTuple):
 
 
 def mark(site: MarkedSite) -> torch.Tensor:
-    """Turn the base layer's output into the DoRA layer's, as one node where Dynamo traces."""
-    if torch.compiler.is_compiling():
+    """Turn the base layer's output into the DoRA layer's, as one node where Dynamo traces.
+
+    Whatever else records operations gets those that compute the norms: a cached one would be a constant of the record.
+    """
+    if torch.compiler.is_compiling() or is_recorded(site.x, site.stored.lora_a):
         return dora_linear(site.base_output, site.x, site.bias, *site.stored, *site.cached, *(site.input_norm or ()))
     refresh([CachedSite(path_of(site.stored.lora_a), site.stored, site.cached)])
     [complete] = complete_parameters([site.stored], [site.cached])
