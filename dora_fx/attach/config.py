@@ -13,6 +13,7 @@ from dora_fx.attach.first_step import watch_first_step
 from dora_fx.attach.latent_attention import warn_of_partial_gradients
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.plan import AttachPlan, attach, check_targets_matched, plan_attachment
+from dora_fx.attach.probe import try_layers
 from dora_fx.attach.report import DoRAReport, report_on
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
@@ -84,10 +85,11 @@ class DoRA(DoRASettings):
                 puts the model in evaluation mode.
 
         Raises:
-            ValueError: no module matched a target, a base weight is not finite or not floating point, a rank is
-                not a multiple of the tensor-parallel size, the model was adapted with other settings, the
-                tensor-parallel ranks differ in settings or sites, data parallelism overlaps its parameter gather
-                with the forward pass, torch's DistributedDataParallel is around the model already, or FSDP shards it.
+            ValueError: no module matched a target, a base weight is not finite or not floating point, a layer computes
+                another function than its kind and weight say (`attach/probe.py`), a rank is not a multiple of the
+                tensor-parallel size, the model was adapted with other settings, the tensor-parallel ranks differ in
+                settings or sites, data parallelism overlaps its parameter gather with the forward pass, torch's
+                DistributedDataParallel is around the model already, or FSDP shards it.
             TypeError: a target is not a linear layer or is of a class that is not supported.
         """
         # Fields may have been set since construction.
@@ -96,6 +98,7 @@ class DoRA(DoRASettings):
         plan = plan_attachment(self, chunks)
         check_targets_matched(self, chunks, plan)
         seed = self._agree(plan)
+        try_layers(plan.new)
         self._freeze(chunks)
         attach(self, plan, seed)
         for chunk in chunks:

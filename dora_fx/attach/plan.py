@@ -16,6 +16,7 @@ from dora_fx.attach.attached import tell_of_adapters
 from dora_fx.attach.matching import find_targets, nearest_names
 from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
+from dora_fx.cache.recorded import is_recorded
 from dora_fx.megatron.data_parallel import data_parallel_around
 from dora_fx.megatron.wrappers import NamedModule, TorchDDP, check_unsharded, replace_modules, unwrap, walk
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
@@ -266,6 +267,11 @@ def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:
 def _check_weight(path: str, weight: torch.Tensor) -> None:
     if weight.is_meta:
         raise ValueError(f"{path}: the base weight is on the meta device; load it before attaching DoRA")
+    if is_recorded(weight):
+        raise ValueError(
+            f"{path}: found a fake base weight, or a tracer or FakeTensorMode around this call, expected neither: "
+            "norms are computed of the weight's values"
+        )
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dim() != 2:
         raise ValueError(
             f"{path}: found a {weight.dtype} base weight of shape {tuple(weight.shape)}, expected a floating-point "

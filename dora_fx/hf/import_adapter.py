@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dora_fx.attach.config import DoRA
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.plan import AttachPlan, attach, plan_attachment
+from dora_fx.attach.probe import try_layers
 from dora_fx.files.regular_file import reason_of
 from dora_fx.hf.join import JoinedAdapter, Part, join_parts
 from dora_fx.hf.layers import (
@@ -98,6 +99,8 @@ def import_hf(
         # Of a reader, for example: the other ranks would wait for this one.
         problem = f"{folder}: cannot be read ({reason_of(error)})"
     raise_on_every_rank(problem, world_group())
+    # A pipeline stage that has nothing to attach hears of the others' layers.
+    try_layers([site for _, plan in plans or () for site in plan.new])
     if plans is not None:
         _attach(chunks, plans, training)
     sites = {named.whole_path: named.module for _, named in adapted_layers(chunks)}

@@ -7,7 +7,7 @@ These checks say instead which rank differs and in what.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -74,6 +74,27 @@ def stale_on_any_rank(paths: Mapping[int, str], stale: Sequence[int], tp_group: 
 
     texts = gather_through_store(group, "refresh", json.dumps(list(stale)), timeout_s, explain)
     return sorted({index for text in texts for index in json.loads(text)})
+
+
+def raise_on_every_rank_of_model(problem: str | None, tp_groups: Iterable[dist.ProcessGroup]) -> None:
+    """Exchange what each rank of a model found wrong; every rank calls it, also with nothing to say.
+
+    Args:
+        problem: this rank's error message, None if all is well.
+        tp_groups: the groups of this rank's layers; a pipeline stage without any has none.
+
+    Raises:
+        ValueError: on every rank, with the message of one that has one.
+    """
+    groups: list[dist.ProcessGroup | None] = [*tp_groups]
+    if parallel_state.model_parallel_is_initialized():
+        groups.append(parallel_state.get_pipeline_model_parallel_group())
+        groups.append(parallel_state.get_data_parallel_group(with_context_parallel=True))
+    # What one dimension of the ranks heard, the next one hears of all of them.
+    for group in groups:
+        problem = next((found for found in gather_objects(problem, group) if found is not None), None)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def raise_on_every_rank(problem: str | None, group: dist.ProcessGroup | None) -> None:

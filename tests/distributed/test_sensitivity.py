@@ -63,7 +63,8 @@ def first_wrong(topology: Topology, answers: Answers, names: tuple[str, ...]) ->
     for mode, expected in answers:
         try:
             results = TrainingRun(topology, mode, names).results()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
+            # A ValueError is of attaching, which tries each layer.
             return f"{mode}: {type(error).__name__}"
         if float(results["replicas differ by"]) > 0.0:
             return f"{mode}: replicas differ"

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 import dora_fx
+from dora_fx.modules import kinds
+from dora_fx.modules.kinds.transformer_engine import TELayerNormColumnParallel
 from tests.distributed.launch import run_ranks
 from tests.distributed.zoo import HIDDEN, Topology, make_config
 from tests.te_layers import SINGLE_LAYERS, adapt, layer_and_input, output_of
@@ -234,6 +236,22 @@ def test_generalised_tensor_parallelism_emulated_kernels():
     assert message.startswith(
         "linear.weight: found a shard of generalised tensor parallelism (GTP) over 2 ranks, expec"
     )
+
+
+def a_kind_without_its_norm() -> tuple[str, str, bool]:
+    class Forgetful(TELayerNormColumnParallel):
+        @staticmethod
+        def input_norm(linear: Any) -> None:
+            return None
+
+    with mock.patch.object(kinds, "KINDS", (Forgetful,)):
+        return refusals(lambda: layer_and_input("te_norm_column_rms")[0])
+
+
+def test_a_kind_that_forgets_the_norm_is_refused_emulated_kernels():
+    kind, message, unchanged = run_ranks(a_kind_without_its_norm, 1, 1)
+    assert kind == "ValueError" and unchanged
+    assert message.startswith("linear: found a TELayerNormColumnParallelLinear whose outputs are off W0 x + bias by")
 
 
 @contextmanager

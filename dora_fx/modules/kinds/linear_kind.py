@@ -124,13 +124,10 @@ class LinearKind(ABC):
     def is_product_alone(cls, linear: Any) -> bool:
         """Return whether calling the layer now would do nothing but its product, bias and collective.
 
-        Then they need not be the layer's own, and the low-rank product goes through the same collective.
+        Then they need not be the layer's own, and the low-rank product goes through the same collective. Only a kind
+        whose class of layers is known to do no more says so, and not of the layers of kinds that derive from it.
         """
-        if not cls.matches(linear) or "forward" in vars(linear):
-            return False
-        weight = cast(torch.Tensor | None, linear.weight)
-        device_type = "cuda" if weight is None else weight.device.type
-        return not has_own_hooks(linear) and not _has_global_hooks() and not torch.is_autocast_enabled(device_type)
+        return False
 
     @classmethod
     def calls_base(cls, linear: Any) -> bool:
@@ -149,6 +146,19 @@ class LinearKind(ABC):
     def input_norm(linear: Any) -> InputNorm | None:
         """The norm that a call applies to its input."""
         return None
+
+    @staticmethod
+    def trial_problem_maybe(linear: Any) -> str | None:
+        """Say why the layer cannot be called with a few rows when it is attached; None where it can be."""
+        return None
+
+
+def runs_its_class_alone(linear: Any) -> bool:
+    """Return whether a call now would run the forward of the layer's class and nothing around it."""
+    weight = cast(torch.Tensor | None, linear.weight)
+    device_type = "cuda" if weight is None else weight.device.type
+    changed = "forward" in vars(linear) or has_own_hooks(linear) or _has_global_hooks()
+    return not changed and not torch.is_autocast_enabled(device_type)
 
 
 def has_own_hooks(module: nn.Module) -> bool:

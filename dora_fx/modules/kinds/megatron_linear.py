@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dora_fx.function.placement import LAYOUTS
-from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, runs_its_class_alone
 
 
 class _MegatronLinear(LinearKind):
@@ -49,7 +49,8 @@ class _MegatronLinear(LinearKind):
         offloading = getattr(config, "_cpu_offloading_context", None)
         offloads = offloading is not None and offloading.inside_context
         defers = getattr(config, "defer_embedding_wgrad_compute", False)
-        return super().is_product_alone(linear) and not (offloads or defers)
+        is_known = ColumnParallel.matches(linear) or RowParallel.matches(linear)
+        return is_known and runs_its_class_alone(linear) and not (offloads or defers)
 
 
 class ColumnParallel(_MegatronLinear):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from dora_fx.function.placement import LAYOUTS
-from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, runs_its_class_alone
 
 
 class TorchLinear(LinearKind):
@@ -32,3 +32,7 @@ class TorchLinear(LinearKind):
     @staticmethod
     def layout_name(linear: Any) -> str:
         return "replicated"
+
+    @classmethod
+    def is_product_alone(cls, linear: Any) -> bool:
+        return TorchLinear.matches(linear) and runs_its_class_alone(linear)

@@ -87,6 +87,12 @@ class _TELinear(LinearKind):
             )
         return None
 
+    @staticmethod
+    def trial_problem_maybe(linear: Any) -> str | None:
+        if getattr(linear.config, "tp_comm_overlap", False):
+            return "tp_comm_overlap has communication buffers of one size of batches"
+        return None
+
 
 class TEColumnParallel(_TELinear):
     """Output rows are sharded."""
