@@ -37,7 +37,9 @@ def sharing_problem_maybe(chunks: Sequence[nn.Module], linears: Mapping[str, nn.
         linears: plain layers whose weights are about to be written, by their paths in the whole model.
     """
     own = sorted(
-        (memory, path) for path, linear in linears.items() if (memory := _memory_maybe(linear.get_parameter("weight"))) is not None
+        (memory, path)
+        for path, linear in linears.items()
+        if (memory := _memory_maybe(linear.get_parameter("weight"))) is not None
     )
     written = set(linears.values())
     if next(_sharing(own, written), None) is None:
