@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dora_fx.files.pickle_opcodes import opcodes
+from dora_fx.files.pickle_machine import Described, PickleMachine
 from dora_fx.files.regular_file import UnsafeFileError, reason_of, shortened
 
 _RECORDS = {
@@ -43,6 +43,16 @@ _RECORDS = {
 # These cannot be changed by a pickle, whatever it does to them.
 _BUILTINS = {("torch", "Size"): tuple, ("collections", "OrderedDict"): dict}
 
+# What pickle's own pickler writes of such values, in any protocol.
+_OPCODES = frozenset(
+    {
+        *("PROTO", "FRAME", "STOP", "MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
+        *("BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE"),
+        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+        *("SHORT_BINBYTES", "BINBYTES", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+        *("EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+    }
+)
 _MOST_DIMENSIONS = 64
 
 
@@ -70,8 +80,7 @@ def read_dcp_metadata(data: bytes, where: str) -> Metadata:
     Raises:
         UnsafeFileError: it is damaged, has other classes than such a file has, or values of other types.
     """
-    for _ in opcodes(data, where):
-        pass
+    _MetadataPickle(data, where, _OPCODES).run()
     unpickler = _RecordUnpickler(data, where)
     try:
         found = unpickler.load()
@@ -83,6 +92,30 @@ def read_dcp_metadata(data: bytes, where: str) -> Metadata:
     return _Reading(where).metadata(found)
 
 
+class _MetadataPickle(PickleMachine):
+    """Runs the pickle of one file, whose keys may be records too, which are hashed by their places in memory."""
+
+    def named(self, module: str, name: str) -> Described:
+        _check_known(module, name, self.where)
+        return Described("class", (module, name))
+
+    def called(self, name: tuple[str, str], arguments: Sequence[Described]) -> Described:
+        if name not in _BUILTINS:
+            return Described("record")
+        if name == ("torch", "Size") and [argument.kind for argument in arguments] == ["tuple"]:
+            return Described("tuple", arguments[0].content)
+        if name == ("collections", "OrderedDict") and not arguments:
+            return Described("dict", [])
+        raise UnsafeFileError(f"{self.where}: found a call of {'.'.join(name)}, expected one with a tuple or nothing")
+
+    def built(self, found: Described, state: Described) -> None:
+        if found.kind != "record":
+            raise self.unexpected(found, "a state of an object alone")
+
+    def is_key(self, found: Described) -> bool:
+        return found.kind == "record" or super().is_key(found)
+
+
 class _RecordUnpickler(pickle.Unpickler):
     """Makes records of the classes on the list, and refuses every other."""
 
@@ -92,19 +125,27 @@ class _RecordUnpickler(pickle.Unpickler):
         self._records: dict[tuple[str, str], type] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        _check_known(module, name, self._where)
         if (module, name) in _BUILTINS:
             return _BUILTINS[module, name]
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+        if _is_dtype(module, name):
             return vars(torch)[name]
-        if name not in _RECORDS.get(module, ()):
-            raise UnsafeFileError(
-                f"{self._where}: found {shortened(f'{module}.{name}')} in it, expected what a checkpoint says of its "
-                "tensors; it may run code"
-            )
         if (module, name) not in self._records:
             # A class for this one reading: a pickle may set attributes of a class.
             self._records[module, name] = _record_class(name)
         return self._records[module, name]
+
+
+def _check_known(module: str, name: str, where: str) -> None:
+    if (module, name) not in _BUILTINS and not _is_dtype(module, name) and name not in _RECORDS.get(module, ()):
+        raise UnsafeFileError(
+            f"{where}: found {shortened(f'{module}.{name}')} in it, expected what a checkpoint says of its tensors; it "
+            "may run code"
+        )
+
+
+def _is_dtype(module: str, name: str) -> bool:
+    return module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
 
 
 def _record_class(name: str) -> type:

@@ -38,7 +38,7 @@ def check_sizes(path: Path, sizes: Mapping[str, Any], elements: int) -> None:
             )
 
 
-def check_elements(path: Path, elements: int, size: int) -> None:
+def check_elements(path: Path | str, elements: int, size: int) -> None:
     """Raise UnsafeFileError if a file of `size` bytes describes tensors of more elements than it can hold."""
     # No type takes less than a bit for an element.
     if elements > 8 * size:

@@ -2,45 +2,26 @@
 
 `torch.load(weights_only=True)` builds what is on a list of its own alone. That list is the process's: Megatron adds
 NumPy's constructors and others to it, and torch's own part has callables that take memory by the number they are given.
-So the archive is compared first, in the bytes that torch reads then, with the shorter list of what plain data needs.
+So the archive is looked at first, as `torch_pickle.py` says, in the bytes that torch reads then.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from dora_fx.files.pickle_opcodes import opcodes
-from dora_fx.files.regular_file import UnsafeFileError, open_regular, reason_of
+from dora_fx.files.model_sizes import check_elements
+from dora_fx.files.regular_file import UnsafeFileError, open_regular, reason_of, shortened
+from dora_fx.files.torch_pickle import TorchPickle
+from dora_fx.files.zip_layout import ZipRecord, zip_records
 
-# What torch's own unpickler of weights knows. GLOBAL names a class in place, so that no other opcode can make one up.
-_OPCODES = frozenset(
-    {
-        *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET"),
-        *("LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-        *("BINUNICODE", "SHORT_BINSTRING", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST"),
-        *("APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET"),
-    }
-)
-_CLASSES = frozenset(
-    {
-        "collections OrderedDict",
-        "torch Size",
-        "torch.storage UntypedStorage",
-        "torch._utils _rebuild_tensor_v2",
-        "torch._utils _rebuild_tensor_v3",
-        "torch._utils _rebuild_parameter",
-        # How protocol 2 writes bytes, sets and complex numbers.
-        "_codecs encode",
-        "__builtin__ set",
-        "__builtin__ complex",
-    }
-)
+# Small records by which torch reads the others; with an alignment of zero it divides by it, and the process ends.
+_SETTINGS = {"byteorder": (b"little", b"big"), ".storage_alignment": tuple(b"%d" % (1 << bits) for bits in range(21))}
+_LONGEST_SETTING = 64
 
 
 def load_torch_bytes(data: bytes, where: str) -> Any:
@@ -73,50 +54,37 @@ def check_torch_file(path: Path) -> None:
 
 
 def _check_archive(file: BinaryIO, size: int, where: str) -> None:
-    for name, argument in opcodes(_pickle_of(file, size, where), where):
-        if name not in _OPCODES:
+    records = _records(file, size, where)
+    for name, expected in _SETTINGS.items():
+        found = _read(file, records[name]) if name in records else expected[0]
+        if found not in expected:
             raise UnsafeFileError(
-                f"{where}: found the opcode {name} in its pickle, expected those that torch.save writes"
+                f"{where}: found {shortened(found.decode('latin-1'))} as {name}, expected what torch.save writes"
             )
-        if name == "GLOBAL" and not _is_plain(argument):
-            raise UnsafeFileError(
-                f"{where}: found {argument.replace(' ', '.')} in it, expected numbers, text, tensors, lists and dicts; "
-                "it may run code"
-            )
+    if "data.pkl" not in records:
+        raise UnsafeFileError(f"{where}: found an archive without data.pkl, expected one that torch.save wrote")
+    storages = {name.removeprefix("data/"): record.size for name, record in records.items() if name.startswith("data/")}
+    machine = TorchPickle(_read(file, records["data.pkl"], size), where, storages)
+    machine.run()
+    # A tensor may be one number of the archive as often as its shape says.
+    check_elements(where, machine.elements, size)
 
 
-def _pickle_of(file: BinaryIO, size: int, where: str) -> bytes:
-    """The one pickle of an archive that no two readers of zip files can understand in different ways."""
+def _records(file: BinaryIO, size: int, where: str) -> dict[str, ZipRecord]:
+    """The records by their names in the archive's one folder, in lower case."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            records = archive.infolist()
-            # torch finds records without regard to case, and looks in the folder of the first.
-            names = [record.filename.lower() for record in records]
-            folders = {name.partition("/")[0] for name in names}
-            # Compressed, a few kilobytes hold gigabytes; torch.save never compresses.
-            is_stored = all(
-                record.compress_type == zipfile.ZIP_STORED and record.compress_size == record.file_size
-                for record in records
-            )
-            begins, ends = min((record.header_offset for record in records), default=-1), archive.comment == b""
-            if len(set(names)) != len(names) or len(folders) != 1 or begins != 0 or not ends:
-                raise UnsafeFileError(f"{where}: found an archive put together by something else than torch.save")
-            if not is_stored or sum(record.file_size for record in records) > size:
-                raise UnsafeFileError(f"{where}: found compressed records, or more bytes in them than the file has")
-            return archive.read(f"{records[0].filename.partition('/')[0]}/data.pkl")
-    except UnsafeFileError:
-        raise
-    except KeyError:
+        records = zip_records(file, size)
+    except UnsafeFileError as error:
+        raise UnsafeFileError(f"{where}: {error}") from error
+    # torch looks in the folder of the first.
+    folders = {record.name.partition("/")[0] for record in records.values()}
+    if len(folders) > 1:
         raise UnsafeFileError(
-            f"{where}: found an archive without data.pkl, expected one that torch.save wrote"
-        ) from None
-    # A damaged archive makes zipfile raise errors of several kinds.
-    except Exception as error:
-        raise UnsafeFileError(f"{where}: found no archive of torch.save ({error})") from error
+            f"{where}: found an archive put together by something else than torch.save (of {len(folders)} folders)"
+        )
+    return {name.partition("/")[2]: record for name, record in records.items()}
 
 
-def _is_plain(module_and_name: str) -> bool:
-    module, _, name = module_and_name.partition(" ")
-    value = vars(torch).get(name) if module == "torch" else None
-    is_storage = isinstance(value, type) and issubclass(value, torch.TypedStorage)
-    return module_and_name in _CLASSES or is_storage or isinstance(value, torch.dtype)
+def _read(file: BinaryIO, record: ZipRecord, at_most: int = _LONGEST_SETTING) -> bytes:
+    file.seek(record.data)
+    return file.read(min(record.size, at_most))

@@ -1,0 +1,160 @@
+"""The pickle of a `torch.save` file: numbers, text, bytes, tensors, lists, tuples, sets and dicts.
+
+A tensor is a call with a storage, an offset, a shape and strides, each of which a file may state as it likes. Here they
+have to lie within the storage, and the storage has to be what the archive holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dora_fx.files.pickle_machine import Described, PickleMachine
+from dora_fx.files.regular_file import UnsafeFileError, shortened
+
+# What torch's own unpickler of weights knows, and its pickler writes. GLOBAL names a class in place, so that no other
+# opcode can make one up.
+_OPCODES = frozenset(
+    {
+        *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET"),
+        *("LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
+        *("BINUNICODE", "SHORT_BINSTRING", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST"),
+        *("APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
+    }
+)
+# What a call gives, and the kinds of what it is given; a tensor may have a dict of its conjugation behind them.
+_CALLS = {
+    "collections OrderedDict": ("dict", ()),
+    "torch Size": ("tuple", ("tuple",)),
+    "torch._utils _rebuild_tensor_v2": (
+        "tensor",
+        ("storage", "integer", "tuple", "tuple", "plain", "dict"),
+    ),
+    "torch._utils _rebuild_tensor_v3": (
+        "tensor",
+        ("storage", "integer", "tuple", "tuple", "plain", "dict", "class"),
+    ),
+    "torch._utils _rebuild_parameter": ("tensor", ("tensor", "plain", "dict")),
+    # How protocol 2 writes bytes, sets and complex numbers.
+    "_codecs encode": ("bytes", ("text", "text")),
+    "__builtin__ set": ("set", ("list",)),
+    "__builtin__ complex": ("plain", ("plain", "plain")),
+}
+# Bytes of an element; tensors of newer dtypes have storages of bytes.
+_STORAGES = {
+    "torch.storage UntypedStorage": 1,
+    **{f"torch {name}Storage": 1 for name in ("Byte", "Char", "Bool")},
+    **{f"torch {name}Storage": 2 for name in ("Short", "Half", "BFloat16")},
+    **{f"torch {name}Storage": 4 for name in ("Int", "Float")},
+    **{f"torch {name}Storage": 8 for name in ("Long", "Double", "ComplexFloat")},
+    "torch ComplexDoubleStorage": 16,
+}
+_STORAGE_KINDS = ["text", "class", "text", "text", "integer"]
+_ORDERED_DICT_STATE = ["_metadata"]
+_MOST = 2**63
+
+
+class TorchPickle(PickleMachine):
+    """Runs the pickle of one archive.
+
+    Attributes:
+        elements: of all tensors so far, each counted as often as its shape says.
+    """
+
+    def __init__(self, data: bytes, where: str, records: Mapping[str, int]) -> None:
+        """Take the pickle, where it comes from, and the sizes of the archive's storages by their keys."""
+        super().__init__(data, where, _OPCODES)
+        self.elements = 0
+        self._records = records
+
+    def named(self, module: str, name: str) -> Described:
+        full = f"{module} {name}"
+        if full not in _CALLS and full not in _STORAGES and _dtype_of(full) is None:
+            raise UnsafeFileError(
+                f"{self.where}: found {module}.{name} in it, expected numbers, text, tensors, lists and dicts; "
+                "it may run code"
+            )
+        return Described("class", full)
+
+    def called(self, name: Any, arguments: Sequence[Described]) -> Described:
+        kind, expected = _CALLS.get(name, ("", ()))
+        kinds = tuple(argument.kind for argument in arguments)
+        has_more = kind == "tensor" and kinds == (*expected, "dict")
+        if not kind or (kinds != expected and not has_more):
+            raise UnsafeFileError(
+                f"{self.where}: found a call of {name.replace(' ', '.')} with {_listed(kinds)}, expected "
+                f"{_listed(expected)}"
+            )
+        if name == "torch Size":
+            self._numbers(arguments[0])
+        elif name == "__builtin__ set" and not arguments[0].content:
+            raise self.unexpected(arguments[0], "text or numbers alone in a set")
+        # Other codecs take the square of a text's length.
+        elif name == "_codecs encode" and arguments[1].content != "latin1":
+            raise self.unexpected(arguments[1], "latin1 as the encoding of bytes")
+        elif kind == "tensor":
+            self._check_tensor(name, arguments)
+        return Described(kind, list(arguments[0].content) if name == "torch Size" else [])
+
+    def built(self, found: Described, state: Described) -> None:
+        # The state of a tensor would be a storage with sizes of its own.
+        if found.kind != "dict" or state.kind != "dict" or state.content != _ORDERED_DICT_STATE:
+            raise self.unexpected(found, "no attributes but _metadata of an OrderedDict")
+
+    def persistent(self, found: Described) -> Described:
+        parts = found.content if found.kind == "tuple" else []
+        if [part.kind for part in parts] != _STORAGE_KINDS or parts[0].content != "storage":
+            raise self.unexpected(found, "a storage of the archive, by its class, key, device and size")
+        _, kind, key, _, count = (part.content for part in parts)
+        itemsize = _STORAGES.get(kind, 0)
+        size = self._records.get(key.lower())
+        if size is None or not itemsize or count * itemsize != size:
+            has = "no such record" if size is None else f"{size:,} bytes"
+            raise UnsafeFileError(
+                f"{self.where}: found {count:,} elements of {kind.replace(' ', '.')} as the storage {shortened(key)}, "
+                f"where the archive has {has}"
+            )
+        return Described("storage", (size, itemsize), span=found.span)
+
+    def _check_tensor(self, name: str, arguments: Sequence[Described]) -> None:
+        hooks = arguments[2 if name.endswith("parameter") else 5]
+        if hooks.content:
+            raise self.unexpected(hooks, "no hooks of a tensor")
+        if name.endswith("parameter"):
+            return
+        (size, itemsize), offset = arguments[0].content, arguments[1].content
+        if name.endswith("v3"):
+            itemsize = getattr(_dtype_of(arguments[6].content), "itemsize", 0)
+        sizes, strides = self._numbers(arguments[2]), self._numbers(arguments[3])
+        self.elements += math.prod(sizes)
+        end = offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=False))
+        fits = offset >= 0 and itemsize and (0 in sizes or end * itemsize <= size)
+        if len(sizes) != len(strides) or not fits:
+            raise UnsafeFileError(
+                f"{self.where}: found a tensor of shape {_shown(sizes)}, strides {_shown(strides)} and offset "
+                f"{shortened(offset)}, for which the {size:,} bytes of its storage have no room"
+            )
+
+    def _numbers(self, found: Described) -> list[int]:
+        for part in found.content:
+            if part.kind != "integer" or not 0 <= part.content < _MOST:
+                raise self.unexpected(part, "a size, a stride or an offset")
+        return [part.content for part in found.content]
+
+
+def _shown(sizes: Sequence[int]) -> str:
+    """Sizes or strides as an error shows them, whatever their number."""
+    return f"({', '.join(map(str, sizes[:8]))}{', ...' if len(sizes) > 8 else ''})"
+
+
+def _dtype_of(name: str) -> torch.dtype | None:
+    module, _, attribute = name.partition(" ")
+    value = vars(torch).get(attribute) if module == "torch" else None
+    return value if isinstance(value, torch.dtype) else None
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    return ", ".join(kinds[:8]) or "nothing"
