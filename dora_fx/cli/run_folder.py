@@ -25,11 +25,15 @@ import yaml
 
 from dora_fx.checkpoint import CheckpointError
 from dora_fx.checkpoint.directory import open_checkpoint, previous_of
+from dora_fx.checkpoint.manifest import MANIFEST
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.options_file import read_options_file
 from dora_fx.files.durable import give_default_mode, sync
 from dora_fx.files.json_file import parse_json
 from dora_fx.files.regular_file import UnsafeFileError, open_regular
+
+# Where a run writes into a folder and removes what is in it; files are replaced as a whole, and with them a link.
+_WRITTEN_FOLDERS = ("checkpoint", previous_of(Path("checkpoint")).name, "best", "tensorboard", "wandb")
 
 # The values that the picture shows.
 _CURVES = ("loss", "held_out_loss", "tokens", "seconds")
@@ -72,17 +76,30 @@ class RunFolder:
         return self.best / f"step_{step}"
 
     def make_best(self) -> None:
-        """Make the folder of kept checkpoints; raises UserError if that cannot be done."""
+        """Make the folder of kept checkpoints; raises UserError if that cannot be done, or it is a link."""
+        _check_no_link(self.best)
         with _named(str(self.best)):
             self.best.mkdir(exist_ok=True)
 
     def drop_best_but(self, steps: Container[int]) -> None:
-        """Remove the kept checkpoints of all other steps; raises UserError if that cannot be done."""
-        with _named(str(self.best)):
-            for found in self.best.glob("step_*"):
-                number = found.name.removeprefix("step_")
-                if number.isdecimal() and int(number) not in steps:
+        """Remove the kept checkpoints of all other steps; what is no checkpoint stays.
+
+        Raises:
+            UserError: that cannot be done, or the folder or a checkpoint in it is a link, which leads out of the run.
+        """
+        for found in self._kept():
+            number = found.name.removeprefix("step_")
+            if number.isdecimal() and int(number) not in steps and (found / MANIFEST).is_file():
+                with _named(str(found)):
                     shutil.rmtree(found)
+
+    def _kept(self) -> list[Path]:
+        _check_no_link(self.best)
+        with _named(str(self.best)):
+            found = sorted(self.best.glob("step_*"))
+        for path in found:
+            _check_no_link(path)
+        return found
 
     @property
     def config_file(self) -> Path:
@@ -112,6 +129,12 @@ class RunFolder:
         if not self.config_file.is_file():
             raise UserError(f"--resume {self.path}: there is no config.yaml, expected the folder of a saved run")
         options = read_options_file(self.config_file, "--resume")
+        try:
+            for name in _WRITTEN_FOLDERS:
+                _check_no_link(self.path / name)
+            self._kept()
+        except UserError as error:
+            raise UserError(f"--resume {error}") from error
         try:
             open_checkpoint(checkpoint_in(self.path))
         except (CheckpointError, UserError, UnsafeFileError, OSError) as error:
@@ -197,6 +220,14 @@ def checkpoint_in(path: Path) -> Path:
         f"{path}: there is no checkpoint, the run was stopped before it saved one, or is still going on; wait for its "
         "end, where it saves (--save-every N saves before), or start it anew"
     )
+
+
+def _check_no_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(
+            f"{path}: found a symbolic link to {os.readlink(path)}, expected a folder of the run, in which files are "
+            "written and removed; copy what it leads to in its place if you know it"
+        )
 
 
 @contextlib.contextmanager

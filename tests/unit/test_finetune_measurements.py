@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_resumed_run_takes_back_what_it_kept_of_steps_to_come(inputs: list[str
     assert whole.keys() == {1, 2, 3}
     again = tmp_path / "again"
     assert finetune(*inputs, "--steps", 2, "--eval-every", 1, "--keep", 9, "--run", again) == 0
-    (again / "best" / "step_7").mkdir()
+    shutil.copytree(again / "best" / "step_2", again / "best" / "step_7")
     assert finetune("--resume", again, "--steps", 3) == 0
     assert kept(again) == {1, 2, 3}
     for path, adapter in read_adapters(again / "best" / "step_3").items():

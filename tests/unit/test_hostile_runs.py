@@ -16,7 +16,9 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 import dora_fx
+from dora_fx.cli.errors import UserError
 from dora_fx.cli.main import main
+from dora_fx.cli.run_folder import RunFolder
 from dora_fx.megatron.world import megatron_world
 from tests.distributed.bridge import adapter_shards, model_to_load_into, saving_on_cpu
 from tests.hf_models import finetune_inputs
@@ -124,6 +126,53 @@ def test_a_pipe_in_the_place_of_rows(run: Path, name: str, capsys: pytest.Captur
     os.mkfifo(run / name)
     assert is_endless("import sys\npass\nopen(sys.argv[1], 'rb').read()", run / name, patience=3)
     refused(run, "resume", f"{run / name}: found a named pipe, expected a regular file; remove it", capsys)
+
+
+@pytest.mark.parametrize("name", ["best", "checkpoint", ".checkpoint.previous", "best/step_3", "tensorboard", "wandb"])
+def test_a_link_in_the_place_of_a_folder(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run writes into its folders, and removes the checkpoints of steps that it will take again."""
+    outside = shutil.copytree(run / "checkpoint", run.parent / "outside" / "step_900")
+    if name == "best":
+        (run / "best").mkdir(exist_ok=True)
+        (run / "best").rename(run.parent / "kept")
+    else:
+        shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(outside.parent if name == "best" else outside)
+    if name == "best":
+        copied = shutil.copytree(outside, outside.with_name("step_901"))
+        shutil.rmtree(run / "best" / "step_901")
+        assert not copied.exists()
+    before = (run / "metrics.jsonl").read_bytes()
+    refused(run, "resume", f"--resume {run / name}: found a symbolic link to {run.parent / 'outside'}", capsys)
+    assert (outside / "dora_fx.json").exists() and (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_only_checkpoints_are_removed(run: Path) -> None:
+    best = RunFolder(run).best
+    best.mkdir(exist_ok=True)
+    for step in (7, 8):
+        shutil.copytree(run / "checkpoint", best / f"step_{step}")
+    (best / "step_9").mkdir()
+    (best / "step_9" / "notes.txt").write_text("mine")
+    RunFolder(run).drop_best_but([8])
+    assert {path.name for path in best.glob("step_[789]")} == {"step_8", "step_9"}
+    (best / "step_8").rename(run / "elsewhere")
+    (best / "step_8").symlink_to(run / "elsewhere")
+    with pytest.raises(UserError, match="step_8: found a symbolic link"):
+        RunFolder(run).drop_best_but([])
+    assert (run / "elsewhere" / "dora_fx.json").exists()
+
+
+def test_rows_that_are_a_link(run: Path) -> None:
+    """What it leads to is not written to: the file is replaced before the first row."""
+    outside = run.parent / "outside"
+    (run / "metrics.jsonl").rename(outside)
+    (run / "metrics.jsonl").symlink_to(outside)
+    before = outside.read_bytes()
+    RunFolder(run).drop_rows_after(1)
+    RunFolder(run).append_metrics({"step": 2, "loss": 1.0})
+    assert outside.read_bytes() == before and not (run / "metrics.jsonl").is_symlink()
 
 
 def save_bridge(folder: Path) -> Path:
