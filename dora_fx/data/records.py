@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_fx.files.json_file import parse_json
+from dora_fx.files.parquet_pages import check_parquet_size
 from dora_fx.files.regular_file import UnsafeFileError, open_regular, reason_of, size_of
 from dora_fx.models.reading import UnreadableFileError, check_no_pointer, reading
 
@@ -181,16 +182,26 @@ def _parquet(path: Path) -> Iterator[Record]:
                 raise UnreadableFileError(f"{path}: the file is empty; {_AGAIN}")
             check_no_pointer(path, start)
             with reading(path, _AGAIN):
-                parquet = pyarrow.parquet.ParquetFile(file)
-                yield from _rows(path, parquet, max(_ALWAYS_ALLOWED, _MOST_BYTES_FOR_A_BYTE * size))
+                at_most = max(_ALWAYS_ALLOWED, _MOST_BYTES_FOR_A_BYTE * size)
+                metadata = pyarrow.parquet.ParquetFile(file).metadata
+                check_parquet_size(path, file, metadata, at_most)
+                # A text that stands in the file once is kept once, until it is known how often it stands for itself.
+                texts = [name for name in map(_text_column, metadata.schema) if name]
+                yield from _rows(path, pyarrow.parquet.ParquetFile(file, read_dictionary=texts), at_most)
     except OSError as error:
         raise ValueError(f"{path}: {reason_of(error)}") from error
+
+
+def _text_column(column: Any) -> str | None:
+    """The path of a column that pyarrow can read as a dictionary and the places in it."""
+    is_text = column.physical_type == "BYTE_ARRAY" and column.logical_type.type in ("STRING", "NONE", "JSON", "ENUM")
+    return column.path if is_text else None
 
 
 def _rows(path: Path, parquet: Any, at_most: int) -> Iterator[Record]:
     number = taken = 0
     for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE):
-        taken += batch.nbytes
+        taken += sum(map(_bytes_of, batch.columns))
         if taken > at_most:
             raise UnsafeFileError(
                 f"{path}: found more than {at_most:,} bytes of rows in it, expected fewer by its size"
@@ -198,6 +209,20 @@ def _rows(path: Path, parquet: Any, at_most: int) -> Iterator[Record]:
         for value in batch.to_pylist():
             number += 1
             yield Record(f"{path}, row {number}", _without_nulls(value))
+
+
+def _bytes_of(column: Any) -> int:
+    """Bytes of an Arrow array's values, each text counted as often as it stands there."""
+    import pyarrow.compute
+
+    kind = column.type
+    if pyarrow.types.is_dictionary(kind):
+        lengths = pyarrow.compute.binary_length(column.dictionary)
+        return pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0
+    if pyarrow.types.is_struct(kind):
+        return sum(map(_bytes_of, column.flatten()))
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_map(kind)
+    return _bytes_of(column.flatten()) if is_list else column.nbytes
 
 
 def _without_nulls(value: Any) -> Any:
