@@ -10,6 +10,7 @@ from torch import Tensor
 from dora_fx.cli.errors import UserError
 from dora_fx.cli.memory import fitting_in_memory
 from dora_fx.models.base_files import GENERATION_CONFIG
+from dora_fx.models.chat_templates import apply_chat_template
 from dora_fx.models.hf_checkpoint import HFCheckpoint
 from dora_fx.models.model_tensors import empty_model
 from dora_fx.models.reading import check_readable, reading
@@ -61,7 +62,7 @@ class ChatModel:
         """
         try:
             with reading(self._path, "the chat template does not take this; --raw does without it"):
-                text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                text = apply_chat_template(self._tokenizer, turns, tokenize=False, add_generation_prompt=True)
                 ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -15,6 +15,7 @@ from typing import Any
 
 from dora_fx.data.formats import Conversation
 from dora_fx.files.regular_file import reason_of
+from dora_fx.models.chat_templates import apply_chat_template
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -111,7 +112,7 @@ class WrittenConversation:
 
     def _applied(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(messages, tools=self.conversation.tools, **options)
+            return apply_chat_template(self.tokenizer, messages, tools=self.conversation.tools, **options)
         except Exception as error:  # jinja2's, and whatever an expression of a template raises
             raise ValueError(
                 f"{self.conversation.where}: the base's chat template refuses the conversation ({reason_of(error)})"

@@ -23,8 +23,8 @@ from tests.processes import start_process
 
 MANIFEST, METADATA, COMMON, DATA = "dora_fx.json", ".metadata", "common.pt", "__0_0.distcp"
 _NO_MEMORY = 9
-# The processor's time is over; the stack is, in C; an integer is divided by zero, in C++.
-_KILLED_BY = (-signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGFPE)
+# The processor's time is over; the stack is, in C; an integer is divided by zero, in C++; memory is over, in Rust.
+_KILLED_BY = (-signal.SIGXCPU, -signal.SIGSEGV, -signal.SIGFPE, -signal.SIGABRT)
 
 
 class Payload:
