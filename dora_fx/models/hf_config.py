@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_fx.files.model_sizes import check_sizes
-from dora_fx.files.regular_file import check_no_special_files, shortened
+from dora_fx.files.regular_file import UnsafeFileError, check_no_special_files, shortened
 from dora_fx.models.architecture import UnsupportedModelError, architecture_of
 from dora_fx.models.base_files import CONFIG, GENERATION_CONFIG
 from dora_fx.models.hf_architectures import SUPPORTED_MODEL_TYPES
@@ -18,11 +18,13 @@ from dora_fx.models.reading import check_readable, read_json_object, reading
 
 UPGRADE = "if a newer version wrote it, upgrade transformers and tokenizers; otherwise download it again"
 
-_TOKENIZER_CONFIG, _ADAPTER_CONFIG = "tokenizer_config.json", "adapter_config.json"
+_TOKENIZER_CONFIG, _ADAPTER_CONFIG, _TOKENIZER = "tokenizer_config.json", "adapter_config.json", "tokenizer.json"
+# Normalizers put a mark in the place of a space; a few that each make ten characters of one make billions.
+_LONGEST_REPLACEMENT, _MOST_NORMALIZERS = 100, 100
 _WITHOUT_WEIGHTS = 1 << 62
 # What transformers reads of a directory beside config and weights, and what comes along with a merged model.
 _TEXT_FILES = (
-    *("tokenizer.json", _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", GENERATION_CONFIG),
+    *(_TOKENIZER, _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", GENERATION_CONFIG),
     *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "*.jinja"),
     "additional_chat_templates/*.jinja",
 )
@@ -58,6 +60,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
         )
     for name, fields in contents.items():
         _check_nothing_elsewhere(folder / name, fields)
+    _check_normalizers(folder / _TOKENIZER, contents.get(_TOKENIZER, {}).get("normalizer"))
     kind = contents[CONFIG].get("model_type")
     if kind not in SUPPORTED_MODEL_TYPES:
         raise UnsupportedModelError(
@@ -103,3 +106,19 @@ def _check_nothing_elsewhere(file: Path, fields: Mapping[str, Any]) -> None:
                 f"{file}: found {name} = {shortened(value)}, which is not followed; expected files under transformers' "
                 "own names and a model that transformers computes itself; take the field out if that is the same model"
             )
+
+
+def _check_normalizers(file: Path, normalizer: Any) -> None:
+    """Refuse normalizers that together make far more of a character than any model's do."""
+    open_ones, length, count = [normalizer], 1, 0
+    while open_ones and count <= _MOST_NORMALIZERS and length <= _LONGEST_REPLACEMENT:
+        found, count = open_ones.pop(), count + 1
+        if isinstance(found, dict):
+            inner, content = found.get("normalizers"), found.get("content")
+            open_ones.extend(inner if isinstance(inner, list) else [])
+            length *= max(1, len(content)) if found.get("type") == "Replace" and isinstance(content, str) else 1
+    if count > _MOST_NORMALIZERS or length > _LONGEST_REPLACEMENT:
+        raise UnsafeFileError(
+            f"{file}: found {count} normalizers that make {length:,} characters or more of one, expected at most "
+            f"{_MOST_NORMALIZERS} and {_LONGEST_REPLACEMENT}; download it again"
+        )

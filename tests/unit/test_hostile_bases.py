@@ -172,6 +172,18 @@ def test_a_tokenizer_elsewhere(base: Path, capsys: pytest.CaptureFixture[str]) -
     refused(base, r"tokenizer_config\.json: found fast_tokenizer_files = .*, which is not followed", capsys)
 
 
+def test_normalizers_that_make_much_of_little(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((base / "tokenizer.json").read_text())
+    each = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [each] * 4}
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    code = (
+        "import sys\nfrom transformers import AutoTokenizer\npass\nAutoTokenizer.from_pretrained(sys.argv[1])('a' * 9)"
+    )
+    assert is_endless(code, base)
+    refused(base, r"tokenizer\.json: found .* normalizers that make 1,000 characters or more of one, expected", capsys)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("hidden_size", 10**6), ("vocab_size", 10**15), ("intermediate_size", -4), ("num_hidden_layers", "2")],
