@@ -115,12 +115,16 @@ def differing(copies: Sequence[MainCopy]) -> list[MainCopy]:
     ]
 
 
-def _equal(parts: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> list[bool]:
-    """Whether each is bitwise the other; False where both are NaN or infinite, on an accelerator."""
+def _equal(parts: list[torch.Tensor], others: list[torch.Tensor]) -> list[bool]:
+    """Whether each equals the other; False for what is NaN in both."""
     if all(part.is_cpu for part in parts):
         return list(map(torch.equal, parts, others))
-    # A comparison of each would wait for the device as often.
-    differences = torch._foreach_norm(torch._foreach_sub(list(parts), list(others)), ord=math.inf)
+    return _equal_by_norms(parts, others)
+
+
+def _equal_by_norms(parts: list[torch.Tensor], others: list[torch.Tensor]) -> list[bool]:
+    """The same, where a comparison of each would wait for the device as often; False for what is infinite in both."""
+    differences = torch._foreach_norm(torch._foreach_sub(parts, others), ord=math.inf)
     found: list[bool] = (torch.stack([difference.float() for difference in differences]) == 0).tolist()
     return found
 

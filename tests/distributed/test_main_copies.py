@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 import dora_fx
-from dora_fx.megatron.main_copies import differing, main_copies
+from dora_fx.megatron.main_copies import MainCopy, _equal, _equal_by_norms, differing, main_copies
 from dora_fx.modules.written_parameters import OverwrittenParametersError
 from tests.distributed.bridge import adapter_shards, saving_on_cpu
 from tests.distributed.launch import visit_worlds
@@ -128,6 +129,22 @@ def test_digits_that_a_parameter_has_not_are_kept(tmp_path: Path, world: None) -
     assert any(not torch.equal(main, main.bfloat16().float()) for main in before)
     dora_fx.load_checkpoint(made.chunks, tmp_path / "checkpoint")
     assert all(torch.equal(copy.main, main) for copy, main in zip(main_copies(single), before, strict=True))
+
+
+def test_devices_compare_as_a_cpu_does() -> None:
+    values = torch.tensor([1.0, -0.0, 6e-8, 65504.0])
+    for dtype in (torch.bfloat16, torch.float16):
+        mine = [values.to(dtype) for _ in range(6)]
+        others = [tensor.clone() for tensor in mine]
+        for index, tensor in enumerate(others[1:5]):
+            # One in the last place, or the least number above zero.
+            tensor.view(torch.int16)[index] += 1
+        others[5][1] = 0.0
+        assert _equal(mine, others) == _equal_by_norms(mine, others) == [True, False, False, False, False, True]
+        unknown = [torch.full_like(tensor, math.nan) for tensor in mine]
+        assert not any(_equal_by_norms(unknown, unknown))
+        copies = [MainCopy(torch.nn.Parameter(tensor), tensor.float(), slice(None)) for tensor in unknown]
+        assert differing(copies) == []
 
 
 def load_and_step(layout: Layout, folder: Path) -> None:
