@@ -29,8 +29,16 @@ def assert_same_adapter(found: Path, expected: Path) -> None:
     torch.testing.assert_close(adapter_of(found), adapter_of(expected), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("where", "message"), [("gradient", GRADIENT), ("output", OUTPUT)])
-@pytest.mark.parametrize("options", [[], ["--save-every", 1], ["--dtype", "bf16"]], ids=["at_end", "each", "bf16"])
+@pytest.mark.parametrize(
+    ("where", "message", "options"),
+    [
+        pytest.param("gradient", GRADIENT, [], id="gradient"),
+        pytest.param("output", OUTPUT, ["--save-every", 1], id="output-saved_each_step"),
+        pytest.param("gradient", GRADIENT, ["--dtype", "bf16"], id="gradient-bf16"),
+        pytest.param("output", OUTPUT, [], id="output", marks=pytest.mark.slow),
+        pytest.param("gradient", GRADIENT, ["--save-every", 1], id="gradient-saved_each_step", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_stops_after_three_steps_and_keeps_the_state_before_them(
     where: Where,
     message: str,
