@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional
 
 import dora_fx
-from dora_fx.models import megatron_settings
+from dora_fx.models import causal_mask, megatron_settings
 from dora_fx.models.hf_architectures import HF_ARCHITECTURES
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.models.megatron_settings import check_settings, unknown_settings
-from tests.models import tiny_gpt
+from tests.closeness import rounding, roundings_of
+from tests.models import SEQUENCE, randomize_adapters, tiny_gpt, token_ids
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -167,6 +168,16 @@ def test_settings_that_leave_rows_and_function_alone_are_taken(settings: dict[st
     assert rows["q_proj"] == config.num_attention_heads * config.kv_channels
     assert rows["k_proj"] == rows["v_proj"] == config.num_query_groups * config.kv_channels
     dora_fx.import_hf(tiny_gpt(**settings), tmp_path / "out")
+
+
+def test_compare_merged_takes_every_setting() -> None:
+    """It runs the model itself, and gives no row to a layer of Hugging Face."""
+    model = adapted(tiny_gpt(attention_output_gate=True, glu_linear_offset=1.0, activation_func_clamp_value=7.0))
+    randomize_adapters(model)
+    tokens, positions = token_ids(), torch.arange(SEQUENCE).expand(2, -1)
+    found = dora_fx.compare_merged(model, tokens, positions, causal_mask(SEQUENCE, "cpu"), labels=tokens)
+    assert len(found.layers) == 6 and all(layer.change > 0 for layer in found.layers)
+    assert found.num_tokens == tokens.numel() and found.mean_gap < rounding(torch.float32, roundings_of(model))
 
 
 def test_every_setting_of_the_installed_megatron_is_known() -> None:
