@@ -80,13 +80,13 @@ def plant_on_rank_1(input_size: int, first_call: int, rank: int) -> None:
 )
 def test_all_ranks_skip_the_step_of_one(size: str, shards: int, passes: int, tmp_path: Path) -> None:
     """`shards` is how often the layer's input is sharded, `passes` what a rank has in a step."""
-    options = ["--compile", "none", "--gradient-accumulation", 4, "--sample-tokens", 0, size, 2]
+    options = ["--compile", "none", "--gradient-accumulation", 4, "--sample-tokens", 0, "--eval-every", 0, size, 2]
     inputs = finetune_inputs(tmp_path, *options)
     good, run = tmp_path / "good", tmp_path / "run"
     plant_from = partial(partial, plant_on_rank_1, SHAPE["intermediate_size"] // shards)
     finetune(2, *inputs, "--steps", 2, "--run", good, prepare=plant_from(3 * passes))
     plant = plant_from(2 * passes + 1)
-    text = finetune(2, *inputs, "--steps", 20, "--eval-every", 0, "--run", run, prepare=plant, expect=2)
+    text = finetune(2, *inputs, "--steps", 20, "--run", run, prepare=plant, expect=2)
     assert text.count("the 3 steps up to step 5 made no update") == 2 and "Traceback" not in text
     message = "step 3 made no update: the gradient of decoder.layers.1.mlp.linear_fc2.adapter"
     assert text.count(message) == 1
