@@ -28,7 +28,7 @@ from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
 from dora_fx.megatron.wrappers import ModelT, NamedModule, check_unsharded, chunks_of, replace_modules, walk
 from dora_fx.modules.dora_linear import DoRALinear
 from dora_fx.modules.finite import adapter_not_finite_maybe
-from dora_fx.ranks.agreement import problem_of_any_rank_maybe
+from dora_fx.ranks.agreement import of_all_stages, problem_of_any_rank_maybe
 from dora_fx.ranks.groups import resolve_group
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
             parameters stay the same objects, but are not in the model, nor in its state dict, while it is merged.
 
     Raises:
-        ValueError: on every rank, naming the layer: nothing is adapted; a layer's weight is tied to an embedding
+        ValueError: on every rank, naming the layer: no stage has an adapter; a layer's weight is tied to an embedding
             or to another layer, or is in the memory of another model's, which merging would change too; an adapter
             is disabled, or has NaN or inf; a layer's adapter is to be kept while that of an earlier merge is.
     """
@@ -114,7 +114,7 @@ def unmerge(model: ModelT) -> ModelT:
     merged = [named for chunk in chunks for named in walk(chunk) if hasattr(named.module, _KEPT)]
     problem = _unmerge_problem_maybe(chunks, merged)
     _raise_together(problem, {getattr(named.module, _KEPT).site.adapter.tp_group for named in merged})
-    if not merged:
+    if not _on_any_stage(bool(merged)):
         raise ValueError("found no merged layer, expected a model after merge(model, keep_adapter=True)")
     _replace(chunks, _restore(named.module for named in merged))
     logger.info("unmerged %d layers", len(merged))
@@ -208,7 +208,7 @@ def _check_mergeable(
     if problem is None:
         problem = sharing_problem_maybe(chunks, {path: site.to_wrap for path, site in sites})
     _raise_together(problem, {site.adapter.tp_group for _, site in sites})
-    if not sites:
+    if not _on_any_stage(bool(sites)):
         raise ValueError(_nothing_adapted(chunks))
 
 
@@ -222,6 +222,11 @@ def _raise_together(problem: str | None, tp_groups: Iterable[str]) -> None:
         problem = problem_of_any_rank_maybe(problem, group)
     if problem is not None:
         raise ValueError(problem)
+
+
+def _on_any_stage(flag: bool) -> bool:
+    """Return whether something holds on a pipeline stage; one without adapters has nothing to do, and is no error."""
+    return any(of_all_stages(flag)) if parallel_state.model_parallel_is_initialized() else flag
 
 
 def _nothing_adapted(chunks: Sequence[nn.Module]) -> str:

@@ -8,7 +8,6 @@ what a wrong function does.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Mapping
 
@@ -206,8 +205,7 @@ def merged_is_adapted(setup: SetUp) -> Finding:
     adapted = setup.output()
     with disable_adapter(setup.model):
         off = setup.output()
-    # A stage without adapters has nothing to merge.
-    with merged(setup.model) if setup.sites else contextlib.nullcontext():
+    with merged(setup.model):
         whole = setup.output()
     return _same_output(name, setup, whole, adapted, off, "merged weights from adapters")
 

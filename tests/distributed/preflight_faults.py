@@ -17,11 +17,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dora_fx
-from dora_fx.attach import merge
+from dora_fx.attach import merge, recomputation
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.models import causal_mask
+from dora_fx.modules import tensor_checks
 from tests.distributed.mutations import BITS_ARE_NOT_COMPARED, MUTATIONS, Mutation, planted
-from tests.distributed.pipeline_gpt import VOCAB, Kind, Layout, attach, build_base, unwrapped
+from tests.distributed.pipeline_gpt import TARGETS, VOCAB, Kind, Layout, attach, build_base, unwrapped
+from tests.megatron_checkpoint import UNIFORM, without_cuda_generators
 from tests.models import sites
 
 LENGTH = 16
@@ -153,6 +155,38 @@ def merging_without_scaling() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def recomputing_without_a_gradient() -> Iterator[None]:
+    """Megatron's own recomputation, and nothing that gives the input of its layers a gradient."""
+    condition = "not torch.is_grad_enabled() or not _recomputes(stack)"
+    with without_cuda_generators(), planted(Mutation("no gradient", recomputation.before_stack, condition, "True")):
+        yield
+
+
+def recompute_everything(setup: SetUp) -> None:
+    for name, value in UNIFORM.items():
+        setattr(unwrapped(setup.chunks[0]).config, name, value)
+
+
+@contextlib.contextmanager
+def magnitudes_of_any_dtype() -> Iterator[None]:
+    condition = "magnitude.dtype != wide"
+    with planted(Mutation("any dtype", tensor_checks.check_magnitude, condition, "False")):
+        yield
+
+
+def cast_magnitudes(setup: SetUp) -> None:
+    setup.optimizer = torch.optim.AdamW(trained(setup.chunks), lr=1e-4)
+    for site in setup.sites.values():
+        site.adapter.weight_magnitude.data = site.adapter.weight_magnitude.data.to(torch.bfloat16)
+
+
+def make_a_magnitude_in_inference_mode(setup: SetUp) -> None:
+    with torch.inference_mode():
+        setup.site.adapter.weight_magnitude = nn.Parameter(setup.site.adapter.weight_magnitude.clone())
+    setup.optimizer = torch.optim.AdamW(trained(setup.chunks), lr=1e-2)
+
+
 SEQUENCE_PARALLEL = Kind(sequence_parallel=True)
 # On one rank.
 FAULTS = [
@@ -160,6 +194,26 @@ FAULTS = [
         "a checkpoint swallows the gradients",
         "does not require grad",
         lambda s: swallow_gradients(s, use_reentrant=True),
+    ),
+    Fault(
+        "Megatron's recomputation swallows the gradients",
+        {"gradients", "recomputation", "steps"},
+        recompute_everything,
+        set_up(targets=[*TARGETS, "output_layer"]),
+        recomputing_without_a_gradient,
+    ),
+    Fault(
+        "magnitudes are cast past the model",
+        {"adapter off", "slope", "steps"},
+        cast_magnitudes,
+        set_up(wraps=False),
+        magnitudes_of_any_dtype,
+    ),
+    Fault(
+        "a magnitude is made in inference mode",
+        "made under torch.inference_mode()",
+        make_a_magnitude_in_inference_mode,
+        set_up(wraps=False),
     ),
     Fault(
         "a checkpoint computes with other masks",

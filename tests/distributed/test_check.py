@@ -54,6 +54,14 @@ def check_sound_set_ups(layout: Layout, folder: Path) -> None:
         torch.testing.assert_close(state_of(setup), before, rtol=0, atol=0, equal_nan=True)
 
 
+def check_a_bare_stage(layout: Layout, folder: Path) -> None:
+    """A stage without adapters is a part of a sound set-up."""
+    for kind in KINDS:
+        report = SetUp(layout, kind, targets=["*.layers.1.*"]).check()
+        assert not report.failed, f"{layout} {kind}\n{report}"
+        assert {finding.name for finding in report.findings if finding.verdict == "ok"} >= {"merged", "slope", "steps"}
+
+
 def check_faults(layout: Layout, folder: Path) -> None:
     loss = _loss_on_one_rank(layout, Kind(), folder)
     # Dropout makes other losses of the same adapters.
@@ -77,7 +85,8 @@ def _loss_on_one_rank(layout: Layout, kind: Kind, folder: Path) -> float | None:
 
 def test_sound_set_ups_pass_and_are_left_as_they_were(tmp_path):
     layouts = [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(pp=2, vpp=2)]
-    visit_worlds([(check_sound_set_ups, layout) for layout in layouts], tmp_path)
+    visits = [(check_sound_set_ups, layout) for layout in layouts]
+    visit_worlds([*visits, (check_a_bare_stage, Layout(pp=2))], tmp_path)
 
 
 def test_every_fault_is_found_for_what_it_is(tmp_path):
