@@ -8,22 +8,24 @@ from typing import Any
 from torch import nn
 
 from dora_fx.megatron.wrappers import Model
-from dora_fx.preflight.passes import Forward, ForwardBackward
-from dora_fx.preflight.proofs import (
+from dora_fx.preflight.function_proofs import (
     adapter_off_is_base,
     compiled_is_eager,
     gradients_arrive,
     is_compiled,
     loss_is_reference,
     magnitudes_are_lengths,
-    main_copies_are_parameters,
     merged_is_adapted,
-    optimizer_trains_adapters,
     recomputation_changes_nothing,
+)
+from dora_fx.preflight.parameter_proofs import (
+    main_copies_are_parameters,
+    optimizer_trains_adapters,
     replicas_are_equal,
     saved_is_trained,
     steps_move_everything,
 )
+from dora_fx.preflight.passes import Forward, ForwardBackward
 from dora_fx.preflight.report import CheckError, CheckReport, Finding, joined
 from dora_fx.preflight.saved_state import SavedValues, left_as_it_was
 from dora_fx.preflight.set_up import SetUp, over_all_ranks, uncompiled

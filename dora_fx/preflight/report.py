@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -76,3 +76,13 @@ def _worst(findings: Sequence[Finding]) -> Finding:
         if finding.verdict == "failed":
             return replace(finding, text=f"{finding.text} (on rank {rank})") if len(findings) > 1 else finding
     return next((finding for finding in findings if finding.verdict == "ok"), findings[0])
+
+
+def failed_at(name: str, paths: Iterable[str], found: str) -> Finding:
+    """What failed at some paths; of a rank that has none of them, as all ranks leave a proof together."""
+    paths = list(paths)
+    if not paths:
+        return Finding(name, "skipped", "it failed on another rank")
+    first, *others = paths
+    rest = f", and so {len(others)} more" if others else ""
+    return Finding(name, "failed", f"{first}: found {found}{rest}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -259,6 +259,11 @@ def drops_in_base(setup: SetUp) -> bool:
 def over_all_ranks(value: Any) -> list[Any]:
     """The value of every rank, in order of ranks; every rank calls it."""
     return gather_objects(value, world_group())
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor | None]) -> list[str]:
+    """The paths of tensors that have NaN or inf."""
+    return [path for path, tensor in tensors.items() if tensor is not None and not torch.isfinite(tensor).all()]
 
 
 def _gradient_maybe(parameter: torch.Tensor) -> torch.Tensor | None:

@@ -1,0 +1,180 @@
+"""Proofs about the function: gradients arrive, and the model computes the same compiled, recomputed, merged and fresh.
+
+Each function proves one property on this rank, and every rank calls all of them in the same order. Errors are relative:
+of outputs to what the adapters change, of gradients to the gradient. They may be up to the square root of the dtype's
+rounding, which lies far above what another order of sums changes (1e-6 and 1e-2 of float32 and bfloat16) and far below
+what a wrong function does.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from dora_fx.attach.merge import merge_problem_maybe, merged, merged_weight
+from dora_fx.modules.dora_linear import disable_adapter
+from dora_fx.preflight.passes import call, loss_of
+from dora_fx.preflight.report import Finding, failed_at
+from dora_fx.preflight.saved_state import SavedValues
+from dora_fx.preflight.set_up import (
+    Pass,
+    SetUp,
+    drops_in_base,
+    not_finite,
+    over_all_ranks,
+    uncompiled,
+    without_recomputation,
+)
+from dora_fx.ranks.groups import resolve_group
+
+# Gradients of 16 bits go through more roundings than outputs.
+_ROOM_FOR_GRADIENTS = 3.0
+
+
+def gradients_arrive(setup: SetUp, eager: Pass) -> Finding:
+    """Every adapter tensor has a finite gradient that is not zero, with B and m away from where training starts."""
+    name = "gradients"
+    gradients = {path: eager.gradients.get(path) for path in setup.adapter_parameters}
+    problems = (
+        ([path for path, gradient in gradients.items() if gradient is None], "no gradient"),
+        (not_finite(gradients), "a gradient that is not finite"),
+        ([path for path, gradient in gradients.items() if gradient is not None and not gradient.any()], "zeros alone"),
+    )
+    for paths, found in problems:
+        if paths:
+            return failed_at(name, paths, f"{found}, expected a gradient in every adapted layer")
+    norms = {path: float(gradient.double().norm()) for path, gradient in gradients.items() if gradient is not None}
+    least = min(norms, key=lambda path: norms[path], default="none here")
+    return Finding(name, "ok", f"all are there and finite; least norm {norms.get(least, 0.0):.1e} ({least})")
+
+
+def compiled_is_eager(setup: SetUp, eager: Pass) -> Finding:
+    """Compiled code gives the loss and the gradients of the same model run as it is written."""
+    name = "compiled"
+    if not is_compiled(setup):
+        return Finding(name, "skipped", "nothing is compiled")
+    if drops_in_base(setup):
+        return Finding(name, "skipped", "the base drops out, with other masks in compiled code")
+    return _same_pass(name, setup, setup.training_pass(), eager, "eager")
+
+
+def recomputation_changes_nothing(setup: SetUp, eager: Pass) -> Finding:
+    """Activation checkpointing gives the loss and the gradients that keeping the activations gives."""
+    name = "recomputation"
+    with without_recomputation(setup) as was_on, uncompiled():
+        if not was_on:
+            return Finding(name, "skipped", "there is none")
+        kept = setup.training_pass()
+    return _same_pass(name, setup, eager, kept, "kept activations")
+
+
+def adapter_off_is_base(setup: SetUp) -> Finding:
+    """With B = 0 and m = norm the adapted layers compute what their base layers do."""
+    values = SavedValues(setup.adapter_parameters.values())
+    moved = setup.output()
+    with disable_adapter(setup.model):
+        off = setup.output()
+    setup.make_adapters_fresh()
+    fresh = setup.output()
+    values.restore()
+    return _same_output("adapter off", setup, fresh, off, moved, "a fresh adapter from the base")
+
+
+def merged_is_adapted(setup: SetUp) -> Finding:
+    """The merged model computes what the adapted one does."""
+    name = "merged"
+    problems = over_all_ranks(merge_problem_maybe(setup.chunks, list(setup.sites.items())))
+    problem = next((problem for problem in problems if problem is not None), None)
+    if problem is not None:
+        return Finding(name, "skipped", problem)
+    adapted = setup.output()
+    with disable_adapter(setup.model):
+        off = setup.output()
+    with merged(setup.model):
+        whole = setup.output()
+    return _same_output(name, setup, whole, adapted, off, "merged weights from adapters")
+
+
+@torch.no_grad()
+def magnitudes_are_lengths(setup: SetUp) -> Finding:
+    """The rows of m / n * (W0 + s B A) are as long as m says, which is what n is for, on however many ranks."""
+    name = "magnitudes"
+    errors = {}
+    for path, site in setup.sites.items():
+        adapter = site.adapter
+        squares = merged_weight(site).square().sum(1)
+        if adapter.tp_group and adapter.layout.shards_input_features:
+            dist.all_reduce(squares, group=resolve_group(adapter.tp_group))
+        errors[path] = _error(squares.sqrt(), adapter.weight_magnitude.detach().abs())
+    worst = max(errors, key=lambda path: errors[path], default="none here")
+    if errors and not errors[worst] <= math.sqrt(setup.rounding):
+        return Finding(
+            name, "failed", f"{worst}: found rows of the adapted weight {errors[worst]:.1e} off their lengths"
+        )
+    return Finding(name, "ok", f"rows are as long as m says, within {errors.get(worst, 0.0):.1e} ({worst})")
+
+
+def loss_is_reference(setup: SetUp, loss: float, reference: float | nn.Module | None) -> Finding:
+    """The loss is that of another layout, or of another model that has the same adapters."""
+    name = "reference"
+    if reference is None:
+        return Finding(name, "skipped", "none was given")
+    if isinstance(reference, nn.Module):
+        with torch.no_grad():
+            reference = loss_of(call(reference, setup.batch)).item()
+    error = abs(loss - reference) / max(abs(reference), 1e-30)
+    text = f"loss {loss:.6f} of {reference:.6f}, {error:.1e} apart"
+    return Finding(name, "ok" if error <= math.sqrt(setup.rounding) else "failed", text)
+
+
+def _same_pass(name: str, setup: SetUp, found: Pass, expected: Pass, of: str) -> Finding:
+    bound = _ROOM_FOR_GRADIENTS * math.sqrt(setup.rounding)
+    errors = {path: _error(found.gradients[path], gradient) for path, gradient in expected.gradients.items()}
+    worst = max(errors, key=lambda path: errors[path], default="")
+    text = f"gradients within {errors.get(worst, 0.0):.1e} of {of} ({worst})"
+    if not errors.get(worst, 0.0) <= bound:
+        return Finding(name, "failed", f"{worst}: found a gradient {errors[worst]:.1e} away from {of}")
+    if found.loss is not None and expected.loss is not None:
+        error = abs(found.loss - expected.loss) / max(abs(expected.loss), 1e-30)
+        text = f"loss within {error:.1e}, {text}"
+        if not error <= bound:
+            return Finding(name, "failed", f"model: found a loss of {found.loss:.6f}, {expected.loss:.6f} with {of}")
+    return Finding(name, "ok", text)
+
+
+def _same_output(
+    name: str,
+    setup: SetUp,
+    found: torch.Tensor | None,
+    expected: torch.Tensor | None,
+    other: torch.Tensor | None,
+    what: str,
+) -> Finding:
+    """Compare outputs, relative to what the adapters change, or to the rounding of the output if that is more."""
+    if found is None or expected is None or other is None:
+        return Finding(name, "skipped", "the output is on another rank")
+    found, expected, other = found.double(), expected.double(), other.double()
+    effect = float((other - expected).norm())
+    difference = float((found - expected).norm())
+    error = difference / max(effect, 1e-30)
+    text = f"{what}: {error:.1e} of what the adapters change"
+    return Finding(name, "ok" if error <= math.sqrt(setup.rounding) else "failed", text)
+
+
+def _error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    if found is None or expected is None:
+        return 0.0 if found is expected else math.inf
+    scale = float(expected.double().norm())
+    difference = float((found.double() - expected.double()).norm())
+    return difference / scale if scale > 0.0 else (0.0 if difference == 0.0 else math.inf)
+
+
+def is_compiled(setup: SetUp) -> bool:
+    """Return whether a part of the model is compiled."""
+    modules = [module for chunk in setup.chunks for module in chunk.modules()]
+    compiled = (getattr(module, "_compiled_call_impl", None) is not None for module in modules)
+    return any(compiled) or any(isinstance(module, OptimizedModule) for module in modules)

@@ -1,0 +1,149 @@
+"""Proofs about parameters: an optimizer trains them, ranks hold equal copies of them, and a checkpoint keeps them.
+
+Each function proves one property on this rank, and every rank calls all of them in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from dora_fx.checkpoint.contents import all_shards, model_contents
+from dora_fx.checkpoint.optimizer import OptimizerState
+from dora_fx.checkpoint.tensor_digests import copy_digests, differing_copies
+from dora_fx.megatron.main_copies import differing
+from dora_fx.megatron.world import world_at_hand
+from dora_fx.preflight.optimizers import copies_of, torch_optimizers, trained_parameters
+from dora_fx.preflight.report import Finding, failed_at
+from dora_fx.preflight.set_up import SetUp, not_finite, over_all_ranks
+
+_OF_NO_MODULE = "a parameter of no module"
+_NO_OPTIMIZER = "no optimizer was given"
+
+
+def optimizer_trains_adapters(setup: SetUp) -> Finding:
+    """The optimizer has every adapter parameter that is trained, and no other."""
+    name = "optimizer"
+    if setup.optimizer is None:
+        return Finding(name, "skipped", _NO_OPTIMIZER)
+    names = {id(parameter): path for path, parameter in _all_parameters(setup).items()}
+    trained = [names.get(id(parameter), _OF_NO_MODULE) for parameter in trained_parameters(setup.optimizer)]
+    # A distributed optimizer has a part of the parameters on each rank.
+    everywhere = set().union(*over_all_ranks(trained))
+    adapters = setup.adapter_parameters
+    number = _number_in_model(adapters)
+    frozen = sorted(path for path, parameter in adapters.items() if not parameter.requires_grad)
+    missing = sorted(adapters.keys() - everywhere)
+    beyond = sorted(set(trained) - adapters.keys())
+    if missing:
+        state = "frozen" if missing[0] in frozen else "not in the optimizer"
+        return failed_at(name, missing, f"{state}, expected it to be trained")
+    if frozen:
+        return failed_at(name, frozen, "frozen, expected it to be trained")
+    if beyond:
+        return failed_at(name, beyond, "in the optimizer, expected adapters alone")
+    groups = [group for each in torch_optimizers(setup.optimizer) for group in each.param_groups]
+    rates = sorted({float(group["lr"]) for group in groups})
+    decays = sorted({float(group.get("weight_decay", 0.0)) for group in groups})
+    figures = f"lr {_listed(map('{:g}'.format, rates))}, weight decay {_listed(map('{:g}'.format, decays))}"
+    return Finding(name, "ok", f"all {number} adapter tensors and nothing else; {figures}")
+
+
+def main_copies_are_parameters(setup: SetUp) -> Finding:
+    """A step of Megatron's 16-bit optimizers writes float32 copies over the parameters: they must be their values."""
+    name = "main copies"
+    names = {id(parameter): path for path, parameter in setup.trainable.items()}
+    copies = [copy for copy in copies_of(setup.optimizer) if copy.main.dtype != copy.parameter.dtype]
+    wrong = [names.get(id(copy.parameter), _OF_NO_MODULE) for copy in differing(copies)]
+    if wrong:
+        return failed_at(name, wrong, "another value than the optimizer's float32 copy, which the next step writes")
+    if not copies:
+        return Finding(name, "skipped", "the optimizer has none")
+    return Finding(name, "ok", f"{len(copies)} float32 copies are their parameters")
+
+
+@world_at_hand()
+def saved_is_trained(setup: SetUp) -> Finding:
+    """`save_checkpoint` keeps every parameter that is trained, and what the optimizer has of it."""
+    name = "saved"
+    contents = model_contents(setup.chunks)
+    # The first of the shards that a factory makes of a parameter begins where the parameter does.
+    kept = {shard.data.data_ptr() for shard in all_shards(contents.adapter)}
+    lost = sorted(path for path, parameter in setup.trainable.items() if parameter.data_ptr() not in kept)
+    number = _number_in_model(setup.trainable)
+    if any(over_all_ranks(bool(lost))):
+        return failed_at(name, lost, "trained, and save_checkpoint keeps adapters alone")
+    if setup.optimizer is not None:
+        OptimizerState(setup.optimizer, setup.chunks, contents.adapter).to_save()
+    state = "" if setup.optimizer is None else " and the optimizer's state"
+    return Finding(name, "ok", f"{number} trained tensors{state}")
+
+
+@world_at_hand()
+def replicas_are_equal(setup: SetUp, when: str) -> Finding:
+    """Ranks that hold the same part of an adapter hold the same bits."""
+    name = f"replicas {when}"
+    digests = copy_digests(all_shards(model_contents(setup.chunks).adapter))
+    everyone = over_all_ranks(digests)
+    if len(everyone) == 1:
+        return Finding(name, "skipped", "there is one rank")
+    differing = differing_copies(everyone)
+    if differing:
+        return failed_at(name, differing, "other bits on other ranks, expected equal copies")
+    copies = sum(len(of_rank) for of_rank in everyone) - len(set().union(*everyone))
+    if not copies:
+        return Finding(name, "skipped", "no two ranks hold the same part")
+    return Finding(name, "ok", f"{copies} copies on {len(everyone)} ranks are equal bit by bit")
+
+
+def steps_move_everything(setup: SetUp) -> Finding:
+    """Two steps have finite gradients and move every tensor. In the first, A has none, as B is zero."""
+    name = "steps"
+    if setup.optimizer is None:
+        return Finding(name, "skipped", _NO_OPTIMIZER)
+    if any(over_all_ranks(bool(differing(copies_of(setup.optimizer))))):
+        return Finding(name, "skipped", "a step would undo what was written into parameters")
+    copies = {id(copy.parameter): copy.main for copy in copies_of(setup.optimizer)}
+    held = {path: [p, *([copies[id(p)]] if id(p) in copies else [])] for path, p in setup.trainable.items()}
+    before = {path: [tensor.detach().clone() for tensor in tensors] for path, tensors in held.items()}
+    for number in (1, 2):
+        gradients = setup.training_pass().gradients
+        wrong = not_finite(gradients)
+        if any(over_all_ranks(bool(wrong))):
+            return failed_at(name, wrong, f"a gradient that is not finite, in step {number}")
+        setup.step()
+    moves = {
+        path: max(float((now.detach() - then).abs().max()) for now, then in zip(tensors, before[path], strict=True))
+        for path, tensors in held.items()
+    }
+    wrong = [path for path, move in moves.items() if not math.isfinite(move)]
+    if any(over_all_ranks(bool(wrong))):
+        return failed_at(name, wrong, "values that are not finite after two steps")
+    # A part of a distributed optimizer's copies is on each rank.
+    everywhere: dict[str, float] = {}
+    for of_rank in over_all_ranks(moves):
+        for path, move in of_rank.items():
+            everywhere[path] = max(move, everywhere.get(path, 0.0))
+    still = [path for path, move in everywhere.items() if move == 0.0]
+    if still:
+        dtype = str(setup.trainable[still[0]].dtype).removeprefix("torch.") if still[0] in setup.trainable else "it"
+        return failed_at(name, still, f"the value of before after two steps ({dtype})")
+    least = min(everywhere, key=lambda path: everywhere[path]) if everywhere else ""
+    return Finding(name, "ok", f"every tensor moves; least {everywhere.get(least, 0.0):.1e} ({least})")
+
+
+def _all_parameters(setup: SetUp) -> dict[str, nn.Parameter]:
+    named = {path: parameter for chunk in setup.chunks for path, parameter in chunk.named_parameters()}
+    # Those of adapters by their paths in the whole model.
+    return {**named, **setup.trainable}
+
+
+def _number_in_model(parameters: Iterable[str]) -> int:
+    """How many parameters of the whole model the ranks' names are; every rank calls it."""
+    return len(set().union(*over_all_ranks(list(parameters))))
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return " and ".join(texts)
