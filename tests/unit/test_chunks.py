@@ -135,6 +135,7 @@ def calls(folder: Path) -> dict[str, Callable[[Any], Any]]:
         "parameter_groups": lambda model: dora_fx.parameter_groups(model, lr=1e-3),
         "export_hf": lambda model: dora_fx.export_hf(model, folder / "adapter"),
         "import_hf": lambda model: dora_fx.import_hf(model, folder / "adapter"),
+        "check": lambda model: dora_fx.check(model, {}),
         "load_bridge_checkpoint": lambda model: dora_fx.load_bridge_checkpoint(
             model, folder / "bridge", tensor_parallel_size=1
         ),
@@ -143,7 +144,8 @@ def calls(folder: Path) -> dict[str, Callable[[Any], Any]]:
 
 def test_these_are_all_public_functions(tmp_path: Path) -> None:
     no_functions_of_a_model = {
-        *("CheckpointError", "DoRALinear", "ParallelLinearDoRAAdapter", "config_overrides", "__version__")
+        *("CheckError", "CheckReport", "CheckpointError", "DoRALinear", "ParallelLinearDoRAAdapter"),
+        *("config_overrides", "__version__"),
     }
     assert set(dora_fx.__all__) - no_functions_of_a_model == set(calls(tmp_path))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,8 +66,13 @@ _QKV = (0, 8), (100, 4), (200, 4)
 _INTERLEAVED = [0, 1, 2, 3, 100, 101, 200, 201, 4, 5, 6, 7, 102, 103, 202, 203]
 
 
+def _config_of_few_rows(kind: str, intermediate_size: int) -> Any:
+    sizes = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+    return tiny_hf_config(kind, **sizes, intermediate_size=intermediate_size)
+
+
 def test_qkv_rows_are_interleaved_by_query_group() -> None:
-    architecture = architecture_of(tiny_hf_config("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=2))
+    architecture = architecture_of(_config_of_few_rows("llama", intermediate_size=1))
     hf = {name: torch.zeros(1, 1) for name in hf_layer_names(architecture)}
     for name, (begin, rows) in zip("qkv", _QKV, strict=True):
         hf[f"self_attn.{name}_proj.weight"] = torch.arange(begin, begin + rows).float()[:, None]
@@ -75,7 +81,7 @@ def test_qkv_rows_are_interleaved_by_query_group() -> None:
 
 
 def test_rows_that_the_checkpoint_fuses_are_interleaved_too() -> None:
-    architecture = architecture_of(tiny_hf_config("phi3", num_attention_heads=4, num_key_value_heads=2, head_dim=2))
+    architecture = architecture_of(_config_of_few_rows("phi3", intermediate_size=3))
     hf = {name: torch.zeros(2, 1) for name in hf_layer_names(architecture)}
     hf["self_attn.qkv_proj.weight"] = torch.cat([torch.arange(begin, begin + n) for begin, n in _QKV]).float()[:, None]
     hf["mlp.gate_up_proj.weight"] = torch.arange(6.0)[:, None]

@@ -171,7 +171,7 @@ def test_merged_for_a_while(compiled: bool) -> None:
     with pytest.raises(KeyError), dora_fx.merged(model):
         assert not sites(model)
         assert_same_logits(hf_logits(model), expected, model)
-        with pytest.raises(ValueError, match="found a model that is merged already; unmerge it first"):
+        with pytest.raises(ValueError, match="q_proj: found a layer that is merged already; unmerge it first"):
             dora_fx.merge(model)
         raise KeyError("inside")
     assert_equal(dict(model.state_dict()), before)

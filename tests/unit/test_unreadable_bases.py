@@ -95,11 +95,11 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "bin_pointer": (as_pickle(lambda file: file.write_bytes(POINTER)), "pytorch_model.bin: found a Git LFS pointer"),
     "bin_noise": (
         as_pickle(lambda file: file.write_bytes(b"noise")),
-        "pytorch_model.bin: found no archive of torch.save (File is",
+        "pytorch_model.bin: found no archive of torch.save (it is cut)",
     ),
     "bin_short": (
         as_pickle(lambda file: os.truncate(file, 3000)),
-        "pytorch_model.bin: found no archive of torch.save (File is",
+        "pytorch_model.bin: found no archive of torch.save (its last 22 bytes",
     ),
     "bin_list": (
         as_pickle(lambda file: torch.save([1], file)),
