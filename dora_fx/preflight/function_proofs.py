@@ -31,7 +31,7 @@ from dora_fx.preflight.set_up import (
 )
 from dora_fx.ranks.groups import resolve_group
 
-# Gradients of 16 bits go through more roundings than outputs.
+# Gradients go through more roundings than outputs.
 _ROOM_FOR_GRADIENTS = 3.0
 
 
