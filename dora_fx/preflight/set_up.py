@@ -49,6 +49,7 @@ class SetUp:
     Attributes:
         sites: the adapted layers of this rank by their paths in the whole model.
         trainable: the parameters that require gradients by their names in the whole model.
+        rounding: the unit of the coarsest dtype of the adapted weights, the same on every rank.
     """
 
     def __init__(
@@ -70,6 +71,9 @@ class SetUp:
         found = data_parallel_around(self.chunks)
         self._wrappers: list[Any] = [wrapper for wrapper in found if isinstance(wrapper, DistributedDataParallel)]
         self._generators = RandomState()
+        # Of a pipeline stage without adapters that of the others, whose errors reach it.
+        own = max((torch.finfo(site.base_weight.dtype).eps for site in self.sites.values()), default=0.0)
+        self.rounding = max(over_all_ranks(own))
 
     @property
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -79,11 +83,6 @@ class SetUp:
             for path, site in self.sites.items()
             for name, parameter in site.adapter.named_parameters()
         }
-
-    @property
-    def rounding(self) -> float:
-        """The unit of the coarsest dtype of the adapted weights."""
-        return max((torch.finfo(site.base_weight.dtype).eps for site in self.sites.values()), default=0.0)
 
     def training_pass(self) -> Pass:
         """Run forward and backward passes of one step, from the same random states as any other time."""

@@ -56,8 +56,8 @@ def check_sound_set_ups(layout: Layout, folder: Path) -> None:
 
 def check_a_bare_stage(layout: Layout, folder: Path) -> None:
     """A stage without adapters is a part of a sound set-up."""
-    for kind in KINDS:
-        report = SetUp(layout, kind, targets=["*.layers.1.*"]).check()
+    for bare, kind in enumerate(KINDS[:2]):
+        report = SetUp(layout, kind, targets=[f"*.layers.{1 - bare}.*"]).check()
         assert not report.failed, f"{layout} {kind}\n{report}"
         assert {finding.name for finding in report.findings if finding.verdict == "ok"} >= {"merged", "slope", "steps"}
 
