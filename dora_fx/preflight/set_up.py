@@ -25,8 +25,8 @@ from dora_fx.ranks.groups import resolve_group, world_group
 
 # A learning rate for groups that have none yet, as at the start of a warm-up.
 _SOME_LEARNING_RATE = 1e-3
-# Of the norm of W0's rows, for the low-rank product of adapters whose values are chosen here.
-_SHARE_OF_LOW_RANK = 0.3
+# What low-rank products are of the length of W0's rows, and magnitudes off it, in a model of one adapted layer.
+_SHARE = 0.3
 
 
 class Pass(NamedTuple):
@@ -145,9 +145,12 @@ class SetUp:
     def move_adapters(self) -> None:
         """Choose B and m by the paths of the layers, the same whole tensors at every layout: B != 0 and m != norm.
 
-        At the start DoRA is the identity, where no fault would show.
+        At the start DoRA is the identity, where no fault would show. What the layers change adds up as a random walk,
+        so that in a deep model each changes less, and the model stays near the one that will be trained.
         """
-        for path, size in zip(self.sites, self._sizes_of_b(), strict=True):
+        layers = len(set().union(*over_all_ranks(list(self.sites))))
+        share = _SHARE / math.sqrt(layers)
+        for path, size in zip(self.sites, self._sizes_of_b(share), strict=True):
             adapter, generator = self.sites[path].adapter, torch.Generator().manual_seed(zlib.crc32(path.encode()))
 
             def draw(name: str, adapter: Any = adapter, generator: torch.Generator = generator) -> torch.Tensor:
@@ -157,7 +160,7 @@ class SetUp:
 
             lora_b, magnitude = adapter.linear_out.weight, adapter.weight_magnitude
             lora_b.copy_(draw("linear_out.weight") * (size * math.sqrt(3.0)))
-            gain = 1.0 + 0.3 * draw("weight_magnitude").to(magnitude.device)
+            gain = 1.0 + share * draw("weight_magnitude").to(magnitude.device)
             magnitude.copy_(self.sites[path]._get_weight_norm() * gain)
 
     @torch.no_grad()
@@ -167,8 +170,8 @@ class SetUp:
             site.adapter.linear_out.weight.zero_()
             site.adapter.weight_magnitude.copy_(site._get_weight_norm())
 
-    def _sizes_of_b(self) -> list[float]:
-        """Root mean squares of B with which rows of s B A have a part of the length of W0's rows; every rank calls it.
+    def _sizes_of_b(self, share: float) -> list[float]:
+        """Root mean squares of B with which rows of s B A have a share of the length of W0's; every rank calls it.
 
         From sums over each layer's ranks, as they have to be the same at every layout.
         """
@@ -178,23 +181,23 @@ class SetUp:
             own[path] = tuple(
                 float(tensor.double().square().sum()) for tensor in (weight, adapter.linear_in.weight.detach())
             )
-        sizes = {path: self._size_of_b(site, [own[path]]) for path, site in self.sites.items()}
+        sizes = {path: share * self._size_of_b(site, [own[path]]) for path, site in self.sites.items()}
         for tp_group in dict.fromkeys(site.adapter.tp_group for site in self.sites.values()):
             if tp_group:
                 of_ranks = gather_objects(own, resolve_group(tp_group))
                 for path, site in self.sites.items():
                     if site.adapter.tp_group == tp_group:
-                        sizes[path] = self._size_of_b(site, [of_rank[path] for of_rank in of_ranks])
+                        sizes[path] = share * self._size_of_b(site, [of_rank[path] for of_rank in of_ranks])
         return list(sizes.values())
 
     @staticmethod
     def _size_of_b(site: DoRALinear, squares: Sequence[tuple[float, ...]]) -> float:
-        """From the sums of squares of W0 and A on each of the layer's ranks."""
+        """For rows as long as W0's, from the sums of squares of W0 and A on each of the layer's ranks."""
         base, low_rank = (sum(column) for column in zip(*squares, strict=True))
         if base == 0.0 or low_rank == 0.0:
             return 1.0
         row = math.sqrt(base / site.adapter.out_features)
-        return _SHARE_OF_LOW_RANK * row / (abs(site.scaling) * math.sqrt(low_rank))
+        return row / (abs(site.scaling) * math.sqrt(low_rank))
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         return {
