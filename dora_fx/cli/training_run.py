@@ -124,7 +124,7 @@ class TrainingRun:
     def _train(self) -> None:
         options, trainer = self.options, self.trainer
         with self.display.training(trainer.step, options.steps) as shown:
-            if options.compile != "none" and trainer.step < options.steps:
+            if options.compile != "none" and not options.check and trainer.step < options.steps:
                 shown.say("the first step compiles the model for training, once")
             while trainer.step < options.steps:
                 self._train_step(shown)

@@ -132,7 +132,7 @@ def loss_is_reference(setup: SetUp, loss: float, reference: float | nn.Module | 
 
 
 def _same_pass(name: str, setup: SetUp, found: Pass, expected: Pass, of: str) -> Finding:
-    bound = _ROOM_FOR_GRADIENTS * math.sqrt(setup.rounding)
+    bound = _ROOM_FOR_GRADIENTS * setup.room
     errors = {path: _error(found.gradients[path], gradient) for path, gradient in expected.gradients.items()}
     worst = max(errors, key=lambda path: errors[path], default="")
     text = f"gradients within {errors.get(worst, 0.0):.1e} of {of} ({worst})"
@@ -162,7 +162,7 @@ def _same_output(
     difference = float((found - expected).norm())
     error = difference / max(effect, 1e-30)
     text = f"{what}: {error:.1e} of what the adapters change"
-    return Finding(name, "ok" if error <= math.sqrt(setup.rounding) else "failed", text)
+    return Finding(name, "ok" if error <= setup.room else "failed", text)
 
 
 def _error(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:

@@ -50,6 +50,7 @@ class SetUp:
         sites: the adapted layers of this rank by their paths in the whole model.
         trainable: the parameters that require gradients by their names in the whole model.
         rounding: the unit of the coarsest dtype of the adapted weights, the same on every rank.
+        num_layers: adapted layers of the whole model.
     """
 
     def __init__(
@@ -74,6 +75,15 @@ class SetUp:
         # Of a pipeline stage without adapters that of the others, whose errors reach it.
         own = max((torch.finfo(site.base_weight.dtype).eps for site in self.sites.values()), default=0.0)
         self.rounding = max(over_all_ranks(own))
+        self.num_layers = len(set().union(*over_all_ranks(list(self.sites))))
+
+    @property
+    def room(self) -> float:
+        """How far results may be apart, relatively: the square root of the rounding, and more in deep models.
+
+        `move_adapters` keeps the change of the whole model as it is there, and the roundings of the layers add up.
+        """
+        return math.sqrt(self.rounding) * max(1.0, math.sqrt(self.num_layers) / 3.0)
 
     @property
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
@@ -148,8 +158,7 @@ class SetUp:
         At the start DoRA is the identity, where no fault would show. What the layers change adds up as a random walk,
         so that in a deep model each changes less, and the model stays near the one that will be trained.
         """
-        layers = len(set().union(*over_all_ranks(list(self.sites))))
-        share = _SHARE / math.sqrt(layers)
+        share = _SHARE / math.sqrt(self.num_layers)
         for path, size in zip(self.sites, self._sizes_of_b(share), strict=True):
             adapter, generator = self.sites[path].adapter, torch.Generator().manual_seed(zlib.crc32(path.encode()))
 
