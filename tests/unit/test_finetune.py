@@ -181,7 +181,7 @@ def test_a_run_whose_check_fails_trains_nothing(
     inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    with planted(next(mutation for mutation in MUTATIONS if mutation.name == "output gradient not scaled")):
+    with planted(next(mutation for mutation in MUTATIONS if mutation.name == "norm's scaling not squared")):
         assert finetune(*inputs, "--check", "--run", run) != 0
-    assert "--check: slope: " in capsys.readouterr().err
+    assert "--check: magnitudes: " in capsys.readouterr().err
     assert {path.name for path in run.iterdir()} <= {"config.yaml", "report.txt"}
