@@ -154,7 +154,7 @@ def _same_output(
     other: torch.Tensor | None,
     what: str,
 ) -> Finding:
-    """Compare outputs, relative to what the adapters change, or to the rounding of the output if that is more."""
+    """Compare outputs, relative to what the adapters change."""
     if found is None or expected is None or other is None:
         return Finding(name, "skipped", "the output is on another rank")
     found, expected, other = found.double(), expected.double(), other.double()

@@ -39,6 +39,16 @@ def test_a_transformers_model_passes_and_the_report_says_what_was_seen():
     assert {finding.name: finding.verdict for finding in again.findings}["reference"] == "ok"
 
 
+def test_another_model_with_the_same_adapters_is_a_reference():
+    batch = dict(input_ids=TOKENS, labels=TOKENS)
+    for seed, verdict in ((1, "ok"), (2, "failed")):
+        (model, _), (other, _) = hf_set_up(), hf_set_up()
+        randomize_adapters(model)
+        randomize_adapters(other, seed)
+        report = dora_fx.check(model, batch, reference=other, raises=False)
+        assert {finding.name: finding.verdict for finding in report.findings}["reference"] == verdict
+
+
 def test_recomputation_of_transformers_is_compared_with_none():
     for reentrant, verdict in ((False, "ok"), (True, "ok")):
         model, optimizer = hf_set_up()
