@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dora_fx.cli.run_folder import RunFolder
+from dora_fx.app.runs.run_folder import RunFolder
 
 
 def losses_of(run: Path) -> dict[int, float]:

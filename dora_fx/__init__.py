@@ -13,14 +13,11 @@ from dora_fx.quiet_imports import hide_what_is_not_missed
 from dora_fx.version import __version__
 
 if TYPE_CHECKING:
-    from dora_fx.attach.config import DoRA
-    from dora_fx.attach.learning_rates import config_overrides, parameter_groups
-    from dora_fx.attach.merge import merge, merged, unmerge
+    from dora_fx.attach import DoRA, config_overrides, merge, merged, parameter_groups, unmerge
     from dora_fx.checkpoint import CheckpointError, load_bridge_checkpoint, load_checkpoint, save_checkpoint
     from dora_fx.compilation import compile_model
     from dora_fx.hf import compare_merged, export_hf, import_hf, iter_adapter, iter_merged
-    from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
-    from dora_fx.modules.dora_linear import DoRALinear, disable_adapter, invalidate_norms
+    from dora_fx.modules import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter, invalidate_norms
     from dora_fx.preflight import CheckError, CheckReport, check
 
 __all__ = [
@@ -54,26 +51,26 @@ _HOMES = {
     "CheckError": "dora_fx.preflight",
     "CheckReport": "dora_fx.preflight",
     "CheckpointError": "dora_fx.checkpoint",
-    "DoRA": "dora_fx.attach.config",
-    "DoRALinear": "dora_fx.modules.dora_linear",
-    "ParallelLinearDoRAAdapter": "dora_fx.modules.adapter",
+    "DoRA": "dora_fx.attach",
+    "DoRALinear": "dora_fx.modules",
+    "ParallelLinearDoRAAdapter": "dora_fx.modules",
     "check": "dora_fx.preflight",
     "compare_merged": "dora_fx.hf",
     "compile_model": "dora_fx.compilation",
-    "config_overrides": "dora_fx.attach.learning_rates",
-    "disable_adapter": "dora_fx.modules.dora_linear",
+    "config_overrides": "dora_fx.attach",
+    "disable_adapter": "dora_fx.modules",
     "export_hf": "dora_fx.hf",
     "import_hf": "dora_fx.hf",
-    "invalidate_norms": "dora_fx.modules.dora_linear",
+    "invalidate_norms": "dora_fx.modules",
     "iter_adapter": "dora_fx.hf",
     "iter_merged": "dora_fx.hf",
     "load_bridge_checkpoint": "dora_fx.checkpoint",
     "load_checkpoint": "dora_fx.checkpoint",
-    "merge": "dora_fx.attach.merge",
-    "merged": "dora_fx.attach.merge",
-    "parameter_groups": "dora_fx.attach.learning_rates",
+    "merge": "dora_fx.attach",
+    "merged": "dora_fx.attach",
+    "parameter_groups": "dora_fx.attach",
     "save_checkpoint": "dora_fx.checkpoint",
-    "unmerge": "dora_fx.attach.merge",
+    "unmerge": "dora_fx.attach",
 }
 
 hide_what_is_not_missed()

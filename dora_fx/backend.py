@@ -18,13 +18,19 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
-from dora_fx.cache.parameter_cache import check, refresh
-from dora_fx.megatron.dynamo_settings import allow_many_graphs, capture_megatron_whole
-from dora_fx.passes import Unmatched, default_passes
-from dora_fx.passes.cacheable_functions import cacheable_functions, calls_only_known_functions
-from dora_fx.passes.pipeline import run_passes
-from dora_fx.passes.same_graph import check_same_graph
-from dora_fx.passes.site_inputs import SiteInputs, site_inputs_of, tensor_parallel_groups
+from dora_fx.cache import check, refresh
+from dora_fx.megatron import allow_many_graphs, capture_megatron_whole
+from dora_fx.passes import (
+    SiteInputs,
+    Unmatched,
+    cacheable_functions,
+    calls_only_known_functions,
+    check_same_graph,
+    default_passes,
+    run_passes,
+    site_inputs_of,
+    tensor_parallel_groups,
+)
 
 INNER_COMPILERS = ("inductor", "aot_eager", "eager")
 WEIGHT_NORMS = ("once_per_step", "every_call", "checked")

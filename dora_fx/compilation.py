@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils._pytree import tree_map_only
 
-from dora_fx.megatron.te_classes import derives_from
-from dora_fx.megatron.wrappers import ModelT, chunks_of, unwrap, walk
+from dora_fx.megatron import ModelT, chunks_of, derives_from, unwrap, walk
 
 Scope = Literal["layer", "model"]
 

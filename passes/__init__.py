@@ -7,8 +7,11 @@ if __name__ != "dora_fx.passes":
 
 from functools import partial
 
-from dora_fx.passes.pipeline import GraphPass
+from dora_fx.passes.cache_keys import cacheable_functions, calls_only_known_functions
+from dora_fx.passes.pipeline import GraphPass, run_passes
 from dora_fx.passes.rewrite_dora_pass import Unmatched, rewrite_dora_pass
+from dora_fx.passes.same_graph import check_same_graph
+from dora_fx.passes.site_inputs import SiteInputs, site_inputs_of, tensor_parallel_groups
 from dora_fx.passes.split_scale_pass import split_scale_pass
 
 
@@ -25,4 +28,14 @@ def default_passes(
     return [rewrite, split_scale_pass] if fuses else [rewrite]
 
 
-__all__ = ["default_passes"]
+__all__ = [
+    "SiteInputs",
+    "Unmatched",
+    "cacheable_functions",
+    "calls_only_known_functions",
+    "check_same_graph",
+    "default_passes",
+    "run_passes",
+    "site_inputs_of",
+    "tensor_parallel_groups",
+]

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from dora_fx.modules.marker import MarkedSite, dora_linear, unpack
+from dora_fx.modules import MarkedSite, dora_linear, unpack
 from dora_fx.passes.graph_utils import module_path, referenced_graph_maybe, source_line, subgraph_modules
 
 logger = logging.getLogger(__name__)

@@ -34,9 +34,8 @@ from typing import Any, Literal
 from torch import fx
 from torch._dynamo.utils import counters
 
-from dora_fx.function.formula import adapted_linear
-from dora_fx.function.site_parameters import CompleteParameters, complete_parameters
-from dora_fx.modules.site_paths import path_of
+from dora_fx.function import CompleteParameters, adapted_linear, complete_parameters
+from dora_fx.modules import path_of
 from dora_fx.passes.dora_sites import DoRASite, UnmatchedDoRASiteError, find_dora_sites
 from dora_fx.passes.graph_utils import call_like, erase_nodes, fake_value
 from dora_fx.passes.site_inputs import find_sources, input_position_maybe, keep_sources

@@ -8,8 +8,7 @@ import torch
 from torch import fx
 
 from dora_fx.passes.graph_utils import target_name
-from dora_fx.ranks.exchange import gather_through_store
-from dora_fx.ranks.groups import has_other_ranks, resolve_group
+from dora_fx.ranks import gather_through_store, has_other_ranks, resolve_group
 
 
 def graph_fingerprint(gm: fx.GraphModule) -> str:

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import fx
 
-from dora_fx.cache.parameter_cache import CachedSite
-from dora_fx.function.site_parameters import CachedParameters, StoredParameters
+from dora_fx.cache import CachedSite
+from dora_fx.function import CachedParameters, StoredParameters
 from dora_fx.passes.dora_sites import DoRASite
 from dora_fx.passes.graph_utils import referenced_graph_maybe
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dora_fx.function.row_scale import scale_rows
+from dora_fx.function import scale_rows
 from dora_fx.passes.graph_utils import call_like, erase_nodes, fake_value, subgraph_modules
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dora_fx.cli.main import main
+from dora_fx.app.cli.main import main
 from tests.closeness import roundings_of
 from tests.hf_models import tiny_hf_model
 

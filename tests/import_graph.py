@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "architecture.md"
 
 # They import everything, or are imported by nearly everything, and so would say nothing in the picture.
-_LEFT_OUT = ("dora_fx", "dora_fx.quiet_imports", "dora_fx.version")
+_LEFT_OUT = ("dora_fx", "dora_fx.app", "dora_fx.quiet_imports", "dora_fx.version")
+# Folders of rooms; files beside the rooms are known by their names.
+_HOUSES = ("dora_fx", "dora_fx.app")
 _BLOCK = re.compile(r"(?<=<!-- drawn by tests/import_graph.py -->\n)```mermaid\n.*?^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -47,13 +49,30 @@ def import_graph() -> dict[str, set[str]]:
     return {name: set(imported(ast.parse(path.read_text()), modules)) for name, path in modules.items()}
 
 
+def room_of(name: str) -> str:
+    """The room that a module is in as others see it; of a file beside the rooms, the file."""
+    parts = name.split(".")
+    house = max((house for house in _HOUSES if f"{name}.".startswith(f"{house}.")), key=len)
+    return ".".join(parts[: house.count(".") + 2])
+
+
+def past_faces(graph: Mapping[str, set[str]]) -> list[str]:
+    """Imports of a file inside another room, where the room's `__init__` alone should be known."""
+    return sorted(
+        f"{name} imports {target}"
+        for name, targets in graph.items()
+        for target in targets
+        if room_of(name) != room_of(target) != target
+    )
+
+
 def folder_graph(graph: Mapping[str, set[str]], modules: Mapping[str, Path]) -> dict[str, set[str]]:
     """Every folder with those that its files import from; files beside the folders stand for themselves."""
 
     def folder(name: str) -> str:
         is_package = modules[name].name == "__init__.py"
         package = name if is_package else name.rpartition(".")[0]
-        return package if package != "dora_fx" or is_package else name
+        return package if package not in _HOUSES or is_package else name
 
     folders: dict[str, set[str]] = {}
     for name, targets in graph.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.linear_wrapper import DoRALinear
 
 Where = Literal["gradient", "output", "held-out output"]
 

@@ -27,7 +27,7 @@ PRELOADED = [
     "megatron.core.models.gpt",
     "megatron.core.optimizer",
     "dora_fx.backend",
-    "dora_fx.cli.main",
+    "dora_fx.app.cli.main",
     "dora_fx.hf",
     "transformers.models.auto",
     "tests.distributed.pipeline_gpt",

@@ -1,1 +1,40 @@
-"""Adapters onto a model and off again: configuration, matching, plan, report and merge."""
+"""Adapters onto a model and off again: configuration, matching, plan, probe, report and merge."""
+
+from dora_fx.attach.attach_report import DoRAReport
+from dora_fx.attach.attached import when_attached
+from dora_fx.attach.config import DoRA
+from dora_fx.attach.learning_rates import config_overrides, parameter_groups
+from dora_fx.attach.matching import adapted_layers
+from dora_fx.attach.merging import (
+    NOTHING_ADAPTED,
+    merge,
+    merge_problem_maybe,
+    merge_tensors,
+    merged,
+    merged_weight,
+    unmerge,
+)
+from dora_fx.attach.other_trainables import warn_of_other_trainables
+from dora_fx.attach.plan import AttachPlan, attach, plan_attachment
+from dora_fx.attach.probe import try_layers
+
+__all__ = [
+    "NOTHING_ADAPTED",
+    "AttachPlan",
+    "DoRA",
+    "DoRAReport",
+    "adapted_layers",
+    "attach",
+    "config_overrides",
+    "merge",
+    "merge_problem_maybe",
+    "merge_tensors",
+    "merged",
+    "merged_weight",
+    "parameter_groups",
+    "plan_attachment",
+    "try_layers",
+    "unmerge",
+    "warn_of_other_trainables",
+    "when_attached",
+]

@@ -9,19 +9,16 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 
+from dora_fx.attach.attach_report import DoRAReport, report_on
 from dora_fx.attach.first_step import watch_first_step
 from dora_fx.attach.latent_attention import warn_of_partial_gradients
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.plan import AttachPlan, attach, check_targets_matched, plan_attachment
 from dora_fx.attach.probe import try_layers
-from dora_fx.attach.report import DoRAReport, report_on
 from dora_fx.attach.settings import DoRASettings
-from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
-from dora_fx.megatron.wrappers import ModelT, chunks_of
-from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.ranks.agreement import check_same_settings, value_of_first_replica
-from dora_fx.ranks.exchange import broadcast_object
-from dora_fx.ranks.groups import resolve_group
+from dora_fx.megatron import ModelT, chunks_of, rebuild_gradient_buffers
+from dora_fx.modules import DoRALinear
+from dora_fx.ranks import broadcast_object, check_same_settings, resolve_group, value_of_first_replica
 
 logger = logging.getLogger(__name__)
 

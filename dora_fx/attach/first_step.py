@@ -16,8 +16,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dora_fx.megatron.main_copies import memory_of
-from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.megatron import memory_of
+from dora_fx.modules import DoRALinear
 
 logger = logging.getLogger(__name__)
 

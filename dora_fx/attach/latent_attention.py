@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from dora_fx.megatron.wrappers import walk
-from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.megatron import walk
+from dora_fx.modules import DoRALinear
 
 logger = logging.getLogger(__name__)
 

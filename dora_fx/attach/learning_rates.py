@@ -17,8 +17,8 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import nn
 
 from dora_fx.attach.matching import adapted_layers
-from dora_fx.function.placement import ADAPTER_TENSORS
-from dora_fx.megatron.wrappers import Model, chunks_of, walk
+from dora_fx.function import ADAPTER_TENSORS
+from dora_fx.megatron import Model, chunks_of, walk
 
 logger = logging.getLogger(__name__)
 

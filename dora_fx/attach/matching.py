@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from dora_fx.megatron.wrappers import NamedModule, unwrap, walk
-from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.modules.kinds import looks_like_linear
+from dora_fx.megatron import NamedModule, unwrap, walk
+from dora_fx.modules import DoRALinear, looks_like_linear
 
 # A target that stands for all linear layers but those that put out logits, by PEFT's name for it.
 ALL_LINEAR = "all-linear"

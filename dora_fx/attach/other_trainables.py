@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from torch import nn
 
 from dora_fx.attach.matching import adapted_layers
-from dora_fx.megatron.wrappers import walk
+from dora_fx.megatron import walk
 
 logger = logging.getLogger(__name__)
 

@@ -16,13 +16,10 @@ from dora_fx.attach.attached import tell_of_adapters
 from dora_fx.attach.matching import find_targets, nearest_names
 from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
-from dora_fx.cache.recorded import is_recorded
-from dora_fx.megatron.data_parallel import data_parallel_around
-from dora_fx.megatron.wrappers import NamedModule, TorchDDP, check_unsharded, replace_modules, unwrap, walk
-from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
-from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.modules.kinds import LinearSpec, bypasses_its_linears, describe_linear
-from dora_fx.ranks.agreement import of_all_stages
+from dora_fx.cache import is_recorded
+from dora_fx.megatron import NamedModule, TorchDDP, check_unsharded, data_parallel_around, replace_modules, unwrap, walk
+from dora_fx.modules import DoRALinear, LinearSpec, ParallelLinearDoRAAdapter, bypasses_its_linears, describe_linear
+from dora_fx.ranks import of_all_stages
 
 logger = logging.getLogger(__name__)
 

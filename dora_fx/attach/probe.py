@@ -23,12 +23,8 @@ import torch.distributed as dist
 from torch import nn
 
 from dora_fx.attach.plan import PlannedSite
-from dora_fx.function.formula import adapted_linear
-from dora_fx.function.row_scale import RowScale
-from dora_fx.function.site_parameters import CompleteParameters, StoredParameters
-from dora_fx.function.weight_norm import norm_dtype
-from dora_fx.ranks.agreement import raise_on_every_rank_of_model
-from dora_fx.ranks.groups import has_other_ranks
+from dora_fx.function import CompleteParameters, RowScale, StoredParameters, adapted_linear, norm_dtype
+from dora_fx.ranks import has_other_ranks, raise_on_every_rank_of_model
 
 logger = logging.getLogger(__name__)
 

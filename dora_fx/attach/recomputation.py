@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
-from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules import DoRALinear
 
 # Megatron's modules that checkpoint layers which they hold, or whose layers checkpoint parts of themselves. Known by
 # their names, since no version of Megatron has all of them.

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from dora_fx.attach.matching import ALL_LINEAR, matches
-from dora_fx.modules.adapter import INIT_METHODS
-from dora_fx.modules.partial_gradients import CompleteGradients
+from dora_fx.modules import INIT_METHODS, CompleteGradients
 
 
 @dataclass

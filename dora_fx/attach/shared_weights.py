@@ -17,8 +17,8 @@ from torch import fx, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dora_fx.megatron.wrappers import walk
-from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.megatron import walk
+from dora_fx.modules import DoRALinear
 
 
 class _Memory(NamedTuple):

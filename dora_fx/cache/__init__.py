@@ -1,1 +1,16 @@
 """The cache of what is computed once per optimizer step, and the detection of stale values."""
+
+from dora_fx.cache.fingerprint import mix
+from dora_fx.cache.parameter_cache import CachedSite, check, empty_base_norm, empty_cache, measure_base, refresh
+from dora_fx.cache.recorded import is_recorded
+
+__all__ = [
+    "CachedSite",
+    "check",
+    "empty_base_norm",
+    "empty_cache",
+    "is_recorded",
+    "measure_base",
+    "mix",
+    "refresh",
+]

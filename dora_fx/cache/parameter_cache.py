@@ -25,12 +25,17 @@ from dora_fx.cache.freshness import (
     raise_if_answered_stale,
     record_fresh,
 )
-from dora_fx.function.placement import Layout
-from dora_fx.function.row_scale import RowScale
-from dora_fx.function.site_parameters import CachedParameters, CompleteParameters, StoredParameters, complete_parameters
-from dora_fx.function.weight_norm import base_norm_squared, norm_dtype
-from dora_fx.ranks.agreement import stale_on_any_rank
-from dora_fx.ranks.groups import group_size
+from dora_fx.function import (
+    CachedParameters,
+    CompleteParameters,
+    Layout,
+    RowScale,
+    StoredParameters,
+    base_norm_squared,
+    complete_parameters,
+    norm_dtype,
+)
+from dora_fx.ranks import group_size, stale_on_any_rank
 
 _RANK_TIMEOUT = 300.0
 

@@ -26,15 +26,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor, nn
 from torch.distributed.checkpoint import TensorStorageMetadata
 
-from dora_fx.attach.matching import adapted_layers
+from dora_fx.attach import adapted_layers
 from dora_fx.checkpoint.reader import METADATA, CheckedReader
 from dora_fx.checkpoint.strategy import read_state
-from dora_fx.megatron.main_copies import update_main_copies
-from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, unwrap
-from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.modules.finite import not_finite_maybe
-from dora_fx.ranks.agreement import raise_on_every_rank
-from dora_fx.ranks.groups import world_group
+from dora_fx.megatron import ModelT, check_unsharded, chunks_of, unwrap, update_main_copies
+from dora_fx.modules import DoRALinear, not_finite_maybe
+from dora_fx.ranks import raise_on_every_rank, world_group
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
-from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import (
     MANIFEST,
     NORM_OF_INPUT,
@@ -22,8 +21,9 @@ from dora_fx.checkpoint.manifest import (
     dtype_of,
     read_manifest,
 )
+from dora_fx.checkpoint.rank_steps import CheckpointError
 from dora_fx.checkpoint.reader import CheckedReader
-from dora_fx.modules.finite import not_finite_maybe
+from dora_fx.modules import not_finite_maybe
 
 logger = logging.getLogger(__name__)
 

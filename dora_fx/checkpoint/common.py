@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dora_fx.checkpoint.failing_together import CheckpointError
-from dora_fx.files.regular_file import UnsafeFileError, read_regular
-from dora_fx.files.torch_file import load_torch_bytes
+from dora_fx.checkpoint.rank_steps import CheckpointError
+from dora_fx.files import UnsafeFileError, load_torch_bytes, read_regular
 
 # Megatron's name for it. Versions from 0.17 on read such a file, but no longer write one.
 COMMON = "common.pt"

@@ -19,8 +19,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import nn
 
-from dora_fx.attach.matching import adapted_layers
-from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, gather
+from dora_fx.attach import adapted_layers
 from dora_fx.checkpoint.manifest import (
     ATTENTION_AND_MLP,
     NORM_OF_INPUT,
@@ -28,10 +27,9 @@ from dora_fx.checkpoint.manifest import (
     SiteSettings,
     StoredTensor,
 )
-from dora_fx.megatron.hybrid_pattern import hybrid_pattern_maybe, is_attention_and_mlp
-from dora_fx.megatron.wrappers import check_unsharded, unwrap
-from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.modules.kinds.torch_linear import TorchLinear
+from dora_fx.checkpoint.rank_steps import CheckpointError, failing_together, gather
+from dora_fx.megatron import check_unsharded, hybrid_pattern_maybe, is_attention_and_mlp, unwrap
+from dora_fx.modules import DoRALinear, TorchLinear
 
 # Megatron's prefix of the tensors that an optimizer keeps for a parameter.
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")

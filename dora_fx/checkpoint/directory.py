@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from dora_fx.checkpoint.failing_together import CheckpointError
 from dora_fx.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from dora_fx.files.durable import give_default_mode, sync
+from dora_fx.checkpoint.rank_steps import CheckpointError
+from dora_fx.files import give_default_mode, sync
 
 logger = logging.getLogger(__name__)
 

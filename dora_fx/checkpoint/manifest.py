@@ -14,10 +14,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from dora_fx.checkpoint.failing_together import CheckpointError
-from dora_fx.files.json_file import read_json
-from dora_fx.files.regular_file import named_beside, open_regular, shortened, size_of
-from dora_fx.modules.adapter import low_rank_scaling
+from dora_fx.checkpoint.rank_steps import CheckpointError
+from dora_fx.files import named_beside, open_regular, read_json, shortened, size_of
+from dora_fx.modules import low_rank_scaling
 
 MANIFEST = "dora_fx.json"
 FORMAT = "dora_fx checkpoint"

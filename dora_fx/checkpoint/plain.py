@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dora_fx.checkpoint.checks import check_finite, check_stored
 from dora_fx.checkpoint.directory import open_checkpoint, read_unreplaced, was_replaced
-from dora_fx.checkpoint.failing_together import CheckpointError, describe_error
 from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
+from dora_fx.checkpoint.rank_steps import CheckpointError
 from dora_fx.checkpoint.reader import CheckedReader, load_checked
-from dora_fx.function.placement import ADAPTER_TENSORS
+from dora_fx.function import ADAPTER_TENSORS
+from dora_fx.ranks import describe_error
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,16 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
-from dora_fx.files.dcp_metadata import StoredPiece, read_dcp_metadata
-from dora_fx.files.regular_file import UnsafeFileError, named_beside, open_regular, read_regular, size_of
-from dora_fx.files.torch_file import load_torch_bytes
+from dora_fx.files import (
+    StoredPiece,
+    UnsafeFileError,
+    load_torch_bytes,
+    named_beside,
+    open_regular,
+    read_dcp_metadata,
+    read_regular,
+    size_of,
+)
 
 METADATA = ".metadata"
 

@@ -25,8 +25,7 @@ from megatron.core.dist_checkpointing.utils import extract_nonpersistent, extrac
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch import Tensor, nn
 
-from dora_fx.attach.matching import adapted_layers
-from dora_fx.attach.other_trainables import warn_of_other_trainables
+from dora_fx.attach import adapted_layers, warn_of_other_trainables
 from dora_fx.checkpoint.checks import (
     check_base,
     check_files,
@@ -46,16 +45,14 @@ from dora_fx.checkpoint.directory import (
     read_unreplaced,
     was_replaced,
 )
-from dora_fx.checkpoint.failing_together import CheckpointError, failing_together, from_first_rank, gather
 from dora_fx.checkpoint.manifest import Manifest, StoredFile, describe_file
-from dora_fx.checkpoint.optimizer import OptimizerState
+from dora_fx.checkpoint.optimizer_state import OptimizerState
+from dora_fx.checkpoint.rank_steps import CheckpointError, failing_together, from_first_rank, gather
 from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.checkpoint.strategy import SaveStrategy, read_state
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
-from dora_fx.megatron.main_copies import update_main_copies
-from dora_fx.megatron.world import world_at_hand
-from dora_fx.megatron.wrappers import Model, chunks_of
-from dora_fx.modules.finite import adapter_not_finite_maybe
+from dora_fx.megatron import Model, chunks_of, update_main_copies, world_at_hand
+from dora_fx.modules import adapter_not_finite_maybe
 from dora_fx.version import __version__
 
 logger = logging.getLogger(__name__)

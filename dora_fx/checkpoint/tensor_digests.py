@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 
-from dora_fx.cache.fingerprint import mix
+from dora_fx.cache import mix
 
 _ROWS_AT_ONCE = 1 << 22
 

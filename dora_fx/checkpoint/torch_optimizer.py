@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_fx.attach.matching import adapted_layers
-from dora_fx.checkpoint.failing_together import CheckpointError
+from dora_fx.attach import adapted_layers
 from dora_fx.checkpoint.manifest import StoredTensor
 from dora_fx.checkpoint.plain_values import from_plain, to_plain
-from dora_fx.megatron.wrappers import walk
-from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
-from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
+from dora_fx.checkpoint.rank_steps import CheckpointError
+from dora_fx.megatron import walk
+from dora_fx.modules import ParallelLinearDoRAAdapter, adapter_sharded_state_dict
 
 _KEY = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
 # What a group has beside hyper-parameters.

@@ -1,1 +1,46 @@
 """The DoRA function: where its tensors lie, their collectives, norms, scales and dropout, and the formula."""
+
+from dora_fx.function.collectives import (
+    DEPEND_ON_RANK,
+    all_reduce_coalesced,
+    gather_rows_coalesced,
+    reduce_scatter_rows,
+)
+from dora_fx.function.dropout import DropoutFactors
+from dora_fx.function.formula import adapted_linear
+from dora_fx.function.input_norm import InputNorm
+from dora_fx.function.placement import ADAPTER_TENSORS, LAYOUTS, Layout, ParameterPlacement, shard
+from dora_fx.function.row_scale import RowScale, magnitude_delta, scale_rows
+from dora_fx.function.site_parameters import (
+    CachedParameters,
+    CompleteParameters,
+    StoredParameters,
+    complete_parameters,
+    row_norms,
+)
+from dora_fx.function.weight_norm import base_norm_squared, norm_dtype
+
+__all__ = [
+    "ADAPTER_TENSORS",
+    "DEPEND_ON_RANK",
+    "LAYOUTS",
+    "CachedParameters",
+    "CompleteParameters",
+    "DropoutFactors",
+    "InputNorm",
+    "Layout",
+    "ParameterPlacement",
+    "RowScale",
+    "StoredParameters",
+    "adapted_linear",
+    "all_reduce_coalesced",
+    "base_norm_squared",
+    "complete_parameters",
+    "gather_rows_coalesced",
+    "magnitude_delta",
+    "norm_dtype",
+    "reduce_scatter_rows",
+    "row_norms",
+    "scale_rows",
+    "shard",
+]

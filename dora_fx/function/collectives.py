@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from dora_fx.ranks.groups import group_rank, group_size
+from dora_fx.ranks import group_rank, group_size
 
 _ops = torch.ops._c10d_functional
 

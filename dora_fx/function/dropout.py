@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from dora_fx.ranks.groups import group_rank
+from dora_fx.ranks import group_rank
 
 _MASK32 = 0xFFFFFFFF
 _FIRST_MULTIPLIER = 0x7FEB352D

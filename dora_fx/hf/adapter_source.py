@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_fx.attach.merge import NOTHING_ADAPTED
-from dora_fx.function.placement import ADAPTER_TENSORS
+from dora_fx.attach import NOTHING_ADAPTED
+from dora_fx.function import ADAPTER_TENSORS
 from dora_fx.hf.base_names import check_model_type, check_vocabulary, config_of_directory
 from dora_fx.hf.layers import (
     NamedLinear,
@@ -27,15 +27,10 @@ from dora_fx.hf.layers import (
 )
 from dora_fx.hf.peft_files import PeftModule
 from dora_fx.hf.transformers_model import own_adapters, transformers_model_maybe
-from dora_fx.megatron.wrappers import check_unsharded, unwrap, walk
-from dora_fx.models.hf_architectures import OUTPUT_LAYER
-from dora_fx.models.hf_parts import HFParts
-from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.modules.finite import adapter_not_finite_maybe
-from dora_fx.modules.whole_tensors import AdapterShards
-from dora_fx.ranks.agreement import raise_on_every_rank
-from dora_fx.ranks.exchange import gather_objects
-from dora_fx.ranks.groups import world_group
+from dora_fx.megatron import check_unsharded, unwrap, walk
+from dora_fx.models import OUTPUT_LAYER, HFParts
+from dora_fx.modules import AdapterShards, DoRALinear, adapter_not_finite_maybe
+from dora_fx.ranks import gather_objects, raise_on_every_rank, world_group
 
 
 @dataclass(frozen=True)

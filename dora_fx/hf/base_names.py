@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import nn
 
 from dora_fx.hf.layers import named_architecture
-from dora_fx.megatron.wrappers import unwrap
-from dora_fx.models.base_files import CONFIG
-from dora_fx.models.gpt_model import noted_architecture_maybe
-from dora_fx.models.hf_architectures import (
+from dora_fx.megatron import unwrap
+from dora_fx.models import (
+    CONFIG,
     HF_ARCHITECTURES,
     LM_HEAD,
     OUTPUT_LAYER,
     SUPPORTED_MODEL_TYPES,
     HFArchitecture,
+    noted_architecture_maybe,
 )
 
 logger = logging.getLogger(__name__)

@@ -9,18 +9,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dora_fx.attach.other_trainables import warn_of_other_trainables
+from dora_fx.attach import warn_of_other_trainables
+from dora_fx.files import check_new_folder, new_folder
 from dora_fx.hf.adapter_source import adapter_source
 from dora_fx.hf.base_names import warn_of_assumed_names
-from dora_fx.hf.new_folder import check_new_folder, new_folder
 from dora_fx.hf.peft_files import PeftModule, peft_tensors, write_peft_adapter
 from dora_fx.hf.send import is_speaker, send_units
 from dora_fx.hf.transformers_model import speaks_for_all
-from dora_fx.megatron.wrappers import Model, chunks_of
-from dora_fx.models.hf_architectures import LM_HEAD
-from dora_fx.ranks.agreement import raise_on_every_rank
-from dora_fx.ranks.exchange import gather_objects_on_first_rank
-from dora_fx.ranks.groups import has_other_ranks, world_group
+from dora_fx.megatron import Model, chunks_of
+from dora_fx.models import LM_HEAD
+from dora_fx.ranks import gather_objects_on_first_rank, has_other_ranks, raise_on_every_rank, world_group
 
 logger = logging.getLogger(__name__)
 

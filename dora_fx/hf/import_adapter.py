@@ -11,11 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dora_fx.attach.config import DoRA
-from dora_fx.attach.matching import adapted_layers
-from dora_fx.attach.plan import AttachPlan, attach, plan_attachment
-from dora_fx.attach.probe import try_layers
-from dora_fx.files.regular_file import reason_of
+from dora_fx.attach import AttachPlan, DoRA, adapted_layers, attach, plan_attachment, try_layers
+from dora_fx.files import reason_of
 from dora_fx.hf.join import JoinedAdapter, Part, join_parts
 from dora_fx.hf.layers import (
     NamedLinear,
@@ -28,21 +25,18 @@ from dora_fx.hf.layers import (
 from dora_fx.hf.peft_numbers import check_numbers
 from dora_fx.hf.peft_reader import PeftAdapter, read_peft_adapter
 from dora_fx.hf.transformers_model import OwnNames, transformers_model_maybe
-from dora_fx.megatron.data_parallel import rebuild_gradient_buffers
-from dora_fx.megatron.main_copies import update_main_copies
-from dora_fx.megatron.wrappers import ModelT, check_unsharded, chunks_of, unwrap
-from dora_fx.models.gpt_model import noted_architecture_maybe
-from dora_fx.models.hf_architectures import (
+from dora_fx.megatron import ModelT, check_unsharded, chunks_of, rebuild_gradient_buffers, unwrap, update_main_copies
+from dora_fx.models import (
     DEFAULT_ARCHITECTURE,
     HF_ARCHITECTURES,
     LM_HEAD,
     OUTPUT_LAYER,
     HFArchitecture,
+    HFParts,
+    noted_architecture_maybe,
 )
-from dora_fx.models.hf_parts import HFParts
-from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.ranks.agreement import raise_on_every_rank
-from dora_fx.ranks.groups import world_group
+from dora_fx.modules import DoRALinear
+from dora_fx.ranks import raise_on_every_rank, world_group
 
 logger = logging.getLogger(__name__)
 

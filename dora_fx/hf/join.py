@@ -20,7 +20,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from dora_fx.modules.adapter import low_rank_scaling
+from dora_fx.modules import low_rank_scaling
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from dora_fx.megatron.wrappers import unwrap, walk
-from dora_fx.models.decoder_names import DecoderNames
-from dora_fx.models.gpt_model import noted_architecture_maybe
-from dora_fx.models.hf_architectures import (
+from dora_fx.megatron import unwrap, walk
+from dora_fx.models import (
     DEFAULT_ARCHITECTURE,
     HF_ARCHITECTURES,
     LAYERS,
     LM_HEAD,
     OUTPUT_LAYER,
     SUPPORTED_MODEL_TYPES,
+    DecoderNames,
     HFArchitecture,
+    check_settings,
+    check_states,
+    noted_architecture_maybe,
 )
-from dora_fx.models.megatron_settings import check_settings, check_states
-from dora_fx.modules.dora_linear import DoRALinear
-from dora_fx.modules.kinds import LinearSpec, describe_linear, looks_like_linear
+from dora_fx.modules import DoRALinear, LinearSpec, describe_linear, looks_like_linear
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_fx.attach.merge import merge_tensors
-from dora_fx.function.row_scale import magnitude_delta
-from dora_fx.function.weight_norm import norm_dtype
+from dora_fx.attach import merge_tensors
+from dora_fx.files import writing
+from dora_fx.function import magnitude_delta, norm_dtype
 from dora_fx.hf.peft_files import PeftModule
-from dora_fx.models.base_files import GENERATION_CONFIG, copy_companions, write_config
-from dora_fx.models.hf_architectures import LM_HEAD
-from dora_fx.models.hf_checkpoint import HFCheckpoint
-from dora_fx.models.model_tensors import empty_model
-from dora_fx.models.reading import writing
+from dora_fx.models import GENERATION_CONFIG, LM_HEAD, HFCheckpoint, copy_companions, empty_model, write_config
 
 
 def merged_state_dict(checkpoint: HFCheckpoint, modules: Mapping[str, PeftModule]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dora_fx.modules.adapter import low_rank_scaling
+from dora_fx.modules import low_rank_scaling
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

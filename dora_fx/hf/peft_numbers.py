@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dora_fx.function.weight_norm import norm_dtype
+from dora_fx.function import norm_dtype
 from dora_fx.hf.join import Part
-from dora_fx.modules.finite import not_finite_maybe
+from dora_fx.modules import not_finite_maybe
 
 
 def check_numbers(where: str, part: Part, dtype: torch.dtype | None) -> None:

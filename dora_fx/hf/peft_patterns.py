@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_fx.models.hf_architectures import LM_HEAD
+from dora_fx.models import LM_HEAD
 
 _ALL_LINEAR = "all-linear"
 # A layer's number, as PEFT finds it.

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dora_fx.files import check_readable, read_json_object, reading
 from dora_fx.hf.peft_files import CONFIG_FILE, NAME_IN_MODULE, PREFIX, SUFFIXES, TENSOR_FILE
 from dora_fx.hf.peft_patterns import by_pattern, check_patterns, is_target
-from dora_fx.models.reading import check_readable, read_json_object, reading
 
 # What the options that change the function must be. PiSSA, OLoRA and their like change the base weights too.
 _REQUIRED: dict[str, tuple[Any, ...]] = {

@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_fx.attach.attached import when_attached
-from dora_fx.attach.matching import adapted_layers
-from dora_fx.attach.other_trainables import warn_of_other_trainables
+from dora_fx.attach import adapted_layers, warn_of_other_trainables, when_attached
 from dora_fx.hf.adapter_source import adapter_source
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
 from dora_fx.hf.transformers_model import is_transformers_model

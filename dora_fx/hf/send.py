@@ -10,8 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from dora_fx.ranks.exchange import gather_objects
-from dora_fx.ranks.groups import has_other_ranks, world_group
+from dora_fx.ranks import gather_objects, has_other_ranks, world_group
 
 
 def is_speaker() -> bool:

@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dora_fx.attach.matching import adapted_layers
-from dora_fx.attach.merge import NOTHING_ADAPTED, merge_problem_maybe, merged_weight
-from dora_fx.function.placement import ADAPTER_TENSORS
+from dora_fx.attach import NOTHING_ADAPTED, adapted_layers, merge_problem_maybe, merged_weight
+from dora_fx.function import ADAPTER_TENSORS
 from dora_fx.hf.peft_files import PeftModule
-from dora_fx.megatron.wrappers import check_unsharded, unwrap, walk
-from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.megatron import check_unsharded, unwrap, walk
+from dora_fx.modules import DoRALinear
 
 
 class OwnNames:

@@ -1,1 +1,64 @@
-"""Surroundings of a model in a Megatron program: its world, wrappers, Dynamo's settings, a machine without CUDA."""
+"""Surroundings of a model in a Megatron program: world, wrappers, optimizers, Dynamo's settings, a CPU runtime."""
+
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
+from dora_fx.megatron.data_parallel import data_parallel_around, is_parameter_gather_hook, rebuild_gradient_buffers
+from dora_fx.megatron.dynamo_settings import allow_many_graphs, capture_megatron_whole
+from dora_fx.megatron.gradient_buckets import GradientBucket, find_bucket_maybe
+from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp
+from dora_fx.megatron.optimizer_copies import (
+    MainCopy,
+    copies_stepped_by,
+    differing,
+    main_copies,
+    memory_of,
+    update_main_copies,
+    write,
+)
+from dora_fx.megatron.te_classes import TE_MODULE, derives_from
+from dora_fx.megatron.world import megatron_world, world_at_hand
+from dora_fx.megatron.wrappers import (
+    Model,
+    ModelT,
+    NamedModule,
+    TorchDDP,
+    check_unsharded,
+    chunks_of,
+    replace_modules,
+    unwrap,
+    walk,
+)
+
+__all__ = [
+    "ATTENTION",
+    "MLP",
+    "TE_MODULE",
+    "GradientBucket",
+    "MainCopy",
+    "Model",
+    "ModelT",
+    "NamedModule",
+    "TorchDDP",
+    "allow_many_graphs",
+    "capture_megatron_whole",
+    "check_unsharded",
+    "chunks_of",
+    "copies_stepped_by",
+    "cuda_means_cpu",
+    "data_parallel_around",
+    "derives_from",
+    "differing",
+    "find_bucket_maybe",
+    "hybrid_pattern_maybe",
+    "is_attention_and_mlp",
+    "is_parameter_gather_hook",
+    "main_copies",
+    "megatron_world",
+    "memory_of",
+    "rebuild_gradient_buffers",
+    "replace_modules",
+    "unwrap",
+    "update_main_copies",
+    "walk",
+    "world_at_hand",
+    "write",
+]

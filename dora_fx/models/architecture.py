@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dora_fx.files import ExplainedError
 from dora_fx.models.hf_architectures import HF_ARCHITECTURES, SUPPORTED_MODEL_TYPES, HFArchitecture
 
 # Megatron has these three numbers of Llama 3's rotary scaling as constants; only the factor is an option.
 LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(ExplainedError):
     """A checkpoint uses something that the Megatron model built here would compute differently."""
 
 

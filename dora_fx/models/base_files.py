@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from dora_fx.files.json_file import read_json
-from dora_fx.models.reading import UnreadableFileError
+from dora_fx.files import UnreadableFileError, read_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from dora_fx.files.bounded import bounded
-from dora_fx.files.regular_file import UnsafeFileError
+from dora_fx.files import UnsafeFileError, bounded
 
 # Thousands of times what templates take.
 _SECONDS, _MEBIBYTES, _MOST_CHARACTERS = 10.0, 512, 1 << 24

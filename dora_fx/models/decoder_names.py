@@ -21,8 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp
-from dora_fx.megatron.wrappers import unwrap, walk
+from dora_fx.megatron import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp, unwrap, walk
 from dora_fx.models.hf_architectures import LINEAR_FC1, LINEAR_QKV
 
 FINAL_NORM, INPUT_NORM, PRE_MLP_NORM = "decoder.final_layernorm", "input_layernorm", "pre_mlp_layernorm"

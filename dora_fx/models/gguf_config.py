@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from dora_fx.files import reading
 from dora_fx.models.architecture import LLAMA3_CONSTANTS, UnsupportedModelError
 from dora_fx.models.gguf_tensors import DOWNLOAD, ROPE_FREQS, TOKEN_EMBEDDING, GGUFFile
 from dora_fx.models.hf_architectures import GGUF_ARCHITECTURES
-from dora_fx.models.reading import reading
 
 _DEFAULT_ROPE_BASE = 10000.0
 # Keys that say how large the model is, or how it was made, and are read below or say nothing about the function.

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dora_fx.files.gguf_header import check_gguf_file
+from dora_fx.files import check_gguf_file, check_readable, reading
 from dora_fx.models.hf_architectures import HF_ARCHITECTURES, LINEAR_QKV
 from dora_fx.models.model_tensors import check_names, check_shape, expected_shapes
-from dora_fx.models.reading import check_readable, reading
 
 TOKEN_EMBEDDING, ROPE_FREQS = "token_embd.weight", "rope_freqs.weight"
 DOWNLOAD = "download it again, or convert it anew with llama.cpp"

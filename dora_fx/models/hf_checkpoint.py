@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_fx.files.regular_file import reason_of
+from dora_fx.files import UnreadableFileError, reading, reason_of
 from dora_fx.models.architecture import architecture_of
 from dora_fx.models.gguf_config import gguf_config
 from dora_fx.models.gguf_tensors import gguf_state_dict, open_gguf
 from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, OUTPUT_WEIGHT
 from dora_fx.models.hf_config import UPGRADE, make_config, read_fields
-from dora_fx.models.reading import UnreadableFileError, reading
 from dora_fx.models.weight_files import (
     StoredWeight,
     has_weights,

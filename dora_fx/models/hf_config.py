@@ -9,12 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_fx.files.model_sizes import check_sizes
-from dora_fx.files.regular_file import UnsafeFileError, check_no_special_files, shortened
+from dora_fx.files import (
+    UnsafeFileError,
+    check_no_special_files,
+    check_readable,
+    check_sizes,
+    read_json_object,
+    reading,
+    shortened,
+)
 from dora_fx.models.architecture import UnsupportedModelError, architecture_of
 from dora_fx.models.base_files import CONFIG, GENERATION_CONFIG
 from dora_fx.models.hf_architectures import SUPPORTED_MODEL_TYPES
-from dora_fx.models.reading import check_readable, read_json_object, reading
 
 UPGRADE = "if a newer version wrote it, upgrade transformers and tokenizers; otherwise download it again"
 

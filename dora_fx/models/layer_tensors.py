@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dora_fx.function.placement import shard
+from dora_fx.function import shard
 from dora_fx.models.architecture import GPTArchitecture
 from dora_fx.models.hf_architectures import LINEAR_FC1, LINEAR_PROJ, LINEAR_QKV, HFArchitecture
 from dora_fx.models.hf_parts import HFParts

@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP
+from dora_fx.megatron import ATTENTION, MLP
 from dora_fx.models.architecture import GPTArchitecture
 
 Spec = Literal["local", "te", "hybrid"]

@@ -17,12 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_fx.files.model_sizes import check_elements
-from dora_fx.files.regular_file import UnsafeFileError, named_beside, shortened
-from dora_fx.files.torch_file import check_torch_file
+from dora_fx.files import (
+    UnreadableFileError,
+    UnsafeFileError,
+    check_elements,
+    check_readable,
+    check_torch_file,
+    named_beside,
+    read_json_object,
+    reading,
+    shortened,
+)
 from dora_fx.models.hf_architectures import DECODER_PREFIX, EMBEDDING_WEIGHT, OUTPUT_WEIGHT, ROTARY_FREQUENCIES
 from dora_fx.models.model_tensors import check_names, check_shape, empty_model, expected_shapes
-from dora_fx.models.reading import UnreadableFileError, check_readable, read_json_object, reading
 
 # In the order in which transformers looks for them.
 _SINGLE_AND_INDEX = (

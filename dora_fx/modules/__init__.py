@@ -1,1 +1,39 @@
-"""The modules that stand in for linear layers: the wrapper, its parameters and their state dicts."""
+"""The modules that stand in for linear layers: the wrapper, its parameters, their state dicts, and the marker.
+
+`kinds/` describes the linear layers that can be wrapped, and is a room of this room's own.
+"""
+
+from dora_fx.modules.adapter import INIT_METHODS, ParallelLinearDoRAAdapter, low_rank_scaling
+from dora_fx.modules.finite import adapter_not_finite_maybe, not_finite_maybe
+from dora_fx.modules.kinds import LinearSpec, bypasses_its_linears, describe_linear, looks_like_linear
+from dora_fx.modules.kinds.torch_linear import TorchLinear
+from dora_fx.modules.linear_wrapper import DoRALinear, disable_adapter, invalidate_norms
+from dora_fx.modules.marker import MarkedSite, dora_linear, unpack
+from dora_fx.modules.partial_gradients import CompleteGradients
+from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
+from dora_fx.modules.site_paths import path_of
+from dora_fx.modules.whole_tensors import AdapterShards, gather_whole
+
+__all__ = [
+    "INIT_METHODS",
+    "AdapterShards",
+    "CompleteGradients",
+    "DoRALinear",
+    "LinearSpec",
+    "MarkedSite",
+    "ParallelLinearDoRAAdapter",
+    "TorchLinear",
+    "adapter_not_finite_maybe",
+    "adapter_sharded_state_dict",
+    "bypasses_its_linears",
+    "describe_linear",
+    "disable_adapter",
+    "dora_linear",
+    "gather_whole",
+    "invalidate_norms",
+    "looks_like_linear",
+    "low_rank_scaling",
+    "not_finite_maybe",
+    "path_of",
+    "unpack",
+]

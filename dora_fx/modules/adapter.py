@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_fx.function.dropout import DropoutFactors
-from dora_fx.function.placement import LAYOUTS, Layout
-from dora_fx.function.weight_norm import norm_dtype
+from dora_fx.function import LAYOUTS, DropoutFactors, Layout, norm_dtype
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
-from dora_fx.ranks.groups import group_rank, group_size
+from dora_fx.ranks import group_rank, group_size
 
 INIT_METHODS: dict[str, Callable[..., Any]] = {
     "xavier": nn.init.xavier_normal_,

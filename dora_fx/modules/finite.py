@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules.linear_wrapper import DoRALinear
 
 
 def not_finite_maybe(tensors: Iterable[tuple[str, Tensor]]) -> str | None:

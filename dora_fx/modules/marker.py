@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dora_fx.cache.parameter_cache import CachedSite, refresh
-from dora_fx.cache.recorded import is_recorded
-from dora_fx.function.formula import adapted_linear
-from dora_fx.function.input_norm import InputNorm
-from dora_fx.function.site_parameters import CachedParameters, CompleteParameters, StoredParameters, complete_parameters
+from dora_fx.cache import CachedSite, is_recorded, refresh
+from dora_fx.function import (
+    CachedParameters,
+    CompleteParameters,
+    InputNorm,
+    StoredParameters,
+    adapted_linear,
+    complete_parameters,
+)
 from dora_fx.modules.site_paths import path_of
 
 

@@ -27,11 +27,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dora_fx.function.collectives import all_reduce_coalesced, reduce_scatter_rows
-from dora_fx.megatron.gradient_buckets import GradientBucket, find_bucket_maybe
-from dora_fx.megatron.main_copies import memory_of
+from dora_fx.function import all_reduce_coalesced, reduce_scatter_rows
+from dora_fx.megatron import GradientBucket, find_bucket_maybe, memory_of
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
-from dora_fx.ranks.groups import group_size
+from dora_fx.ranks import group_size
 
 CompleteGradients = Literal["auto", "every_backward", "once_per_step"]
 

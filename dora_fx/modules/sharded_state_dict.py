@@ -16,8 +16,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
-from dora_fx.function.placement import ParameterPlacement
-from dora_fx.ranks.groups import resolve_group
+from dora_fx.function import ParameterPlacement
+from dora_fx.ranks import resolve_group
 
 
 def adapter_sharded_state_dict(

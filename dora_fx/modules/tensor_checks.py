@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dora_fx.function.site_parameters import CachedParameters, StoredParameters
-from dora_fx.function.weight_norm import norm_dtype
+from dora_fx.function import CachedParameters, StoredParameters, norm_dtype
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 
 _BUFFERS = (

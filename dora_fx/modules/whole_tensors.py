@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dora_fx.function.placement import ParameterPlacement
-from dora_fx.megatron.wrappers import walk
+from dora_fx.function import ParameterPlacement
+from dora_fx.megatron import walk
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
-from dora_fx.ranks.groups import group_size, resolve_group
+from dora_fx.ranks import group_size, resolve_group
 
 
 class AdapterShards:

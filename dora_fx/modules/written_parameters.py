@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dora_fx.megatron.main_copies import MainCopy, copies_stepped_by, differing, write
+from dora_fx.megatron import MainCopy, copies_stepped_by, differing, write
 from dora_fx.modules.site_paths import name_of
 
 # Found once for each optimizer. A copy refers to no optimizer, which would live on otherwise.

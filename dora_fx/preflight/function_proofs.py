@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from dora_fx.attach.merge import merge_problem_maybe, merged, merged_weight
-from dora_fx.modules.dora_linear import disable_adapter
-from dora_fx.preflight.passes import call, loss_of
-from dora_fx.preflight.report import Finding, failed_at
+from dora_fx.attach import merge_problem_maybe, merged, merged_weight
+from dora_fx.modules import disable_adapter
+from dora_fx.preflight.check_report import Finding, failed_at
+from dora_fx.preflight.model_passes import call, loss_of
 from dora_fx.preflight.saved_state import SavedValues
 from dora_fx.preflight.set_up import (
     Pass,
@@ -29,7 +29,7 @@ from dora_fx.preflight.set_up import (
     uncompiled,
     without_recomputation,
 )
-from dora_fx.ranks.groups import resolve_group
+from dora_fx.ranks import resolve_group
 
 # Gradients go through more roundings than outputs.
 _ROOM_FOR_GRADIENTS = 3.0

@@ -12,7 +12,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import nn
 
-from dora_fx.megatron.main_copies import MainCopy, main_copies
+from dora_fx.megatron import MainCopy, main_copies
 
 
 def is_megatron(optimizer: Any) -> bool:

@@ -10,13 +10,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from dora_fx.checkpoint.contents import all_shards, model_contents
-from dora_fx.checkpoint.optimizer import OptimizerState
-from dora_fx.checkpoint.tensor_digests import copy_digests, differing_copies
-from dora_fx.megatron.main_copies import differing
-from dora_fx.megatron.world import world_at_hand
+from dora_fx.checkpoint import OptimizerState, all_shards, copy_digests, differing_copies, model_contents
+from dora_fx.megatron import differing, world_at_hand
+from dora_fx.preflight.check_report import Finding, failed_at
 from dora_fx.preflight.optimizers import copies_of, torch_optimizers, trained_parameters
-from dora_fx.preflight.report import Finding, failed_at
 from dora_fx.preflight.set_up import SetUp, not_finite, over_all_ranks
 
 _OF_NO_MODULE = "a parameter of no module"

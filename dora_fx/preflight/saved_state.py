@@ -12,7 +12,7 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from torch import nn
 
-from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.modules import DoRALinear
 from dora_fx.preflight.optimizers import single_optimizers, torch_optimizers
 
 

@@ -13,15 +13,13 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
-from dora_fx.attach.matching import adapted_layers
-from dora_fx.megatron.data_parallel import data_parallel_around
-from dora_fx.megatron.wrappers import Model, check_unsharded, chunks_of, unwrap, walk
-from dora_fx.modules.dora_linear import DoRALinear
+from dora_fx.attach import adapted_layers
+from dora_fx.megatron import Model, check_unsharded, chunks_of, data_parallel_around, unwrap, walk
+from dora_fx.modules import DoRALinear
+from dora_fx.preflight.model_passes import Forward, ForwardBackward, megatron_runs, one_step, output_of, weight_of_loss
 from dora_fx.preflight.optimizers import complete_parts, is_megatron, single_optimizers
-from dora_fx.preflight.passes import Forward, ForwardBackward, megatron_runs, one_step, output_of, weight_of_loss
 from dora_fx.preflight.saved_state import RandomState
-from dora_fx.ranks.exchange import gather_objects
-from dora_fx.ranks.groups import resolve_group, world_group
+from dora_fx.ranks import gather_objects, resolve_group, world_group
 
 # A learning rate for groups that have none yet, as at the start of a warm-up.
 _SOME_LEARNING_RATE = 1e-3

@@ -12,9 +12,9 @@ import math
 
 import torch
 
-from dora_fx.function.placement import ADAPTER_TENSORS
-from dora_fx.preflight.passes import model_replicas
-from dora_fx.preflight.report import Finding
+from dora_fx.function import ADAPTER_TENSORS
+from dora_fx.preflight.check_report import Finding
+from dora_fx.preflight.model_passes import model_replicas
 from dora_fx.preflight.saved_state import SavedValues
 from dora_fx.preflight.set_up import Pass, SetUp, over_all_ranks, uncompiled
 

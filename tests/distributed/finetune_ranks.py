@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dora_fx.cli.main import main
+from dora_fx.app.cli.main import main
 from tests.processes import start_process
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_fx.cli.main import main
+from dora_fx.app.cli.main import main
 from tests.closeness import assert_close, rounding
 from tests.distributed.finetune_ranks import finetune, losses
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP, rows

@@ -60,7 +60,7 @@ def test_two_ranks_train_what_one_trains(inputs, one_process, tmp_path, sequence
     run = tmp_path / "run"
     flags = ["--sequence-parallel"] if sequence_parallel else []
     arguments = map(str, [*inputs, "--steps", STEPS, "--run", run, "--tp", 2, *flags])
-    text = torchrun("-m", "--", "dora_fx.cli.main", "finetune", *arguments)
+    text = torchrun("-m", "--", "dora_fx.app.cli.main", "finetune", *arguments)
     assert text.count("held-out loss at step 0") == 1
     assert_same_run(run, one_process)
 
@@ -83,7 +83,7 @@ def test_a_rank_that_was_told_something_else_ends_the_run(inputs, tmp_path):
 
 def test_a_rank_that_fails_alone_ends_the_run_with_its_error(inputs, tmp_path):
     """Rank 0 waits for it in a collective."""
-    script = f'exec {sys.executable} -m dora_fx.cli.main finetune "$@" --sequence-length $((32 + 100000 * RANK))'
+    script = f'exec {sys.executable} -m dora_fx.app.cli.main finetune "$@" --sequence-length $((32 + 100000 * RANK))'
     arguments = map(str, [*inputs, "--run", tmp_path / "run", "--tp", 2])
     text = torchrun("--no-python", "--", "bash", "-c", script, "finetune", *arguments, expect=2)
     assert "dora-fx, rank 1: error: --sequence-length: found 100032" in text

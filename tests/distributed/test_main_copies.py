@@ -13,7 +13,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 import dora_fx
-from dora_fx.megatron.main_copies import MainCopy, _equal, _equal_by_norms, differing, main_copies
+from dora_fx.megatron.optimizer_copies import MainCopy, _equal, _equal_by_norms, differing, main_copies
 from dora_fx.modules.written_parameters import OverwrittenParametersError
 from tests.distributed.bridge import adapter_shards, saving_on_cpu
 from tests.distributed.launch import visit_worlds

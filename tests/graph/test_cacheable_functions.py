@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_fx.passes.cacheable_functions import cacheable_functions, calls_only_known_functions
+from dora_fx.passes.cache_keys import cacheable_functions, calls_only_known_functions
 from tests.graph.capture import capture
 from tests.graph.conftest import fake_world
 from tests.graph.sites import IN, adapted, column, row

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dora_fx.cli.main import main
+from dora_fx.app.cli.main import main
 from dora_fx.models import load_hf_checkpoint
 
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from tokenizers import decoders
 
-from dora_fx.cli.main import main
+from dora_fx.app.cli.main import main
 from tests.finetune_runs import finetune
 from tests.hf_models import finetune_inputs, tiny_tokenizer
 

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 import dora_fx
-from dora_fx.cli.main import main
+from dora_fx.app.cli.main import main
 from dora_fx.megatron.world import megatron_world
 from dora_fx.models import load_hf_checkpoint
 from dora_fx.models.base_files import companion_files

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dora_fx.data.encoding import SampleEncoder, TokenSample
-from dora_fx.data.formats import Completion, Conversation, format_of
-from dora_fx.data.records import Record
+from dora_fx.app.data.encoding import SampleEncoder, TokenSample
+from dora_fx.app.data.formats import Completion, Conversation, format_of
+from dora_fx.app.data.records import Record
 from tests.chat_templates import BRACKETS, HEADERS, REASONING, chat_tokenizer, unmarked
 from tests.hf_models import tiny_tokenizer
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dora_fx.data.formats import Conversation, format_of, unused_fields
-from dora_fx.data.records import Record, read_records
+from dora_fx.app.data.formats import Conversation, format_of, unused_fields
+from dora_fx.app.data.records import Record, read_records
 
 SAMPLES: dict[str, dict[str, Any]] = {
     "text": {"text": "a"},

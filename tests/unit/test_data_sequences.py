@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import dora_fx
-from dora_fx.data.encoding import TokenSample
-from dora_fx.data.sequences import Sequences, held_out_indices, pack, sequences_of_samples
+from dora_fx.app.data.encoding import TokenSample
+from dora_fx.app.data.sequences import Sequences, held_out_indices, pack, sequences_of_samples
 from dora_fx.models import build_gpt_model
 from tests.closeness import assert_close, rounding, roundings_of
 from tests.hf_models import tiny_hf_model

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dora_fx.data.encoding import SampleEncoder, TokenSample
-from dora_fx.data.formats import Conversation, format_of
-from dora_fx.data.records import Record
+from dora_fx.app.data.encoding import SampleEncoder, TokenSample
+from dora_fx.app.data.formats import Conversation, format_of
+from dora_fx.app.data.records import Record
 from tests.chat_templates import HEADERS, JOINED, ONE_CALL, REASONING, TOOLS, chat_tokenizer, unmarked
 
 LOOK_UP = {"type": "function", "function": {"name": "look", "description": "find it", "parameters": {"type": "object"}}}

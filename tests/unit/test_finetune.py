@@ -132,7 +132,7 @@ def test_losses_that_are_not_finite_end_the_run_and_the_state_before_them_is_sav
 
 
 def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dora_fx.cli.main", "finetune", "--demo", "--steps", "0"]
+    command = [sys.executable, "-m", "dora_fx.app.cli.main", "finetune", "--demo", "--steps", "0"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2
     assert done.stderr == "dora-fx: error: --steps: found 0, expected a positive integer\n" and done.stdout == ""

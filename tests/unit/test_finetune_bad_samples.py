@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dora_fx.cli.data import demo_data, read_data
-from dora_fx.cli.errors import UserError
-from dora_fx.cli.finetune import without_packing_beside
-from dora_fx.cli.options import FinetuneOptions
+from dora_fx.app.cli.finetune import without_packing_beside
+from dora_fx.app.data.training_data import demo_data, read_data
+from dora_fx.app.errors import UserError
+from dora_fx.app.options.finetune_options import FinetuneOptions
 from dora_fx.models.specs import Spec
 from tests.finetune_runs import finetune
 from tests.sample_files import SAMPLES, options, texts, write, write_inputs

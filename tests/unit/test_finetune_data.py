@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers
 
-from dora_fx.cli.data import demo_data, read_data
-from dora_fx.cli.errors import UserError
-from dora_fx.cli.tokens import BaseTokenizer
-from dora_fx.data.formats import Text
-from dora_fx.data.sequences import Sequences, cut_text, training_batch
+from dora_fx.app.data.base_tokenizer import BaseTokenizer
+from dora_fx.app.data.formats import Text
+from dora_fx.app.data.sequences import Sequences, cut_text, training_batch
+from dora_fx.app.data.training_data import demo_data, read_data
+from dora_fx.app.errors import UserError
 from tests.hf_models import tiny_tokenizer
 
 

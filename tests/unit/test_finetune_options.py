@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dora_fx.app.cli.main import main, parse
+from dora_fx.app.cli.option_order import options_in_order
+from dora_fx.app.options.finetune_options import (
+    DEMO_DEFAULTS,
+    FinetuneOptions,
+    check_resumable,
+    saved_options,
+)
+from dora_fx.app.training.adapter_optimizer import learning_rate
 from dora_fx.checkpoint.manifest import Manifest
-from dora_fx.cli.main import main, parse
-from dora_fx.cli.optimizer import learning_rate
-from dora_fx.cli.options import DEMO_DEFAULTS, FinetuneOptions, check_resumable, options_in_order, saved_options
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -234,7 +240,7 @@ def test_saved_options_are_plain_yaml_and_give_the_same_options() -> None:
 
 
 def test_a_resumed_run_cannot_become_another_one() -> None:
-    from dora_fx.cli.errors import UserError
+    from dora_fx.app.errors import UserError
 
     saved = saved_options(FinetuneOptions(demo=True))
     with pytest.raises(UserError, match="--dim: found 4, but the run to resume was started with 16"):

@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from dora_fx.cli.data import read_data
-from dora_fx.cli.options import FinetuneOptions
-from dora_fx.cli.tokens import BaseTokenizer
-from dora_fx.cli.training_text import training_text, with_steps
-from dora_fx.data.formats import FORMATS
+from dora_fx.app.data.base_tokenizer import BaseTokenizer
+from dora_fx.app.data.formats import FORMATS
+from dora_fx.app.data.training_data import read_data
+from dora_fx.app.options.finetune_options import FinetuneOptions
+from dora_fx.app.training.text_sequences import training_text, with_steps
 from tests.chat_templates import HEADERS, TOOLS, unmarked
 from tests.closeness import assert_close, rounding
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP, finetune, rows, step_of

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from dora_fx.cli.errors import UserError
-from dora_fx.cli.main import main
-from dora_fx.cli.run_folder import RunFolder
+from dora_fx.app.cli.main import main
+from dora_fx.app.errors import UserError
+from dora_fx.app.runs.run_folder import RunFolder
 from tests.finetune_runs import finetune, rows
 from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint, tiny_tokenizer
 
@@ -183,7 +183,7 @@ def test_a_folder_in_place_of_a_record_is_named(name: str, folder: Path, capsys:
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1:strict", marks=pytest.mark.slow)])
 def test_a_sample_is_shown_on_a_terminal_that_lacks_its_letters(encoding: str, folder: Path) -> None:
     (folder / "text.txt").write_text("the quick brown fox\n" * 60, encoding="utf-8")
-    command = [sys.executable, "-m", "dora_fx.cli.main", "finetune"]
+    command = [sys.executable, "-m", "dora_fx.app.cli.main", "finetune"]
     prompt = ["--steps", "1", "--prompt", "na\u00efve \u2192 \U0001f98a", "--run", str(folder / "\u00e9t\u00e9")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
     environment |= dict(PYTHONIOENCODING=encoding, LC_ALL="C", OMP_NUM_THREADS="1")
@@ -207,7 +207,7 @@ def add_letters(base: Path, letters: str) -> None:
 
 
 def test_output_that_nobody_reads_or_that_does_not_fit_ends_the_command(folder: Path) -> None:
-    command = [sys.executable, "-m", "dora_fx.cli.main", "inspect", str(folder / "run")]
+    command = [sys.executable, "-m", "dora_fx.app.cli.main", "inspect", str(folder / "run")]
     read, write = os.pipe()
     os.close(read)
     full = os.open("/dev/full", os.O_WRONLY)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import dora_fx
-from dora_fx.cli.command_line import with_hint, with_lists
-from dora_fx.cli.commands import COMMANDS
-from dora_fx.cli.main import main
+from dora_fx.app.cli.commands import COMMANDS
+from dora_fx.app.cli.main import main
+from dora_fx.app.options.command_line import with_hint, with_lists
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "transformers", "numpy", "matplotlib", "rich")
@@ -27,7 +27,7 @@ def python(code: str, *arguments: str, **environment: str) -> subprocess.Complet
 
 def test_importing_every_public_name_and_what_the_command_needs_says_nothing() -> None:
     done = python(
-        "from dora_fx import *\nimport dora_fx.backend, dora_fx.models, dora_fx.cli.finetune, dora_fx.cli.chat"
+        "from dora_fx import *\nimport dora_fx.backend, dora_fx.models, dora_fx.app.cli.finetune, dora_fx.app.cli.chat"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -59,7 +59,7 @@ def test_a_user_s_own_filters_of_warnings_come_first() -> None:
 def test_help_needs_no_library_that_takes_long(arguments: list[str]) -> None:
     code = f"""
 import sys
-from dora_fx.cli.main import main
+from dora_fx.app.cli.main import main
 try:
     main(sys.argv[1:])
 finally:

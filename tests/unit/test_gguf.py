@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from dora_fx.cli.tokens import BaseTokenizer
+from dora_fx.app.data.base_tokenizer import BaseTokenizer
 from dora_fx.models import UnsupportedModelError, load_hf_checkpoint
 from dora_fx.models.gguf_config import llama3_divisors
 from dora_fx.models.gguf_tensors import open_gguf

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import dora_fx
-from dora_fx.cli.smollm2 import fetch_smollm2
+from dora_fx.app.bases.smollm2 import fetch_smollm2
 from dora_fx.hf.merged_model import merged_state_dict, save_hf_model
 from dora_fx.hf.peft_files import PeftModule
 from dora_fx.hf.peft_reader import read_peft_adapter

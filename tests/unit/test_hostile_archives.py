@@ -12,7 +12,7 @@ import torch
 
 import dora_fx
 from dora_fx import CheckpointError
-from dora_fx.cli.main import main
+from dora_fx.app.cli.main import main
 from tests.unit.checkpoints import adapted
 from tests.unit.hostile_files import COMMON, archive_with, compressed, is_endless, recompute_checksums, saved
 

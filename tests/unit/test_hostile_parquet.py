@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dora_fx.data.records import read_records
+from dora_fx.app.data.records import read_records
 from tests.unit.hostile_files import is_endless
 
 ROWS = "import sys, pyarrow.parquet\npass\npyarrow.parquet.read_table(sys.argv[1]).to_pylist()"
 READ = (
     "import sys, pyarrow.compute, pyarrow.parquet\nfrom pathlib import Path\n"
-    "from dora_fx.data.records import read_records\npass\nread_records(Path(sys.argv[1]))"
+    "from dora_fx.app.data.records import read_records\npass\nread_records(Path(sys.argv[1]))"
 )
 MANY = "a" * (100 << 20)
 

@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 
 import dora_fx
-from dora_fx.cli.errors import UserError
-from dora_fx.cli.main import main
-from dora_fx.cli.run_folder import RunFolder
+from dora_fx.app.cli.main import main
+from dora_fx.app.errors import UserError
+from dora_fx.app.runs.run_folder import RunFolder
 from dora_fx.megatron.world import megatron_world
 from tests.distributed.bridge import adapter_shards, model_to_load_into, saving_on_cpu
 from tests.hf_models import finetune_inputs

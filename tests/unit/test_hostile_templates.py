@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from dora_fx.files.bounded import bounded
+from dora_fx.files.bounds import bounded
 from dora_fx.files.regular_file import UnsafeFileError
 from dora_fx.models.chat_templates import apply_chat_template
 from tests.hf_models import tiny_tokenizer

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from tests.import_graph import (
     folder_graph,
     import_graph,
     imported,
+    past_faces,
+    room_of,
     source_files,
     with_current_drawing,
     without_shortcuts,
@@ -30,7 +34,7 @@ def assert_no_circle(graph: Mapping[str, set[str]]) -> None:
 
 def test_no_file_imports_in_a_circle():
     graph = import_graph()
-    assert "dora_fx.function.formula" in graph["dora_fx.modules.marker"]
+    assert "dora_fx.function" in graph["dora_fx.modules.marker"]
     assert "dora_fx.passes.dora_sites" in graph["dora_fx.passes.rewrite_dora_pass"]
     assert_no_circle(graph)
 
@@ -39,6 +43,43 @@ def test_no_folder_imports_in_a_circle():
     graph = folder_graph(import_graph(), source_files())
     assert "dora_fx.function" in graph["dora_fx.modules"]
     assert_no_circle(graph)
+
+
+def test_rooms_know_each_other_by_their_faces():
+    assert past_faces(import_graph()) == []
+
+
+def test_an_import_past_a_face_is_noticed():
+    graph = import_graph()
+    graph["dora_fx.attach.plan"].add("dora_fx.modules.adapter")
+    # A room inside a room is no door of it.
+    graph["dora_fx.attach.plan"].add("dora_fx.modules.kinds")
+    assert past_faces(graph) == [
+        "dora_fx.attach.plan imports dora_fx.modules.adapter",
+        "dora_fx.attach.plan imports dora_fx.modules.kinds",
+    ]
+
+
+def test_no_face_hides_a_file_of_its_room():
+    # `import room.name` and `from room import name` would be two things.
+    files = source_files()
+    for name, path in files.items():
+        if path.name == "__init__.py" and name != "dora_fx":
+            exported = getattr(import_module(name), "__all__", [])
+            assert not [one for one in exported if f"{name}.{one}" in files], name
+
+
+def test_names_of_files_and_rooms_stand_once():
+    # The faces have no names of their own; the command's sub-commands are called as their users call them.
+    stems = Counter(name.rpartition(".")[2] for name in source_files() if not name.startswith("dora_fx.app.cli."))
+    assert [stem for stem, count in stems.items() if count > 1] == []
+
+
+def test_the_library_imports_nothing_of_the_command():
+    graph = import_graph()
+    library = {name: targets for name, targets in graph.items() if not name.startswith("dora_fx.app")}
+    assert [name for name, targets in library.items() if any(one.startswith("dora_fx.app") for one in targets)] == []
+    assert room_of("dora_fx.app.training.trainer") == "dora_fx.app.training"
 
 
 def test_a_circle_is_found():
@@ -69,9 +110,9 @@ def test_the_documents_show_the_imports_as_they_are():
 
 def test_an_import_that_is_not_drawn_is_noticed():
     graph = folder_graph(import_graph(), source_files())
-    more = {**graph, "dora_fx.files": graph["dora_fx.files"] | {"dora_fx.ranks"}}
-    assert "files --> ranks" not in drawing(graph)
-    assert "files --> ranks" in drawing(more)
+    more = {**graph, "dora_fx.megatron": graph["dora_fx.megatron"] | {"dora_fx.files"}}
+    assert "megatron --> files" not in drawing(graph)
+    assert "megatron --> files" in drawing(more)
 
 
 def test_arrows_that_follow_from_others_are_left_out():

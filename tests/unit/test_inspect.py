@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dora_fx
-from dora_fx.cli.main import main
+from dora_fx.app.cli.main import main
 from tests.unit.checkpoints import adapted
 
 pytestmark = pytest.mark.usefixtures("world")

@@ -216,7 +216,7 @@ def test_a_missing_base_is_named(tmp_path: Path) -> None:
 def test_smollm2_computes_what_transformers_computes(world: None) -> None:
     import transformers
 
-    from dora_fx.cli.smollm2 import fetch_smollm2
+    from dora_fx.app.bases.smollm2 import fetch_smollm2
 
     path = fetch_smollm2()
     checkpoint = load_hf_checkpoint(path)

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from dora_fx import DoRA
-from dora_fx.cli.base_model import DTYPES
-from dora_fx.cli.errors import UserError
-from dora_fx.cli.memory import (
+from dora_fx.app.bases.base_model import DTYPES
+from dora_fx.app.bases.memory import (
     check_batch_fits,
     estimate_memory,
     fitting_in_memory,
     memory_of,
     memory_warning_maybe,
 )
-from dora_fx.cli.optimizer import AdapterOptimizer
-from dora_fx.cli.options import FinetuneOptions
+from dora_fx.app.errors import UserError
+from dora_fx.app.options.finetune_options import FinetuneOptions
+from dora_fx.app.training.adapter_optimizer import AdapterOptimizer
 from dora_fx.models import causal_mask
 from tests.hf_models import tiny_hf_config, tiny_hf_model
 from tests.peft_models import megatron_of

@@ -14,7 +14,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx import DoRALinear
-from dora_fx.attach.merge import _KEPT
+from dora_fx.attach.merging import _KEPT
 from tests.closeness import assert_as_exact, assert_close, rounding, roundings_of
 from tests.models import (
     DIM,

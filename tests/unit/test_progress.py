@@ -10,9 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from dora_fx.cli.loss_curve import draw_loss_curve
-from dora_fx.cli.progress import Display
-from dora_fx.cli.step_metrics import StepMetrics
+from dora_fx.app.runs.loss_curve import draw_loss_curve
+from dora_fx.app.runs.progress import Display
+from dora_fx.app.runs.step_metrics import StepMetrics
 
 ROWS = [
     {"step": 0, "held_out_loss": 3.0},

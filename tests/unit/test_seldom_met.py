@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dora_fx
-from dora_fx.cli.errors import UserError
-from dora_fx.cli.main import main
-from dora_fx.cli.options import FinetuneOptions
+from dora_fx.app.cli.main import main
+from dora_fx.app.errors import UserError
+from dora_fx.app.options.finetune_options import FinetuneOptions
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.models import UnsupportedModelError, architecture_of, build_gpt_model
 from tests.closeness import assert_apart, assert_close

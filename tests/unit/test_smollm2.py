@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_fx.cli.errors import UserError
-from dora_fx.cli.smollm2 import cached_gguf, fetch_smollm2
+from dora_fx.app.bases.smollm2 import cached_gguf, fetch_smollm2
+from dora_fx.app.errors import UserError
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dora_fx.cli.base_model import resolve_base
-from dora_fx.cli.errors import UserError
-from dora_fx.cli.main import main
-from dora_fx.cli.progress import Display
+from dora_fx.app.bases.base_model import resolve_base
+from dora_fx.app.cli.main import main
+from dora_fx.app.errors import UserError
+from dora_fx.app.runs.progress import Display
+from dora_fx.files.third_party import UnreadableFileError, is_out_of_memory, reading
 from dora_fx.models import UnsupportedModelError, load_hf_checkpoint
-from dora_fx.models.reading import UnreadableFileError, is_out_of_memory, reading
 from tests.gguf_models import write_gguf
 from tests.hf_models import save_tiny_checkpoint, tiny_hf_model
 

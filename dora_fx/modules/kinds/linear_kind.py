@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
-from dora_fx.function.input_norm import InputNorm
-from dora_fx.function.placement import Layout, ParameterPlacement
+from dora_fx.function import InputNorm, Layout, ParameterPlacement
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dora_fx.function.placement import LAYOUTS
+from dora_fx.function import LAYOUTS
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, runs_its_class_alone
 
 

@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dora_fx.function.input_norm import InputNorm
-from dora_fx.function.placement import LAYOUTS
-from dora_fx.megatron.te_classes import TE_MODULE, derives_from
+from dora_fx.function import LAYOUTS, InputNorm
+from dora_fx.megatron import TE_MODULE, derives_from
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, has_own_hooks
 from dora_fx.modules.kinds.megatron_linear import row_blocks
 

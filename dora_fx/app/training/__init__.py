@@ -1,0 +1,15 @@
+"""The training loop: micro-batches through a pipeline, the optimizer, the course of a run."""
+
+from dora_fx.app.training.recompute import recompute_layers
+from dora_fx.app.training.text_sequences import TrainingText, training_text, with_steps
+from dora_fx.app.training.trainer import Trainer
+from dora_fx.app.training.training_run import TrainingRun
+
+__all__ = [
+    "Trainer",
+    "TrainingRun",
+    "TrainingText",
+    "recompute_layers",
+    "training_text",
+    "with_steps",
+]

@@ -1,0 +1,92 @@
+"""Megatron's AdamW on a model's adapters, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from dora_fx.app.bases import DTYPES
+from dora_fx.app.options import FinetuneOptions, TrainingOptions
+from dora_fx.attach import config_overrides
+from dora_fx.megatron import cuda_means_cpu
+
+
+def learning_rate(step: int, options: TrainingOptions) -> float:
+    """Of optimizer step number `step`, counted from 0: linear warm-up, then the schedule down to zero."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    progress = (step - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)
+    if options.schedule == "linear":
+        return options.lr * (1.0 - progress)
+    if options.schedule == "cosine":
+        return options.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return options.lr
+
+
+class AdapterOptimizer:
+    """Megatron's AdamW on what a model trains, with Megatron's gradient buffers.
+
+    Gradients of all backward passes since `clear_gradients` add up in float32. A bfloat16 parameter has a float32
+    main copy that takes the updates: bfloat16 holds three digits, and an update smaller than the last of them would
+    be lost.
+
+    Args:
+        model: a Megatron model after `DoRA` ran on it; it is called as before.
+        options: dtype of the model, learning rates, weight decay and the norm that gradients are clipped to.
+        device: "cpu" or "cuda".
+
+    Attributes:
+        megatron: the optimizer, for `save_checkpoint` and `load_checkpoint`.
+    """
+
+    def __init__(self, model: Any, options: FinetuneOptions, device: str) -> None:
+        self._megatron_runs = cuda_means_cpu if device == "cpu" else contextlib.nullcontext
+        self._weight_decay = options.weight_decay
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            # Megatron computes no norm for zero, and an infinite one leaves gradients alone.
+            clip_grad=options.max_grad_norm or math.inf,
+            params_dtype=DTYPES[options.dtype],
+            bf16=options.dtype == "bf16",
+        )
+        with self._megatron_runs():
+            buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+            self._wrapped = DistributedDataParallel(model.config, buffers, model)
+            overrides = config_overrides(
+                settings,
+                loraplus_lr_ratio=options.loraplus_lr_ratio,
+                magnitude_lr_ratio=options.magnitude_lr_ratio,
+            )
+            self.megatron = get_megatron_optimizer(settings, [self._wrapped], config_overrides=overrides)
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients, also those of a step that was given up."""
+        self._wrapped.zero_grad_buffer()
+        self.megatron.zero_grad()
+
+    def reduce_gradients(self) -> None:
+        """Complete the gradients over the ranks."""
+        with self._megatron_runs():
+            finalize_model_grads([self._wrapped])
+
+    def complete_gradients(self) -> float:
+        """Reduce the gradients over the ranks; return their norm over all of the model, before clipping."""
+        self.reduce_gradients()
+        with self._megatron_runs():
+            self.megatron.prepare_grads()
+            return float(self.megatron.get_grad_norm())
+
+    def step(self, lr: float) -> None:
+        """Clip and update; the gradients are complete."""
+        for group in self.megatron.param_groups:
+            group["lr"] = lr * group["lr_mult"]
+            # The multiplier is zero for magnitudes, as for all that has one dimension; nobody else applies it.
+            group["weight_decay"] = self._weight_decay * group["wd_mult"]
+        with self._megatron_runs():
+            self.megatron.step()

@@ -1,0 +1,168 @@
+"""One model, one optimizer: training steps, the held-out loss, and the state that a resumed run needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+import dora_fx
+from dora_fx import CheckReport
+from dora_fx.app.data import Sequences, TrainingSequences, training_batch
+from dora_fx.app.options import FinetuneOptions
+from dora_fx.app.runs import StepMetrics
+from dora_fx.app.training.adapter_optimizer import AdapterOptimizer, learning_rate
+from dora_fx.app.training.micro_batches import MicroBatch, Passes
+from dora_fx.app.training.not_finite import problem_of_step_maybe
+from dora_fx.checkpoint import load_checkpoint, save_checkpoint
+
+
+class Trainer:
+    """Trains the adapters of `model` on `sequences`.
+
+    Attributes:
+        step: the number of steps done.
+        last_update: the last step that made an update since this object was made; None before.
+        passes: the model as it is called, whatever the pipeline.
+        is_updating: whether the optimizer is in the middle of a step, or failed there, so that parameters and
+            moments belong together no more.
+    """
+
+    def __init__(self, model: Any, sequences: TrainingSequences, options: FinetuneOptions, device: str) -> None:
+        self.model = model
+        self.step = 0
+        self.last_update: int | None = None
+        self.is_updating = False
+        self._sequences = sequences
+        self._options = options
+        self._device = device
+        self._optimizer = AdapterOptimizer(model, options, device)
+        self.passes = Passes(model, device)
+
+    def train_step(self) -> StepMetrics:
+        """Forward, backward and update on the next sequences.
+
+        The data-parallel ranks share the micro-batches of the step. Where the loss or the gradients are not finite,
+        parameters and moments stay as they are on every rank; the step counts, so that the next takes other sequences.
+        """
+        options, start = self._options, time.perf_counter()
+        self.model.train()
+        self._optimizer.clear_gradients()
+        first, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        batches = [self._sequences_of(index) for index in self._indices_of_step()]
+        # Batches have more or fewer tokens that are learned, and each token counts alike. Gradients and losses are
+        # averaged over the replicas.
+        share = replicas / sum(int(batch.loss_mask().sum()) for batch in batches)
+        own = list(zip(self._indices_of_step(), batches, strict=True))[first::replicas]
+        total = self.passes.forward_backward([self._micro_batch(batch, index, share) for index, batch in own])
+        if replicas > 1:
+            dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+            total /= replicas
+        loss, grad_norm, lr = total.item(), self._optimizer.complete_gradients(), learning_rate(self.step, options)
+        problem = problem_of_step_maybe(self.model, loss, grad_norm, lambda: self._run_again(own))
+        self.is_updating = True
+        if problem is None:
+            self._optimizer.step(lr)
+            self.last_update = self.step + 1
+        self.step += 1
+        self.is_updating = False
+        tokens = sum(batch.num_tokens for batch in batches)
+        return StepMetrics(self.step, loss, lr, grad_norm, tokens, time.perf_counter() - start, problem)
+
+    def go_back_to_last_update(self) -> None:
+        """Take back the steps since the last update, none of which made one."""
+        assert self.last_update is not None
+        self.step = self.last_update
+
+    def _run_again(self, batches: Sequence[tuple[int, Sequences]]) -> None:
+        """The forward passes of a step, with the same dropout."""
+        for index, batch in batches:
+            self.passes.token_losses(self._micro_batch(batch, index))
+
+    @torch.no_grad()
+    def held_out_loss(self, between: Callable[[], None] = lambda: None) -> float:
+        """Mean loss of the held-out tokens that are learned; `between` is called after each batch and may raise."""
+        self.model.eval()
+        size, total, count = self._options.batch_size, 0.0, 0
+        held_out = self._sequences.held_out
+        for first in range(0, len(held_out), size):
+            # The last batch is filled up, so that every batch has the shape that was compiled.
+            rows = torch.arange(first, first + size)
+            batch = held_out[torch.where(rows < len(held_out), rows, first)]
+            is_counted = (batch.loss_mask() & (rows < len(held_out))[:, None]).to(self._device)
+            total += self.passes.token_losses(self._micro_batch(batch))[is_counted].double().sum().item()
+            count += int(is_counted.sum())
+            between()
+        return total / count
+
+    @torch.no_grad()
+    def allocate_buffers(self) -> None:
+        """Run one batch uncompiled.
+
+        Megatron allocates its buffer for attention scores in the first forward pass. A graph compiled then would
+        hold the allocation, and be of no use ever after.
+        """
+        self.model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            self.passes.token_losses(self._micro_batch(self._sequences.train[: self._options.batch_size]))
+
+    def check(self) -> CheckReport:
+        """Run the preflight on the first forward pass of each data-parallel rank; every rank calls it."""
+        self.model.train()
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        batches = [self._sequences_of(index) for index in range(replicas)]
+        share = replicas / sum(int(batch.loss_mask().sum()) for batch in batches)
+        micro_batch = self._micro_batch(batches[replica], replica, share)
+
+        def forward_backward(model: Any, batch: MicroBatch) -> float:
+            loss = self.passes.forward_backward([batch]).item()
+            self._optimizer.reduce_gradients()
+            return loss
+
+        return dora_fx.check(
+            self.model,
+            micro_batch,
+            self._optimizer.megatron,
+            forward_backward=forward_backward,
+            forward=lambda model, batch: self.passes.token_losses(batch),
+            raises=False,
+        )
+
+    def save(self, checkpoint: Path, *, with_optimizer: bool = True) -> None:
+        """Save the state after the last complete step; every rank calls it. Raises CheckpointError."""
+        extra = {"step": self.step, "text": self._sequences.fingerprint}
+        save_checkpoint(self.model, checkpoint, self._optimizer.megatron if with_optimizer else None, extra=extra)
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on where `save` was called, at any parallel size; every rank calls it.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another model.
+            ValueError: the data are others, or the checkpoint is not of a training run.
+        """
+        extra = load_checkpoint(self.model, checkpoint, self._optimizer.megatron)
+        # Earlier versions saved the states of generators, too, that dropout went on with.
+        if not isinstance(extra, dict) or extra.keys() - {"generators"} != {"step", "text"}:
+            raise ValueError(f"{checkpoint}: has no step and text in its extra, expected what a run saves")
+        if extra["text"] != self._sequences.fingerprint:
+            raise ValueError("the text is not the one the run was started with")
+        self.step = extra["step"]
+
+    def _indices_of_step(self) -> range:
+        """Numbers of the micro-batches of the next step in the whole run."""
+        first = self.step * self._options.gradient_accumulation
+        return range(first, first + self._options.gradient_accumulation)
+
+    def _sequences_of(self, index: int) -> Sequences:
+        options = self._options
+        return training_batch(self._sequences.train, options.batch_size, index, options.seed)
+
+    def _micro_batch(self, sequences: Sequences, index: int = 0, share: float = 1.0) -> MicroBatch:
+        """A micro-batch by its number in the run; its dropout is the same whoever takes it."""
+        seed = (self._options.seed * 1_000_003 + index) % 2**63
+        return MicroBatch(sequences, self._device, seed, share)

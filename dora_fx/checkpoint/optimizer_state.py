@@ -1,0 +1,112 @@
+"""Optimizer state in a checkpoint: Megatron's optimizers describe theirs, torch's are described for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from dora_fx.checkpoint.manifest import StoredTensor
+from dora_fx.checkpoint.megatron_optimizer import load_state as load_megatrons
+from dora_fx.checkpoint.megatron_optimizer import set_step_counts, sharded_state_dict, step_counts
+from dora_fx.checkpoint.rank_steps import CheckpointError
+from dora_fx.checkpoint.torch_optimizer import check_description, join_descriptions, state_to_load, state_to_save
+from dora_fx.checkpoint.torch_optimizer import load_state as load_torchs
+
+# Name of what is not sharded of a torch optimizer; its shards are under "optimizer", as those of Megatron's.
+DESCRIPTION = "torch_optimizer"
+
+
+class OptimizerState:
+    """The state of an optimizer as a part of a checkpoint of a model's adapters.
+
+    Args:
+        optimizer: Megatron's or torch's, None to leave optimizer state out.
+        chunks: the model's, as `wrappers.chunks_of` returns them.
+        adapter: the sharded state dict of their adapters, holding the parameters themselves.
+
+    Raises:
+        CheckpointError: it is neither, or a torch optimizer that keeps parts of its state on other ranks.
+    """
+
+    def __init__(self, optimizer: Any, chunks: Sequence[nn.Module], adapter: dict[str, Any]) -> None:
+        is_torch = isinstance(optimizer, torch.optim.Optimizer) and not isinstance(optimizer, ZeroRedundancyOptimizer)
+        if optimizer is not None and not is_torch and not isinstance(optimizer, MegatronOptimizer):
+            raise CheckpointError(
+                f"optimizer: found a {type(optimizer).__module__}.{type(optimizer).__qualname__}, expected one of "
+                "Megatron's (get_megatron_optimizer) or a torch.optim.Optimizer that holds the whole state of its "
+                "parameters"
+            )
+        self._optimizer, self._chunks, self._adapter = optimizer, chunks, adapter
+        self._is_torch = is_torch
+
+    def to_save(self) -> tuple[dict[str, Any], Any]:
+        """This rank's part of the state dict to save, and what the other ranks need to know of its optimizer."""
+        if self._optimizer is None:
+            return {}, None
+        if not self._is_torch:
+            sharded = sharded_state_dict(self._optimizer, self._adapter, is_loading=False)
+            return {"optimizer": sharded}, step_counts(self._optimizer, sharded)
+        shards, description = state_to_save(self._optimizer, self._chunks)
+        return {"optimizer": shards}, description
+
+    def add_of_all_ranks(self, common: dict[str, Any], descriptions: Sequence[Any]) -> None:
+        """Complete the part of a checkpoint that is not sharded by what the ranks know of their optimizers.
+
+        Args:
+            common: this rank's; rank 0's is saved.
+            descriptions: the second values of `to_save` on all ranks.
+
+        Raises:
+            CheckpointError: the ranks' optimizers differ.
+        """
+        for kind, name in ((dict, "a torch optimizer"), (list, "one of Megatron's optimizers")):
+            number = sum(isinstance(description, kind) for description in descriptions)
+            if 0 < number < len(descriptions):
+                raise CheckpointError(
+                    f"optimizer: found {name} on {number} of {len(descriptions)} ranks, expected one on every rank"
+                )
+        if self._is_torch:
+            common[DESCRIPTION] = join_descriptions(descriptions)
+        elif self._optimizer is not None:
+            set_step_counts(self._optimizer, common["optimizer"], descriptions)
+
+    def to_load(self, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+        """The shards to ask a checkpoint for that stores such tensors."""
+        if self._optimizer is None:
+            return {}
+        if not self._is_torch:
+            return {"optimizer": sharded_state_dict(self._optimizer, self._adapter, is_loading=True)}
+        return {"optimizer": state_to_load(self._optimizer, self._chunks, stored)}
+
+    def check(self, directory: Path, state: Mapping[str, Any]) -> None:
+        """Raise CheckpointError unless the state that was read is that of such an optimizer. Changes nothing."""
+        if self._optimizer is None:
+            return
+        if self._is_torch != (DESCRIPTION in state):
+            saved = "a torch optimizer" if DESCRIPTION in state else "one of Megatron's optimizers"
+            raise CheckpointError(
+                f"{directory}: has the state of {saved}, found a {type(self._optimizer).__name__} to load it into; "
+                "expected the optimizer it was saved with"
+            )
+        if self._is_torch:
+            try:
+                check_description(self._optimizer, self._chunks, state[DESCRIPTION])
+            except CheckpointError as error:
+                raise CheckpointError(f"{directory}: {error}") from error
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Hand state that passed `check` to the optimizer."""
+        if self._optimizer is None:
+            return
+        if self._is_torch:
+            # An optimizer without any tensor leaves no trace among the shards.
+            tensors = state.get("optimizer", {})
+            load_torchs(self._optimizer, self._chunks, state[DESCRIPTION], tensors)
+        else:
+            load_megatrons(self._optimizer, state["optimizer"])
