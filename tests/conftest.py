@@ -15,6 +15,8 @@ import torch
 
 from dora_fx.megatron.world import megatron_world
 from tests.closeness import MARGINS
+from tests.costs import CostsRecorder
+from tests.default_set import function_of, read_rotation
 from tests.emulated_te import processes_with_emulated_te
 from tests.processes import collect_seldom
 
@@ -32,9 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FOLDER",
         help="with the packages of .ci/emulated_te.txt, for tests of its layers",
     )
-    share = {"metavar": "I/N", "type": share_of}
-    parser.addoption("--slow-share", **share, help="the quick tests, and the I-th of N parts of the slow ones")
-    parser.addoption("--file-share", **share, help="only the I-th of N parts of the files")
+    parser.addoption(
+        "--slow-share", metavar="I/N", type=share_of, help="the default set, and the I-th of N parts of all other tests"
+    )
+    parser.addoption("--costs", metavar="FILE", type=Path, help="append what each test costs and reaches")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
         torch._inductor.config.cpp.simdlen = config.getoption("simdlen")
     if config.getoption("slow_share") is not None:
         config.option.markexpr = ""
+    costs = config.getoption("costs")
+    # Under pytest-xdist the workers run the tests, and not this process.
+    if costs is not None and (hasattr(config, "workerinput") or not config.getoption("numprocesses", 0)):
+        config.pluginmanager.register(CostsRecorder(costs.absolute()))
     if os.environ.get("EXPECTTEST_ACCEPT") and config.getoption("numprocesses", None):
         raise pytest.UsageError("EXPECTTEST_ACCEPT: several processes would write the same files, expected -n 0")
     # The tensors of these tests are too small to share among threads; on a busy machine threads cost tenfold.
@@ -52,10 +59,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A process per core for whole folders; files and single tests are over before other processes have imported."""
-    names_folders = all(Path(argument).is_dir() for argument in config.args)
-    if not names_folders or os.environ.get("EXPECTTEST_ACCEPT"):
+    if not names_folders(config) or os.environ.get("EXPECTTEST_ACCEPT"):
         return 0
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def names_folders(config: pytest.Config) -> bool:
+    """Whether a run takes whole folders, and so the default set of their tests."""
+    return all(Path(argument).is_dir() for argument in config.args)
 
 
 def share_of(text: str) -> tuple[int, int]:
@@ -75,23 +86,23 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Before pytest leaves out what is marked slow.
+    if names_folders(config):
+        rotation = read_rotation()
+        for item in items:
+            if not rotation.isdisjoint((item.nodeid, function_of(item.nodeid))):
+                item.add_marker(pytest.mark.rotation)
+                item.add_marker(pytest.mark.slow)
+    if config.getoption("slow_share") is None:
+        return
+    part, parts = config.getoption("slow_share")
     # Neighbours are alike, and alike in the time they take.
     slow = [item for item in items if item.get_closest_marker("slow")]
-    others = in_other_parts(config.getoption("slow_share"), slow)
-    # Whole files: fixtures of a module would otherwise be made for each part.
-    files = in_other_parts(config.getoption("file_share"), list(dict.fromkeys(item.path for item in items)))
-    others |= {item for item in items if item.path in files}
+    others = {item for number, item in enumerate(slow) if number % parts != part}
     config.hook.pytest_deselected(items=list(others))
     items[:] = [item for item in items if item not in others]
-
-
-def in_other_parts(share: tuple[int, int] | None, things: list[Any]) -> set[Any]:
-    """Every thing but the I-th of each N; none without a share."""
-    if share is None:
-        return set()
-    part, parts = share
-    return {thing for number, thing in enumerate(things) if number % parts != part}
 
 
 @pytest.fixture(autouse=True)

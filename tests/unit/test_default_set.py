@@ -1,0 +1,65 @@
+"""The default set is chosen as it says, and the list of the other tests names tests that there are."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.costs import cpu_seconds_of_tree
+from tests.default_set import Cost, choose, function_of, read_rotation, rotation_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def cost(test: str, cpu: float, *reached: str, stays: bool = False) -> Cost:
+    return Cost(test, cpu, frozenset(reached), stays)
+
+
+COSTS = [
+    cost("a.py::dear", 30.0, "refusal 1", "refusal 2"),
+    cost("a.py::cheap[x]", 1.0, "refusal 1"),
+    cost("a.py::cheap[y]", 2.0, "refusal 1", "refusal 2"),
+    cost("a.py::fault", 50.0, stays=True),
+    cost("a.py::numbers[1]", 5.0),
+    cost("a.py::numbers[2]", 4.0),
+]
+
+
+def names(costs: list[Cost]) -> set[str]:
+    return {one.test.removeprefix("a.py::") for one in costs}
+
+
+def test_what_is_reached_is_reached_by_the_cheapest():
+    assert names(choose(COSTS, budget=0.0)) == {"fault", "cheap[y]"}
+
+
+def test_the_budget_goes_to_a_case_of_each_function_first():
+    assert names(choose(COSTS, budget=56.5)) == {"fault", "cheap[y]", "numbers[2]"}
+    assert names(choose(COSTS, budget=92.0)) == names(COSTS)
+
+
+def test_the_list_names_functions_and_cases():
+    text = rotation_text(COSTS, choose(COSTS, budget=56.5))
+    assert text.splitlines()[1:] == ["a.py::cheap[x]", "a.py::dear", "a.py::numbers[1]"]
+
+
+def test_the_tests_in_the_list_are_there():
+    functions: dict[str, set[str]] = {}
+    for test in read_rotation():
+        file, _, function = function_of(test).partition("::")
+        functions.setdefault(file, set()).add(function)
+    for file, found in functions.items():
+        tree = ast.parse((ROOT / file).read_text())
+        missing = found - {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert not missing, f"{file}: {missing} of tests/rotation.txt; python -m tests.default_set makes it anew"
+
+
+def test_the_seconds_of_children_count():
+    before = cpu_seconds_of_tree()
+    program = "import time\nwhile time.process_time() < 0.3: pass"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    # Counted in ticks of the clock, for this process and for that one.
+    assert cpu_seconds_of_tree() - before >= 0.3 - 2 / os.sysconf("SC_CLK_TCK")
