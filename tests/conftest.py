@@ -16,7 +16,7 @@ import torch
 from dora_fx.megatron.world import megatron_world
 from tests.closeness import MARGINS
 from tests.costs import CostsRecorder
-from tests.default_set import function_of, read_rotation
+from tests.default_set import Rotation
 from tests.emulated_te import processes_with_emulated_te
 from tests.processes import collect_seldom
 
@@ -90,9 +90,9 @@ def pytest_unconfigure() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Before pytest leaves out what is marked slow.
     if names_folders(config):
-        rotation = read_rotation()
+        rotation = Rotation.read()
         for item in items:
-            if not rotation.isdisjoint((item.nodeid, function_of(item.nodeid))):
+            if item.nodeid in rotation:
                 item.add_marker(pytest.mark.rotation)
                 item.add_marker(pytest.mark.slow)
     if config.getoption("slow_share") is None:

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROTATION = Path(__file__).with_name("rotation.txt")
-_HEADER = "# Chosen by tests/default_set.py from the recorded costs: tests that a plain run leaves to CI's rotation.\n"
+_HEADER = (
+    "# Chosen by tests/default_set.py: tests that a plain run leaves to CI's rotation, without those that have a +."
+)
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,56 @@ def _cheapest_cases(costs: Iterable[Cost], functions: Iterable[str]) -> Iterator
             yield cost
 
 
-def rotation_text(costs: Iterable[Cost], chosen: Iterable[Cost]) -> str:
-    """The list of the others: a function of which no case is chosen, else a case, on each line."""
-    kept = {cost.test for cost in chosen}
-    functions = {function_of(test) for test in kept}
-    left = {cost.test if cost.function in functions else cost.function for cost in costs if cost.test not in kept}
-    return _HEADER + "".join(f"{name}\n" for name in sorted(left))
+@dataclass(frozen=True)
+class Rotation:
+    """The tests that a plain run leaves out: functions with all their cases but those in `kept`, and single cases."""
 
+    left: frozenset[str]
+    kept: frozenset[str]
 
-def read_rotation() -> frozenset[str]:
-    """The names of functions and cases that a plain run leaves out."""
-    return frozenset(line for line in ROTATION.read_text().splitlines() if not line.startswith("#"))
+    def __contains__(self, test: str) -> bool:
+        return test in self.left or (function_of(test) in self.left and test not in self.kept)
+
+    @classmethod
+    def of_others(cls, costs: Iterable[Cost], chosen: Iterable[Cost]) -> Rotation:
+        """All tests but the chosen ones, in as few names as they take."""
+        names = {cost.test for cost in chosen}
+        cases: dict[str, list[str]] = {}
+        for cost in costs:
+            cases.setdefault(cost.function, []).append(cost.test)
+        left, kept = set(), set()
+        for function, tests in cases.items():
+            ours = names.intersection(tests)
+            if len(ours) + 1 < len(tests) - len(ours) or not ours:
+                left.add(function)
+                kept |= ours
+            else:
+                left.update(set(tests) - ours)
+        return cls(frozenset(left), frozenset(kept))
+
+    @classmethod
+    def read(cls) -> Rotation:
+        """The one in `tests/rotation.txt`: under each file its tests, with a + before those that are kept."""
+        left, kept, file = set(), set(), ""
+        for line in ROTATION.read_text().splitlines():
+            name = line.strip()
+            if name == line:
+                file = line
+            elif name.startswith("+"):
+                kept.add(f"{file}::{name[1:]}")
+            else:
+                left.add(f"{file}::{name}")
+        return cls(frozenset(left), frozenset(kept))
+
+    def text(self) -> str:
+        """The file's content."""
+        lines, file = [_HEADER], ""
+        for name in sorted(self.left | self.kept):
+            if name.partition("::")[0] != file:
+                file = name.partition("::")[0]
+                lines.append(file)
+            lines.append(f"  {'+' if name in self.kept else ''}{name.partition('::')[2]}")
+        return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -96,7 +137,7 @@ def main() -> None:
     arguments = parser.parse_args()
     costs = read_costs(arguments.costs)
     chosen = choose(costs, arguments.budget)
-    ROTATION.write_text(rotation_text(costs, chosen))
+    ROTATION.write_text(Rotation.of_others(costs, chosen).text())
     seconds, all_seconds = (sum(cost.cpu for cost in some) for some in (chosen, costs))
     reached = frozenset().union(*(cost.reached for cost in chosen))
     print(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.costs import cpu_seconds_of_tree
-from tests.default_set import Cost, choose, function_of, read_rotation, rotation_text
+from tests.default_set import Cost, Rotation, choose, function_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,13 +42,19 @@ def test_the_budget_goes_to_a_case_of_each_function_first():
 
 
 def test_the_list_names_functions_and_cases():
-    text = rotation_text(COSTS, choose(COSTS, budget=56.5))
-    assert text.splitlines()[1:] == ["a.py::cheap[x]", "a.py::dear", "a.py::numbers[1]"]
+    chosen = choose(COSTS, budget=56.5)
+    rotation = Rotation.of_others(COSTS, chosen)
+    assert rotation.text().splitlines()[1:] == ["a.py", "  cheap[x]", "  dear", "  numbers[1]"]
+    many = [*COSTS, *(cost(f"a.py::numbers[{case}]", 9.0) for case in range(3, 9))]
+    rotation = Rotation.of_others(many, chosen)
+    assert rotation.text().splitlines()[1:] == ["a.py", "  cheap[x]", "  dear", "  numbers", "  +numbers[2]"]
+    assert {one.test for one in many if one.test not in rotation} == {one.test for one in chosen}
 
 
 def test_the_tests_in_the_list_are_there():
     functions: dict[str, set[str]] = {}
-    for test in read_rotation():
+    rotation = Rotation.read()
+    for test in rotation.left | rotation.kept:
         file, _, function = function_of(test).partition("::")
         functions.setdefault(file, set()).add(function)
     for file, found in functions.items():
