@@ -28,6 +28,7 @@ from tests.peft_models import (
     megatron_of,
     save_peft_adapter,
 )
+from tests.tables import every_case
 
 # Three query groups do not divide by two ranks, so a fourth is padding.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -92,8 +93,8 @@ def test_two_ranks_export_what_one_does(case: str, folder: Path, results: dict[s
     assert [name for name, value in expected.items() if not torch.equal(tensors[name], value)] == []
 
 
-@pytest.mark.parametrize("source", ["one", "peft"])
-@pytest.mark.parametrize("case", CASES)
+@every_case("source", ["one", "peft"])
+@every_case("case", CASES)
 def test_two_ranks_compute_the_logits_of_peft(case: str, source: str, folder: Path, results: dict[str, Any]) -> None:
     kind, overrides = CASES[case]
     hf = tiny_hf_model(kind, **overrides)

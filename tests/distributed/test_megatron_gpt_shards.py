@@ -14,6 +14,7 @@ from dora_fx.models import build_gpt_model, causal_mask
 from tests.closeness import assert_close, rounding, roundings_of
 from tests.distributed.launch import run_ranks
 from tests.hf_models import tiny_hf_model
+from tests.tables import every_case
 
 # Three query groups do not divide by two ranks, so a zero group is added.
 CASES: dict[str, tuple[str, dict[str, Any], int | None]] = {
@@ -49,8 +50,8 @@ def logits() -> dict[tuple[str, bool], torch.Tensor]:
     return run_ranks(logits_of_all_ranks, 2, 2)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@every_case("sequence_parallel", [False, True])
+@every_case("case", CASES)
 def test_two_ranks_compute_the_logits_of_transformers(
     case: str, sequence_parallel: bool, logits: dict[tuple[str, bool], torch.Tensor]
 ) -> None:

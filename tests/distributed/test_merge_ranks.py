@@ -31,6 +31,7 @@ from tests.distributed.zoo import (
     whole_values,
 )
 from tests.reference import row_norms
+from tests.tables import every_case
 
 TOPOLOGIES = [Topology(tp=2), Topology(tp=2, sequence_parallel=True)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -120,8 +121,8 @@ def results() -> Any:
     return run_ranks(run_all, 2, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+@every_case("dtype", DTYPES, ids=str)
+@every_case("topology", TOPOLOGIES, ids=str)
 def test_merged_shards_compute_what_the_adapted_ones_do(topology, dtype, results, record_error):
     errors = results[0][str(topology), str(dtype)]
     record_error(f"{topology} output", "merged", dtype, errors["output"])

@@ -29,6 +29,7 @@ from tests.distributed.zoo import (
     whole_values,
 )
 from tests.reference import ReferenceLinear
+from tests.tables import every_case
 
 TOPOLOGY = Topology(tp=2)
 KINDS = ("column_bias_added", "column_gather_output")
@@ -85,7 +86,7 @@ def found() -> list[dict[str, float]]:
     return run_ranks(all_errors, TOPOLOGY.world_size, TOPOLOGY.tp)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case("case", CASES, ids=str)
 def test_the_call_decides_and_the_function_stays(case, found):
     assert found[CASES.index(case)]
     assert {name: error for name, error in found[CASES.index(case)].items() if not error <= 1e-12} == {}

@@ -14,6 +14,7 @@ from tests.distributed.te_mutations import NORM_AFTER_THE_GATHER, ROUNDINGS, TE_
 from tests.distributed.test_same_function_everywhere import bound_of, error_of
 from tests.distributed.training import Mode, TrainingRun
 from tests.distributed.zoo import Topology
+from tests.tables import every_case
 
 NAMES = ("column_bias_added", "row_bias_added", "gated_mlp")
 # Gradients are completed in each backward pass, and once per step.
@@ -76,7 +77,7 @@ def first_wrong(topology: Topology, answers: Answers, names: tuple[str, ...]) ->
     return None
 
 
-@pytest.mark.parametrize(
+@every_case(
     "mutation", [*MUTATIONS, *TE_MUTATIONS, *ROUNDINGS, NORM_AFTER_THE_GATHER], ids=lambda mutation: mutation.name
 )
 def test_the_text_of_a_fault_is_in_the_code(mutation):

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from tests.closeness import assert_close, rounding, roundings_of
 from tests.graph.sites import IN, adapted, column
 from tests.models import randomize_adapters
+from tests.tables import every_case
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_inductor_option_and_mode_reach_inductor(model, settings, found):
     assert seen == [found]
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("settings", "message"),
     [
         ({"options": {"inner_compiler": "tvm"}}, r"found 'tvm', expected one of"),

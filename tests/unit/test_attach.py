@@ -19,6 +19,7 @@ import dora_fx
 from dora_fx.attach.matching import matches
 from tests.closeness import assert_close, rounding, roundings_of
 from tests.models import DIM, GPT_TARGETS, config, logits_of, sites, tiny_gpt, token_ids, trainable
+from tests.tables import every_case
 from tests.unit.hostile_files import is_endless
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -29,7 +30,7 @@ def paths(dora: dora_fx.DoRA, model: nn.Module) -> list[str]:
     return list(sites(model))
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("targets", "excluded", "expected"),
     [
         (["linear_qkv"], [], [f"decoder.layers.{i}.self_attention.linear_qkv" for i in range(2)]),
@@ -144,7 +145,7 @@ def test_same_seed_same_values_and_no_random_number_drawn() -> None:
     assert not torch.equal(*qkv)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("method", "std", "largest"),
     [
         ("xavier", (2 / (256 + 512)) ** 0.5, None),

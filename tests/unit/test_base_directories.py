@@ -18,6 +18,7 @@ from dora_fx.models.hf_checkpoint import load_hf_config
 from tests.hf_models import CONFIGS, save_tiny_checkpoint, tiny_hf_model
 from tests.oracle import relative_error
 from tests.peft_models import hf_logits, megatron_logits
+from tests.tables import every_case
 
 Tensors = dict[str, Tensor]
 LAYER = "model.layers.0.self_attn."
@@ -66,10 +67,8 @@ def output_alone(tensors: Tensors) -> Tensors:
     return {name.replace("model.embed_tokens", "lm_head"): value for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize(
-    ("change", "is_tied"), [(other_output, False), (embedding_as_output, True), (output_alone, True)]
-)
-@pytest.mark.parametrize("form", [Path, as_bin])
+@every_case(("change", "is_tied"), [(other_output, False), (embedding_as_output, True), (output_alone, True)])
+@every_case("form", [Path, as_bin])
 def test_the_output_layer_is_what_the_tensors_say(
     change: Callable[[Tensors], Any], is_tied: bool, form: Callable[[Path], Path], tmp_path: Path, world: None
 ) -> None:
@@ -89,8 +88,8 @@ def test_the_output_layer_is_what_the_tensors_say(
     assert torch.equal(megatron_logits(again), megatron_logits(model))
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("form", [Path, as_bin])
+@every_case("kind", CONFIGS)
+@every_case("form", [Path, as_bin])
 def test_tensors_are_read_as_transformers_reads_them(kind: str, form: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = form(save_tiny_checkpoint(tmp_path / "base", kind))
     expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
@@ -130,7 +129,7 @@ def as_dtype(name: str, dtype: torch.dtype) -> Callable[[Tensors], Any]:
     return lambda tensors: tensors.update({name: (tensors[name] * 100).to(dtype)})
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("kind", "change", "message"),
     [
         ("llama", added(f"{LAYER}q_proj.bias", torch.ones(48)), "without a place .*self_attn.q_proj.bias"),
@@ -165,8 +164,8 @@ def test_tensors_that_are_not_the_models_are_refused(
         assert str(raised.value).startswith(str(folder))
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_rope_llama3", "llama_rope_linear"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@every_case("kind", ["llama", "llama_rope_llama3", "llama_rope_linear"])
+@every_case("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_frequencies_of_old_checkpoints_are_accepted_where_the_config_gives_them(
     kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -192,7 +191,7 @@ def test_two_shards_with_one_tensor_are_refused(tmp_path: Path) -> None:
         load_hf_checkpoint(folder)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("weight_map", "message"),
     [
         (
@@ -234,7 +233,7 @@ def test_two_sets_of_weights_and_none_are_refused(tmp_path: Path) -> None:
         load_hf_checkpoint(folder)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("fields", "message"),
     [
         (dict(transformers_weights="other.safetensors"), "transformers_weights = 'other.safetensors'"),

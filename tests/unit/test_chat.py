@@ -17,6 +17,7 @@ from tokenizers import decoders
 from dora_fx.app.cli.main import main
 from tests.finetune_runs import finetune
 from tests.hf_models import finetune_inputs, tiny_tokenizer
+from tests.tables import every_case
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}.{% endfor %}"
 GREEDY = ["--temperature", "0", "--max-new-tokens", "12", "--device", "cpu"]
@@ -144,7 +145,7 @@ def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(content)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("model", "damage", "message"),
     [
         ("nowhere", lambda folder: None, "nowhere: no such file or directory"),
@@ -172,7 +173,7 @@ def test_what_cannot_be_loaded_is_one_line(
     assert message in found
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("options", "message"),
     [
         (["--temperature", "-1"], "--temperature: found -1.0, expected zero or a positive number"),
@@ -194,7 +195,7 @@ def test_an_option_that_cannot_be_taken_is_named(
     assert message in error_of(capsys, trained / "merged", "--prompt", "the", "--device", "cpu", *options)
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{% for", "{{ 1 / 0 }}"])
+@every_case("template", ["{{ raise_exception('roles must alternate') }}", "{% for", "{{ 1 / 0 }}"])
 def test_a_template_that_fails_is_one_line(template: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     give_template(folder / "merged", template)
     assert "the chat template does not take this; --raw" in error_of(capsys, folder / "merged", "--prompt", "the")

@@ -15,6 +15,7 @@ import torch
 import dora_fx
 from dora_fx import CheckpointError
 from tests.models import row, tiny_gpt
+from tests.tables import every_case
 from tests.unit.checkpoints import adapted, are_equal, loaded, refusal, values
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -50,8 +51,8 @@ def test_what_was_saved_is_loaded(checkpoint: Path) -> None:
     assert are_equal(values(model), values(adapted(1)))
 
 
-@pytest.mark.parametrize("name", [DATA, METADATA, COMMON, "metadata.json"])
-@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flipped", "truncated", "missing"])
+@every_case("name", [DATA, METADATA, COMMON, "metadata.json"])
+@every_case("damage", [flip, truncate, Path.unlink], ids=["flipped", "truncated", "missing"])
 def test_damaged_file(checkpoint: Path, name: str, damage: Callable[[Path], None]) -> None:
     damage(checkpoint / name)
     message = refusal(adapted(2), checkpoint)
@@ -79,7 +80,7 @@ def test_damaged_manifest(checkpoint: Path, damage: Callable[[Path], None]) -> N
     assert "load another checkpoint" in message
 
 
-@pytest.mark.parametrize(("name", "value"), [("format_version", 0), ("format_version", 2), ("format", "another")])
+@every_case(("name", "value"), [("format_version", 0), ("format_version", 2), ("format", "another")])
 def test_another_format(checkpoint: Path, name: str, value: object) -> None:
     edit_manifest(checkpoint, name, value)
     message = refusal(adapted(2), checkpoint)

@@ -17,6 +17,7 @@ import dora_fx
 from dora_fx import CheckpointError
 from tests.distributed.bridge import adapter_shards, saving_on_cpu
 from tests.models import DIM, randomize_adapters, sites, tiny_gpt
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -53,7 +54,7 @@ def assert_same(found: nn.Module, expected: nn.Module) -> None:
 
 LAYER = nn.Linear(2, 2)
 
-form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+form = every_case("form", FORMS.values(), ids=FORMS)
 
 
 @form
@@ -150,8 +151,8 @@ def test_these_are_all_public_functions(tmp_path: Path) -> None:
     assert set(dora_fx.__all__) - no_functions_of_a_model == set(calls(tmp_path))
 
 
-@pytest.mark.parametrize("name", calls(Path()))
-@pytest.mark.parametrize(
+@every_case("name", calls(Path()))
+@every_case(
     ("given", "error", "message"),
     [
         (None, TypeError, "found NoneType, expected a torch.nn.Module, or a list or a tuple of model chunks"),
@@ -171,7 +172,7 @@ def test_what_is_no_model(name: str, given: Any, error: type[Exception], message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", calls(Path()))
+@every_case("name", calls(Path()))
 def test_fully_sharded_data_parallel(name: str, tmp_path: Path) -> None:
     sharded = FullyShardedDataParallel(nn.Sequential(nn.Linear(4, 4)), device_id=torch.device("cpu"))
     with pytest.raises(
@@ -183,9 +184,7 @@ def test_fully_sharded_data_parallel(name: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "name", ["DoRA", "merge", "save_checkpoint", "export_hf", "import_hf", "load_bridge_checkpoint"]
-)
+@every_case("name", ["DoRA", "merge", "save_checkpoint", "export_hf", "import_hf", "load_bridge_checkpoint"])
 def test_weights_that_fully_shard_took_apart(name: str, tmp_path: Path) -> None:
     """`fully_shard` may go around an adapted model; what reads whole weights says where it meets its pieces."""
     dora_fx.export_hf(adapted(), tmp_path / "adapter")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.closeness import assert_apart, assert_as_exact, assert_close, relative_error, rounding, roundings_of
+from tests.tables import every_case
 
 VALUE = torch.arange(1.0, 5.0)
 
@@ -18,7 +19,7 @@ def test_errors_are_relative_to_the_norm_of_what_is_expected() -> None:
     assert relative_error(torch.ones(3), torch.zeros(3)) == float("inf")
 
 
-@pytest.mark.parametrize(
+@every_case(
     "found",
     [
         {"a": VALUE * (1 + 2e-6)},

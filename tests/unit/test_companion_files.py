@@ -23,6 +23,7 @@ from tests.gguf_models import write_gguf
 from tests.hf_models import save_tiny_checkpoint, tiny_hf_model
 from tests.models import GPT_TARGETS, randomize_adapters
 from tests.peft_models import megatron_of
+from tests.tables import every_case
 
 COMPANIONS = {
     "generation_config.json": b'{"eos_token_id": [0, 61], "temperature": 0.7}\n',
@@ -160,7 +161,7 @@ def test_a_snapshot_of_the_hugging_face_cache_is_copied_and_not_linked(tmp_path:
     assert {name for name in found if found[name] != expected[name]} == {"model.safetensors"}
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("link", "target"),
     [
         ("notes.txt", "/etc/hostname"),

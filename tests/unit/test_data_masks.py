@@ -12,6 +12,7 @@ from dora_fx.app.data.formats import Completion, Conversation, format_of
 from dora_fx.app.data.records import Record
 from tests.chat_templates import BRACKETS, HEADERS, REASONING, chat_tokenizer, unmarked
 from tests.hf_models import tiny_tokenizer
+from tests.tables import every_case
 
 
 def conversation(*turns: str) -> Conversation:
@@ -24,23 +25,23 @@ def conversation(*turns: str) -> Conversation:
     )
 
 
-CONVERSATIONS = [
-    pytest.param(conversation("hello", "hi"), id="one_turn"),
-    pytest.param(conversation("a b", "c", "d", " e  f "), id="spaces"),
-    pytest.param(conversation("hello", "hello", "hello", "hello"), id="the_same_text_in_every_turn"),
-    pytest.param(conversation("hello", "(assistant)", "x", "(user)\n<e>"), id="marks_of_the_template_in_texts"),
-    pytest.param(conversation("hello", "a\n", "x", "\nb"), id="line_breaks_at_the_ends"),
-    pytest.param(conversation("hello", "caf\u00e9 \U0001f600 \u4e2d", "x", "y"), id="characters_without_a_token"),
-    pytest.param(conversation("hello", "hi", "no answer"), id="ends_with_the_user"),
-]
+CONVERSATIONS = {
+    "one_turn": conversation("hello", "hi"),
+    "spaces": conversation("a b", "c", "d", " e  f "),
+    "the_same_text_in_every_turn": conversation("hello", "hello", "hello", "hello"),
+    "marks_of_the_template_in_texts": conversation("hello", "(assistant)", "x", "(user)\n<e>"),
+    "line_breaks_at_the_ends": conversation("hello", "a\n", "x", "\nb"),
+    "characters_without_a_token": conversation("hello", "caf\u00e9 \U0001f600 \u4e2d", "x", "y"),
+    "ends_with_the_user": conversation("hello", "hi", "no answer"),
+}
 
 
 def encode(tokenizer: Any, sample: Any) -> list[TokenSample]:
     return SampleEncoder(Path("base"), tokenizer).encode(sample)
 
 
-@pytest.mark.parametrize("template", [HEADERS, BRACKETS], ids=["headers", "brackets"])
-@pytest.mark.parametrize("sample", CONVERSATIONS)
+@every_case("template", [HEADERS, BRACKETS], ids=["headers", "brackets"])
+@every_case("sample", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_masks_are_transformers_token_by_token(sample: Conversation, template: str) -> None:
     """A template that marks what the assistant says gives transformers' mask; the same one without marks, ours."""
     tokenizer = chat_tokenizer(template)
@@ -54,7 +55,7 @@ def test_masks_are_transformers_token_by_token(sample: Conversation, template: s
         assert found.is_target == [bool(mark) for mark in expected["assistant_masks"]]
 
 
-@pytest.mark.parametrize("sample", CONVERSATIONS)
+@every_case("sample", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_as_many_tokens_are_learned_as_the_assistant_says_and_one_more_for_each_end(sample: Conversation) -> None:
     (found,) = encode(chat_tokenizer(unmarked(HEADERS)), sample)
     said = [message["content"] for message in sample.messages if message["role"] == "assistant"]
@@ -100,7 +101,7 @@ def test_answers_that_a_template_writes_otherwise_once_others_follow_become_samp
     assert len(encode(chat_tokenizer(REASONING), conversation("one", "two"))) == 1
 
 
-@pytest.mark.parametrize("template", ["$A", "<b> $A", "$A <e>", "<b> $A <e>"])
+@every_case("template", ["$A", "<b> $A", "$A <e>", "<b> $A <e>"])
 def test_a_completion_and_the_end_after_it_are_learned(template: str) -> None:
     own = tiny_tokenizer(template)
     (found,) = encode(own, Completion("file, line 1", "ab", "cd"))
@@ -132,7 +133,7 @@ def test_alpaca_takes_the_chat_template_or_its_own_words() -> None:
     )
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("template", "sample", "message"),
     [
         (None, conversation("a", "b"), "line 1: found a conversation, but the base's tokenizer has no chat template"),

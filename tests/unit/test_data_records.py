@@ -16,6 +16,7 @@ import pytest
 
 from dora_fx.app.data.formats import Conversation, format_of, unused_fields
 from dora_fx.app.data.records import Record, read_records
+from tests.tables import every_case
 
 SAMPLES: dict[str, dict[str, Any]] = {
     "text": {"text": "a"},
@@ -38,8 +39,8 @@ def write(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-@pytest.mark.parametrize("name", SAMPLES)
+@every_case("suffix", [".jsonl", ".json", ".parquet"])
+@every_case("name", SAMPLES)
 def test_every_format_is_found_in_every_kind_of_file(name: str, suffix: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"a{suffix}", [SAMPLES[name], SAMPLES[name] | {"id": 7}])
     records = read_records(path)
@@ -85,14 +86,14 @@ def test_a_folder_is_its_data_files_in_order(tmp_path: Path) -> None:
         read_records(tmp_path / "inside")
 
 
-@pytest.mark.parametrize("name", ["latest.jsonl", "contest.jsonl", "validated.jsonl", "devices.jsonl"])
+@every_case("name", ["latest.jsonl", "contest.jsonl", "validated.jsonl", "devices.jsonl"])
 def test_names_that_only_look_like_a_test_set_are_taken(name: str, tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"text": "a"}])
     write(tmp_path / name, [{"text": "b"}])
     assert len(read_records(tmp_path)) == 2
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("value", "message"),
     [
         ({"txt": "a"}, r"found the fields 'txt', expected those of a format; the nearest is text \(text\)"),
@@ -126,9 +127,9 @@ def test_a_format_may_be_named() -> None:
         format_of([both], "alpaca")
 
 
-@pytest.mark.parametrize("first", SAMPLES)
-@pytest.mark.parametrize("second", SAMPLES)
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@every_case("first", SAMPLES)
+@every_case("second", SAMPLES)
+@every_case("suffix", [".jsonl", ".json", ".parquet"])
 def test_mixed_formats_are_named(first: str, second: str, suffix: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"a{suffix}", [SAMPLES[first], SAMPLES[first], SAMPLES[second]])
     if first == second:
@@ -143,7 +144,7 @@ def turns(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in pairs]
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("value", "message"),
     [
         ({"messages": turns(("user", "a"), ("bot", "b"))}, "turn 2: found 'bot' as role, expected one of system, dev"),

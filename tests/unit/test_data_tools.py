@@ -13,6 +13,7 @@ from dora_fx.app.data.encoding import SampleEncoder, TokenSample
 from dora_fx.app.data.formats import Conversation, format_of
 from dora_fx.app.data.records import Record
 from tests.chat_templates import HEADERS, JOINED, ONE_CALL, REASONING, TOOLS, chat_tokenizer, unmarked
+from tests.tables import every_case
 
 LOOK_UP = {"type": "function", "function": {"name": "look", "description": "find it", "parameters": {"type": "object"}}}
 
@@ -43,8 +44,8 @@ def learned_texts(template: str, found: list[TokenSample]) -> list[str]:
     return ["".join(own.convert_ids_to_tokens(run)) for run in runs]
 
 
-@pytest.mark.parametrize("is_marked", [True, False], ids=["marked", "unmarked"])
-@pytest.mark.parametrize("template", [TOOLS, ONE_CALL], ids=["as_qwen", "as_llama"])
+@every_case("is_marked", [True, False], ids=["marked", "unmarked"])
+@every_case("template", [TOOLS, ONE_CALL], ids=["as_qwen", "as_llama"])
 def test_calls_are_learned_token_by_token_as_transformers_has_them(template: str, is_marked: bool) -> None:
     """Whatever of OpenAI's and ShareGPT's shapes a call has, arguments are written once as JSON."""
     messages = [ASK, CALLS, RESULT, ANSWER]
@@ -77,8 +78,8 @@ def test_arguments_are_json_for_a_template_that_joins_them_to_a_text() -> None:
         assert found == expected
 
 
-@pytest.mark.parametrize("is_marked", [True, False], ids=["marked", "unmarked"])
-@pytest.mark.parametrize("mark", [{"train": False}, {"loss": False}, {"weight": 0}, {"weight": 0.0, "train": False}])
+@every_case("is_marked", [True, False], ids=["marked", "unmarked"])
+@every_case("mark", [{"train": False}, {"loss": False}, {"weight": 0}, {"weight": 0.0, "train": False}])
 def test_a_turn_that_is_marked_is_given_and_not_learned(mark: dict[str, Any], is_marked: bool) -> None:
     def marked(template: str) -> str:
         return template if is_marked else unmarked(template)
@@ -96,7 +97,7 @@ def test_a_turn_that_is_marked_is_given_and_not_learned(mark: dict[str, Any], is
     assert learned_texts(REASONING, found_samples) == ["(think)it is in the big garden<e>"]
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("template", "turn", "others", "message"),
     [
         (HEADERS, CALLS | {"content": ""}, {}, r"message 2: .* leaves out tool_calls of this turn of the assistant"),
@@ -173,7 +174,7 @@ def test_fields_that_are_only_context_are_named_once() -> None:
         assert list(encoder.unused_fields) == expected
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("turn", "message"),
     [
         (ANSWER | {"train": False}, "found no turn of the assistant that is learned among 2"),

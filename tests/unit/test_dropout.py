@@ -9,6 +9,7 @@ import torch
 
 from dora_fx.function import dropout as dora_dropout
 from dora_fx.function.dropout import DropoutFactors, draw_dropout_key, dropout
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -37,8 +38,8 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b).sum() / (a.norm() * b.norm())) * math.sqrt(a.numel())
 
 
-@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@every_case("p", [0.01, 0.1, 0.5, 0.9])
+@every_case("seed", [0, 1, 2])
 def test_keep_rate_overall_and_in_every_row_and_column(p: float, seed: int) -> None:
     kept = mask(p, seed).double()
     for part, count in ((kept.mean(), kept.numel()), (kept.mean(0), TOKENS), (kept.mean(1), FEATURES)):
@@ -46,20 +47,20 @@ def test_keep_rate_overall_and_in_every_row_and_column(p: float, seed: int) -> N
         assert deviation < 6
 
 
-@pytest.mark.parametrize("shift", [(0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (0, 64), (64, 0), (0, 128)])
+@every_case("shift", [(0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (0, 64), (64, 0), (0, 128)])
 def test_neighbours_are_independent(shift: tuple[int, int]) -> None:
     kept = mask(0.3)
     rows, columns = shift
     assert abs(correlation(kept[: TOKENS - rows, : FEATURES - columns], kept[rows:, columns:])) < 5
 
 
-@pytest.mark.parametrize("seeds", [(0, 1), (0, 2), (1, 2**31), (5, 2**40)])
+@every_case("seeds", [(0, 1), (0, 2), (1, 2**31), (5, 2**40)])
 def test_calls_are_independent(seeds: tuple[int, int]) -> None:
     first, second = (mask(0.3, seed) for seed in seeds)
     assert abs(correlation(first, second)) < 5
 
 
-@pytest.mark.parametrize("other", [(1, 0, 0), (0, 1, 0), (2**31, 0, 0), (0, 2**31, 0)])
+@every_case("other", [(1, 0, 0), (0, 1, 0), (2**31, 0, 0), (0, 2**31, 0)])
 def test_keys_that_differ_in_one_bit_are_independent(other: tuple[int, int, int]) -> None:
     zero = mask(0.3, key=torch.zeros(3, dtype=torch.int64))
     assert abs(correlation(zero, mask(0.3, key=torch.tensor(other)))) < 5

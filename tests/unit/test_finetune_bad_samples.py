@@ -15,6 +15,7 @@ from dora_fx.app.options.finetune_options import FinetuneOptions
 from dora_fx.models.specs import Spec
 from tests.finetune_runs import finetune
 from tests.sample_files import SAMPLES, options, texts, write, write_inputs
+from tests.tables import every_case
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def chat(*turns: tuple[str, str]) -> dict[str, Any]:
 GOOD = chat(("user", "a"), ("assistant", "b"))
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("records", "message"),
     [
         (
@@ -62,7 +63,7 @@ def test_bad_samples_are_named_before_anything_is_loaded(
     assert message in captured.err and captured.out == "" and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("data", "more", "message"),
     [
         ("messages.jsonl", (), "line 1: found a conversation, but the base's tokenizer has no chat template"),

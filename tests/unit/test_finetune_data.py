@@ -17,6 +17,7 @@ from dora_fx.app.data.sequences import Sequences, cut_text, training_batch
 from dora_fx.app.data.training_data import demo_data, read_data
 from dora_fx.app.errors import UserError
 from tests.hf_models import tiny_tokenizer
+from tests.tables import every_case
 
 
 def read_texts(path: Path) -> list[str]:
@@ -32,7 +33,7 @@ def test_text_files_are_one_document_and_jsonl_lines_are_many(tmp_path: Path) ->
     assert read_texts(lines) == ["one\u2028x", "two"]
 
 
-@pytest.mark.parametrize("template", ["$A", "<b> $A", "$A <e>", "<b> $A <e>"])
+@every_case("template", ["$A", "<b> $A", "$A <e>", "<b> $A <e>"])
 def test_documents_are_what_the_tokenizer_gives_and_end_with_the_end_of_text(template: str) -> None:
     own = tiny_tokenizer(template)
     tokenizer = BaseTokenizer(Path("base"), own, vocab_size=63)
@@ -89,7 +90,7 @@ def test_a_prompt_without_a_token_or_not_in_utf8_is_refused() -> None:
         tokenizer.prompt(b"caf\xe9".decode(errors="surrogateescape"))
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("name", "content", "message"),
     [
         ("a.txt", "plain text".encode("utf-16"), "found UTF-16, expected text in UTF-8; convert it"),

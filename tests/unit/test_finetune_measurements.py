@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from dora_fx import DoRA
-from dora_fx.app.cli.main import main
+from dora_fx.app.cli.main import main, parse
+from dora_fx.app.options import options_from
 from dora_fx.app.training.recompute import recompute_layers
 from dora_fx.checkpoint.plain import read_adapters
 from dora_fx.models import causal_mask
 from tests.finetune_runs import finetune, rows, step_of
 from tests.hf_models import finetune_inputs
 from tests.models import GPT_TARGETS, randomize_adapters, tiny_gpt, token_ids
+from tests.tables import every_case
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +31,26 @@ def kept(run: Path) -> set[int]:
     return {int(path.name.removeprefix("step_")) for path in (run / "best").iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("options", "measured"),
+@every_case(
+    ("options", "interval"),
     [
-        (["--steps", 20], [0, 4, 8, 12, 16, 20]),
-        (["--steps", 3], [0, 1, 2, 3]),
-        (["--steps", 3, "--eval-every", 2], [0, 2, 3]),
-        (["--steps", 3, "--eval-every", 0], [0, 3]),
+        (["--steps", "20"], 4),
+        (["--steps", "3"], 1),
+        (["--steps", "3", "--eval-every", "2"], 2),
+        (["--steps", "3", "--eval-every", "0"], 0),
     ],
+    ids=str,
 )
-def test_a_run_measures_five_times_unless_told_otherwise(
-    options: list[object], measured: list[int], inputs: list[str], tmp_path: Path
+def test_a_run_measures_five_times_unless_told_otherwise(options: list[str], interval: int) -> None:
+    found, values = parse(["finetune", "--data", "x.txt", *options])
+    assert found == "finetune" and options_from(values).measuring_interval == interval
+
+
+@pytest.mark.parametrize(("every", "measured"), [(2, [0, 2, 3]), (0, [0, 3])])
+def test_a_run_measures_after_so_many_steps_and_at_its_ends(
+    every: int, measured: list[int], inputs: list[str], tmp_path: Path
 ) -> None:
-    assert finetune(*inputs, *options, "--run", tmp_path / "run") == 0
+    assert finetune(*inputs, "--steps", 3, "--eval-every", every, "--run", tmp_path / "run") == 0
     assert list(rows(tmp_path / "run", "held_out_loss")) == measured
 
 

@@ -17,6 +17,7 @@ from dora_fx.app.options.finetune_options import (
 )
 from dora_fx.app.training.adapter_optimizer import learning_rate
 from dora_fx.checkpoint.manifest import Manifest
+from tests.tables import every_case
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -29,7 +30,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line.removeprefix("dora-fx: error: ")
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("arguments", "message"),
     [
         (["--demo", "--steps", "0"], "--steps: found 0, expected a positive integer"),
@@ -51,7 +52,7 @@ def test_a_wrong_option_is_named(arguments: list[str], message: str, capsys: pyt
     assert message in error_of(capsys, *arguments)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("name", "content", "message"),
     [
         ("a.txt", None, "a.txt: No such file or directory"),
@@ -79,7 +80,7 @@ def test_unusable_text_is_named_before_anything_is_loaded(
     assert message in error_of(capsys, "--data", str(tmp_path / name), "--base", "nowhere")
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("content", "message"),
     [
         (b"\xff\xfe", "a.yaml: cannot be read (UnicodeDecodeError: "),
@@ -97,7 +98,7 @@ def test_a_file_of_options_that_is_none_is_named(
     assert "found a directory, expected a regular file" in error_of(capsys, "--demo", "--config", str(tmp_path))
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("rank", "world_size", "local_rank", "message"),
     [
         (
@@ -131,7 +132,7 @@ def test_an_environment_that_no_launcher_makes_is_named(
     assert message in shown and shown.count("\n") == 1
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("address", "port", "message"),
     [
         (None, "1", "MASTER_ADDR expected, but not set"),
@@ -152,7 +153,7 @@ def test_ranks_that_cannot_meet_say_so(
     assert message in shown and "; start the command with torchrun" in shown
 
 
-@pytest.mark.parametrize("processes", [2, 3, 8])
+@every_case("processes", [2, 3, 8])
 def test_torchrun_without_a_parallel_size_advises_one(
     processes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

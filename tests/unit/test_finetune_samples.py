@@ -24,6 +24,7 @@ from tests.closeness import assert_close, rounding
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP, finetune, rows, step_of
 from tests.hf_models import tiny_hf_config, tiny_tokenizer
 from tests.sample_files import SAMPLES, options, texts, write, write_inputs
+from tests.tables import every_case
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +143,7 @@ def test_epochs_are_so_many_passes_and_a_resumed_run_may_have_more(
     assert f"was saved at step {num_sequences + 1}; expected more" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("epochs", "batch", "accumulation", "steps"), [(1, 1, 1, 10), (2, 4, 1, 5), (0.01, 1, 1, 1), (3, 2, 2, 8)]
-)
+@every_case(("epochs", "batch", "accumulation", "steps"), [(1, 1, 1, 10), (2, 4, 1, 5), (0.01, 1, 1, 1), (3, 2, 2, 8)])
 def test_steps_of_epochs(epochs: float, batch: int, accumulation: int, steps: int) -> None:
     chosen = FinetuneOptions(demo=True, epochs=epochs, batch_size=batch, gradient_accumulation=accumulation)
     found = with_steps(chosen, 10)

@@ -20,6 +20,7 @@ from dora_fx.app.errors import UserError
 from dora_fx.app.runs.run_folder import RunFolder
 from tests.finetune_runs import finetune, rows
 from tests.hf_models import adapter_of, finetune_inputs, save_tiny_checkpoint, tiny_tokenizer
+from tests.tables import every_case
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_a_run_without_its_records_goes_on(names: list[str], folder: Path, capsy
     assert "\nafter:   " in shown and 3 in rows(folder / "run", "held_out_loss")
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("name", "damage", "message"),
     [
         ("metrics.jsonl", lambda text: b"noise\n" + text, "metrics.jsonl, line 1: the line is damaged"),
@@ -218,7 +219,7 @@ def test_output_that_nobody_reads_or_that_does_not_fit_ends_the_command(folder: 
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("options", "message"),
     [
         (["--batch-size", 10**12], "--batch-size: found 1000000000000 sequences of 32 tokens, whose logits and"),
@@ -265,7 +266,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_said_or_refused(
     assert not (folder / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "loss.png"])
+@every_case("name", ["metrics.jsonl", "samples.jsonl", "loss.png"])
 def test_a_full_disk_is_one_line(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """/dev/full takes nothing, as a full disk; a picture is written to a file of its own, so its folder is gone."""
     run = RunFolder(folder / "run")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from dora_fx.cache import fingerprint as module
 from dora_fx.cache.fingerprint import digest, fingerprint, fingerprints, sampled_rows
+from tests.tables import every_case
 
 
 def groups() -> list[list[torch.Tensor]]:
@@ -18,14 +18,14 @@ def groups() -> list[list[torch.Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("words_at_once", [1, 40, 2**20])
+@every_case("words_at_once", [1, 40, 2**20])
 def test_together_and_alone(monkeypatch, words_at_once):
     alone = torch.stack([fingerprint(group) for group in groups()])
     monkeypatch.setattr(module, "_WORDS_AT_ONCE", words_at_once)
     assert torch.equal(fingerprints(groups()), alone)
 
 
-@pytest.mark.parametrize("changed", range(3))
+@every_case("changed", range(3))
 def test_a_change_shows_in_its_group_alone(changed):
     now = groups()
     # Of two signs, which a sum of words would not tell.
@@ -34,7 +34,7 @@ def test_a_change_shows_in_its_group_alone(changed):
     assert differ.tolist() == [index == changed for index in range(3)]
 
 
-@pytest.mark.parametrize("changed", range(3))
+@every_case("changed", range(3))
 def test_a_change_shows_on_a_cpu(changed):
     now = groups()
     now[changed][0][0, :2].neg_()
@@ -42,8 +42,8 @@ def test_a_change_shows_on_a_cpu(changed):
     assert differ == [index == changed for index in range(3)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("shape", [(), (0,), (3, 5)])
+@every_case("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+@every_case("shape", [(), (0,), (3, 5)])
 def test_every_parameter_has_a_digest(dtype, shape):
     """Alone in its memory, as a view of more, and while it takes a gradient."""
     wide = torch.ones(*shape, 2).to(dtype)
@@ -52,8 +52,8 @@ def test_every_parameter_has_a_digest(dtype, shape):
     assert digest([torch.nn.Parameter(view)]) == digest([view])
 
 
-@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_case("num_rows", [1, 7, 8, 9, 100])
+@every_case("dtype", [torch.float32, torch.bfloat16])
 def test_digest_of_a_sample(num_rows, dtype):
     weight = torch.randn(num_rows, 5).to(dtype)
     rows = digest([sampled_rows(weight)])

@@ -13,6 +13,7 @@ import dora_fx
 from dora_fx.app.cli.commands import COMMANDS
 from dora_fx.app.cli.main import main
 from dora_fx.app.options.command_line import with_hint, with_lists
+from tests.tables import every_case
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "transformers", "numpy", "matplotlib", "rich")
@@ -53,9 +54,7 @@ def test_a_user_s_own_filters_of_warnings_come_first() -> None:
     assert "are deprecated" in python(f"import warnings, dora_fx; {other}").stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
-)
+@every_case("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
 def test_help_needs_no_library_that_takes_long(arguments: list[str]) -> None:
     code = f"""
 import sys
@@ -73,7 +72,7 @@ finally:
         assert help.startswith("usage: dora-fx")
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("arguments", "hint"),
     [
         (["finetune", "--demo", "--learning-rate", "1"], "--learning-rate 1; did you mean --lr?"),
@@ -108,7 +107,7 @@ def test_a_hint_names_only_what_there_is() -> None:
     assert with_hint("Expected int. Got value: two", ["steps"]) == "Expected int. Got value: two"
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("given", "expected"),
     [
         (["--t", "a,b"], '["a", "b"]'),

@@ -18,6 +18,7 @@ from dora_fx.models.gguf_tensors import open_gguf
 from tests.gguf_models import gguf_tensors, write_gguf
 from tests.hf_models import CONFIGS, tiny_hf_model
 from tests.peft_models import hf_logits
+from tests.tables import every_case
 
 
 def loaded(path: Path) -> torch.nn.Module:
@@ -39,7 +40,7 @@ def scaling_of(model: Any) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@every_case("kind", CONFIGS)
 def test_every_architecture_is_read_as_it_was_written(kind: str, tmp_path: Path) -> None:
     model = tiny_hf_model(kind)
     found = loaded(write_gguf(tmp_path / "model.gguf", model, **scaling_of(model)))
@@ -47,7 +48,7 @@ def test_every_architecture_is_read_as_it_was_written(kind: str, tmp_path: Path)
     assert found.config.tie_word_embeddings == model.config.tie_word_embeddings
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "llama_wide_heads", "qwen2", "phi3"])
+@every_case("kind", ["llama", "llama_tied", "llama_wide_heads", "qwen2", "phi3"])
 def test_transformers_reads_the_same_of_a_plain_file(kind: str, tmp_path: Path) -> None:
     # What a file does not state, transformers takes from its classes, whose tokens these models have not.
     metadata = {"tokenizer.ggml.padding_token_id": 0}
@@ -61,7 +62,7 @@ def test_transformers_reads_the_same_of_a_plain_file(kind: str, tmp_path: Path) 
         assert found.get(name) == fields.get(name), name
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("metadata", "rope"),
     [
         ({}, dict(rope_type="default")),
@@ -135,7 +136,7 @@ REFUSED_METADATA: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "metadata", "message"), REFUSED_METADATA, ids=lambda value: str(value)[:50])
+@every_case(("kind", "metadata", "message"), REFUSED_METADATA, ids=lambda value: str(value)[:50])
 def test_what_would_change_the_function_is_refused_by_its_key(
     kind: str, metadata: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
@@ -145,7 +146,7 @@ def test_what_would_change_the_function_is_refused_by_its_key(
     assert str(raised.value).startswith(str(path))
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("kind", "tensors", "message"),
     [
         ("llama", {"rope_freqs.weight": np.full(4, 2.0, np.float32)}, "rope_freqs.weight holds other divisors"),
@@ -195,7 +196,7 @@ def test_all_tokens_that_end_a_turn_end_generation(tmp_path: Path) -> None:
     assert load_hf_checkpoint(path).config.eos_token_id == [0, 60]
 
 
-@pytest.mark.parametrize(("starts", "ends"), [(None, None), (True, None), (True, True), (False, False)])
+@every_case(("starts", "ends"), [(None, None), (True, None), (True, True), (False, False)])
 def test_the_tokens_around_a_text_are_those_that_the_file_states(
     starts: bool | None, ends: bool | None, tmp_path: Path
 ) -> None:
@@ -217,7 +218,7 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
         load_hf_checkpoint(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16", "F16"])
+@every_case("kind", ["Q8_0", "Q4_0", "BF16", "F16"])
 def test_quantised_tensors_have_the_values_that_gguf_gives_them(kind: str, tmp_path: Path) -> None:
     model = tiny_hf_model("llama", hidden_size=64, num_attention_heads=8)
     path, quantisation = tmp_path / "model.gguf", gguf.GGMLQuantizationType[kind]

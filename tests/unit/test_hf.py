@@ -29,6 +29,7 @@ from tests.peft_models import (
     megatron_of,
     save_peft_adapter,
 )
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -51,7 +52,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 # From Megatron to PEFT
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_case("kind", KINDS)
 def test_peft_computes_the_logits_of_the_exported_adapter(kind: str, tmp_path: Path) -> None:
     hf = tiny_hf_model(kind)
     model = adapted_megatron(hf)
@@ -114,8 +115,8 @@ def test_layers_that_differ_in_rank_and_target(tmp_path: Path) -> None:
     assert_same(adapter_tensors(back), adapter_tensors(model))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
+@every_case("dtype", [torch.float32, torch.bfloat16])
+@every_case("kind", ["llama", "qwen2", "phi3"])
 def test_there_and_back_is_bitwise(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     hf = tiny_hf_model(kind)
     model = adapted_megatron(hf, dtype=dtype)
@@ -179,7 +180,7 @@ SETTINGS_OF_KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "kind"), SETTINGS_OF_KINDS)
+@every_case(("settings", "kind"), SETTINGS_OF_KINDS)
 def test_megatron_computes_the_logits_of_a_peft_adapter(settings: str, kind: str, tmp_path: Path) -> None:
     hf = tiny_hf_model(kind)
     peft_model = save_peft_adapter(hf, tmp_path / "adapter", **SETTINGS[settings])
@@ -303,7 +304,7 @@ def refuse(folder: Path, message: str, kind: str = "llama", **settings: Any) -> 
     assert set(model.state_dict()) == names
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("changes", "message"),
     [
         (dict(use_dora=False), "adapter_config.json: use_dora is False, which is not supported; expected True"),

@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from dora_fx.models.architecture import architecture_of
 from dora_fx.models.hf_architectures import HF_ARCHITECTURES, SUPPORTED_MODEL_TYPES
 from dora_fx.models.layer_tensors import hf_layer_names
 from tests.hf_models import CONFIGS, tiny_hf_config, tiny_hf_model
+from tests.tables import every_case
 from tests.unit.test_imports import source_files
 
 TABLE = "dora_fx.models.hf_architectures"
@@ -45,7 +44,7 @@ def test_no_other_file_names_what_the_table_does() -> None:
     assert found == {}
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@every_case("kind", CONFIGS)
 def test_the_table_names_exactly_the_tensors_of_transformers_layers(kind: str) -> None:
     prefix = "model.layers.0."
     names = {name.removeprefix(prefix) for name in tiny_hf_model(kind).state_dict() if name.startswith(prefix)}

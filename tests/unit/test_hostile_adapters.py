@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 import dora_fx
 from tests.hf_models import tiny_hf_model
 from tests.peft_models import megatron_of, save_peft_adapter
+from tests.tables import every_case
 
 
 def safetensors(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
@@ -35,7 +36,7 @@ SAFETENSORS_FILES = {
 }
 
 
-@pytest.mark.parametrize("name", SAFETENSORS_FILES)
+@every_case("name", SAFETENSORS_FILES)
 def test_safetensors_headers(name: str, world: None, tmp_path: Path) -> None:
     """Their own reader compares the header with the file, so nothing of ours does."""
     path = tmp_path / "model.safetensors"
@@ -63,7 +64,7 @@ ADAPTER_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTER_CONFIGS)
+@every_case("name", ADAPTER_CONFIGS)
 def test_adapter_configs(name: str, world: None, tmp_path: Path) -> None:
     edit, message = ADAPTER_CONFIGS[name]
     folder = tmp_path / "adapter"

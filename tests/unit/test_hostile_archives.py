@@ -13,6 +13,7 @@ import torch
 import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.app.cli.main import main
+from tests.tables import every_case
 from tests.unit.checkpoints import adapted
 from tests.unit.hostile_files import COMMON, archive_with, compressed, is_endless, recompute_checksums, saved
 
@@ -61,7 +62,7 @@ def test_what_megatron_adds_to_the_list_of_torch(checkpoint: Path, capsys: pytes
     refused_common(checkpoint, r"common\.pt: found argparse\.Namespace in it", capsys)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("planted", "message"),
     [
         (b"", "found no archive of torch.save"),

@@ -18,6 +18,7 @@ from dora_fx.models import load_hf_checkpoint
 from dora_fx.models.hf_checkpoint import load_hf_config
 from tests.hf_models import save_tiny_checkpoint, tiny_hf_model
 from tests.peft_models import save_peft_adapter
+from tests.tables import every_case
 from tests.unit.hostile_files import Payload, archive_with, compressed, is_endless, ran, saved
 from tests.unit.refused_bases import refused
 
@@ -184,7 +185,7 @@ def test_normalizers_that_make_much_of_little(base: Path, capsys: pytest.Capture
     refused(base, r"tokenizer\.json: found .* normalizers that make 1,000 characters or more of one, expected", capsys)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("name", "value"),
     [("hidden_size", 10**6), ("vocab_size", 10**15), ("intermediate_size", -4), ("num_hidden_layers", "2")],
 )

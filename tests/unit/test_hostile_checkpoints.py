@@ -25,6 +25,7 @@ import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.app.cli.main import main
 from dora_fx.checkpoint.plain import read_adapters
+from tests.tables import every_case
 from tests.unit.checkpoints import adapted, are_equal, values
 from tests.unit.hostile_files import (
     COMMON,
@@ -137,7 +138,7 @@ RUNS_CODE = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS_CODE)
+@every_case("name", RUNS_CODE)
 def test_code_in_a_checkpoint_does_not_run(
     checkpoint: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

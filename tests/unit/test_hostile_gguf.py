@@ -16,6 +16,7 @@ from dora_fx.files.gguf_header import check_gguf_file
 from dora_fx.models import load_hf_checkpoint
 from tests.gguf_models import write_gguf
 from tests.hf_models import tiny_hf_model, tiny_tokenizer
+from tests.tables import every_case
 from tests.unit.hostile_files import is_endless
 from tests.unit.refused_bases import refused
 
@@ -67,7 +68,7 @@ GGUF_FILES = {
 }
 
 
-@pytest.mark.parametrize("name", GGUF_FILES)
+@every_case("name", GGUF_FILES)
 def test_gguf_counts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, message = GGUF_FILES[name]
     path = tmp_path / "model.gguf"

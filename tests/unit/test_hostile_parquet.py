@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from dora_fx.app.data.records import read_records
+from tests.tables import every_case
 from tests.unit.hostile_files import is_endless
 
 ROWS = "import sys, pyarrow.parquet\npass\npyarrow.parquet.read_table(sys.argv[1]).to_pylist()"
@@ -67,7 +68,7 @@ TABLES: dict[str, tuple[Callable[[], pa.Table], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TABLES)
+@every_case("name", TABLES)
 def test_rows_of_few_bytes(name: str, tmp_path: Path) -> None:
     make, message = TABLES[name]
     path = tmp_path / "a.parquet"

@@ -17,6 +17,7 @@ from dora_fx.files.regular_file import UnsafeFileError
 from dora_fx.files.torch_file import check_torch_file, load_torch_bytes
 from dora_fx.models import load_hf_checkpoint
 from tests.hf_models import save_tiny_checkpoint
+from tests.tables import every_case
 from tests.unit.hostile_files import archive_with, is_endless
 
 LOAD = "import sys, torch\npass\ntorch.load(sys.argv[1], weights_only=True)"
@@ -85,7 +86,7 @@ PICKLES: dict[str, tuple[bytes, str | None, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PICKLES)
+@every_case("name", PICKLES)
 def test_pickles_of_archives(name: str, tmp_path: Path) -> None:
     body, code, message = PICKLES[name]
     path = tmp_path / "common.pt"
@@ -107,7 +108,7 @@ METADATA_PICKLES: dict[str, tuple[bytes, bool, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", METADATA_PICKLES)
+@every_case("name", METADATA_PICKLES)
 def test_pickles_of_metadata(name: str, tmp_path: Path) -> None:
     body, harms, message = METADATA_PICKLES[name]
     path = tmp_path / ".metadata"
@@ -153,7 +154,7 @@ TENSORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TENSORS)
+@every_case("name", TENSORS)
 def test_tensors_that_are_not_in_the_archive(name: str) -> None:
     """torch refuses most of them on a CPU, and takes a file at its word on the meta device, where shapes are read."""
     body, message = TENSORS[name]

@@ -22,6 +22,7 @@ from dora_fx.app.runs.run_folder import RunFolder
 from dora_fx.megatron.world import megatron_world
 from tests.distributed.bridge import adapter_shards, model_to_load_into, saving_on_cpu
 from tests.hf_models import finetune_inputs
+from tests.tables import every_case
 from tests.unit.hostile_files import (
     COMMON,
     METADATA,
@@ -67,7 +68,7 @@ def refused(run: Path, name: str, message: str, capsys: pytest.CaptureFixture[st
     assert not (run.parent / "to").exists()
 
 
-@pytest.mark.parametrize("name", ["inspect", "export", "merge", "resume"])
+@every_case("name", ["inspect", "export", "merge", "resume"])
 def test_code_in_the_metadata(run: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, marker = run / "checkpoint", tmp_path / "marker"
     metadata = metadata_of(checkpoint)
@@ -91,7 +92,7 @@ def test_code_in_the_common_file(run: Path, name: str, tmp_path: Path, capsys: p
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", ["inspect", "export", "merge", "resume"])
+@every_case("name", ["inspect", "export", "merge", "resume"])
 def test_a_file_without_an_end(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     described = {"size": 0, "sha256": "0" * 64}
     edit_manifest(run / "checkpoint", lambda content: content["files"].update({"/dev/zero": described}))
@@ -128,7 +129,7 @@ def test_a_pipe_in_the_place_of_rows(run: Path, name: str, capsys: pytest.Captur
     refused(run, "resume", f"{run / name}: found a named pipe, expected a regular file; remove it", capsys)
 
 
-@pytest.mark.parametrize("name", ["best", "checkpoint", ".checkpoint.previous", "best/step_3", "tensorboard", "wandb"])
+@every_case("name", ["best", "checkpoint", ".checkpoint.previous", "best/step_3", "tensorboard", "wandb"])
 def test_a_link_in_the_place_of_a_folder(run: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A run writes into its folders, and removes the checkpoints of steps that it will take again."""
     outside = shutil.copytree(run / "checkpoint", run.parent / "outside" / "step_900")

@@ -23,6 +23,7 @@ import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.app.cli.main import main
 from dora_fx.checkpoint.plain import read_adapters
+from tests.tables import every_case
 from tests.unit.checkpoints import adapted, are_equal, values
 from tests.unit.hostile_files import (
     COMMON,
@@ -67,7 +68,7 @@ def name_a_file(checkpoint: Path, name: str, size: int = 0) -> None:
     edit_manifest(checkpoint, lambda content: content["files"].update({name: {"size": size, "sha256": EMPTY_SHA256}}))
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "../outside", "a/../../outside", ".", "", "..", "folder/file", "a\0b"])
+@every_case("name", ["/dev/zero", "../outside", "a/../../outside", ".", "", "..", "folder/file", "a\0b"])
 def test_names_lead_nowhere_else(checkpoint: Path, name: str) -> None:
     (checkpoint.parent / "outside").write_text("private")
     name_a_file(checkpoint, name)
@@ -123,7 +124,7 @@ def test_deep_nesting(checkpoint: Path) -> None:
     refused(checkpoint, "values nested too deeply")
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("path", "value", "message"),
     [
         ("save_id", 3, "it.save_id is 3, expected printable text"),

@@ -18,6 +18,7 @@ import torch
 from dora_fx.files.regular_file import UnsafeFileError
 from dora_fx.files.torch_file import check_torch_file, load_torch_bytes
 from dora_fx.files.zip_layout import zip_records
+from tests.tables import every_case
 from tests.unit.hostile_files import is_endless, saved
 
 END, LOCATOR, RECORD64 = 22, 20, 56
@@ -161,7 +162,7 @@ ARCHIVES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ARCHIVES)
+@every_case("name", ARCHIVES)
 def test_what_lets_readers_differ(name: str) -> None:
     plant, message = ARCHIVES[name]
     with pytest.raises(UnsafeFileError, match=rf"^a: [^\n]*{message}"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from dora_fx.function.input_norm import InputNorm, normalise
 from tests import reference
 from tests.closeness import assert_close, rounding
+from tests.tables import every_case
 
 FEATURES = 48
 NORMS = [(name, centered) for name in ("RMSNorm", "LayerNorm") for centered in (False, True)]
@@ -27,8 +27,8 @@ def expected(x: torch.Tensor, norm: InputNorm) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "centered"), NORMS)
+@every_case("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every_case(("name", "centered"), NORMS)
 def test_equals_the_oracle(name, centered, dtype):
     norm, x = norm_and_input(name, centered, dtype)
     x.requires_grad_()
@@ -43,8 +43,8 @@ def test_equals_the_oracle(name, centered, dtype):
     assert_close({"y": y, "dx": x.grad}, {"y": target, "dx": wide.grad}, max(inside, rounding(dtype, 2)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "centered"), NORMS)
+@every_case("dtype", [torch.bfloat16, torch.float16])
+@every_case(("name", "centered"), NORMS)
 def test_rounds_once(name, centered, dtype):
     norm, x = norm_and_input(name, centered, dtype)
     exact = expected(x.double(), norm)
@@ -53,8 +53,8 @@ def test_rounds_once(name, centered, dtype):
     assert differs < 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "centered"), NORMS)
+@every_case("dtype", [torch.float32, torch.bfloat16])
+@every_case(("name", "centered"), NORMS)
 def test_compiled_whole(name, centered, dtype):
     norm, x = norm_and_input(name, centered, dtype)
     compiled = torch.compile(normalise, backend="aot_eager", fullgraph=True)

@@ -29,12 +29,13 @@ from tests.models import (
     trainable,
 )
 from tests.reference import row_norms
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
 
-@pytest.mark.parametrize("shape", [(7, IN), (5, 3, IN)])
-@pytest.mark.parametrize("kind", LINEAR_KINDS)
+@every_case("shape", [(7, IN), (5, 3, IN)])
+@every_case("kind", LINEAR_KINDS)
 def test_returns_what_the_base_layer_returns(kind: str, shape: tuple[int, ...]) -> None:
     zoo = LinearZoo([kind])
     kwargs = {"weight": zoo.embedding.weight} if kind == "output_layer" else {}
@@ -109,7 +110,7 @@ def test_switching_adapters_reaches_compiled_code() -> None:
         assert_apart(base[kind], adapted[kind])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@every_case("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_attached_to_a_model_of_any_dtype(dtype: torch.dtype) -> None:
     zoo = dora_fx.DoRA(["row", "linear"], dim=DIM)(LinearZoo(["row", "linear"]).to(dtype))
     for site in sites(zoo).values():
@@ -126,7 +127,7 @@ CASTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+@every_case("cast", CASTS.values(), ids=CASTS)
 def test_casting_a_model_does_not_round_the_magnitude(cast: Any) -> None:
     zoo = adapt_zoo(LinearZoo())
     zoo(inputs := {kind: torch.randn(5, IN) for kind in zoo.kinds})["row"].sum().backward()
@@ -166,7 +167,7 @@ def test_casting_the_adapter_alone_does_not_round_the_magnitude() -> None:
     assert torch.equal(zoo.row.adapter.weight_magnitude, before)
 
 
-@pytest.mark.parametrize("kind", LINEAR_KINDS)
+@every_case("kind", LINEAR_KINDS)
 def test_norm_is_that_of_the_dense_weight_and_has_no_gradient(kind: str) -> None:
     site = getattr(adapt_zoo(LinearZoo([kind]).double()), kind)
     lora_a, lora_b = site.adapter.linear_in.weight, site.adapter.linear_out.weight
@@ -231,7 +232,7 @@ def test_adapter_computes_nothing_itself() -> None:
         ParallelLinearDoRAAdapter(8, 6, 2)(torch.randn(3, 8))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_case("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradient_of_a_magnitude_at_and_near_zero(dtype: torch.dtype) -> None:
     """dm is the sum of dy z / n whatever m is, although it is taken from g dy."""
     torch.manual_seed(5)

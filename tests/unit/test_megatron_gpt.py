@@ -13,6 +13,7 @@ from dora_fx.models import UnsupportedModelError, architecture_of, build_gpt_mod
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
 from tests.closeness import assert_apart, assert_as_exact, assert_close, rounding, roundings_of
 from tests.hf_models import CONFIGS, save_tiny_checkpoint, tiny_hf_config, tiny_hf_model
+from tests.tables import every_case
 
 
 def megatron_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -29,7 +30,7 @@ def hf_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 TOKENS = torch.randint(0, 64, (2, 19), generator=torch.Generator().manual_seed(8))
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@every_case("kind", CONFIGS)
 def test_logits_equal_transformers(kind: str, world: None) -> None:
     hf = tiny_hf_model(kind)
     model = build_gpt_model(hf.config, hf.state_dict())
@@ -46,7 +47,7 @@ def test_logits_equal_transformers_in_bfloat16(world: None) -> None:
     assert_as_exact(megatron_logits(model, TOKENS), hf_logits(hf, TOKENS), exact)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
+@every_case("kind", ["llama", "qwen2", "phi3"])
 def test_zero_query_groups_keep_the_function(kind: str, world: None) -> None:
     hf = tiny_hf_model(kind)
     model = build_gpt_model(hf.config, hf.state_dict(), num_query_groups=4)
@@ -109,7 +110,7 @@ def test_a_size_that_does_not_divide_is_refused() -> None:
 LONGROPE = dict(rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("kind", "overrides", "message"),
     [
         ("llama", dict(hidden_act="gelu"), "hidden_act = 'gelu'"),

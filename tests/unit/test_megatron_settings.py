@@ -18,6 +18,7 @@ from dora_fx.models.hf_parts import HFParts
 from dora_fx.models.megatron_settings import check_settings, unknown_settings
 from tests.closeness import rounding, roundings_of
 from tests.models import SEQUENCE, randomize_adapters, tiny_gpt, token_ids
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -92,7 +93,7 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("name", BUILT)
+@every_case("name", BUILT)
 def test_a_model_that_computes_something_else_is_refused_by_the_setting(
     name: str, tmp_path: Path, adapter: Path
 ) -> None:
@@ -100,7 +101,7 @@ def test_a_model_that_computes_something_else_is_refused_by_the_setting(
     refuse(tiny_gpt(**settings), message, tmp_path, adapter)
 
 
-@pytest.mark.parametrize("name", SAID)
+@every_case("name", SAID)
 def test_a_setting_that_a_configuration_has_is_refused(name: str, tmp_path: Path, adapter: Path) -> None:
     value, message = SAID[name]
     model = tiny_gpt()
@@ -118,7 +119,7 @@ def test_a_setting_that_a_configuration_has_is_refused(name: str, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("chunk", "message"),
     [
         (
@@ -145,7 +146,7 @@ def test_other_positions_are_refused(chunk: dict[str, Any], message: str, tmp_pa
     refuse(model, message, tmp_path, adapter)
 
 
-@pytest.mark.parametrize(
+@every_case(
     "settings",
     [
         dict(softmax_scale=8**-0.5),

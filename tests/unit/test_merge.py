@@ -30,6 +30,7 @@ from tests.models import (
     token_ids,
 )
 from tests.oracle import reference_layer
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -51,8 +52,8 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", OWN_WEIGHT)
+@every_case("dtype", [torch.float32, torch.float64])
+@every_case("kind", OWN_WEIGHT)
 def test_a_merged_layer_computes_what_the_oracle_does(kind: str, dtype: torch.dtype) -> None:
     zoo = adapt_zoo(LinearZoo([kind]).to(dtype), dropout=0.5).eval()
     x = torch.randn(7, IN, dtype=dtype)
@@ -267,7 +268,7 @@ def move_to_meta(model: nn.Module) -> None:
     model.to("meta")
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("steps", "refused", "message"),
     [
         ([merge_and_keep], dora_fx.merge, MERGED_ALREADY),

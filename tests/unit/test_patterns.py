@@ -21,6 +21,7 @@ from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from tests.hf_models import tiny_hf_model
 from tests.models import GPT_TARGETS, randomize_adapters, sites, tiny_gpt
 from tests.peft_models import assert_same_logits, hf_logits, load_with_peft, megatron_logits, megatron_of
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -73,7 +74,7 @@ def test_a_second_call_compares_each_layer() -> None:
         dora_fx.DoRA(GPT_TARGETS, dim=4, alpha=8, use_rslora=True, **PATTERNS)(model)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("options", "idle"),
     [
         (dict(rank_pattern={"linear_qvk": 8}), "DoRA.rank_pattern: 'linear_qvk'"),
@@ -94,7 +95,7 @@ def test_a_pattern_that_decides_nothing_is_named(
     assert idle in caplog.text
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("options", "error"),
     [
         (dict(rank_pattern={"a": 0}), r"DoRA\.rank_pattern\['a'\]: found 0, expected a positive integer"),

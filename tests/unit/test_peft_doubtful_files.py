@@ -19,6 +19,7 @@ import dora_fx
 from dora_fx.hf.peft_patterns import is_target
 from tests.hf_models import tiny_hf_model
 from tests.peft_models import assert_same_logits, hf_logits, megatron_logits, megatron_of, save_peft_adapter
+from tests.tables import every_case
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 PREFIX = "base_model.model.model."
@@ -62,7 +63,7 @@ def refuse(folder: Path, message: str, model: Any = None) -> None:
     }
 
 
-@pytest.mark.parametrize("name", PARTIAL)
+@every_case("name", PARTIAL)
 def test_a_lost_layer_is_found_whatever_leaves_out_others(name: str, world: None, tmp_path: Path) -> None:
     """As many layers as PEFT adapts are imported, and one less is an error."""
     settings, layer = PARTIAL[name]
@@ -143,7 +144,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", TENSORS)
+@every_case("name", TENSORS)
 def test_doubtful_tensors_are_refused_by_their_keys(name: str, world_and_folder: Path) -> None:
     edit, message = TENSORS[name]
     edit_tensors(world_and_folder, edit)
@@ -185,7 +186,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_case("name", CONFIGS)
 def test_doubtful_options_are_refused_by_name(name: str, world_and_folder: Path) -> None:
     changes, message = CONFIGS[name]
     file = world_and_folder / "adapter_config.json"

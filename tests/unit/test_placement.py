@@ -10,9 +10,10 @@ from dora_fx import ParallelLinearDoRAAdapter
 from dora_fx.function.placement import LAYOUTS, shard
 from dora_fx.modules.kinds import describe_linear
 from tests.models import LINEAR_KINDS, column, config, row
+from tests.tables import every_case
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("kind", "layout"),
     [
         ("column", "column"),
@@ -45,7 +46,7 @@ def test_subclass_has_no_layout() -> None:
         describe_linear("layer", Doubled(2, 2))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@every_case("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_shapes_of_a_layout_multiply(layout) -> None:
     """With factors gathered as the table says, every rank's product has the shape of its base product."""
     tp_size, in_features, out_features, dim = 4, 24, 40, 8
@@ -61,7 +62,7 @@ def test_shapes_of_a_layout_multiply(layout) -> None:
     assert layout.shards_input_features == (weight.shape[1] < in_features)
 
 
-@pytest.mark.parametrize(("dim", "blocks"), [(0, 1), (1, 1), (0, 2), (0, 3)])
+@every_case(("dim", "blocks"), [(0, 1), (1, 1), (0, 2), (0, 3)])
 def test_shards_join_to_the_whole(dim: int, blocks: int) -> None:
     whole = torch.arange(24 * 24).view(24, 24)
     parts = [shard(whole, dim, tp_rank, 4, blocks) for tp_rank in range(4)]
@@ -83,7 +84,7 @@ def test_shard_is_a_copy() -> None:
     assert not whole.any()
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("layout", "partition_dims"),
     [
         ("replicated", (None, None, None)),

@@ -17,6 +17,7 @@ from dora_fx.modules.kinds.megatron_linear import ColumnParallel
 from dora_fx.modules.kinds.torch_linear import TorchLinear
 from tests.closeness import assert_close, rounding
 from tests.models import DIM, IN, OUT, LinearZoo, column, config, row, sites
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -128,7 +129,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@every_case("name", WRONG)
 def test_another_function_is_refused_before_anything_changes(name: str, more_kinds: None) -> None:
     build, text = WRONG[name]
     model = nn.ModuleDict({"right": nn.Linear(IN, OUT), "wrong": build()})

@@ -13,6 +13,7 @@ from rich.console import Console
 from dora_fx.app.runs.loss_curve import draw_loss_curve
 from dora_fx.app.runs.progress import Display
 from dora_fx.app.runs.step_metrics import StepMetrics
+from tests.tables import every_case
 
 ROWS = [
     {"step": 0, "held_out_loss": 3.0},
@@ -37,8 +38,8 @@ def shown(width: int, encoding: str, *, is_terminal: bool) -> str:
     return stream.buffer.getvalue().decode(encoding)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-@pytest.mark.parametrize("width", [30, 40, 79, 80, 200])
+@every_case("encoding", ["ascii", "latin-1", "utf-8"])
+@every_case("width", [30, 40, 79, 80, 200])
 def test_steps_fit_a_terminal_of_any_width_and_encoding(width: int, encoding: str) -> None:
     """The stream is strict: a letter that the encoding lacks would raise."""
     lines = shown(width, encoding, is_terminal=True).replace("\r", "\n").split("\n")
@@ -109,7 +110,7 @@ def test_the_picture_has_a_title_and_two_axes(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("rows", [[], [{"step": 0, "held_out_loss": 3.0}], [{"step": 1, "loss": 2.0}]])
+@every_case("rows", [[], [{"step": 0, "held_out_loss": 3.0}], [{"step": 1, "loss": 2.0}]])
 def test_a_picture_of_little_is_drawn(rows: list[dict[str, float]], tmp_path: Path) -> None:
     """Rows of an earlier version have no seconds, and a run that was stopped at once has no rows."""
     draw_loss_curve(rows, "a title", tmp_path / "loss.png")

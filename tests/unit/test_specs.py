@@ -12,6 +12,7 @@ from dora_fx.models.specs import check_spec, default_spec, has_transformer_engin
 from tests.finetune_runs import finetune
 from tests.hf_models import tiny_hf_model
 from tests.models import tiny_gpt
+from tests.tables import every_case
 
 HAS_HYBRID_MODEL = importlib.util.find_spec("megatron.core.models.hybrid") is not None
 MISSING = {
@@ -65,7 +66,7 @@ def test_layers_of_a_hybrid_model_are_counted_by_their_pairs() -> None:
     assert names.gpt_path("embedding.word_embeddings") == "embedding.word_embeddings"
 
 
-@pytest.mark.parametrize("pattern", ["M*M-", "**--", "*-*", "+-", "-*", ""])
+@every_case("pattern", ["M*M-", "**--", "*-*", "+-", "-*", ""])
 def test_a_hybrid_model_of_other_layers_has_no_hugging_face_names(pattern: str, world: None) -> None:
     model = tiny_gpt()
     model.hybrid_layer_pattern = pattern

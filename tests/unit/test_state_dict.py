@@ -12,6 +12,7 @@ import dora_fx
 from dora_fx import disable_adapter
 from tests.closeness import assert_apart, assert_close, rounding
 from tests.models import DIM, LinearZoo, adapt_zoo, logits_of, randomize_adapters, sites, tiny_gpt, token_ids, trainable
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -30,8 +31,8 @@ def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items() if torch.is_tensor(value)}
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@every_case("tied", [True, False], ids=["tied", "untied"])
+@every_case("bias", [True, False], ids=["bias", "no_bias"])
 def test_base_keys_do_not_change(tied: bool, bias: bool) -> None:
     model = tiny_gpt(tied=tied, add_bias_linear=bias)
     before, keys = tensors(model), set(model.state_dict())

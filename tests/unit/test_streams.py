@@ -22,6 +22,7 @@ from tests.peft_models import (
     load_with_peft,
     megatron_logits,
 )
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -40,7 +41,7 @@ def test_the_kinds_are_those_of_every_architecture() -> None:
     assert {CONFIGS[kind][0] for kind in [*KINDS, "mistral"]} == {config for config, _ in CONFIGS.values()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_case("kind", KINDS)
 def test_adapters_are_those_of_the_exported_file(kind: str, tmp_path: Path) -> None:
     model = adapted_megatron(tiny_hf_model(kind))
     before = state(model)
@@ -52,8 +53,8 @@ def test_adapters_are_those_of_the_exported_file(kind: str, tmp_path: Path) -> N
     assert_equal(state(model), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@every_case("dtype", [torch.float32, torch.bfloat16])
+@every_case("kind", KINDS)
 def test_merged_weights_are_those_of_merge(kind: str, dtype: torch.dtype) -> None:
     hf = tiny_hf_model(kind).to(dtype)
     model = adapted_megatron(hf, dtype=dtype)
@@ -68,7 +69,7 @@ def test_merged_weights_are_those_of_merge(kind: str, dtype: torch.dtype) -> Non
     assert_equal(state(rebuilt), state(dora_fx.merge(model)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_case("kind", KINDS)
 def test_transformers_computes_with_the_stream_what_peft_does(kind: str, tmp_path: Path) -> None:
     hf = tiny_hf_model(kind)
     model = adapted_megatron(hf)

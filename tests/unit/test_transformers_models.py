@@ -27,6 +27,7 @@ from tests.peft_models import (
     load_with_peft,
     save_peft_adapter,
 )
+from tests.tables import every_case
 
 KINDS = ["llama", "llama_tied", "qwen2", "phi3"]
 # Of a family that no Megatron model is built for: norms of its own, a scaled embedding that the output layer shares.
@@ -54,7 +55,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 # PEFT's function and files
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "gemma"])
+@every_case("kind", [*KINDS, "gemma"])
 def test_files_from_and_to_peft(kind: str, tmp_path: Path) -> None:
     model = adapted(kind)
     dora_fx.export_hf(model, tmp_path / "ours")
@@ -101,7 +102,7 @@ def test_loss_and_gradients_are_peft_s(kind: str, compiler: str | None, tmp_path
     assert_close(gradients(found), theirs, bound)
 
 
-@pytest.mark.parametrize(
+@every_case(
     "make",
     [
         lambda: base_model("llama_tied"),
@@ -144,8 +145,8 @@ def test_some_layers_and_a_rank_of_their_own(tmp_path: Path) -> None:
 # Streams and merging
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [*KINDS, "gemma"])
+@every_case("dtype", [torch.float32, torch.bfloat16])
+@every_case("kind", [*KINDS, "gemma"])
 def test_the_stream_is_bitwise_the_merged_model(kind: str, dtype: torch.dtype) -> None:
     model = adapted(kind).to(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -252,8 +253,8 @@ def test_state_dicts_are_as_they_were(tmp_path: Path) -> None:
     assert set(base_model().state_dict()) < set(model.state_dict())
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gemma"])
+@every_case("reentrant", [False, True])
+@every_case("kind", ["llama", "gemma"])
 def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
     plain, recomputing = adapted(kind).train(), adapted(kind).train()
     recomputing.gradient_checkpointing_enable({"use_reentrant": reentrant})

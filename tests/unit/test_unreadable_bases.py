@@ -21,6 +21,7 @@ from dora_fx.files.third_party import UnreadableFileError, is_out_of_memory, rea
 from dora_fx.models import UnsupportedModelError, load_hf_checkpoint
 from tests.gguf_models import write_gguf
 from tests.hf_models import save_tiny_checkpoint, tiny_hf_model
+from tests.tables import every_case
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -180,14 +181,14 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case("case", CASES)
 def test_a_directory_that_cannot_be_read_is_one_line(case: str, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage, message = CASES[case]
     damage(base)
     assert message in error_of(base, capsys)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("content", "message"),
     [
         (POINTER, "model.gguf: found a Git LFS pointer in place of the file; run: git lfs pull"),
@@ -209,7 +210,7 @@ def test_a_gguf_file_that_cannot_be_read_is_one_line(
     assert message in error_of(tmp_path / "model.gguf", capsys)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.99])
+@every_case("share", [0.02, 0.1, 0.5, 0.99])
 def test_half_a_gguf_file_is_one_line(share: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_gguf(tmp_path / "model.gguf", tiny_hf_model())
     os.truncate(path, int(share * path.stat().st_size))

@@ -17,6 +17,7 @@ import dora_fx
 from tests.hf_models import tiny_hf_model
 from tests.models import sites
 from tests.peft_models import TOKENS, adapted_megatron, hf_logits, megatron_logits, megatron_of, save_peft_adapter
+from tests.tables import every_case
 
 pytestmark = [
     pytest.mark.usefixtures("world"),
@@ -52,8 +53,8 @@ def lm_head(folder: Path) -> dict[str, torch.Tensor]:
     return {name.partition("lm_head.")[2]: value for name, value in tensors.items() if "lm_head." in name}
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
-@pytest.mark.parametrize("who_says_so", ["caller", "model"])
+@every_case("kind", ["llama", "llama_tied"])
+@every_case("who_says_so", ["caller", "model"])
 def test_peft_takes_an_export_of_the_true_vocabulary(kind: str, who_says_so: str, tmp_path: Path) -> None:
     hf, padded = bases(kind)
     model = adapted_megatron(padded, TARGETS)
@@ -70,8 +71,8 @@ def test_peft_takes_an_export_of_the_true_vocabulary(kind: str, who_says_so: str
     torch.testing.assert_close(with_peft(hf, tmp_path / "cut"), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("who_says_so", ["caller", "model"])
-@pytest.mark.parametrize("is_adapted", [False, True])
+@every_case("who_says_so", ["caller", "model"])
+@every_case("is_adapted", [False, True])
 def test_an_import_leaves_the_padding_as_it_is(is_adapted: bool, who_says_so: str, tmp_path: Path) -> None:
     hf, padded = bases()
     save_peft_adapter(hf, tmp_path / "adapter", target_modules=["o_proj", "lm_head"])

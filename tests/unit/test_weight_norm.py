@@ -9,6 +9,7 @@ from benchmarks.measuring import peak_bytes
 from dora_fx.function import weight_norm
 from dora_fx.function.weight_norm import norm_dtype, norm_of_terms, norm_terms
 from tests.closeness import note_margin
+from tests.tables import every_case
 
 SCALING = 2.0
 # Of every row on its own: sixteen units in the last place of the dtype that norms have. The sums are of squares, and
@@ -42,13 +43,13 @@ def draw(out: int, features: int, dim: int, dtype: torch.dtype, scale: float = 1
     return (weight * scale).to(dtype), lora_a.to(dtype), (lora_b * scale).to(dtype)
 
 
-@pytest.mark.parametrize("dim", [1, 3, 16, 64, 384, 768])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_case("dim", [1, 3, 16, 64, 384, 768])
+@every_case("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_rank_and_dtype(dim: int, dtype: torch.dtype) -> None:
     assert_rows_close(draw(70, 130, dim, dtype))
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("dtype", "scale"),
     [
         (torch.float32, 1e15),
@@ -67,7 +68,7 @@ def test_huge_and_tiny_weights(dtype: torch.dtype, scale: float) -> None:
     assert_rows_close(operands)
 
 
-@pytest.mark.parametrize("remains", [1e-1, 1e-2, 1e-3, 0.0])
+@every_case("remains", [1e-1, 1e-2, 1e-3, 0.0])
 def test_near_cancellation_loses_no_more_than_rounding_of_the_base(remains: float) -> None:
     """W0 = (remains - 1) s B A, so that the sum is `remains` of the product."""
     _, lora_a, lora_b = draw(70, 130, 8, torch.float32)
