@@ -15,6 +15,7 @@ from dora_fx.app.data.sequences import Sequences, held_out_indices, pack, sequen
 from dora_fx.models import build_gpt_model
 from tests.closeness import assert_close, rounding, roundings_of
 from tests.hf_models import tiny_hf_model
+from tests.tables import every_case
 
 LENGTHS = (17, 30, 9, 2, 25, 31, 12, 5)
 CAPACITY = 32
@@ -126,6 +127,28 @@ def test_every_sample_is_whole_in_one_sequence_and_its_learned_tokens_count_once
         assert any(ids[: len(each.ids)] == each.ids for ids in found)
 
 
+def test_positions_start_from_zero_with_every_sample() -> None:
+    """The ids themselves: what only shifts a sample moves no gradient beyond rounding."""
+    sample = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0] * 9, [0, 1, 2, 3, 3, 3, 4, 4, 4], [0] * 8 + [1]])
+    whole = list(range(8))
+    expected = [[0, 1, 2, 0, 1, 0, 1, 2], whole, [0, 0, 0, 0, 1, 2, 0, 1], whole]
+    sequences = Sequences(torch.zeros_like(sample), sample=sample)
+    assert sequences.batch().position_ids.tolist() == expected
+    assert sequences[1:3].batch().position_ids.tolist() == expected[1:3]
+    assert Sequences(sequences.tokens).batch().position_ids.tolist() == [whole] * 4
+
+
+def test_positions_of_packed_and_padded_samples_are_counted_in_each() -> None:
+    """Five samples of four tokens in sequences of nine, and one held out; padding counts from zero as a sample does."""
+    chosen = samples([4] * 6)
+    two, one, text = [0, 1, 2, 3, 0, 1, 2, 3, 0], [0, 1, 2, 3, 0, 1, 2, 3, 4], list(range(9))
+    packed, padded = (sequences_of_samples(chosen, 9, 0.01, 100, packed=packed) for packed in (True, False))
+    assert sorted(packed.train.batch().position_ids.tolist()) == [two, two, one]
+    assert packed.held_out.batch().position_ids.tolist() == [one]
+    assert padded.train.batch().position_ids.tolist() == [text] * 5
+    assert padded.held_out.batch().position_ids.tolist() == [text]
+
+
 def test_no_sample_is_trained_on_and_held_out() -> None:
     chosen = samples([10] * 20)
     parts = sequences_of_samples(chosen, CAPACITY, 0.25, 100, packed=True)
@@ -138,7 +161,7 @@ def test_no_sample_is_trained_on_and_held_out() -> None:
     assert len(sequences_of_samples(chosen, CAPACITY, 0.25, 1, packed=True).held_out) == 1
 
 
-@pytest.mark.parametrize(("count", "fraction", "chosen"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.3, 3), (100, 0.05, 5)])
+@every_case(("count", "fraction", "chosen"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.3, 3), (100, 0.05, 5)])
 def test_held_out_samples_are_spread(count: int, fraction: float, chosen: int) -> None:
     found = held_out_indices(count, fraction).tolist()
     assert len(set(found)) == chosen and min(found) >= 0 and max(found) < count
@@ -161,7 +184,7 @@ def test_other_samples_or_marks_have_another_fingerprint() -> None:
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize("seed", range(5))
+@every_case("seed", range(5))
 def test_packing_wastes_little_and_loses_nothing(seed: int) -> None:
     lengths = torch.randint(1, 101, (400,), generator=torch.Generator().manual_seed(seed)).tolist()
     bins = pack(lengths, 100)
