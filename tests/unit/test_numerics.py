@@ -18,6 +18,7 @@ from tests.oracle import (
     zoo_loss,
     zoo_results,
 )
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -30,13 +31,15 @@ COMPILERS: dict[str, dict[str, Any] | None] = {
     "dora_fx(inductor)": {"backend": "dora_fx"},
 }
 INDUCTOR = ["inductor", "dora_fx(inductor)"]
-# Which layers get two-dimensional inputs.
-WITHOUT_INDUCTOR = [
-    ("eager", "all"),
-    ("eager", "none"),
-    ("dora_fx(eager)", "all"),
-    ("dora_fx(eager)", "none"),
-    ("dora_fx(aot_eager)", "every other"),
+PRECISE = [(torch.float64, 0.25), (torch.float32, 0.0)]
+OTHERS = [(torch.float64, 0.0), (torch.float32, 0.25)]
+# Which layers get two-dimensional inputs. Compiled code meets each pair of a shape, a precision and a dropout once.
+EVERY_KIND = [
+    (("eager", "all"), PRECISE + OTHERS),
+    (("eager", "none"), PRECISE + OTHERS),
+    (("dora_fx(eager)", "all"), PRECISE),
+    (("dora_fx(eager)", "none"), OTHERS),
+    (("dora_fx(aot_eager)", "every other"), PRECISE),
 ]
 # One layer per shape of the base call in a graph; Inductor takes seconds for each.
 FEW_KINDS = {0.0: ["column_bias_returned", "row_bias_added", "linear_bias", "output_layer"]}
@@ -88,9 +91,9 @@ def check_in_training(zoo: LinearZoo, compiler: str, two_dims: str, record: Reco
         optimizer.step()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("compiler", "two_dims"), WITHOUT_INDUCTOR)
+@pytest.mark.parametrize(
+    ("compiler", "two_dims", "dtype", "dropout"), [(*case, *rest) for case, several in EVERY_KIND for rest in several]
+)
 def test_every_kind(
     compiler: str, two_dims: str, dtype: torch.dtype, dropout: float, record_error: RecordError
 ) -> None:
@@ -156,7 +159,7 @@ def train(loss: Callable[[], torch.Tensor], parameters: dict[str, torch.nn.Param
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", LINEAR_KINDS)
+@every_case("kind", LINEAR_KINDS)
 def test_oracle_is_sensitive(kind: str) -> None:
     """A magnitude that is wrong by one part in a million in one row is an error that the comparison sees."""
     zoo = adapt_zoo(LinearZoo([kind]).double())

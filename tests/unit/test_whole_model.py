@@ -47,9 +47,18 @@ def results(model: nn.Module, call: Callable[..., torch.Tensor], tokens: torch.T
     return {"logits": logits.detach(), **gradients}
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("settings", [None, AOT_EAGER], ids=["eager", "dora_fx(aot_eager)"])
+@pytest.mark.parametrize(
+    ("settings", "dropout", "tied"),
+    [
+        (None, 0.0, True),
+        (None, 0.0, False),
+        (None, 0.25, True),
+        (None, 0.25, False),
+        (AOT_EAGER, 0.0, False),
+        (AOT_EAGER, 0.25, True),
+    ],
+    ids=lambda value: "dora_fx(aot_eager)" if isinstance(value, dict) else str(value),
+)
 def test_against_the_oracle(
     settings: dict[str, Any] | None, dropout: float, tied: bool, record_error: Callable[..., None]
 ) -> None:
@@ -117,9 +126,9 @@ def test_eight_sequence_lengths_take_one_recompilation() -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "base"])
-def test_causal(adapted: bool, grad: bool) -> None:
-    model = (adapted_gpt() if adapted else tiny_gpt()).train(grad)
+def test_causal(grad: bool) -> None:
+    """The base alone is Megatron's, and compiles to itself as the next test sees."""
+    model = adapted_gpt().train(grad)
     compiled = torch.compile(model, fullgraph=True, **AOT_EAGER)
     tokens = token_ids()
     with torch.set_grad_enabled(grad):
@@ -149,8 +158,11 @@ def recompute_layers(model: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("settings", [None, AOT_EAGER], ids=["eager", "dora_fx(aot_eager)"])
+@pytest.mark.parametrize(
+    ("settings", "dropout"),
+    [(None, 0.0), (None, 0.25), (AOT_EAGER, 0.25)],
+    ids=lambda value: "dora_fx(aot_eager)" if isinstance(value, dict) else str(value),
+)
 # TransformerLayer assigns to an attribute of its own in forward; Dynamo lets a recomputed region do so on request.
 @torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
 def test_recomputation_changes_nothing(settings: dict[str, Any] | None, dropout: float) -> None:
