@@ -16,6 +16,7 @@ import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.checkpoint.plain import read_adapters
 from tests.models import GPT_TARGETS, logits_of, randomize_adapters, tiny_gpt, token_ids, trainable
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -71,8 +72,11 @@ def assert_same(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found[:2], expected[:2], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# One of each kind of state: none, tensors of the parameter's shape, numbers as tensors, and a rate that is a tensor.
+BFLOAT16 = ["adamw", "adam_tensor_lr", "sgd", "sgd_momentum", "asgd", "nadam"]
+
+
+@pytest.mark.parametrize(("name", "bf16"), [*((name, False) for name in OPTIMIZERS), *((n, True) for n in BFLOAT16)])
 def test_training_goes_on_as_if_it_had_not_stopped(name: str, bf16: bool, tmp_path: Path) -> None:
     make = OPTIMIZERS[name]
     whole = trained(make, 2, bf16=bf16)
@@ -179,7 +183,7 @@ def refuse_to_save(message: str, model: nn.Module, optimizer: Any, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("extra", "found"),
     [
         (torch.zeros(2, 3), r"a torch.float32 tensor of shape \(2, 3\)"),

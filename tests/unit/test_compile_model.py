@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 import dora_fx
 from tests.closeness import assert_close, rounding, roundings_of
 from tests.models import GPT_TARGETS, logits_of, randomize_adapters, tiny_gpt, token_ids, trainable
+from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -43,8 +44,22 @@ def ddp(model: Any) -> nn.Module:
     return DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: [model], ddp], ids=["bare", "list", "ddp"])
+def in_list(model: Any) -> list[Any]:
+    return [model]
+
+
+# A list is taken apart before the scope is looked at.
+@pytest.mark.parametrize(
+    ("scope", "wrap"),
+    [
+        ("layer", lambda model: model),
+        ("model", lambda model: model),
+        ("layer", in_list),
+        ("layer", ddp),
+        ("model", ddp),
+    ],
+    ids=["layer-bare", "model-bare", "layer-list", "layer-ddp", "model-ddp"],
+)
 def test_computes_what_the_model_does(scope: Any, wrap: Any) -> None:
     model = adapted_gpt(num_layers=3)
     tokens = token_ids()
@@ -83,7 +98,7 @@ def test_adapters_attached_afterwards_are_compiled() -> None:
     assert counters["dora_fx"]["sites_rewritten"] == len(GPT_TARGETS)
 
 
-@pytest.mark.parametrize(
+@every_case(
     ("model", "settings", "error"),
     [
         (tiny_gpt, {"scope": "layers"}, r"scope: found 'layers', expected one of \['layer', 'model'\]"),

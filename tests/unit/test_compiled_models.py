@@ -67,8 +67,10 @@ HOOKS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+# In turn with and without dropout, which is in the site's own code and not in the base call that cannot be read.
+@pytest.mark.parametrize(
+    ("hook", "dropout"), zip(HOOKS.values(), [0.25, 0.0] * (len(HOOKS) // 2), strict=True), ids=HOOKS
+)
 def test_a_base_layer_that_cannot_be_read(
     hook: Callable[[nn.Module], Any], dropout: float, caplog: pytest.LogCaptureFixture
 ) -> None:
