@@ -27,12 +27,18 @@ PRELOADED = [
     "megatron.core.models.gpt",
     "megatron.core.optimizer",
     "dora_fx.backend",
+    "dora_fx.app.cli.finetune",
     "dora_fx.app.cli.main",
+    "dora_fx.app.runs.loss_curve",
     "dora_fx.hf",
-    "transformers.models.auto",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
     "tests.distributed.pipeline_gpt",
     "tests.distributed.training",
     "tests.distributed.oracle",
+    "tests.warm_up",
 ]
 multiprocessing.get_context(_METHOD).set_forkserver_preload(PRELOADED)
 
