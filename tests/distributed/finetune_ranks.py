@@ -1,4 +1,4 @@
-"""Run `dora-fx finetune` on several ranks, with the surroundings that torchrun gives."""
+"""Run `dora-fx finetune`, and what else torchrun starts, on several ranks with the surroundings that it gives."""
 
 from __future__ import annotations
 
@@ -27,16 +27,29 @@ def finetune(
 
     `prepare` is called with its rank in each process first.
     """
+    own = [["finetune", *map(str, arguments), *(of_rank_1 if rank == 1 else ())] for rank in range(num_ranks)]
+    return as_torchrun_does(num_ranks, run_command, own, prepare, expect=expect)
+
+
+def run_command(rank: int, arguments: list[list[str]], prepare: Callable[[int], None] | None) -> int:
+    if prepare is not None:
+        prepare(rank)
+    return main(arguments[rank])
+
+
+def as_torchrun_does(
+    num_ranks: int, function: Callable[..., int | None], *args: object, seconds: float = 240, expect: int = 0
+) -> str:
+    """Exit with `function(rank, *args)` in processes with torchrun's surroundings; returns what all of them wrote."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         # torchrun's agent holds the store, too.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        own = [["finetune", *map(str, arguments), *(of_rank_1 if rank == 1 else ())] for rank in range(num_ranks)]
         ranks = [
-            start_process(be_rank, rank, num_ranks, store.port, output, own[rank], prepare) for rank in range(num_ranks)
+            start_process(be_rank, rank, num_ranks, store.port, output, function, args) for rank in range(num_ranks)
         ]
         for rank in ranks:
-            rank.join(timeout=240)
+            rank.join(timeout=seconds)
         codes = [rank.exitcode for rank in ranks]
         for rank in ranks:
             rank.kill()
@@ -50,8 +63,8 @@ def be_rank(
     world_size: int,
     port: int,
     output: Path,
-    arguments: list[str],
-    prepare: Callable[[int], None] | None = None,
+    function: Callable[..., int | None],
+    args: tuple[object, ...],
 ) -> None:
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -59,9 +72,7 @@ def be_rank(
     with output.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    if prepare is not None:
-        prepare(rank)
-    sys.exit(main(arguments))
+    sys.exit(function(rank, *args))
 
 
 def losses(run: Path) -> torch.Tensor:
