@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.checkpoint import read_adapters
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=64,

@@ -1,4 +1,4 @@
-"""`dora_fx.json`, the file of a checkpoint that says what the others hold and how to tell that they are whole."""
+"""`dora_fx.json`, a checkpoint's manifest: sites, tensors, digests of the base, and size and checksum of every file."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ FORMAT_VERSION = 1
 
 # Between a layer's key and the name of a parameter of the norm of its input.
 NORM_OF_INPUT = ".layer_norm_"
-# What `layout` has as `hybrid` of a HybridModel: layers of attention and MLP by turns, or others.
+# Values of `layout["hybrid"]`, which only a HybridModel has: attention and MLP layers alternate, or there are others.
 ATTENTION_AND_MLP, OTHER_HYBRID = 1, 2
 
+# Far above the paths of modules; longer names would fill an error message.
 _LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """DoRA's settings of the layers that share a key; `scaling` is what they make of alpha and dim."""
+    """DoRA's settings of the layers that share a key; `scaling` follows from alpha, dim and use_rslora."""
 
     dim: int
     alpha: float
@@ -43,14 +44,14 @@ class SiteSettings:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A whole tensor of the checkpoint: its shape over all ranks, layers in front, and its dtype."""
+    """Shape and dtype of a tensor of the checkpoint, whole over all ranks; the axis of the layers comes first."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its elements; raises ValueError for a dtype that torch has not."""
+        """Bytes of its elements; raises ValueError for a dtype that torch does not have."""
         return math.prod(self.shape) * dtype_of(self.dtype).itemsize
 
 
@@ -61,20 +62,26 @@ class StoredFile:
     size: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path) -> StoredFile:
+        """Measure a regular file."""
+        with open_regular(path) as file:
+            return cls(size_of(file), hashlib.file_digest(file, "sha256").hexdigest())
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """The description of what a checkpoint holds.
+    """The contents of `dora_fx.json`.
 
     Attributes:
-        save_id: differs between any two saves.
-        versions: of the packages that wrote it.
-        layout: sizes of the world that wrote it. It says nothing about who may load it.
-        non_homogeneous_layers: Megatron's metadata flag: keys carry layer numbers, and tensors no layer axis.
+        save_id: unique for every save.
+        versions: of the packages that wrote the checkpoint.
+        layout: parallel sizes of the run that wrote it. It loads at any other sizes.
+        non_homogeneous_layers: Megatron's metadata flag: keys have layer numbers, and tensors have no layer axis.
         sites: adapted layers by key, without layer numbers unless `non_homogeneous_layers`.
         tensors: by key.
         base: digests of the adapted layers' base weights by key, see `tensor_digests.py`.
-        has_optimizer, has_extra: whether optimizer state and the caller's `extra` are in it.
+        has_optimizer, has_extra: whether it holds optimizer state and the caller's `extra`.
         files: by name.
     """
 
@@ -93,7 +100,7 @@ class Manifest:
         """Write the file, with a checksum of its own contents."""
         content: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION} | dataclasses.asdict(self)
         for site in content["sites"].values():
-            # A version that does not know rsLoRA refuses a field that it does not know, and loads what has none.
+            # A reader refuses fields that it does not know, so a field of a later version is left out at its default.
             if not site["use_rslora"]:
                 del site["use_rslora"]
         text = json.dumps(content | {"checksum": _checksum(content)}, indent=1)
@@ -101,10 +108,10 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint's directory.
+    """Read and check the manifest in a checkpoint's directory.
 
     Raises:
-        CheckpointError: it cannot be read, is damaged, or is of another format.
+        CheckpointError: the file cannot be read, is damaged, or has another format.
     """
     path = directory / MANIFEST
     try:
@@ -123,9 +130,11 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path}: found format {shortened(found_format)} of version {shortened(version)}, expected {FORMAT!r} of "
             f"version {FORMAT_VERSION}; load it with the version of dora_fx that wrote it"
         )
+    # After the version, since a later format may compute its checksum in another way.
     if checksum != own_checksum:
         raise CheckpointError(f"{path}: the file is damaged, its checksum does not match; load another checkpoint")
     try:
+        # A matching checksum proves nothing of who wrote the file, so types and values are checked as well.
         manifest: Manifest = _typed(Manifest, content, "it")
         _check_values(directory, manifest)
     except ValueError as error:
@@ -138,16 +147,10 @@ def _without_name(path: Path, error: Exception) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
-def describe_file(path: Path) -> StoredFile:
-    """Size and checksum of a regular file as it is."""
-    with open_regular(path) as file:
-        return StoredFile(size_of(file), hashlib.file_digest(file, "sha256").hexdigest())
-
-
 def check_file(directory: Path, name: str, expected: StoredFile) -> None:
-    """Raise CheckpointError, naming the file, unless it is there with the size and checksum of the manifest.
+    """Raise CheckpointError, naming the file, unless it has the size and checksum of the manifest.
 
-    Its bytes are looked at if it is a regular file of that size alone.
+    The checksum is computed only for a regular file of the right size.
     """
     path = directory / name
     try:
@@ -169,15 +172,15 @@ def check_file(directory: Path, name: str, expected: StoredFile) -> None:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """torch's dtype of a name such as `bfloat16`; raises ValueError for any other."""
+    """Return torch's dtype of a name such as `bfloat16`; raise ValueError for other names."""
     dtype = vars(torch).get(name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"found the dtype {shortened(name)}, expected one of torch's")
+        raise ValueError(f"found dtype {shortened(name)}, expected one of torch's")
     return dtype
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
-    """A value of JSON as the type of a field of the manifest; raises ValueError where it is none."""
+    """Convert a JSON value to the type of a manifest's field; raise ValueError if it does not fit."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
         required = {own.name for own in dataclasses.fields(kind) if own.default is dataclasses.MISSING}
@@ -210,12 +213,12 @@ def _is_plain(kind: type, value: Any) -> bool:
 
 
 def _is_name(text: str) -> bool:
-    """True for a text that can be shown: a terminal obeys what is not printable."""
+    """Return whether a text is safe to print: terminals execute control sequences."""
     return text.isprintable() and len(text) <= _LONGEST_NAME
 
 
 def _check_values(directory: Path, manifest: Manifest) -> None:
-    """Raise ValueError for values that no checkpoint has, although they are of the right types."""
+    """Raise ValueError for values of the right types that no save writes."""
     for name, file in manifest.files.items():
         named_beside(directory / MANIFEST, name)
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
@@ -226,6 +229,7 @@ def _check_values(directory: Path, manifest: Manifest) -> None:
     lacking = {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"} - manifest.layout.keys()
     if lacking:
         raise ValueError(f"layout has no {min(lacking)}")
+    # Whoever reads the manifest alone may trust its sizes.
     in_tensors = sum(tensor.num_bytes for tensor in manifest.tensors.values())
     in_files = sum(file.size for file in manifest.files.values())
     if in_tensors > in_files:

@@ -1,13 +1,13 @@
-"""Sharded state of Megatron's optimizers, where calling their own methods is not enough.
+"""Sharded state of Megatron's optimizers, with workarounds for what their own methods do not handle:
 
-* A torch Adam has no state before its first step, and Megatron's ways of making it leave it unfit to step. Zero
-  moments after zero steps are what it would make itself, so they are made here; nothing changes for the optimizer.
-* Megatron's 16-bit optimizer numbers the parameters of a sharded state dict among the 16-bit ones, and those of its
-  state among all. Magnitudes are float32 among 16-bit factors, so the numbers would not match.
-* Megatron's distributed optimizer looks for a torch Adam's `step` among the loaded tensors, where it never is; and it
-  gives all parameters one tensor to count in, which then counts every one of them.
-* On a rank without adapters, such as that of a pipeline stage which has none, nothing counts the steps, and the lists
-  of main copies are empty. Megatron's optimizers expect a count on every rank, and lists that merge with rank 0's.
+* A torch Adam has no state before its first step, and after Megatron's ways of allocating it the optimizer cannot step.
+  So the state is allocated here: zero moments and zero steps, which is what Adam itself would allocate.
+* Megatron's 16-bit optimizer numbers the parameters of a sharded state dict among the 16-bit ones, but the parameters
+  of its state among all. Magnitudes are float32 and factors are 16-bit, so the numbers would not match.
+* Megatron's distributed optimizer looks for a torch Adam's `step` among the loaded tensors, where it never is. It also
+  gives all parameters the same tensor as their `step`, which each of them then increments.
+* On a rank without adapters, such as a pipeline stage that has none, nothing counts the steps and the lists of main
+  copies are empty. Megatron's optimizers expect a count on every rank, and lists that can be merged with rank 0's.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-# The one format of the distributed optimizer that may be loaded at any layout.
+# The only format of the distributed optimizer that can be loaded at any layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _MAIN_COPIES = "fp32_from_fp16_params"
 _NO_PARAMETER = "the rank has no parameter"
 
 
 class StepCount(NamedTuple):
-    """How many steps an optimizer took, as Megatron's state dicts say it.
+    """The number of steps that an optimizer took, in the two forms of Megatron's state dicts.
 
     Attributes:
-        common: of all parameters, None where the groups count or nothing was counted yet.
-        of_group: the value of the groups' `step`, None where they have none.
+        common: count for all parameters; None where the groups count, or before the first step.
+        of_group: value of the groups' `step`; None where they have none.
     """
 
     common: torch.Tensor | None
@@ -39,34 +39,37 @@ class StepCount(NamedTuple):
 
 
 def sharded_state_dict(optimizer: Any, adapter: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """State of a Megatron optimizer, described as shards of global tensors. Every rank calls it.
+    """Return the state of a Megatron optimizer as shards of global tensors. Every rank calls it.
 
     Args:
-        adapter: sharded state dict of the adapters that it trains, holding the parameters themselves.
+        optimizer: Megatron's, chained or single.
+        adapter: sharded state dict of the adapters that it trains, with the parameters themselves as data.
         is_loading: whether the state is about to be replaced.
     """
     for single in _single_optimizers(optimizer):
         _allocate_state(single.optimizer)
+    # Megatron's default gathers the state with NCCL, which a run on CPUs does not have.
     metadata = dict(_METADATA, distrib_optim_fully_reshardable_mem_efficient=dist.get_backend() == "gloo")
     with _all_parameters_as_16_bit(optimizer), _own_steps(optimizer), _with_some_count(optimizer):
         state: dict[str, Any] = optimizer.sharded_state_dict(adapter, is_loading=is_loading, metadata=metadata)
     for single_state in _single_states(optimizer, state):
-        _counted(single_state).get("state", {}).pop(_NO_PARAMETER, None)
+        _of_torch(single_state).get("state", {}).pop(_NO_PARAMETER, None)
         if _MAIN_COPIES in single_state:
-            # By group and place: of lists, those that are empty here would be merged with another rank's.
+            # Dicts by group and index: Megatron merges lists of ranks by position, and those of this rank may be empty.
             groups = enumerate(single_state.pop(_MAIN_COPIES))
             single_state[_MAIN_COPIES] = {index: dict(enumerate(group)) for index, group in groups if group}
     return state
 
 
 def step_counts(optimizer: Any, state: dict[Any, Any]) -> list[StepCount | None]:
-    """The steps that each of the chained optimizers took, None for one without a parameter on this rank.
+    """Return the steps that each of the chained optimizers took; None for one without parameters on this rank.
 
     Args:
-        state: of `sharded_state_dict`.
+        optimizer: Megatron's.
+        state: from `sharded_state_dict`.
     """
     return [
-        _step_count(_counted(single_state)) if single.get_parameters() else None
+        _step_count(_of_torch(single_state)) if single.get_parameters() else None
         for single, single_state in zip(_single_optimizers(optimizer), _single_states(optimizer, state), strict=True)
     ]
 
@@ -74,9 +77,12 @@ def step_counts(optimizer: Any, state: dict[Any, Any]) -> list[StepCount | None]
 def set_step_counts(
     optimizer: Any, state: dict[Any, Any], counts_of_ranks: Sequence[Sequence[StepCount | None]]
 ) -> None:
-    """Let this rank's state dict say how many steps were taken, if the rank has no parameter that counts them.
+    """Write the step counts into this rank's state dict, from the first rank that has parameters.
+
+    Rank 0's state dict is the one that is saved, and rank 0 may be a pipeline stage without adapters.
 
     Args:
+        optimizer: Megatron's.
         state: the part of `sharded_state_dict` that is not sharded.
         counts_of_ranks: `step_counts` of all ranks.
     """
@@ -85,23 +91,23 @@ def set_step_counts(
         if known is None:
             continue
         common, of_group = known
-        counted = _counted(single_state)
+        of_torch = _of_torch(single_state)
         if common is not None:
-            counted.setdefault("state", {})["common_step"] = common
-        for group in counted["param_groups"] if of_group is not None else ():
+            of_torch.setdefault("state", {})["common_step"] = common
+        for group in of_torch["param_groups"] if of_group is not None else ():
             group["step"] = of_group
 
 
 def load_state(optimizer: Any, state: dict[Any, Any]) -> None:
-    """Hand a loaded state dict to a Megatron optimizer."""
+    """Load a state dict, as `read_state` returns it, into a Megatron optimizer."""
     singles = _single_optimizers(optimizer)
     states = _single_states(optimizer, state)
     distributed = [single_state.pop("param_state", None) for single_state in states]
     with _all_parameters_as_16_bit(optimizer), _own_steps(optimizer):
         for single, single_state in zip(singles, states, strict=True):
             if "param_state_sharding_type" not in single_state:
-                # Megatron leaves out a count of zero, and a rank without parameters has no state.
-                _counted(single_state).setdefault("state", {}).setdefault("common_step", torch.tensor(0.0))
+                # Megatron leaves a count of zero out, and fails without one.
+                _of_torch(single_state).setdefault("state", {}).setdefault("common_step", torch.tensor(0.0))
             if isinstance(single, Float16OptimizerWithFloat16Params):
                 loaded = single_state.get(_MAIN_COPIES, {})
                 groups = enumerate(single.fp32_from_float16_groups)
@@ -118,20 +124,20 @@ def _single_optimizers(optimizer: Any) -> list[Any]:
 
 
 def _single_states(optimizer: Any, state: dict[Any, Any]) -> list[dict[str, Any]]:
-    """The states of the chained optimizers within the state of the chain."""
+    """Return the states of the chained optimizers within the state of the chain."""
     number = len(_single_optimizers(optimizer))
     return [state] if number == 1 else [state[index] for index in range(number)]
 
 
-def _counted(single_state: dict[str, Any]) -> dict[str, Any]:
-    """The part that is torch's: groups, and the state of parameters."""
-    found: dict[str, Any] = single_state.get("optimizer", single_state)
-    return found
+def _of_torch(single_state: dict[str, Any]) -> dict[str, Any]:
+    """Return torch's part of the state: parameter groups and the state of parameters."""
+    of_torch: dict[str, Any] = single_state.get("optimizer", single_state)
+    return of_torch
 
 
-def _step_count(counted: dict[str, Any]) -> StepCount:
-    of_groups = [group["step"] for group in counted["param_groups"] if "step" in group]
-    return StepCount(counted.get("state", {}).get("common_step"), of_groups[0] if of_groups else None)
+def _step_count(of_torch: dict[str, Any]) -> StepCount:
+    of_groups = [group["step"] for group in of_torch["param_groups"] if "step" in group]
+    return StepCount(of_torch.get("state", {}).get("common_step"), of_groups[0] if of_groups else None)
 
 
 def _allocate_state(optimizer: Any) -> None:
@@ -149,7 +155,10 @@ def _allocate_state(optimizer: Any) -> None:
 
 @contextlib.contextmanager
 def _own_steps(optimizer: Any) -> Iterator[None]:
-    """At the end every parameter of torch's optimizers counts its steps in a tensor of its own."""
+    """Give every parameter of torch's optimizers a `step` tensor of its own at the end of the block.
+
+    Megatron's methods leave one tensor for all, which a step would then increment once for each parameter.
+    """
     try:
         yield
     finally:
@@ -161,7 +170,7 @@ def _own_steps(optimizer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _with_some_count(optimizer: Any) -> Iterator[None]:
-    """Let each optimizer of torch's have a count of steps, also one without parameters on this rank."""
+    """Within the block, give torch's optimizers without parameters on this rank a count of zero steps."""
     lacking = [single.optimizer for single in _single_optimizers(optimizer) if not single.optimizer.state]
     try:
         for inner in lacking:
@@ -174,6 +183,7 @@ def _with_some_count(optimizer: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within the block, hide each parameter's `step`, which the distributed optimizer would look for in the file."""
     steps = [(state, state.pop("step")) for state in optimizer.state.values() if "step" in state]
     try:
         yield
@@ -184,7 +194,10 @@ def _without_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _all_parameters_as_16_bit(optimizer: Any) -> Iterator[None]:
-    """Let 16-bit optimizers take every parameter for one of theirs, a float32 one being its own main copy."""
+    """Within the block, list every parameter as a 16-bit one; a float32 parameter is its own main copy.
+
+    Then Megatron numbers the parameters of the state dict and of the state in the same way.
+    """
     changed = [
         single
         for single in _single_optimizers(optimizer)

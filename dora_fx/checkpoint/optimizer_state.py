@@ -1,4 +1,4 @@
-"""Optimizer state in a checkpoint: Megatron's optimizers describe theirs, torch's are described for them."""
+"""Optimizer state in a checkpoint, with one interface for Megatron's optimizers and torch's."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from dora_fx.checkpoint.manifest import StoredTensor
 from dora_fx.checkpoint.megatron_optimizer import load_state as load_megatrons
 from dora_fx.checkpoint.megatron_optimizer import set_step_counts, sharded_state_dict, step_counts
 from dora_fx.checkpoint.rank_steps import CheckpointError
-from dora_fx.checkpoint.torch_optimizer import check_description, join_descriptions, state_to_load, state_to_save
+from dora_fx.checkpoint.torch_optimizer import check_metadata, join_metadata, state_to_load, state_to_save
 from dora_fx.checkpoint.torch_optimizer import load_state as load_torchs
 
-# Name of what is not sharded of a torch optimizer; its shards are under "optimizer", as those of Megatron's.
-DESCRIPTION = "torch_optimizer"
+# Key of the metadata of a torch optimizer; its shards are under "optimizer", as those of Megatron's are. By this key a
+# load tells which of the two saved.
+_METADATA = "torch_optimizer"
 
 
 class OptimizerState:
@@ -27,11 +28,11 @@ class OptimizerState:
 
     Args:
         optimizer: Megatron's or torch's, None to leave optimizer state out.
-        chunks: the model's, as `wrappers.chunks_of` returns them.
+        chunks: the model's, from `chunks_of`.
         adapter: the sharded state dict of their adapters, holding the parameters themselves.
 
     Raises:
-        CheckpointError: it is neither, or a torch optimizer that keeps parts of its state on other ranks.
+        CheckpointError: it is neither, or it is a torch optimizer that keeps parts of its state on other ranks.
     """
 
     def __init__(self, optimizer: Any, chunks: Sequence[nn.Module], adapter: dict[str, Any]) -> None:
@@ -46,38 +47,38 @@ class OptimizerState:
         self._is_torch = is_torch
 
     def to_save(self) -> tuple[dict[str, Any], Any]:
-        """This rank's part of the state dict to save, and what the other ranks need to know of its optimizer."""
+        """Return this rank's part of the state dict to save, and the metadata that the ranks exchange."""
         if self._optimizer is None:
             return {}, None
         if not self._is_torch:
             sharded = sharded_state_dict(self._optimizer, self._adapter, is_loading=False)
             return {"optimizer": sharded}, step_counts(self._optimizer, sharded)
-        shards, description = state_to_save(self._optimizer, self._chunks)
-        return {"optimizer": shards}, description
+        shards, metadata = state_to_save(self._optimizer, self._chunks)
+        return {"optimizer": shards}, metadata
 
-    def add_of_all_ranks(self, common: dict[str, Any], descriptions: Sequence[Any]) -> None:
-        """Complete the part of a checkpoint that is not sharded by what the ranks know of their optimizers.
+    def add_of_all_ranks(self, common: dict[str, Any], metadata_of_ranks: Sequence[Any]) -> None:
+        """Add the optimizer's metadata to the part of a checkpoint that is not sharded.
 
         Args:
-            common: this rank's; rank 0's is saved.
-            descriptions: the second values of `to_save` on all ranks.
+            common: this rank's part; rank 0's is saved.
+            metadata_of_ranks: the second values of `to_save` on all ranks.
 
         Raises:
             CheckpointError: the ranks' optimizers differ.
         """
         for kind, name in ((dict, "a torch optimizer"), (list, "one of Megatron's optimizers")):
-            number = sum(isinstance(description, kind) for description in descriptions)
-            if 0 < number < len(descriptions):
+            number = sum(isinstance(metadata, kind) for metadata in metadata_of_ranks)
+            if 0 < number < len(metadata_of_ranks):
                 raise CheckpointError(
-                    f"optimizer: found {name} on {number} of {len(descriptions)} ranks, expected one on every rank"
+                    f"optimizer: found {name} on {number} of {len(metadata_of_ranks)} ranks, expected one on every rank"
                 )
         if self._is_torch:
-            common[DESCRIPTION] = join_descriptions(descriptions)
+            common[_METADATA] = join_metadata(metadata_of_ranks)
         elif self._optimizer is not None:
-            set_step_counts(self._optimizer, common["optimizer"], descriptions)
+            set_step_counts(self._optimizer, common["optimizer"], metadata_of_ranks)
 
     def to_load(self, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
-        """The shards to ask a checkpoint for that stores such tensors."""
+        """Return the shards to read from a checkpoint that stores these tensors."""
         if self._optimizer is None:
             return {}
         if not self._is_torch:
@@ -85,28 +86,28 @@ class OptimizerState:
         return {"optimizer": state_to_load(self._optimizer, self._chunks, stored)}
 
     def check(self, directory: Path, state: Mapping[str, Any]) -> None:
-        """Raise CheckpointError unless the state that was read is that of such an optimizer. Changes nothing."""
+        """Raise CheckpointError unless the state that was read belongs to such an optimizer. Nothing is changed."""
         if self._optimizer is None:
             return
-        if self._is_torch != (DESCRIPTION in state):
-            saved = "a torch optimizer" if DESCRIPTION in state else "one of Megatron's optimizers"
+        if self._is_torch != (_METADATA in state):
+            saved = "a torch optimizer" if _METADATA in state else "one of Megatron's optimizers"
             raise CheckpointError(
-                f"{directory}: has the state of {saved}, found a {type(self._optimizer).__name__} to load it into; "
-                "expected the optimizer it was saved with"
+                f"{directory}: found the state of {saved}, expected that of a {type(self._optimizer).__name__}; load "
+                "it into the optimizer it was saved with"
             )
         if self._is_torch:
             try:
-                check_description(self._optimizer, self._chunks, state[DESCRIPTION])
+                check_metadata(self._optimizer, self._chunks, state[_METADATA])
             except CheckpointError as error:
                 raise CheckpointError(f"{directory}: {error}") from error
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Hand state that passed `check` to the optimizer."""
+        """Load state that passed `check` into the optimizer."""
         if self._optimizer is None:
             return
         if self._is_torch:
-            # An optimizer without any tensor leaves no trace among the shards.
+            # An optimizer without tensors, such as SGD, has no shards at all.
             tensors = state.get("optimizer", {})
-            load_torchs(self._optimizer, self._chunks, state[DESCRIPTION], tensors)
+            load_torchs(self._optimizer, self._chunks, state[_METADATA], tensors)
         else:
             load_megatrons(self._optimizer, state["optimizer"])

@@ -1,12 +1,14 @@
-"""Digests of sharded tensors that are the same at every parallel layout, to tell one base model from another.
+"""Digests of sharded tensors that do not depend on the parallel layout; they tell one base model from another.
 
 The digest of a tensor is the sum over its elements of
 
     bits(element) * mix(row) * mix(column) * mix(layer)      modulo 2^64
 
-with the element's place in the whole tensor and its bits as an integer. Integer sums do not depend on their order,
-so ranks add up what they hold. A zero counts nothing, so neither does the padding of a layer that is made larger to
-divide by the number of ranks.
+where row, column and layer are the element's indices in the whole tensor, and bits(element) is an integer. Integer sums
+do not depend on their order, so each rank sums its shards and the sums are added. A zero adds nothing, so the padding
+that makes a layer divisible by the number of ranks does not change a digest.
+
+It protects from loading onto the wrong base by mistake, not from an attacker: collisions are easy to construct.
 """
 
 from __future__ import annotations
@@ -18,20 +20,22 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 
 from dora_fx.cache import mix
 
-_ROWS_AT_ONCE = 1 << 22
+# Elements that are widened to int64 at once, so that a digest takes some tens of MiB and no copy of the weight.
+_ELEMENTS_AT_ONCE = 1 << 22
 
 
 def shard_digests(shards: Iterable[ShardedTensor]) -> dict[str, int]:
-    """This rank's part of the digest of every key; `add_digests` joins the ranks' parts."""
+    """Compute this rank's part of the digest of every key; `add_digests` adds the ranks' parts."""
     digests: dict[str, int] = {}
     for shard in shards:
+        # Each element counts once, however many ranks hold a copy of it.
         if is_main_replica(shard.replica_id):
             digests[shard.key] = digests.get(shard.key, 0) + _digest(shard)
     return digests
 
 
 def differing_copies(digests_of_ranks: Iterable[dict[tuple[str, tuple[int, ...]], int]]) -> list[str]:
-    """Keys of the tensors of which ranks hold different copies, from the `copy_digests` of all ranks."""
+    """Return the keys of tensors whose copies differ between ranks, from the `copy_digests` of all ranks."""
     seen: dict[tuple[str, tuple[int, ...]], int] = {}
     differing = set()
     for digests in digests_of_ranks:
@@ -42,12 +46,12 @@ def differing_copies(digests_of_ranks: Iterable[dict[tuple[str, tuple[int, ...]]
 
 
 def copy_digests(shards: Iterable[ShardedTensor]) -> dict[tuple[str, tuple[int, ...]], int]:
-    """Digest of every shard that this rank holds, by key and place."""
+    """Compute the digest of every shard that this rank holds, by key and offset."""
     return {(shard.key, tuple(shard.global_offset)): _digest(shard) % 2**64 for shard in shards}
 
 
 def add_digests(parts: Iterable[dict[str, int]]) -> dict[str, str]:
-    """Digests of whole weights by key, as hexadecimal text, from the parts of all ranks."""
+    """Add the parts of all ranks; return the digest of every whole tensor by key, as hexadecimal text."""
     totals: dict[str, int] = {}
     for part in parts:
         for key, value in part.items():
@@ -60,11 +64,11 @@ def _digest(shard: ShardedTensor) -> int:
     offsets = shard.global_offset
     prepended = offsets[: shard.prepend_axis_num]
     start_row, *start_column = offsets[shard.prepend_axis_num :]
-    # A bias counts as one column.
+    # A bias is hashed as a matrix of one column.
     matrix = tensor.reshape(tensor.shape[0], -1)
     column = mix(start_column[0] if start_column else 0, matrix.shape[1], tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    step = max(_ROWS_AT_ONCE // max(matrix.shape[1], 1), 1)
+    step = max(_ELEMENTS_AT_ONCE // max(matrix.shape[1], 1), 1)
     for first in range(0, matrix.shape[0], step):
         rows = matrix[first : first + step]
         row = mix(start_row + first, rows.shape[0], tensor.device)
@@ -75,7 +79,7 @@ def _digest(shard: ShardedTensor) -> int:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements' bits as int64; those of float32 for 16-bit elements. Minus zero counts as zero."""
+    """Return the elements' bits as int64. 16-bit elements are widened to float32; minus zero counts as zero."""
     if tensor.dtype != torch.float64:
         return (tensor.float() + 0.0).view(torch.int32).to(torch.int64)
     return (tensor + 0.0).view(torch.int64)

@@ -1,9 +1,9 @@
-"""State of plain torch optimizers, at any layout: AdamW, SGD, and whatever keeps tensors of a parameter's shape.
+"""State of torch optimizers at any layout: AdamW, SGD and others that keep numbers and tensors of a parameter's shape.
 
-Such a tensor is sharded as the parameter is, under a key with the parameter's name in the whole model. Numbers, a
-`step` of each parameter among them, hyper-parameters and the groups' members make up a description in plain values,
-the same on every rank. An optimizer has no state before its first step, nor for parameters that got no gradient; so
-what a checkpoint holds says what is asked for, not what the optimizer at hand has.
+A tensor is sharded as its parameter is, under a key with the parameter's name in the whole model. Numbers such as each
+parameter's `step`, hyper-parameters and the members of the groups are metadata: plain values, the same on every rank.
+An optimizer has no state before its first step, nor for parameters that got no gradient, so a load asks for the tensors
+that the checkpoint holds and not for those that the optimizer has.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from dora_fx.megatron import walk
 from dora_fx.modules import ParallelLinearDoRAAdapter, adapter_sharded_state_dict
 
 _KEY = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
-# What a group has beside hyper-parameters.
+# Entries of a parameter group that are no hyper-parameters.
 _MEMBERS = ("params", "param_names")
 
 
 @dataclass(frozen=True)
 class AdapterParameter:
-    """A parameter of an adapter: `local_name` there, `path` of its layer in the whole model."""
+    """A parameter of an adapter: its name within the adapter, and the path of its layer in the whole model."""
 
     path: str
     local_name: str
@@ -38,11 +38,11 @@ class AdapterParameter:
 
     @property
     def name(self) -> str:
-        """In the whole model."""
+        """Name in the whole model."""
         return f"{self.path}.adapter.{self.local_name}"
 
     def shard(self, kind: str, tensor: torch.Tensor) -> Any:
-        """Describe a tensor of the parameter's shape as a shard of a whole one."""
+        """Make a shard of the whole tensor from this rank's tensor of the parameter's shape."""
         prefix = f"optimizer.state.{kind}.{self.path}.adapter."
         of, own = self.adapter, {self.local_name: tensor}
         [shard] = adapter_sharded_state_dict(own, of.placements, of.tp_group, prefix, (), None).values()
@@ -52,22 +52,22 @@ class AdapterParameter:
 def state_to_save(
     optimizer: torch.optim.Optimizer, chunks: Sequence[nn.Module]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """This rank's shards, by parameter and kind of state, and its part of the description.
+    """Return this rank's shards, by parameter and kind of state, and its part of the metadata.
 
     Raises:
-        CheckpointError: the optimizer trains what is no adapter's, or has state that cannot be moved between layouts.
+        CheckpointError: the optimizer trains other parameters than adapters, or has state that cannot be resharded.
     """
     known = _adapter_parameters(chunks)
     shards: dict[str, dict[str, Any]] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for parameter in _parameters(optimizer):
-        # Not `state[parameter]`, which would make an entry.
+        # Not `state[parameter]`: the state is a defaultdict, which would get an entry.
         state = optimizer.state.get(parameter, {})
         if parameter not in known:
             if parameter.requires_grad or state:
                 raise CheckpointError(
-                    f"{_name_of(parameter, chunks)}: {type(optimizer).__name__} trains it, expected adapters alone, "
-                    "which are what is saved; give other parameters an optimizer of their own"
+                    f"{_name_of(parameter, chunks)}: found it in {type(optimizer).__name__}, expected adapters alone; "
+                    "nothing else is saved, give other parameters an optimizer of their own"
                 )
             continue
         of = known[parameter]
@@ -79,28 +79,29 @@ def state_to_save(
     return shards, {"class": _class_of(optimizer), "groups": _groups(optimizer, known), "numbers": numbers}
 
 
-def join_descriptions(descriptions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The description of the whole optimizer, from those of all ranks.
+def join_metadata(metadata_of_ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join the metadata of all ranks into that of the whole optimizer.
 
     Raises:
-        CheckpointError: ranks that should agree do not; names the first one that differs from rank 0.
+        CheckpointError: ranks that should agree do not; the message names the first one that differs from rank 0.
     """
-    first = descriptions[0]
+    first = metadata_of_ranks[0]
     members: list[dict[str, None]] = [{} for _ in first["groups"]]
     numbers: dict[str, dict[str, Any]] = {}
-    for rank, found in enumerate(descriptions):
-        settings = [[part["class"], [group["settings"] for group in part["groups"]]] for part in (found, first)]
+    for rank, own in enumerate(metadata_of_ranks):
+        settings = [[part["class"], [group["settings"] for group in part["groups"]]] for part in (own, first)]
         if settings[0] != settings[1]:
             raise CheckpointError(
-                f"the optimizer: found {settings[0]} on rank {rank} and {settings[1]} on rank 0, expected the same "
+                f"optimizer: found {settings[0]} on rank {rank} and {settings[1]} on rank 0, expected the same "
                 "class, and groups with the same hyper-parameters, on every rank"
             )
-        for names, group in zip(members, found["groups"], strict=True):
+        # Each pipeline stage has parameters of its own, and a group has those of all stages.
+        for names, group in zip(members, own["groups"], strict=True):
             names |= dict.fromkeys(group["parameters"])
-        for name, values in found["numbers"].items():
+        for name, values in own["numbers"].items():
             if numbers.setdefault(name, values) != values:
                 raise CheckpointError(
-                    f"{name}: found optimizer state {values} on rank {rank} and {numbers[name]} on a rank before, "
+                    f"{name}: found optimizer state {values} on rank {rank} and {numbers[name]} on an earlier rank, "
                     "expected the same numbers on every rank that has the parameter"
                 )
     groups = [
@@ -113,7 +114,7 @@ def join_descriptions(descriptions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def state_to_load(
     optimizer: torch.optim.Optimizer, chunks: Sequence[nn.Module], stored: Mapping[str, StoredTensor]
 ) -> dict[str, dict[str, Any]]:
-    """Shards of what a checkpoint stores for the optimizer's parameters, by parameter and kind of state."""
+    """Return empty shards for the state that a checkpoint stores of the optimizer's parameters."""
     kinds: dict[str, dict[str, str]] = {}
     for key, tensor in stored.items():
         if match := _KEY.fullmatch(key):
@@ -130,25 +131,24 @@ def state_to_load(
     }
 
 
-def check_description(
-    optimizer: torch.optim.Optimizer, chunks: Sequence[nn.Module], description: dict[str, Any]
-) -> None:
-    """Raise CheckpointError unless the optimizer is built as the saved one was."""
-    if description["class"] != _class_of(optimizer):
+def check_metadata(optimizer: torch.optim.Optimizer, chunks: Sequence[nn.Module], metadata: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the optimizer has the class and the parameter groups of the saved one."""
+    if metadata["class"] != _class_of(optimizer):
         raise CheckpointError(
-            f"the state is of the optimizer {description['class']}, expected {_class_of(optimizer)}, the one at hand"
+            f"found the state of a {metadata['class']}, expected that of a {_class_of(optimizer)}, the optimizer given"
         )
     known = _adapter_parameters(chunks)
-    saved, own = description["groups"], _groups(optimizer, known)
+    saved, own = metadata["groups"], _groups(optimizer, known)
     if len(saved) != len(own):
-        raise CheckpointError(f"the saved optimizer has {len(saved)} parameter groups, the one at hand {len(own)}")
+        raise CheckpointError(f"found {len(saved)} parameter groups, expected the {len(own)} of the optimizer given")
     for number, (theirs, ours) in enumerate(zip(saved, own, strict=True)):
+        # The saved groups have the parameters of all ranks; this rank compares its own.
         here = set(theirs["parameters"]) & {of.name for of in known.values()}
         differing = sorted(here ^ set(ours["parameters"]))
         if differing:
-            holder = "saved optimizer" if differing[0] in here else "optimizer at hand"
+            holder = "saved optimizer" if differing[0] in here else "optimizer given"
             raise CheckpointError(
-                f"{differing[0]} ({len(differing)} such parameters) is in parameter group {number} of the {holder} "
+                f"{differing[0]} ({len(differing)} such parameters): found in parameter group {number} of the {holder} "
                 "alone, expected the same groups"
             )
 
@@ -156,27 +156,29 @@ def check_description(
 def load_state(
     optimizer: torch.optim.Optimizer,
     chunks: Sequence[nn.Module],
-    description: dict[str, Any],
+    metadata: dict[str, Any],
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> None:
-    """Hand loaded state to the optimizer, whose `check_description` was passed."""
+    """Load state into an optimizer that passed `check_metadata`."""
     known = _adapter_parameters(chunks)
     state: dict[int, dict[str, Any]] = {}
     parameters = list(_parameters(optimizer))
     for index, parameter in enumerate(parameters):
         if parameter in known:
             name = known[parameter].name
-            numbers = {kind: from_plain(value) for kind, value in description["numbers"].get(name, {}).items()}
+            numbers = {kind: from_plain(value) for kind, value in metadata["numbers"].get(name, {}).items()}
             state[index] = numbers | dict(tensors.get(name, {}))
+    # The members stay the optimizer's own: it has this rank's parameters, and the saved groups have all.
     groups = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(groups, description["groups"], strict=True):
+    for group, saved in zip(groups, metadata["groups"], strict=True):
         members = {name: group[name] for name in _MEMBERS if name in group}
         settings = {name: from_plain(value, like=group.get(name)) for name, value in saved["settings"].items()}
         group.clear()
         group.update(settings | members)
     optimizer.load_state_dict({"state": {i: values for i, values in state.items() if values}, "param_groups": groups})
     for index, values in state.items():
-        # torch casts state to the parameter's dtype, whatever the optimizer made it in.
+        # torch casts loaded state to the parameter's dtype. An optimizer may keep state in another one, which is
+        # restored.
         own = optimizer.state[parameters[index]] if values else {}
         for kind, value in values.items():
             if isinstance(value, torch.Tensor) and own[kind].dtype != value.dtype:

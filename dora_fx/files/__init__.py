@@ -1,8 +1,8 @@
-"""Files that somebody else may have written, read without trusting them, and files that survive a crash.
+"""Reads untrusted files and writes files that survive a crash.
 
-Pickle runs whatever it is told to, so no pickle of a file is opened by a library before its classes were compared
-with a short list here; and what a header counts is compared with the size of its file before anybody makes room for it.
-Whatever a reader of another project raises becomes one error with the file and a cure.
+Unpickling can run any code, so a pickle in a file is checked against a short list of classes before a library opens it.
+The counts and sizes in a header are compared with the size of the file before memory is allocated for them. Within
+`reading`, an error of a third-party reader becomes one error that names the file and a cure.
 """
 
 from dora_fx.files.bounds import bounded

@@ -1,4 +1,4 @@
-"""Limits for code of somebody else that runs in this process, such as a chat template in its sandbox."""
+"""Limits of time and memory for untrusted code in this process, such as a chat template in its sandbox."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MEMORY = Path("/proc/self/statm")
 
 @contextlib.contextmanager
 def bounded(what: str, *, seconds: float, mebibytes: int) -> Iterator[None]:
-    """Give up a block that takes longer, or more memory on top of what the process has.
+    """Stop a block that takes more time, or more memory beyond what the process has already.
 
-    Time is limited in the main thread alone, where Python delivers signals, and between the operations of Python: one
-    operation ends first. Memory is limited on Linux, for the whole process while the block lasts, so the block must not
-    call what ends the process when it gets none.
+    Time is limited in the main thread alone, where Python delivers signals, and only between Python operations: a
+    single long operation runs to its end. Memory is limited on Linux alone, and for the whole process while the block
+    runs, so the block must not call code that aborts when an allocation fails.
 
     Raises:
-        UnsafeFileError: the block was given up; the message begins with `what`.
+        UnsafeFileError: the block was stopped; the message begins with `what`.
     """
     too_long = UnsafeFileError(f"{what} takes more than {seconds:g} seconds")
     try:
@@ -59,7 +59,7 @@ def _limited_time(seconds: float, error: UnsafeFileError) -> Iterator[None]:
         raise error
 
     handler = signal.signal(signal.SIGALRM, give_up)
-    # Again and again, since code that catches whatever is raised in it could go on.
+    # The timer repeats, since code that catches the first error could go on.
     timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield

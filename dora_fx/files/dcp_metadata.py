@@ -1,7 +1,7 @@
-"""`.metadata` of torch's distributed checkpoints, a pickle that torch itself loads without looking at it.
+"""Reads `.metadata` of torch's distributed checkpoints, a pickle that torch loads without restrictions.
 
-Its classes become records of what the file says of them: nothing of torch, nor of anything else, is called while the
-pickle is loaded. What torch's planners read of the records is then checked and made of torch's own classes.
+Every class in the pickle becomes an inert record of its arguments and state, so that loading it calls nothing of torch
+or of another package. The parts that torch's planners read are then checked and converted to torch's own classes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dora_fx.files.pickle_machine import Described, PickleMachine
+from dora_fx.files.pickle_machine import AbstractValue, PickleMachine
 from dora_fx.files.regular_file import UnsafeFileError, reason_of, shortened
 
 _RECORDS = {
@@ -31,7 +31,7 @@ _RECORDS = {
         *("_MEM_FORMAT_ENCODING", "ChunkStorageMetadata", "BytesStorageMetadata"),
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    # Plans of the ranks, which some writers leave in it.
+    # Plans of the ranks, which some writers leave in the file.
     "torch.distributed.checkpoint.planner": {
         *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
     },
@@ -40,10 +40,10 @@ _RECORDS = {
     "pathlib": {"PosixPath", "WindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }
-# These cannot be changed by a pickle, whatever it does to them.
+# Replaced by builtin types, which a pickle cannot modify.
 _BUILTINS = {("torch", "Size"): tuple, ("collections", "OrderedDict"): dict}
 
-# What pickle's own pickler writes of such values, in any protocol.
+# The opcodes that Python's pickler uses for such values, in any protocol.
 _OPCODES = frozenset(
     {
         *("PROTO", "FRAME", "STOP", "MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"),
@@ -58,7 +58,7 @@ _MOST_DIMENSIONS = 64
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """The place in the checkpoint's files of one chunk of a tensor, or one object, as `torch.save` writes it.
+    """The place in the checkpoint's files where one chunk of a tensor, or one object, lies as `torch.save` wrote it.
 
     Attributes:
         name: of the file.
@@ -71,53 +71,54 @@ class StoredPiece:
 
 
 def read_dcp_metadata(data: bytes, where: str) -> Metadata:
-    """The contents of `.metadata`: torch's class, with `StoredPiece` objects as its storage data.
+    """Convert the bytes of `.metadata` to torch's class, with `StoredPiece` objects as its storage data.
 
     Args:
         data: the bytes of the file.
-        where: they come from, for messages.
+        where: name of the file, for messages.
 
     Raises:
-        UnsafeFileError: it is damaged, has other classes than such a file has, or values of other types.
+        UnsafeFileError: the file is damaged, or has classes or types that such a file does not have.
     """
+    # First on abstract values, which shows that unpickling takes time and memory in proportion to the file.
     _MetadataPickle(data, where, _OPCODES).run()
     unpickler = _RecordUnpickler(data, where)
     try:
-        found = unpickler.load()
+        record = unpickler.load()
     except UnsafeFileError:
         raise
     # A pickle can make the unpickler raise anything.
     except Exception as error:
         raise UnsafeFileError(f"{where}: cannot be read ({reason_of(error)})") from error
-    return _Reading(where).metadata(found)
+    return _MetadataBuilder(where).metadata(record)
 
 
 class _MetadataPickle(PickleMachine):
-    """Runs the pickle of one file, whose keys may be records too, which are hashed by their places in memory."""
+    """Runs the pickle of one file. Records may be keys too: they are hashed by identity."""
 
-    def named(self, module: str, name: str) -> Described:
+    def named(self, module: str, name: str) -> AbstractValue:
         _check_known(module, name, self.where)
-        return Described("class", (module, name))
+        return AbstractValue("class", (module, name))
 
-    def called(self, name: tuple[str, str], arguments: Sequence[Described]) -> Described:
+    def called(self, name: tuple[str, str], arguments: Sequence[AbstractValue]) -> AbstractValue:
         if name not in _BUILTINS:
-            return Described("record")
+            return AbstractValue("record")
         if name == ("torch", "Size") and [argument.kind for argument in arguments] == ["tuple"]:
-            return Described("tuple", arguments[0].content)
+            return AbstractValue("tuple", arguments[0].content)
         if name == ("collections", "OrderedDict") and not arguments:
-            return Described("dict", [])
+            return AbstractValue("dict", [])
         raise UnsafeFileError(f"{self.where}: found a call of {'.'.join(name)}, expected one with a tuple or nothing")
 
-    def built(self, found: Described, state: Described) -> None:
-        if found.kind != "record":
-            raise self.unexpected(found, "a state of an object alone")
+    def built(self, value: AbstractValue, state: AbstractValue) -> None:
+        if value.kind != "record":
+            raise self.unexpected(value, "a state of an object alone")
 
-    def is_key(self, found: Described) -> bool:
-        return found.kind == "record" or super().is_key(found)
+    def is_key(self, value: AbstractValue) -> bool:
+        return value.kind == "record" or super().is_key(value)
 
 
 class _RecordUnpickler(pickle.Unpickler):
-    """Makes records of the classes on the list, and refuses every other."""
+    """Makes records of the classes on the list, and refuses all others."""
 
     def __init__(self, data: bytes, where: str) -> None:
         super().__init__(io.BytesIO(data))
@@ -131,7 +132,7 @@ class _RecordUnpickler(pickle.Unpickler):
         if _is_dtype(module, name):
             return vars(torch)[name]
         if (module, name) not in self._records:
-            # A class for this one reading: a pickle may set attributes of a class.
+            # A new class for each file, since a pickle may set attributes of a class.
             self._records[module, name] = _record_class(name)
         return self._records[module, name]
 
@@ -139,8 +140,7 @@ class _RecordUnpickler(pickle.Unpickler):
 def _check_known(module: str, name: str, where: str) -> None:
     if (module, name) not in _BUILTINS and not _is_dtype(module, name) and name not in _RECORDS.get(module, ()):
         raise UnsafeFileError(
-            f"{where}: found {shortened(f'{module}.{name}')} in it, expected what a checkpoint says of its tensors; it "
-            "may run code"
+            f"{where}: found {shortened(f'{module}.{name}')} in it, expected a checkpoint's classes; it may run code"
         )
 
 
@@ -158,15 +158,15 @@ def _record_class(name: str) -> type:
     return type(name, (), {"state": None, "__init__": construct, "__setstate__": set_state})
 
 
-class _Reading:
-    """Makes torch's classes of the records of one file."""
+class _MetadataBuilder:
+    """Converts the records of one file to torch's classes."""
 
     def __init__(self, where: str) -> None:
         self._where = where
         self._pieces_left = 0
 
-    def metadata(self, found: Any) -> Metadata:
-        fields = self._fields(found, "Metadata")
+    def metadata(self, value: Any) -> Metadata:
+        fields = self._fields(value, "Metadata")
         tensors = self._dict(fields, "state_dict_metadata")
         pieces = self._dict(fields, "storage_data")
         self._pieces_left = len(pieces)
@@ -175,36 +175,36 @@ class _Reading:
             storage_data={self._index(key): self._piece(value) for key, value in pieces.items()},
         )
 
-    def _stored(self, found: Any) -> TensorStorageMetadata | BytesStorageMetadata:
-        if type(found).__name__ == "BytesStorageMetadata":
+    def _stored(self, value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+        if type(value).__name__ == "BytesStorageMetadata":
             return BytesStorageMetadata()
-        fields = self._fields(found, "TensorStorageMetadata")
+        fields = self._fields(value, "TensorStorageMetadata")
         return TensorStorageMetadata(
             properties=TensorProperties(dtype=self._dtype(fields.get("properties"))),
             size=self._size(fields.get("size")),
             chunks=list(self._chunks(fields.get("chunks"))),
         )
 
-    def _dtype(self, found: Any) -> torch.dtype:
-        state = getattr(found, "state", None)
-        dtype = state[0] if type(found).__name__ == "TensorProperties" and isinstance(state, tuple) and state else None
+    def _dtype(self, value: Any) -> torch.dtype:
+        state = getattr(value, "state", None)
+        dtype = state[0] if type(value).__name__ == "TensorProperties" and isinstance(state, tuple) and state else None
         if not isinstance(dtype, torch.dtype):
-            raise self._wrong(found, "the properties of a tensor")
+            raise self._wrong(value, "the properties of a tensor")
         return dtype
 
-    def _chunks(self, found: Any) -> Iterator[ChunkStorageMetadata]:
-        if not isinstance(found, list):
-            raise self._wrong(found, "a list of chunks")
-        # One long list in the place of many would be read as often as it is named.
-        self._pieces_left -= len(found)
+    def _chunks(self, value: Any) -> Iterator[ChunkStorageMetadata]:
+        if not isinstance(value, list):
+            raise self._wrong(value, "a list of chunks")
+        # A pickle can name one long list many times, which would be converted each time.
+        self._pieces_left -= len(value)
         if self._pieces_left < 0:
             raise UnsafeFileError(f"{self._where}: found more chunks of tensors than pieces in the files")
-        for chunk in found:
+        for chunk in value:
             fields = self._fields(chunk, "ChunkStorageMetadata")
             yield ChunkStorageMetadata(self._size(fields.get("offsets")), self._size(fields.get("sizes")))
 
-    def _index(self, found: Any) -> MetadataIndex:
-        fields = self._fields(found, "MetadataIndex")
+    def _index(self, value: Any) -> MetadataIndex:
+        fields = self._fields(value, "MetadataIndex")
         offset, index = fields.get("offset"), fields.get("index")
         return MetadataIndex(
             self._text(fields.get("fqn")),
@@ -212,17 +212,17 @@ class _Reading:
             None if index is None else self._count(index),
         )
 
-    def _piece(self, found: Any) -> StoredPiece:
-        fields = self._fields(found, "_StorageInfo")
+    def _piece(self, value: Any) -> StoredPiece:
+        fields = self._fields(value, "_StorageInfo")
         if fields.get("transform_descriptors"):
             raise self._wrong(fields["transform_descriptors"], "data as it is, not compressed or otherwise transformed")
         name = self._text(fields.get("relative_path"))
         return StoredPiece(name, self._count(fields.get("offset")), self._count(fields.get("length")))
 
-    def _fields(self, found: Any, kind: str) -> Mapping[str, Any]:
-        state = getattr(found, "state", None)
-        if type(found).__name__ != kind or not isinstance(state, dict):
-            raise self._wrong(found, f"a {kind}")
+    def _fields(self, value: Any, kind: str) -> Mapping[str, Any]:
+        state = getattr(value, "state", None)
+        if type(value).__name__ != kind or not isinstance(state, dict):
+            raise self._wrong(value, f"a {kind}")
         return state
 
     def _dict(self, fields: Mapping[str, Any], name: str) -> dict[Any, Any]:
@@ -230,20 +230,20 @@ class _Reading:
             raise self._wrong(fields.get(name), f"a dict as {name}")
         return fields[name]
 
-    def _size(self, found: Any) -> torch.Size:
-        if not isinstance(found, tuple) or len(found) > _MOST_DIMENSIONS:
-            raise self._wrong(found, f"at most {_MOST_DIMENSIONS} sizes")
-        return torch.Size([self._count(size) for size in found])
+    def _size(self, value: Any) -> torch.Size:
+        if not isinstance(value, tuple) or len(value) > _MOST_DIMENSIONS:
+            raise self._wrong(value, f"at most {_MOST_DIMENSIONS} sizes")
+        return torch.Size([self._count(size) for size in value])
 
-    def _count(self, found: Any) -> int:
-        if not isinstance(found, int) or isinstance(found, bool) or not 0 <= found < 2**63:
-            raise self._wrong(found, "a number of elements or bytes")
-        return found
+    def _count(self, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+            raise self._wrong(value, "a number of elements or bytes")
+        return value
 
-    def _text(self, found: Any) -> str:
-        if not isinstance(found, str):
-            raise self._wrong(found, "a name")
-        return found
+    def _text(self, value: Any) -> str:
+        if not isinstance(value, str):
+            raise self._wrong(value, "a name")
+        return value
 
-    def _wrong(self, found: Any, expected: str) -> UnsafeFileError:
-        return UnsafeFileError(f"{self._where}: found {shortened(found)}, expected {expected}")
+    def _wrong(self, value: Any, expected: str) -> UnsafeFileError:
+        return UnsafeFileError(f"{self._where}: found {shortened(value)}, expected {expected}")

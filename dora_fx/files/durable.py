@@ -1,4 +1,4 @@
-"""The steps that a file or folder needs between being filled under a temporary name and taking its own."""
+"""Steps for a file or folder that was filled under a temporary name and is about to be renamed to its final name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Bring a file's data, or a folder's entries, to the disk."""
+    """Flush a file's data, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -16,7 +16,7 @@ def sync(path: Path) -> None:
 
 
 def give_default_mode(path: Path) -> None:
-    """Let others do what the umask lets them; `tempfile` makes what only its owner may read."""
+    """Set the permissions that the umask allows; `tempfile` lets only the owner read what it makes."""
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, walked once before its readers make lists as long as it says.
+"""Checks the header of a GGUF file before the libraries that read it allocate what the header says.
 
 "GGUF"  version u32  number of tensors u64  number of values u64
 per value     key (length u64, bytes)   type u32   a number, a string, or: type u32, length u64, elements
@@ -22,7 +22,7 @@ _STRING, _ARRAY = 8, 9
 # Far above what models have; the readers keep an object of some hundred bytes for every element of an array.
 _MOST_VALUES, _MOST_TENSORS, _MOST_ELEMENTS, _MOST_DIMENSIONS = 1 << 16, 1 << 18, 1 << 24, 8
 
-# What transformers makes modules and tables from, by the end of the key.
+# Ends of the keys from whose values transformers builds modules and tables.
 _SIZES = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -35,7 +35,7 @@ def check_gguf_file(path: Path) -> None:
     """Compare all counts and lengths of the header with the size of the file.
 
     Raises:
-        UnsafeFileError: one is more than the file can hold, or the file is no GGUF file.
+        UnsafeFileError: a count or a length is larger than the file can hold, or the file is not a GGUF file.
         ValueError: the file is empty.
         OSError: it cannot be read.
     """
@@ -44,7 +44,7 @@ def check_gguf_file(path: Path) -> None:
 
 
 class _Walk:
-    """A position in the header of one file that only moves on within the file."""
+    """A position in the header of one file, which moves forward and stays within the file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path, self._at = data, path, 0
@@ -53,7 +53,9 @@ class _Walk:
 
     def check(self) -> None:
         if self._bytes(4) != b"GGUF":
-            raise UnsafeFileError(f"{self._path}: found no GGUF file, expected it to begin with GGUF")
+            raise UnsafeFileError(
+                f"{self._path}: found another kind of file, expected a GGUF file, which begins with GGUF"
+            )
         version = self._number("I")
         if version not in _VERSIONS:
             raise UnsafeFileError(f"{self._path}: found version {version} of GGUF, expected 2 or 3, little-endian")
@@ -77,7 +79,7 @@ class _Walk:
             number = self._number(self._code(key, kind))
             name = _SIZES.get(key.rpartition(b".")[2].decode("utf-8", "replace"))
             if name is not None:
-                # Several keys may end alike, and the readers take the one of their architecture.
+                # Several keys may have the same end; a reader uses the one of its architecture, so the largest counts.
                 self._sizes[name] = max(number, self._sizes.get(name, number))
 
     def _array(self, key: bytes) -> None:
@@ -91,7 +93,7 @@ class _Walk:
             self._bytes(count * struct.calcsize(self._code(key, kind)))
 
     def _tensor(self) -> int:
-        """The number of elements of the tensor that is described next."""
+        """Read the next tensor's entry; return its number of elements."""
         name, num_dimensions = self._string(), self._number("I")
         self._at_most(f"dimensions of {_shown(name)}", num_dimensions, _MOST_DIMENSIONS)
         dimensions = [self._number("Q") for _ in range(num_dimensions)]
@@ -116,8 +118,8 @@ class _Walk:
         left = len(self._data) - self._at
         if count > left:
             raise UnsafeFileError(
-                f"{self._path}: found a header that goes on for {count:,} bytes at {self._at:,}, where the file has "
-                f"{left:,} left"
+                f"{self._path}: found a header with {count:,} more bytes at {self._at:,}, expected at most the "
+                f"{left:,} that are left"
             )
         self._at += count
         return self._data[self._at - count : self._at]

@@ -1,4 +1,4 @@
-"""JSON whose size and depth somebody else chose."""
+"""Reads untrusted JSON with limits of size and depth."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def read_json(path: Path, *, follow_link: bool = False) -> Any:
     """Parse a JSON file.
 
     Raises:
-        UnsafeFileError: it is no regular file, is too large, or as `parse_json`.
-        OSError: it is not there or cannot be read.
+        UnsafeFileError: the file is not regular, is too large, or `parse_json` refuses its content.
+        OSError: the file is missing or cannot be read.
     """
     return parse_json(read_regular(path, at_most=_MOST_BYTES, follow_link=follow_link), str(path))
 
@@ -27,10 +27,10 @@ def parse_json(data: bytes | str, where: str) -> Any:
 
     Args:
         data: the text.
-        where: it comes from, for messages.
+        where: name of the file, for messages.
 
     Raises:
-        UnsafeFileError: it is no JSON, or is nested too deeply to be parsed.
+        UnsafeFileError: the text is not JSON, or is nested too deeply to be parsed.
     """
     try:
         return json.loads(data)

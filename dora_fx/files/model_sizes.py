@@ -1,4 +1,4 @@
-"""Sizes of a model that its weights cannot have, before anybody builds layers and tables of those sizes."""
+"""Compares the sizes in a model's configuration with its weights, before layers of those sizes are built."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ _WIDTHS = ("hidden_size", "intermediate_size", "vocab_size")
 
 
 def check_sizes(path: Path, sizes: Mapping[str, Any], elements: int) -> None:
-    """Raise UnsafeFileError for sizes that need more weights, or make longer lists, than any model has.
+    """Raise UnsafeFileError if sizes need more weights than there are, or make longer lists than any model has.
 
     Args:
-        path: where they are from.
-        sizes: by their names in a Hugging Face configuration, among other fields.
-        elements: of all weights together.
+        path: file that the sizes come from.
+        sizes: by their names in a Hugging Face configuration; other fields are ignored.
+        elements: number of elements of all weights together.
     """
     for name in ("num_hidden_layers", *_WIDTHS):
         size = sizes.get(name)
         if size is not None and (not isinstance(size, int) or not 0 < size <= elements):
-            raise UnsafeFileError(f"{path}: found {shortened(size)} as {name}, expected what its weights have room for")
+            raise UnsafeFileError(
+                f"{path}: found {shortened(size)} as {name}, expected at most the elements of its weights"
+            )
     for name in _COUNTS:
         count = sizes.get(name)
         if count is not None and (not isinstance(count, int) or count > _LARGEST_COUNT):
@@ -33,13 +35,13 @@ def check_sizes(path: Path, sizes: Mapping[str, Any], elements: int) -> None:
     for width in (layers, *(sizes.get(name) or 1 for name in _WIDTHS)):
         if width * hidden > elements:
             raise UnsafeFileError(
-                f"{path}: found sizes that need {width * hidden:,} elements, expected at most the {elements:,} that "
-                "its weights have room for"
+                f"{path}: found sizes that need {width * hidden:,} elements, expected at most the {elements:,} of "
+                "its weights"
             )
 
 
 def check_elements(path: Path | str, elements: int, size: int) -> None:
     """Raise UnsafeFileError if a file of `size` bytes describes tensors of more elements than it can hold."""
-    # No type takes less than a bit for an element.
+    # No dtype takes less than one bit per element.
     if elements > 8 * size:
         raise UnsafeFileError(f"{path}: found {elements:,} elements of tensors, expected at most {8 * size:,}")

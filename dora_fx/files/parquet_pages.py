@@ -1,8 +1,8 @@
-"""The pages of a Parquet file, counted before a reader unpacks them.
+"""Adds up the unpacked sizes of a Parquet file's pages before a reader unpacks them.
 
-A few kilobytes of pages hold gigabytes: compression, runs and nulls take next to nothing each. What the footer says of
-them is the writer's word, and a reader makes room for what the header of each page says. These headers are structs of
-Thrift's compact protocol, one before each page:
+A few kilobytes of pages can hold gigabytes, since compression, runs and nulls take next to no space. The sizes in the
+footer may be false, and a reader allocates what the header of each page says. These headers are structs of Thrift's
+compact protocol, one before each page:
 
     PageHeader   2: bytes unpacked   3: bytes in the file   5, 7, 8: the kind's own header, with 1: number of values
 """
@@ -20,21 +20,21 @@ _HEADERS_WITH_VALUES = (5, 7, 8)
 _DEEPEST, _LONGEST_VARINT = 8, 10
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
 
-# What a row and a value cost as Python objects, about.
+# Approximate bytes of a row and of a value as Python objects.
 _ROW, _VALUE = 256, 16
 
 
 def check_parquet_size(path: Path, file: BufferedReader, metadata: Any, at_most: int) -> None:
-    """Compare what all rows take when they are read with a limit.
+    """Check that all rows together take no more than `at_most` bytes in memory.
 
     Args:
         path: of the file, for messages.
         file: the open file.
-        metadata: pyarrow's of it.
-        at_most: bytes.
+        metadata: pyarrow's metadata of the file.
+        at_most: limit in bytes.
 
     Raises:
-        UnsafeFileError: they take more, or the pages are not where the metadata say.
+        UnsafeFileError: the rows take more, or the pages are not where the metadata says.
     """
     needed = metadata.num_rows * _ROW
     for group in range(metadata.num_row_groups):
@@ -46,7 +46,8 @@ def check_parquet_size(path: Path, file: BufferedReader, metadata: Any, at_most:
                 needed += _Pages(path, file, start, start + chunk.total_compressed_size).size(width)
     if needed > at_most:
         raise UnsafeFileError(
-            f"{path}: found {metadata.num_rows:,} rows of more than {at_most:,} bytes in it, expected fewer by its size"
+            f"{path}: found {metadata.num_rows:,} rows of more than {at_most:,} bytes in memory, expected fewer for a "
+            "file of its size"
         )
 
 
@@ -57,7 +58,7 @@ class _Pages:
         self._path, self._file, self._at, self._end = path, file, start, end
 
     def size(self, width: int) -> int:
-        """Bytes of all pages when they are unpacked, and `width` for each value."""
+        """Return the bytes of all unpacked pages, plus `width` for each value."""
         total = 0
         while self._at < self._end:
             self._file.seek(self._at)
@@ -71,13 +72,13 @@ class _Pages:
         return total
 
     def _struct(self, depth: int) -> dict[int, Any]:
-        """Fields by their numbers; those that are neither integers nor structs are passed over."""
-        found: dict[int, Any] = {}
+        """Read a struct; return its fields by number. Fields that are neither integers nor structs are skipped."""
+        fields: dict[int, Any] = {}
         number = 0
         while byte := self._byte():
             number = number + (byte >> 4) if byte >> 4 else self._integer()
-            found[number] = self._value(byte & 15, depth)
-        return found
+            fields[number] = self._value(byte & 15, depth)
+        return fields
 
     def _value(self, kind: int, depth: int) -> Any:
         if depth == 0:

@@ -1,10 +1,10 @@
-"""A pickle run on descriptions of its values, before anybody runs it on values.
+"""Abstract interpretation of a pickle: runs its opcodes on summaries of values, before it is loaded.
 
-A pickle that names nothing but harmless classes still harms whoever loads it. A key that is nested too deeply overflows
-the stack when it is hashed, and one of pairs (t, t) takes twice as long for each. Calls copy what a few bytes name, and
-can do so any number of times. So the machine follows the opcodes as an unpickler does. Of each value it keeps the kind,
-the depth, and how many bytes would spell it with everything that it repeats written out, and it refuses what takes more
-than the size of the pickle explains.
+A pickle of harmless classes alone can still do harm. Hashing a key that is nested too deeply overflows the stack, and
+hashing nested pairs (t, t) takes time exponential in the depth. A few bytes can name a large value again and again, and
+each call may copy it. So the machine follows the opcodes as an unpickler does. For each value it keeps the kind, the
+depth, and the number of bytes that the value would take if everything that it repeats were written out. A pickle that
+expands far beyond its own size is refused.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from dora_fx.files.pickle_opcodes import opcodes
 from dora_fx.files.regular_file import UnsafeFileError, shortened
 
 _DEEPEST = 100
-# Picklers write a value once and name it after that; a name has few bytes, and stands for some hundred in real files.
+# A pickler writes a value once and refers to it after that. In real files a reference of a few bytes stands for some
+# hundred.
 _MOST_REPEATED, _ALWAYS_ALLOWED = 32, 1 << 20
-# Larger integers have the hashes of smaller ones, and a dict of such keys takes the square of its size.
+# Larger integers share their hashes with smaller ones, and filling a dict of such keys takes quadratic time.
 _LARGEST_KEY = 2**61 - 2
 
 _PLAIN = frozenset({"NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT"})
@@ -31,16 +32,16 @@ _KEYS = frozenset({"text", "integer", "plain"})
 
 
 @dataclass(eq=False, slots=True)
-class Described:
-    """What the machine knows of a value.
+class AbstractValue:
+    """The machine's summary of a value.
 
     Attributes:
-        kind: integer, text, bytes, plain, tuple, list, dict, class, or a name that a format's own calls give.
-        content: an integer, a text, the name of a class; the parts of a tuple; the keys of a dict; of a list, whether
-            all of it could be keys.
-        depth: of values in it.
-        span: the bytes that spell it, with what it repeats.
-        is_held: whether another value has it; from then on it no longer changes, so that none holds itself.
+        kind: integer, text, bytes, plain, tuple, list, dict, class, or a kind that a format's own calls return.
+        content: the value of an integer or a text; the name of a class; the parts of a tuple; the keys of a dict; for a
+            list, whether all its elements could be keys.
+        depth: of nested values.
+        span: bytes that the value takes with all repetitions written out.
+        is_held: whether another value holds it. Then it may not change any more, so that no value can hold itself.
     """
 
     kind: str
@@ -51,73 +52,73 @@ class Described:
 
 
 class PickleMachine(ABC):
-    """Runs one pickle; a format says what its classes are, and what calling them gives."""
+    """Runs one pickle. A subclass per file format defines the allowed classes and the results of calling them."""
 
     def __init__(self, data: bytes, where: str, known: frozenset[str]) -> None:
-        """Take the bytes of a pickle, where they come from, for messages, and the names of the opcodes to accept."""
+        """Take the bytes of a pickle, the name of its file for messages, and the names of the allowed opcodes."""
         self.where = where
         self._data, self._known = data, known
-        self._stack: list[Described] = []
+        self._stack: list[AbstractValue] = []
         self._marks: list[int] = []
-        self._memo: dict[int, Described] = {}
+        self._memo: dict[int, AbstractValue] = {}
         self._most = _ALWAYS_ALLOWED + _MOST_REPEATED * len(data)
         self._called = 0
 
     @abstractmethod
-    def named(self, module: str, name: str) -> Described:
-        """The class of a name; raises UnsafeFileError for one that is not expected in such a file."""
+    def named(self, module: str, name: str) -> AbstractValue:
+        """Resolve a class by its name; raise UnsafeFileError for a class that is not allowed in such a file."""
 
     @abstractmethod
-    def called(self, name: Any, arguments: Sequence[Described]) -> Described:
-        """The result of calling a class by the name that `named` gave it; depth and span are not yet known."""
+    def called(self, name: Any, arguments: Sequence[AbstractValue]) -> AbstractValue:
+        """Return the result of calling a class, by the name that `named` gave it; the machine sets depth and span."""
 
     @abstractmethod
-    def built(self, found: Described, state: Described) -> None:
-        """Check the state that a value is given."""
+    def built(self, value: AbstractValue, state: AbstractValue) -> None:
+        """Check the state that is set on a value."""
 
-    def persistent(self, found: Described) -> Described:
-        """The value that the reader of the file gives for one that the pickle names."""
-        raise self.unexpected(found, "no values from outside it")
+    def persistent(self, value: AbstractValue) -> AbstractValue:
+        """Resolve a persistent id, by which the pickle names a value outside it."""
+        raise self.unexpected(value, "no persistent ids")
 
-    def is_key(self, found: Described) -> bool:
-        """Tell whether a value can be a key: it is hashed in a time that its own bytes explain."""
-        return found.kind in _KEYS and not (found.kind == "integer" and abs(found.content) > _LARGEST_KEY)
+    def is_key(self, value: AbstractValue) -> bool:
+        """Return whether a value may be a key: hashing it takes time in proportion to its own bytes."""
+        return value.kind in _KEYS and not (value.kind == "integer" and abs(value.content) > _LARGEST_KEY)
 
-    def run(self) -> Described:
-        """Follow the pickle to its end, and return what is known of its value.
+    def run(self) -> AbstractValue:
+        """Follow the pickle to its end; return the summary of its value.
 
         Raises:
-            UnsafeFileError: it is damaged, names what it should not, or would take more than its own size explains.
+            UnsafeFileError: the pickle is damaged, names a class that is not allowed, or expands far beyond its size.
         """
         try:
             for name, argument in opcodes(self._data, self.where):
                 if name not in self._known:
                     raise UnsafeFileError(
-                        f"{self.where}: found the opcode {name} in its pickle, expected those that such files have"
+                        f"{self.where}: found the opcode {name} in its pickle, expected those of such files"
                     )
                 self._step(name, argument)
             return self._stack[-1]
         except (IndexError, KeyError) as error:
             raise UnsafeFileError(f"{self.where}: found no whole pickle (a value is missing)") from error
 
-    def unexpected(self, found: Described, expected: str) -> UnsafeFileError:
-        shown = shortened(found.content) if found.kind in ("integer", "text") else f"a {found.kind}"
+    def unexpected(self, value: AbstractValue, expected: str) -> UnsafeFileError:
+        shown = shortened(value.content) if value.kind in ("integer", "text") else f"a {value.kind}"
         return UnsafeFileError(f"{self.where}: found {shown} in its pickle, expected {expected}")
 
     def _step(self, name: str, argument: Any) -> None:
         if name in _TEXTS or name in _BYTES:
-            self._stack.append(Described("text" if name in _TEXTS else "bytes", argument, span=1 + len(argument)))
+            self._stack.append(AbstractValue("text" if name in _TEXTS else "bytes", argument, span=1 + len(argument)))
         elif name in _INTEGERS:
-            self._stack.append(Described("integer", argument, span=1 + argument.bit_length() // 8))
+            self._stack.append(AbstractValue("integer", argument, span=1 + argument.bit_length() // 8))
         elif name in _PLAIN:
-            self._stack.append(Described("plain"))
+            self._stack.append(AbstractValue("plain"))
         elif name in _EMPTY:
-            self._stack.append(Described(*_EMPTY[name]()))
+            self._stack.append(AbstractValue(*_EMPTY[name]()))
         elif name in _HANDLERS:
             _HANDLERS[name](self, argument)
 
-    def _popped(self, count: int) -> list[Described]:
-        """The last values of the stack, off it; none from before the last mark."""
+    def _popped(self, count: int) -> list[AbstractValue]:
+        """Pop the last values of the stack, but none from before the last mark."""
         begin = len(self._stack) - count
         if begin < (self._marks[-1] if self._marks else 0):
             raise IndexError
@@ -125,17 +126,17 @@ class PickleMachine(ABC):
         del self._stack[begin:]
         return parts
 
-    def _since_mark(self) -> list[Described]:
+    def _since_mark(self) -> list[AbstractValue]:
         begin = self._marks.pop()
         parts = self._stack[begin:]
         del self._stack[begin:]
         return parts
 
-    def _hold(self, holder: Described, parts: Sequence[Described]) -> None:
+    def _hold(self, holder: AbstractValue, parts: Sequence[AbstractValue]) -> None:
         for part in parts:
             part.is_held = True
         if holder.is_held:
-            raise self.unexpected(holder, "values that do not change any more, since others hold them")
+            raise self.unexpected(holder, "no change of a value that another value holds")
         for part in parts:
             holder.depth = max(holder.depth, 1 + part.depth)
             holder.span += part.span
@@ -158,27 +159,27 @@ class PickleMachine(ABC):
     def _mark(self, _: Any) -> None:
         self._marks.append(len(self._stack))
 
-    def _tuple(self, parts: list[Described]) -> None:
-        found = Described("tuple", parts)
-        self._hold(found, parts)
-        self._stack.append(found)
+    def _tuple(self, parts: list[AbstractValue]) -> None:
+        value = AbstractValue("tuple", parts)
+        self._hold(value, parts)
+        self._stack.append(value)
 
-    def _extend(self, parts: list[Described]) -> None:
-        found = self._stack[-1]
-        if found.kind != "list":
-            raise self.unexpected(found, "a list to append to")
-        found.content = found.content and all(self.is_key(part) for part in parts)
-        self._hold(found, parts)
+    def _extend(self, parts: list[AbstractValue]) -> None:
+        value = self._stack[-1]
+        if value.kind != "list":
+            raise self.unexpected(value, "a list to append to")
+        value.content = value.content and all(self.is_key(part) for part in parts)
+        self._hold(value, parts)
 
-    def _set_items(self, parts: list[Described]) -> None:
-        found, keys = self._stack[-1], parts[::2]
-        if found.kind != "dict" or len(parts) % 2:
-            raise self.unexpected(found, "a dict to fill, with a value for each key")
+    def _set_items(self, parts: list[AbstractValue]) -> None:
+        value, keys = self._stack[-1], parts[::2]
+        if value.kind != "dict" or len(parts) % 2:
+            raise self.unexpected(value, "a dict to fill, with a value for each key")
         for key in keys:
             if not self.is_key(key):
                 raise self.unexpected(key, "text or integers as the keys of a dict")
-        found.content.extend(key.content for key in keys)
-        self._hold(found, parts)
+        value.content.extend(key.content for key in keys)
+        self._hold(value, parts)
 
     def _global(self, argument: Any) -> None:
         module, _, name = argument.partition(" ")
@@ -201,8 +202,8 @@ class PickleMachine(ABC):
         self._stack.append(result)
 
     def _persistent(self, _: Any) -> None:
-        (found,) = self._popped(1)
-        self._stack.append(self.persistent(found))
+        (value,) = self._popped(1)
+        self._stack.append(self.persistent(value))
 
     def _build(self, _: Any) -> None:
         (state,) = self._popped(1)

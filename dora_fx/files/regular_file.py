@@ -1,4 +1,7 @@
-"""Regular files alone are opened: a named pipe would be waited for, a device has no end, a link leads elsewhere."""
+"""Opens regular files alone: reading a named pipe can block, a device has no end, and a link leads elsewhere.
+
+Also the helpers that shorten untrusted values for messages.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ _MOST_SHOWN, _LONGEST_REASON = 80, 300
 
 
 class UnsafeFileError(ValueError):
-    """A file is not what its format allows, so that reading on could run code, take all memory or never end."""
+    """A file violates its format; reading on could run code, exhaust the memory or never end."""
 
 
 def named_beside(file: Path, name: object) -> Path:
-    """The path of a file that `file` names, which must lie beside it.
+    """Return the path of a file that `file` names, which must lie in the same folder.
 
     Raises:
-        UnsafeFileError: the name leads out of the folder, into a folder of it, or is no name of a file.
+        UnsafeFileError: the name leads out of the folder or into a sub-folder, or is not a file name.
     """
     is_plain = isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
     if not isinstance(name, str) or not is_plain:
@@ -36,16 +39,17 @@ def named_beside(file: Path, name: object) -> Path:
 
 
 def open_regular(path: Path, *, follow_link: bool = False) -> BufferedReader:
-    """Open a regular file to read; nothing can take its place between the check and the reading.
+    """Open a regular file for reading. The open file itself is checked, so nothing can be put in its place later.
 
     Args:
         path: of the file.
-        follow_link: open what a symbolic link leads to; caches of models are made of links.
+        follow_link: open the target of a symbolic link; the caches of models consist of links.
 
     Raises:
-        UnsafeFileError: it is something else than a regular file.
-        OSError: it is not there or cannot be read.
+        UnsafeFileError: it is not a regular file.
+        OSError: it is missing or cannot be read.
     """
+    # O_NONBLOCK, since opening a named pipe would wait for a writer.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     if not follow_link and path.is_symlink():
         raise UnsafeFileError(
@@ -63,7 +67,7 @@ def open_regular(path: Path, *, follow_link: bool = False) -> BufferedReader:
 
 
 def read_regular(path: Path, *, at_most: int, follow_link: bool = False) -> bytes:
-    """All bytes of a regular file; raises UnsafeFileError for more than `at_most`, besides what `open_regular` does."""
+    """Read a regular file; raise UnsafeFileError for more than `at_most` bytes, and the errors of `open_regular`."""
     with open_regular(path, follow_link=follow_link) as file:
         size = size_of(file)
         if size > at_most:
@@ -72,9 +76,9 @@ def read_regular(path: Path, *, at_most: int, follow_link: bool = False) -> byte
 
 
 def check_no_special_files(folder: Path) -> None:
-    """Check that a folder has files and folders alone, or links to them, for readers that open what they find.
+    """Check that a folder holds files, folders and links to them alone, for readers that open whatever they find.
 
-    Names that start with a dot, which are of tools, and links to nothing are let be.
+    Names that start with a dot, which belong to tools, and broken links are ignored.
 
     Raises:
         UnsafeFileError: it has a named pipe, a socket or a device.
@@ -88,12 +92,12 @@ def check_no_special_files(folder: Path) -> None:
 
 
 def size_of(file: BufferedReader) -> int:
-    """Bytes of an open file."""
+    """Return the size of an open file in bytes."""
     return os.fstat(file.fileno()).st_size
 
 
 def shortened(value: object) -> str:
-    """A value of a file as an error shows it, whatever its size; values in values could have any."""
+    """Format an untrusted value for a message; long texts are cut, and containers are shown by their type alone."""
     if isinstance(value, str):
         return repr(value) if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]!r}..."
     is_short = value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
@@ -101,7 +105,7 @@ def shortened(value: object) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Kind and first line of an error, cut to a length that a terminal shows; of the system's errors their text."""
+    """Format an error for a message: class and first line, cut in length; for an OSError the system's text."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).strip()

@@ -1,8 +1,8 @@
-"""The boundary in front of third-party readers: whatever they raise becomes one line that names the file and a cure.
+"""Error handling around third-party readers: their errors become one line that names the file and a cure.
 
-safetensors, tokenizers, gguf, numpy, torch and transformers each raise classes of their own for a file that they
-cannot read, and many of their messages do not name it. Files that are no data at all (a Git LFS pointer, an empty
-file, a pipe, a web page) are found before a reader opens them.
+safetensors, tokenizers, gguf, numpy, torch and transformers raise error classes of their own for a file that they
+cannot read, and many of their messages do not name the file. Files without any data (a Git LFS pointer, an empty file,
+a pipe, a web page) are detected before a reader opens them.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ _AGAIN = "download it again"
 
 
 class ExplainedError(ValueError):
-    """An error of this package whose message needs nothing added; `reading` lets it pass as it is."""
+    """An error of this package with a complete message; `reading` lets it pass unchanged."""
 
 
 class UnreadableFileError(ExplainedError):
-    """A file cannot be read, by whichever reader; the message names it, the reason and a cure."""
+    """A file cannot be read; the message names the file, the reason and a cure."""
 
 
 @contextmanager
 def reading(file: Path, cure: str) -> Iterator[None]:
-    """Turn whatever a library raises in the block into `UnreadableFileError`, and end every message with a cure.
+    """Convert errors of libraries in the block to `UnreadableFileError`, and append a cure to every message.
 
-    Errors of this package that have a cure, and a lack of memory, which is no fault of the file, pass as they are.
+    Errors of this package that have a cure pass unchanged, and so does a failed allocation, which is no fault of the
+    file.
 
     Args:
         file: the file or folder that the block reads.
-        cure: what the user can do, the end of the message.
+        cure: what the user can do; the end of the message.
 
     Raises:
         UnsafeFileError: the block raised it.
@@ -58,7 +59,7 @@ def reading(file: Path, cure: str) -> Iterator[None]:
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turn whatever a library raises for a disk that takes no more into OSError, as `reading` does for readers.
+    """Convert errors of libraries in the block, such as for a full disk, to OSError.
 
     Raises:
         OSError: the block raised.
@@ -72,20 +73,21 @@ def writing(what: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is a failed allocation, of Python, of torch on a CPU or of torch on CUDA."""
+    """Return whether an error is a failed allocation, of Python, of torch on a CPU or of torch on CUDA."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
+    # torch's CPU allocator has no class of its own, and says "can't allocate memory" or "Cannot allocate memory".
     return isinstance(error, RuntimeError) and "t allocate memory" in str(error)
 
 
 def check_readable(file: Path) -> None:
-    """Check that a file is a regular one with data in it, before anybody reads it.
+    """Check that a file is regular and holds data, before a library reads it.
 
     Raises:
         UnsafeFileError: it is a folder, or a pipe or device, whose reader could wait for ever.
-        UnreadableFileError: it is not there, may not be read, is empty, or is something that came in its place.
+        UnreadableFileError: it is missing, not readable, empty, a Git LFS pointer or a web page.
     """
     try:
         with open_regular(file, follow_link=True) as opened:
@@ -102,17 +104,17 @@ def check_readable(file: Path) -> None:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """Parse a JSON file that `check_readable` finds readable.
+    """Check a file with `check_readable`, and parse it as a JSON object.
 
     Raises:
-        UnsafeFileError, UnreadableFileError: as `check_readable`, or the file holds no JSON, or no object.
+        UnsafeFileError, UnreadableFileError: from `check_readable`, or the file does not hold a JSON object.
     """
     check_readable(file)
     with reading(file, _AGAIN):
-        found = read_json(file, follow_link=True)
-    if not isinstance(found, dict):
-        raise UnreadableFileError(f"{file}: found a {type(found).__name__}, expected an object; {_AGAIN}")
-    return found
+        content = read_json(file, follow_link=True)
+    if not isinstance(content, dict):
+        raise UnreadableFileError(f"{file}: found a {type(content).__name__}, expected an object; {_AGAIN}")
+    return content
 
 
 def check_no_pointer(file: Path, start: bytes) -> None:

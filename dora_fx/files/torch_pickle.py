@@ -1,7 +1,7 @@
-"""The pickle of a `torch.save` file: numbers, text, bytes, tensors, lists, tuples, sets and dicts.
+"""Checks the pickle of a `torch.save` file: numbers, text, bytes, tensors, lists, tuples, sets and dicts.
 
-A tensor is a call with a storage, an offset, a shape and strides, each of which a file may state as it likes. Here they
-have to lie within the storage, and the storage has to be what the archive holds.
+A tensor is a call with a storage, an offset, a shape and strides, and a file may state any of them. Here the tensor
+must lie within its storage, and the storage must have the size of the archive's record.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from dora_fx.files.pickle_machine import Described, PickleMachine
+from dora_fx.files.pickle_machine import AbstractValue, PickleMachine
 from dora_fx.files.regular_file import UnsafeFileError, shortened
 
-# What torch's own unpickler of weights knows, and its pickler writes. GLOBAL names a class in place, so that no other
-# opcode can make one up.
+# Opcodes that torch's pickler writes and its unpickler of weights knows. GLOBAL has the name of the class as its
+# argument; STACK_GLOBAL, which takes names that other opcodes compute, is not among them.
 _OPCODES = frozenset(
     {
         *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET"),
@@ -25,7 +25,7 @@ _OPCODES = frozenset(
         *("APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS"),
     }
 )
-# What a call gives, and the kinds of what it is given; a tensor may have a dict of its conjugation behind them.
+# Kinds of the result and the arguments of each call. A tensor may have one more argument, a dict with its conjugation.
 _CALLS = {
     "collections OrderedDict": ("dict", ()),
     "torch Size": ("tuple", ("tuple",)),
@@ -43,7 +43,7 @@ _CALLS = {
     "__builtin__ set": ("set", ("list",)),
     "__builtin__ complex": ("plain", ("plain", "plain")),
 }
-# Bytes of an element; tensors of newer dtypes have storages of bytes.
+# Bytes per element; tensors of newer dtypes have untyped storages.
 _STORAGES = {
     "torch.storage UntypedStorage": 1,
     **{f"torch {name}Storage": 1 for name in ("Byte", "Char", "Bool")},
@@ -61,25 +61,25 @@ class TorchPickle(PickleMachine):
     """Runs the pickle of one archive.
 
     Attributes:
-        elements: of all tensors so far, each counted as often as its shape says.
+        elements: number of elements of all tensors so far, by their shapes.
     """
 
     def __init__(self, data: bytes, where: str, records: Mapping[str, int]) -> None:
-        """Take the pickle, where it comes from, and the sizes of the archive's storages by their keys."""
+        """Take the pickle, the name of its file, and the sizes of the archive's storages by their keys."""
         super().__init__(data, where, _OPCODES)
         self.elements = 0
         self._records = records
 
-    def named(self, module: str, name: str) -> Described:
+    def named(self, module: str, name: str) -> AbstractValue:
         full = f"{module} {name}"
         if full not in _CALLS and full not in _STORAGES and _dtype_of(full) is None:
             raise UnsafeFileError(
                 f"{self.where}: found {module}.{name} in it, expected numbers, text, tensors, lists and dicts; "
                 "it may run code"
             )
-        return Described("class", full)
+        return AbstractValue("class", full)
 
-    def called(self, name: Any, arguments: Sequence[Described]) -> Described:
+    def called(self, name: Any, arguments: Sequence[AbstractValue]) -> AbstractValue:
         kind, expected = _CALLS.get(name, ("", ()))
         kinds = tuple(argument.kind for argument in arguments)
         has_more = kind == "tensor" and kinds == (*expected, "dict")
@@ -92,34 +92,34 @@ class TorchPickle(PickleMachine):
             self._numbers(arguments[0])
         elif name == "__builtin__ set" and not arguments[0].content:
             raise self.unexpected(arguments[0], "text or numbers alone in a set")
-        # Other codecs take the square of a text's length.
+        # Other codecs can take quadratic time.
         elif name == "_codecs encode" and arguments[1].content != "latin1":
             raise self.unexpected(arguments[1], "latin1 as the encoding of bytes")
         elif kind == "tensor":
             self._check_tensor(name, arguments)
-        return Described(kind, list(arguments[0].content) if name == "torch Size" else [])
+        return AbstractValue(kind, list(arguments[0].content) if name == "torch Size" else [])
 
-    def built(self, found: Described, state: Described) -> None:
-        # The state of a tensor would be a storage with sizes of its own.
-        if found.kind != "dict" or state.kind != "dict" or state.content != _ORDERED_DICT_STATE:
-            raise self.unexpected(found, "no attributes but _metadata of an OrderedDict")
+    def built(self, value: AbstractValue, state: AbstractValue) -> None:
+        # A state set on a tensor would bring a storage and sizes of its own, past the checks of the call.
+        if value.kind != "dict" or state.kind != "dict" or state.content != _ORDERED_DICT_STATE:
+            raise self.unexpected(value, "no attributes but _metadata of an OrderedDict")
 
-    def persistent(self, found: Described) -> Described:
-        parts = found.content if found.kind == "tuple" else []
+    def persistent(self, value: AbstractValue) -> AbstractValue:
+        parts = value.content if value.kind == "tuple" else []
         if [part.kind for part in parts] != _STORAGE_KINDS or parts[0].content != "storage":
-            raise self.unexpected(found, "a storage of the archive, by its class, key, device and size")
+            raise self.unexpected(value, "a storage of the archive, by its class, key, device and size")
         _, kind, key, _, count = (part.content for part in parts)
         itemsize = _STORAGES.get(kind, 0)
         size = self._records.get(key.lower())
         if size is None or not itemsize or count * itemsize != size:
-            has = "no such record" if size is None else f"{size:,} bytes"
+            expected = "a record of the archive" if size is None else f"the {size:,} bytes of the archive's record"
             raise UnsafeFileError(
                 f"{self.where}: found {count:,} elements of {kind.replace(' ', '.')} as the storage {shortened(key)}, "
-                f"where the archive has {has}"
+                f"expected {expected}"
             )
-        return Described("storage", (size, itemsize), span=found.span)
+        return AbstractValue("storage", (size, itemsize), span=value.span)
 
-    def _check_tensor(self, name: str, arguments: Sequence[Described]) -> None:
+    def _check_tensor(self, name: str, arguments: Sequence[AbstractValue]) -> None:
         hooks = arguments[2 if name.endswith("parameter") else 5]
         if hooks.content:
             raise self.unexpected(hooks, "no hooks of a tensor")
@@ -135,18 +135,18 @@ class TorchPickle(PickleMachine):
         if len(sizes) != len(strides) or not fits:
             raise UnsafeFileError(
                 f"{self.where}: found a tensor of shape {_shown(sizes)}, strides {_shown(strides)} and offset "
-                f"{shortened(offset)}, for which the {size:,} bytes of its storage have no room"
+                f"{shortened(offset)}, expected one within the {size:,} bytes of its storage"
             )
 
-    def _numbers(self, found: Described) -> list[int]:
-        for part in found.content:
+    def _numbers(self, value: AbstractValue) -> list[int]:
+        for part in value.content:
             if part.kind != "integer" or not 0 <= part.content < _MOST:
                 raise self.unexpected(part, "a size, a stride or an offset")
-        return [part.content for part in found.content]
+        return [part.content for part in value.content]
 
 
 def _shown(sizes: Sequence[int]) -> str:
-    """Sizes or strides as an error shows them, whatever their number."""
+    """Format sizes or strides for a message, whatever their number."""
     return f"({', '.join(map(str, sizes[:8]))}{', ...' if len(sizes) > 8 else ''})"
 
 

@@ -1,4 +1,4 @@
-"""Write a folder that is either whole or absent."""
+"""Writes a folder atomically: it is either complete or absent."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dora_fx.files.durable import give_default_mode, sync
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise FileExistsError if there is anything at `path` but an empty folder."""
+    """Raise FileExistsError unless `path` is free or an empty folder."""
     if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
         raise FileExistsError(f"{path}: it exists, expected a name that is free or an empty folder")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path` to fill; at the end it takes that name, on failure it is removed.
+    """Yield a temporary folder beside `path`; rename it to `path` at the end, or remove it if the block raises.
 
     Raises:
-        FileExistsError: from `check_new_folder`, or something came into being there in the meantime.
+        FileExistsError: `path` is taken.
     """
     check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)

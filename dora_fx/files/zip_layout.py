@@ -1,9 +1,9 @@
-"""The layout of a zip archive that every reader understands alike.
+"""Checks that all readers of zip files read the same records from an archive.
 
-Readers of zip files differ where a file contradicts itself. Python's zipfile takes the zip64 record that lies before
-its locator; miniz, torch's reader, takes the one that the locator points to. One reads as many entries as the directory
-has bytes, another as many as it counts; one shifts all offsets by what was put in front. So everything that is said
-twice must be said alike here, and every byte of the file belongs to exactly one part:
+Readers disagree about a file that contradicts itself. Python's zipfile uses the zip64 record that lies before its
+locator; miniz, torch's reader, uses the one that the locator points to. One reads entries until the directory's bytes
+end, another reads the number of entries that is stated; one shifts all offsets by data in front of the archive. So
+whatever the format states twice must agree here, and every byte of the file must belong to exactly one part:
 
     record, record, ...    header (30 bytes, name, extra), data, and a descriptor where the header has no sizes
     central directory      an entry per record (46 bytes, name, extra)
@@ -30,7 +30,7 @@ _ZIP64_FIELD = 1
 
 @dataclass(frozen=True)
 class ZipRecord:
-    """One file of an archive: where its header begins, where its data do, and how many bytes they are."""
+    """A file in an archive: offsets of its header and its data, and the size of its data in bytes."""
 
     name: str
     header: int
@@ -40,7 +40,7 @@ class ZipRecord:
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the central directory says of a record."""
+    """A record's entry in the central directory."""
 
     name: bytes
     flags: int
@@ -50,20 +50,20 @@ class _Entry:
 
 
 def zip_records(file: BinaryIO, size: int) -> Mapping[str, ZipRecord]:
-    """The records of an archive by their names in lower case, for torch finds them without regard to it.
+    """Return the records of an archive by their names in lower case; torch ignores case when it looks one up.
 
     Args:
         file: the archive.
-        size: of the whole file.
+        size: of the whole file in bytes.
 
     Raises:
-        UnsafeFileError: two readers could understand it differently, or its records are compressed; without the name
-            of the file.
+        UnsafeFileError: two readers could read it differently, or its records are compressed. The message does not name
+            the file; callers add the name.
     """
     directory, end, count = _directory(file, size)
     entries = sorted(_entries(_read(file, directory, end - directory)), key=lambda entry: entry.header)
     if len(entries) != count:
-        raise _differs(f"a directory of {len(entries):,} entries, where its end says {count:,}")
+        raise _differs(f"a directory of {len(entries):,} entries, expected {count:,} by the end record")
     records: dict[str, ZipRecord] = {}
     at = 0
     for entry in entries:
@@ -74,16 +74,16 @@ def zip_records(file: BinaryIO, size: int) -> Mapping[str, ZipRecord]:
             raise _differs(f"two records named {shortened(record.name)}, expected one")
         records[record.name.lower()] = record
     if at != directory:
-        raise _differs(f"records that end at byte {at:,}, expected the directory there, not at {directory:,}")
+        raise _differs(f"records that end at byte {at:,}, expected the directory there and not at {directory:,}")
     return records
 
 
 def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """Where the central directory begins and ends, and how many entries it should have."""
+    """Return the offsets of the central directory's beginning and end, and its stated number of entries."""
     at = size - _END.size
     signature, *disks, on_disk, total, length, begin, comment = _END.unpack(_read(file, at, _END.size))
     if signature != b"PK\5\6" or comment:
-        raise UnsafeFileError("found no archive of torch.save (its last 22 bytes are no end record)")
+        raise UnsafeFileError("found no archive of torch.save (its last 22 bytes are not an end record)")
     fields = (on_disk, total, length, begin)
     if any(disks):
         raise _differs("an archive of several parts, expected one")
@@ -98,7 +98,7 @@ def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
 
 
 def _zip64_fields(file: BinaryIO, locator: int, at: int, fields: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """The zip64 record's counts, size and offset, of which the end record has as much as it has room for."""
+    """Return the zip64 record's counts, size and offset; the end record must repeat them, capped at its field sizes."""
     _, disk, pointed, disks = _LOCATOR.unpack(_read(file, locator, _LOCATOR.size))
     if (disk, pointed, disks) != (0, at, 1):
         raise _differs(f"a locator that points to byte {pointed:,}, expected the zip64 record before it, at {at:,}")
@@ -119,7 +119,7 @@ def _entries(directory: bytes) -> list[_Entry]:
         name, extra = fields[10], fields[11]
         end = at + _ENTRY.size + name + extra
         if fields[0] != b"PK\1\2" or end > len(directory):
-            raise _differs("a directory that is cut, or of other entries than its size has room for")
+            raise _differs("a directory that is cut, or whose entries do not fit its size")
         name = directory[at + _ENTRY.size : end - extra]
         found.append(_entry(fields, name, directory[end - extra : end]))
         at = end
@@ -128,14 +128,14 @@ def _entries(directory: bytes) -> list[_Entry]:
 
 def _entry(fields: tuple[int, ...], name: bytes, extra: bytes) -> _Entry:
     _, _, _, flags, method, _, _, crc, compressed, size, _, _, comment, disk, _, _, header = fields
-    # A name ends at a NUL for one reader, and other bytes than ASCII are decoded in several ways.
+    # Some readers end a name at a NUL, and readers decode bytes beyond ASCII in different ways.
     if not name or not name.isascii() or not name.decode("ascii").isprintable() or b"\\" in name:
         raise _differs(f"a record named {shortened(name.decode('latin-1'))}, expected letters and digits")
     if method != _STORED:
         raise UnsafeFileError("found compressed records, expected them as torch.save writes them")
     if flags & ~(_HAS_DESCRIPTOR | _UTF8) or comment or disk:
         raise _differs("a record that is encrypted, has a comment or is in another part")
-    # Fields for which 32 bits are too few stand in the extra field, in this order; nothing else does.
+    # The extra field holds those fields that need more than 32 bits, in this order, and nothing else.
     wide = [value == _MOST32 for value in (size, compressed, header)]
     if any(wide) or extra:
         expected = struct.pack("<2H", _ZIP64_FIELD, 8 * sum(wide))
@@ -151,19 +151,19 @@ def _entry(fields: tuple[int, ...], name: bytes, extra: bytes) -> _Entry:
 
 
 def _record(file: BinaryIO, entry: _Entry) -> tuple[ZipRecord, int]:
-    """A record whose header says what the directory does, and the place behind it."""
+    """Check a record's header against the directory; return the record and the offset behind it."""
     header = _HEADER.unpack(_read(file, entry.header, _HEADER.size))
     signature, _, flags, method, _, _, crc, compressed, size, name, extra = header
     data = entry.header + _HEADER.size + name + extra
     end = data + entry.size
     shown = shortened(entry.name.decode("ascii"))
     if signature != b"PK\3\4" or _read(file, entry.header + _HEADER.size, name) != entry.name:
-        raise _differs(f"a header without the name of {shown}, expected the directory's")
+        raise _differs(f"a header without the name {shown}, expected the directory's name")
     sizes = {(entry.crc, min(entry.size, _MOST32), min(entry.size, _MOST32))}
     if flags & _HAS_DESCRIPTOR:
         sizes.add((0, 0, 0))
     if flags != entry.flags or method != _STORED or (crc, compressed, size) not in sizes:
-        raise _differs(f"a header of {shown} that says something else than the directory")
+        raise _differs(f"a header of {shown} that contradicts the directory")
     if flags & _HAS_DESCRIPTOR:
         end += _descriptor_size(file, entry, end, shown)
     return ZipRecord(entry.name.decode("ascii"), entry.header, data, entry.size), end
@@ -174,14 +174,14 @@ def _descriptor_size(file: BinaryIO, entry: _Entry, at: int, shown: str) -> int:
         expected = (b"PK\7\x08", entry.crc, entry.size, entry.size)
         if entry.size <= _MOST32 or descriptor is _DESCRIPTORS[1]:
             found = _read(file, at, descriptor.size)
-            # Of an entry without data the first reads as the second's beginning, so what comes next decides.
+            # For an entry without data both formats match, so the signature behind the descriptor decides.
             if descriptor.unpack(found) == expected and _read(file, at + descriptor.size, 2) == b"PK":
                 return descriptor.size
     raise _differs(f"no descriptor behind {shown} with the directory's sizes")
 
 
 def _read(file: BinaryIO, at: int, count: int) -> bytes:
-    """Exactly so many bytes."""
+    """Read exactly that many bytes; raise UnsafeFileError if the file has fewer."""
     if at >= 0 and count >= 0:
         file.seek(at)
         data = file.read(count)
@@ -191,4 +191,4 @@ def _read(file: BinaryIO, at: int, count: int) -> bytes:
 
 
 def _differs(found: str) -> UnsafeFileError:
-    return UnsafeFileError(f"found an archive put together by something else than torch.save ({found})")
+    return UnsafeFileError(f"found an archive that torch.save did not write ({found})")

@@ -1,9 +1,9 @@
-"""Megatron-Core GPT models with the weights of Hugging Face checkpoints.
+"""Loads Hugging Face directories and GGUF files, and builds Megatron models with their weights.
 
-config, state_dict -> GPTArchitecture -> full Megatron tensors -> this rank's shards in a GPTModel
+config, state_dict -> GPTArchitecture -> full Megatron tensors -> this rank's shards in a GPTModel or a HybridModel
 """
 
-from dora_fx.models.architecture import GPTArchitecture, UnsupportedModelError, architecture_of, with_query_groups
+from dora_fx.models.architecture import GPTArchitecture, UnsupportedModelError, architecture_of
 from dora_fx.models.base_files import CONFIG, GENERATION_CONFIG, companion_files, copy_companions, write_config
 from dora_fx.models.chat_templates import apply_chat_template
 from dora_fx.models.decoder_names import FINAL_NORM, DecoderNames
@@ -69,6 +69,5 @@ __all__ = [
     "load_hf_config",
     "noted_architecture_maybe",
     "separating_mask",
-    "with_query_groups",
     "write_config",
 ]

@@ -1,4 +1,4 @@
-"""What a Hugging Face config says about a decoder, in Megatron's terms; everything it cannot say is refused."""
+"""Translates a Hugging Face config to Megatron's terms, and refuses features that Megatron's layers do not compute."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from dora_fx.files import ExplainedError
 from dora_fx.models.hf_architectures import HF_ARCHITECTURES, SUPPORTED_MODEL_TYPES, HFArchitecture
 
-# Megatron has these three numbers of Llama 3's rotary scaling as constants; only the factor is an option.
+# Megatron hard-codes these three numbers of Llama 3's rotary scaling; only the factor is an option.
 LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class UnsupportedModelError(ExplainedError):
-    """A checkpoint uses something that the Megatron model built here would compute differently."""
+    """A checkpoint uses a feature that the Megatron model built here would compute differently."""
 
 
 @dataclass(frozen=True)
 class GPTArchitecture:
-    """A decoder with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
+    """Sizes and options of a decoder with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
 
-    `hf` has the names of its tensors in a checkpoint, its biases and norms. `kv_channels` is the size of one head;
-    `llama3_rope_factor` and `linear_rope_factor` are None where positions are not rescaled that way.
+    `hf` has the names of its tensors in a checkpoint and says which biases and norms it has. `kv_channels` is the size
+    of one head. `llama3_rope_factor` and `linear_rope_factor` are None where positions are not scaled in that way.
     """
 
     hf: HFArchitecture
@@ -48,11 +48,11 @@ class GPTArchitecture:
 
 
 def architecture_of(config: Any) -> GPTArchitecture:
-    """Read the transformers config of a model type that is in `hf_architectures.py`.
+    """Translate the transformers config of a model type in `hf_architectures.py`.
 
     Raises:
-        UnsupportedModelError: the model type, or a feature the config turns on, is not supported; the message
-            names the config's field, the value found and the values supported.
+        UnsupportedModelError: the model type or a feature that the config turns on is not supported. The message names
+            the config's field, the value found and the values supported.
     """
     hf = HF_ARCHITECTURES.get(config.model_type)
     if hf is None:
@@ -78,12 +78,13 @@ def architecture_of(config: Any) -> GPTArchitecture:
 
 
 def with_query_groups(architecture: GPTArchitecture, num_query_groups: int) -> GPTArchitecture:
-    """The same function with more query groups, which tensor parallelism can divide; the added ones are zero.
+    """Add query groups of zeros until there are `num_query_groups`; the model computes the same.
 
-    Heads grow in step, because Megatron gives every group the same number of queries.
+    Tensor parallelism needs a number of groups that it divides. Heads are added in proportion, because Megatron gives
+    every group the same number of queries.
 
     Raises:
-        ValueError: fewer groups are asked for than the model has.
+        ValueError: `num_query_groups` is less than the model has.
     """
     if num_query_groups < architecture.num_query_groups:
         raise ValueError(
@@ -102,13 +103,13 @@ def _check_features(hf: HFArchitecture, config: Any) -> None:
     for name in hf.unset:
         if getattr(config, name, None):
             _refuse(name, getattr(config, name), "none")
-    # Some configs carry a window that `use_sliding_window` turns off, others have no such switch.
+    # Some model types have a window that `use_sliding_window` turns off; others have no such switch.
     layer_types = getattr(config, "layer_types", None) or []
     if any(kind != "full_attention" for kind in layer_types):
         _refuse("layer_types", sorted(set(layer_types)), "full_attention only")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     longest = config.max_position_embeddings
-    # A window as wide as the longest text hides nothing.
+    # A window that covers the longest text masks nothing.
     if window is not None and window < longest:
         _refuse("sliding_window", window, f"none, or at least max_position_embeddings, {longest}")
     if config.num_attention_heads % config.num_key_value_heads:
@@ -116,7 +117,7 @@ def _check_features(hf: HFArchitecture, config: Any) -> None:
 
 
 def _rope_factors(parameters: Mapping[str, Any]) -> dict[str, float]:
-    """Keyword arguments of `GPTArchitecture` for the way positions are rescaled."""
+    """Return the keyword arguments of `GPTArchitecture` that scale the positions."""
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         _refuse("rope_parameters.partial_rotary_factor", parameters["partial_rotary_factor"], "1.0")
     kind = parameters.get("rope_type", "default")

@@ -1,8 +1,8 @@
-"""The files of a base model that are no weights, which travel with a model that is made of it.
+"""Copies the files of a base model other than its weights into the folder of a new model.
 
 Generation settings, chat templates, special tokens, the tokenizer's own files, licences and sub-folders are copied as
-they are. Left out are weights in any format, also older copies in sub-folders such as `original/`, with their indices,
-and names that start with a dot, which are of the tool that fetched the directory.
+they are. Weights in any format and their indices are left out, also in sub-folders such as `original/`, and so are
+names that start with a dot, which belong to the tool that downloaded the directory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dora_fx.files import UnreadableFileError, read_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
-# .bin, .pt and .pth also hold the state of the training that made a base, which is not the new model's either.
+# Files with the endings .bin, .pt and .pth may also hold training state of the base, which the new model does not have.
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".npz", ".distcp"),
     *(".onnx", ".onnx_data", ".onnx.data", ".tflite", ".mlmodel", ".index.json", ".ckpt.index"),
@@ -28,12 +28,12 @@ _WEIGHTS = (
 
 
 def companion_files(base: Path) -> list[Path]:
-    """Paths, within a base directory, of the files that are no weights.
+    """Return the paths, within a base directory, of all files other than weights.
 
-    Links may lead to regular files of the directory, or of the Hugging Face cache that it is part of.
+    Links may lead to regular files in the directory or in the Hugging Face cache that it belongs to.
 
     Raises:
-        UnreadableFileError: a link leads elsewhere, or to no regular file.
+        UnreadableFileError: a link leads somewhere else, or not to a regular file.
     """
     roots, companions = _own_roots(base), []
     for path in sorted(_paths(base)):
@@ -45,7 +45,7 @@ def companion_files(base: Path) -> list[Path]:
 
 
 def copy_companions(base: Path, target: Path) -> None:
-    """Copy the contents of `companion_files`, also of linked ones, but for config.json, into a folder.
+    """Copy the files that `companion_files` lists, except config.json, into a folder; links are followed.
 
     Raises:
         UnreadableFileError: from `companion_files`.
@@ -58,9 +58,9 @@ def copy_companions(base: Path, target: Path) -> None:
 
 
 def write_config(base: Path, config: Any, dtype: torch.dtype, target: Path) -> None:
-    """Write the base's own config.json with the dtype of the new weights, and the tying that the base's tensors have.
+    """Write the base's config.json with the dtype of the new weights and the tying of the base's tensors.
 
-    Everything else stays as the base's author wrote it, for readers that know other names than transformers' newest.
+    Everything else stays as the base's author wrote it, since other readers know older names than transformers' newest.
     """
     fields = read_json(base / CONFIG, follow_link=True)
     name = str(dtype).removeprefix("torch.")
@@ -70,10 +70,10 @@ def write_config(base: Path, config: Any, dtype: torch.dtype, target: Path) -> N
 
 
 def _paths(folder: Path) -> Iterator[Path]:
-    """Everything in a folder but weights and names that start with a dot."""
+    """Yield the paths in a folder, except weights and names that start with a dot."""
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        # A link to a folder is among the folders, and is not followed.
+        # os.walk lists a link to a folder among the folders and does not follow it.
         for name in (*names, *folders):
             if not name.startswith(".") and not name.lower().endswith(_WEIGHTS):
                 yield Path(parent, name)
@@ -84,7 +84,7 @@ def _raise(error: OSError) -> None:
 
 
 def _own_roots(folder: Path) -> list[Path]:
-    """The folder itself and, of a snapshot in the Hugging Face cache, the folder of the blobs that it links to."""
+    """Return the folder, and for a snapshot in the Hugging Face cache also the folder of blobs that it links to."""
     real = Path(os.path.realpath(folder))
     if real.parent.name != "snapshots":
         return [real]
@@ -96,5 +96,5 @@ def _check_link(path: Path, roots: list[Path]) -> None:
     if not (real.is_file() and any(real.is_relative_to(root) for root in roots)):
         raise UnreadableFileError(
             f"{path}: found a link to {real}, expected a file of the base itself; remove it, or give --base a copy of "
-            "the base with the files in place of the links (cp -rL)"
+            "the base without links (cp -rL)"
         )

@@ -1,7 +1,7 @@
-"""Chat templates of somebody else, rendered within limits.
+"""Renders untrusted chat templates within limits of time, memory and length.
 
-transformers runs a template in a sandbox of jinja2, which keeps it from files and from Python's objects, and from
-nothing else: `{{ 'a' * 10**10 }}`, `{{ ''.center(2000000000) }}` and two nested loops take the machine.
+transformers runs a template in jinja2's sandbox, which denies access to files and Python's internals but does not limit
+time or memory: `{{ 'a' * 10**10 }}`, `{{ ''.center(2000000000) }}` or two nested loops can exhaust the machine.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 from dora_fx.files import UnsafeFileError, bounded
 
-# Thousands of times what templates take.
+# Thousands of times what real templates need.
 _SECONDS, _MEBIBYTES, _MOST_CHARACTERS = 10.0, 512, 1 << 24
-# Options that say what becomes of the text.
+# Options for what happens to the rendered text.
 _OF_TOKENS = ("tokenize", "return_dict", "return_assistant_tokens_mask", "return_tensors")
 
 
 def apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> Any:
-    """What `tokenizer.apply_chat_template` gives, once the text is known to be of an ordinary size.
+    """Call `tokenizer.apply_chat_template`, after a check that the rendered text has an ordinary size.
 
     Args:
         tokenizer: transformers', with a template.
@@ -26,8 +26,8 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]], **option
         options: of the method.
 
     Raises:
-        UnsafeFileError: rendering takes too long, too much memory, or makes a text that no model has room for.
-        Exception: of the template, as the method.
+        UnsafeFileError: rendering takes too long or too much memory, or makes a text longer than any model reads.
+        Exception: the template's own errors, as the method raises them.
     """
     what = f"{tokenizer.name_or_path}: the chat template"
     plain = {name: value for name, value in options.items() if name not in _OF_TOKENS}
@@ -41,8 +41,8 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]], **option
 
 @lru_cache(maxsize=8)
 def _check_operators(template: str, what: str) -> None:
-    """Refuse powers, of which one operation takes hours without memory; no signal interrupts it."""
+    """Refuse powers: a single one can take hours, and no signal interrupts it."""
     from jinja2 import Environment
 
     if any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(template)):
-        raise UnsafeFileError(f"{what} has the operator **, expected those that texts need")
+        raise UnsafeFileError(f"{what}: found the operator **, expected a template without powers")

@@ -1,4 +1,4 @@
-"""Names of a Megatron model's modules and parameters in a GPTModel of the local spec that computes the same.
+"""Maps names of a Megatron model's modules and parameters to those of the equivalent GPTModel of the local spec.
 
     GPTModel, TE spec
     decoder.layers.1.self_attention.linear_qkv.layer_norm_weight    decoder.layers.1.input_layernorm.weight
@@ -9,7 +9,7 @@
     decoder.layers.3.mlp.linear_fc2                                 decoder.layers.1.mlp.linear_fc2
     decoder.final_norm                                              decoder.final_layernorm
 
-Hugging Face checkpoints, adapters and streams are in terms of the names on the right, whatever the spec.
+The exchange with Hugging Face (checkpoints, adapters, streams) uses the names on the right for every spec.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dora_fx.megatron import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_
 from dora_fx.models.hf_architectures import LINEAR_FC1, LINEAR_QKV
 
 FINAL_NORM, INPUT_NORM, PRE_MLP_NORM = "decoder.final_layernorm", "input_layernorm", "pre_mlp_layernorm"
-# Linear layers that normalise their input themselves, and the norm that stands before them where they do not.
+# Linear layers that may normalise their input themselves -> the norm before them in specs where they do not.
 FUSED_NORMS = {LINEAR_QKV: INPUT_NORM, LINEAR_FC1: PRE_MLP_NORM}
 _FUSED = "layer_norm_"
 _HYBRID_FINAL_NORM = "decoder.final_norm"
@@ -34,12 +34,12 @@ _LAYER_PATH = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class DecoderNames:
-    """How a model names the layers of its decoder.
+    """Naming scheme of a model's decoder layers.
 
     Attributes:
         pattern: a HybridModel's layers, one symbol each, without the boundaries of pipeline stages; None for a
             GPTModel, whose layers have an attention and an MLP each.
-        num_layers: of the GPTModel that computes the same.
+        num_layers: of the equivalent GPTModel.
     """
 
     pattern: str | None
@@ -47,10 +47,10 @@ class DecoderNames:
 
     @classmethod
     def of(cls, chunk: nn.Module) -> DecoderNames:
-        """Take the names from a chunk of a model, bare or wrapped.
+        """Read the naming scheme from a chunk of a model, bare or wrapped.
 
         Raises:
-            ValueError: a HybridModel's layers are not an attention and an MLP by turns, which are a GPTModel's.
+            ValueError: a HybridModel's layers do not alternate between attention and MLP, as a GPTModel's do.
         """
         pattern = hybrid_pattern_maybe(chunk)
         if pattern is None:
@@ -58,13 +58,13 @@ class DecoderNames:
             return cls(None, model.config.num_layers)
         if not is_attention_and_mlp(pattern):
             raise ValueError(
-                f"hybrid_layer_pattern: found {pattern!r}, expected attention and MLP by turns ({ATTENTION}{MLP}...), "
+                f"hybrid_layer_pattern: found {pattern!r}, expected attention and MLP in turn ({ATTENTION}{MLP}...), "
                 "as in every supported architecture"
             )
         return cls(pattern, len(pattern) // 2)
 
     def gpt_path(self, path: str) -> str:
-        """The path that a module has in the GPTModel; `path` has the number of its layer in the whole model."""
+        """Map a module's path to its path in the GPTModel; layer numbers count in the whole model."""
         if self.pattern is None:
             return path
         if path == _HYBRID_FINAL_NORM:
@@ -73,9 +73,9 @@ class DecoderNames:
         return f"decoder.layers.{int(match[1]) // 2}.{match[2]}" if match else path
 
     def fused_name(self, name: str) -> str:
-        """The name of a parameter of the GPTModel in this one, if it is of Transformer Engine's layers.
+        """Map a GPTModel's parameter name to its name in this model, built of Transformer Engine's layers.
 
-        Checkpoints of every spec have these names.
+        Checkpoints of every spec use these names.
         """
         match = _LAYER_PATH.fullmatch(name)
         if match is None:
@@ -89,7 +89,7 @@ class DecoderNames:
         return f"decoder.layers.{index}.{within}"
 
     def gpt_parameters(self, path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield a module's own parameters by the names that they have in the GPTModel."""
+        """Yield a module's own parameters with their names in the GPTModel."""
         gpt_path = self.gpt_path(path)
         match = _LAYER_PATH.fullmatch(gpt_path)
         norm = FUSED_NORMS.get(match[2]) if match else None
@@ -101,6 +101,6 @@ class DecoderNames:
 
 
 def parameters_by_gpt_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of a model without adapters, by its name in the GPTModel."""
+    """Return every parameter of a model without adapters, by its name in the GPTModel."""
     names = DecoderNames.of(model)
     return dict(pair for named in walk(model) for pair in names.gpt_parameters(named.whole_path, named.module))

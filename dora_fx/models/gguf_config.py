@@ -1,8 +1,8 @@
-"""A GGUF file's metadata as a transformers config: every key of the model is honoured, known to be neutral, or refused.
+"""Translates a GGUF file's metadata to a transformers config; keys of the model with an unknown effect are refused.
 
-transformers' own reader leaves out what has no place in its table (`rope.scaling.*`, `rope_freqs.weight`, the head
-size of most models) and takes its classes' defaults for what a file does not state. The names and defaults here are
-llama.cpp's: its GGUF documentation, `llama-model.cpp` and `convert_hf_to_gguf.py`.
+transformers' own reader ignores keys that its table lacks (`rope.scaling.*`, `rope_freqs.weight`, the head size of most
+models) and uses its classes' defaults for keys that a file lacks. The names and defaults here are llama.cpp's, from its
+GGUF documentation, `llama-model.cpp` and `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dora_fx.models.gguf_tensors import DOWNLOAD, ROPE_FREQS, TOKEN_EMBEDDING, G
 from dora_fx.models.hf_architectures import GGUF_ARCHITECTURES
 
 _DEFAULT_ROPE_BASE = 10000.0
-# Keys that say how large the model is, or how it was made, and are read below or say nothing about the function.
+# Keys that are read below, or that do not change what the model computes.
 _READ = {
     *("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
@@ -27,7 +27,7 @@ _READ = {
     *("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
     *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
-# Keys that change the function unless they have one of these values.
+# Keys that change what the model computes unless they have one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -46,10 +46,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def gguf_config(opened: GGUFFile) -> Any:
-    """The transformers config of a GGUF file's model.
+    """Build the transformers config of a GGUF file's model.
 
     Raises:
-        UnsupportedModelError: the architecture or a key is not supported; the message has the key and its value.
+        UnsupportedModelError: the architecture or a key is not supported; the message names the key and its value.
         ValueError: a key that the model needs is missing or is not a number.
     """
     from transformers import AutoConfig
@@ -73,7 +73,7 @@ class _Values:
         self.prefix = architecture
 
     def number(self, name: str, default: Any = None) -> Any:
-        """One number; raises ValueError for a missing one without a default, and for one per layer."""
+        """Return a number; raise ValueError if it is missing without a default, or is a list with one per layer."""
         key = f"{self.prefix}.{name}"
         value = self.opened.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -82,7 +82,7 @@ class _Values:
         return value
 
     def same(self, name: str, expected: Any, meaning: str) -> None:
-        """Raise unless a key is absent or has the value that another one gives it."""
+        """Raise UnsupportedModelError unless a key is absent or has the expected value."""
         found = self.number(name, expected)
         if found != expected:
             _refuse(self.opened, f"{self.prefix}.{name}", found, f"{expected}, {meaning}")
@@ -112,7 +112,7 @@ def _shape(values: _Values) -> dict[str, Any]:
 
 def _rope_parameters(values: _Values, head_dim: int) -> dict[str, Any]:
     base = values.number("rope.freq_base", _DEFAULT_ROPE_BASE)
-    # llama.cpp takes a factor without a type for a linear one, and 0 for none.
+    # In llama.cpp a factor without a type is linear, and a factor of 0 is none.
     factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 0.0)) or 1.0
     key = f"{values.prefix}.rope.scaling.type"
     kind = values.opened.metadata.get(key, "linear")
@@ -130,7 +130,7 @@ def _rope_parameters(values: _Values, head_dim: int) -> dict[str, Any]:
 
 
 def _llama3_factor(opened: GGUFFile, base: float, head_dim: int) -> float | None:
-    """The factor of Llama 3's rotary scaling, which the converter writes out as a divisor per frequency."""
+    """Return the factor of Llama 3's rotary scaling, of which a GGUF file holds a divisor per frequency."""
     if ROPE_FREQS not in opened.tensors:
         return None
     found = opened.values(ROPE_FREQS).astype(np.float64)
@@ -143,13 +143,13 @@ def _llama3_factor(opened: GGUFFile, base: float, head_dim: int) -> float | None
             return factor
     constants = ", ".join(f"{name} {value:g}" for name, value in LLAMA3_CONSTANTS.items())
     raise UnsupportedModelError(
-        f"{opened.path}: {ROPE_FREQS} holds other divisors of the {head_dim // 2} rotary frequencies than Llama 3's "
-        f"scaling gives, with {constants}; no other is supported"
+        f"{opened.path}: found other divisors of the {head_dim // 2} rotary frequencies in {ROPE_FREQS}, expected "
+        f"those of Llama 3's scaling with {constants}"
     )
 
 
 def llama3_divisors(base: float, head_dim: int, factor: float) -> np.ndarray:
-    """Return the divisors of Llama 3's rotary frequencies, `[head_dim / 2]`, as `convert_hf_to_gguf.py` computes it."""
+    """Compute the divisors of Llama 3's rotary frequencies, `[head_dim / 2]`, as `convert_hf_to_gguf.py` does."""
     low, high, original = LLAMA3_CONSTANTS.values()
     wavelengths = 2 * math.pi * base ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
@@ -157,7 +157,7 @@ def llama3_divisors(base: float, head_dim: int, factor: float) -> np.ndarray:
 
 
 def _tokens(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens; all that end a text, a turn or a message end generation."""
+    """Return the config's special tokens; generation ends at the end of a text, of a turn or of a message."""
     bos, eos, eot, eom, pad = (
         metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding")
     )
@@ -178,7 +178,7 @@ def _check_keys(opened: GGUFFile, architecture: str) -> None:
         prefix, _, name = key.partition(".")
         if prefix != architecture or name in _READ or value in _NEUTRAL.get(name, ()):
             continue
-        neutral = " or ".join(map(repr, _NEUTRAL.get(name, ()))) or "no such key, which is unknown here"
+        neutral = " or ".join(map(repr, _NEUTRAL.get(name, ()))) or "no such key, since its effect is unknown"
         _refuse(opened, key, value, neutral)
 
 

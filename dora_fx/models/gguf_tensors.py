@@ -1,4 +1,4 @@
-"""A GGUF file, opened once: its metadata, and its tensors under the names of transformers' model."""
+"""Reads a GGUF file: its metadata, and its tensors under the names of transformers' model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GGUFFile:
     Attributes:
         path: of the file.
         metadata: its keys and values, without the tokenizer's long lists.
-        tensors: gguf's records of the tensors by name; their data stay in the file.
+        tensors: gguf's records of the tensors by name; the data stays in the file until it is read.
     """
 
     path: Path
@@ -34,13 +34,13 @@ class GGUFFile:
     tensors: Mapping[str, Any]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, rows first, where GGUF has columns first."""
+        """Return a tensor's shape with rows first; GGUF has columns first."""
         if name not in self.tensors:
             raise ValueError(f"{self.path}: found no {name}, expected a whole model")
         return tuple(reversed(self.tensors[name].shape.tolist()))
 
     def values(self, name: str) -> np.ndarray:
-        """A tensor in float32, dequantised if need be."""
+        """Read a tensor as float32, and dequantise it if it is quantised."""
         from gguf import dequantize
 
         tensor = self.tensors[name]
@@ -48,11 +48,11 @@ class GGUFFile:
 
 
 def open_gguf(path: Path) -> GGUFFile:
-    """Open a GGUF file and read what comes before its tensors.
+    """Open a GGUF file and read its header and metadata.
 
     Raises:
-        UnreadableFileError: it is no GGUF file, or damaged.
-        UnsafeFileError: it counts more than it has room for.
+        UnreadableFileError: the file is not a GGUF file, or is damaged.
+        UnsafeFileError: its header states more than the file can hold.
     """
     from gguf import GGUFReader
 
@@ -66,17 +66,17 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 def gguf_state_dict(opened: GGUFFile, config: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a GGUF file as the config's transformers model names and shapes them.
+    """Read the tensors of a GGUF file under the names and in the shapes of the config's transformers model.
 
     Raises:
-        ValueError: a tensor is missing, has no place in the model, is of another shape, or cannot be dequantised.
+        ValueError: a tensor is missing, unexpected, of another shape, or cannot be dequantised.
     """
     expected = expected_shapes(config)
     hf_names = _hf_names(config, expected)
-    found = {hf_names.get(name, name): name for name in opened.tensors if name != ROPE_FREQS}
-    check_names(opened.path, config, found)
+    gguf_names = {hf_names.get(name, name): name for name in opened.tensors if name != ROPE_FREQS}
+    check_names(opened.path, config, gguf_names)
     tensors = {}
-    for name, gguf_name in found.items():
+    for name, gguf_name in gguf_names.items():
         check_shape(opened.path, gguf_name, opened.shape(gguf_name), expected[name])
         with reading(opened.path, f"{gguf_name} may have a type of quantisation that gguf does not know; {DOWNLOAD}"):
             values = torch.from_numpy(np.array(opened.values(gguf_name), dtype=np.float32))
@@ -85,7 +85,7 @@ def gguf_state_dict(opened: GGUFFile, config: Any, dtype: torch.dtype) -> dict[s
 
 
 def _hf_names(config: Any, expected: Iterable[str]) -> dict[str, str]:
-    """Names in the file -> names in the model."""
+    """Return names in the file -> names in the model."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
     gguf = HF_ARCHITECTURES[config.model_type].gguf
@@ -96,7 +96,7 @@ def _hf_names(config: Any, expected: Iterable[str]) -> dict[str, str]:
 
 
 def _rotary_halves(config: Any, name: str, weight: Tensor) -> Tensor:
-    """Undo ggml's order of q and k rows where it has pairs of rotary dimensions, and transformers two halves."""
+    """Reorder the rows of q and k from ggml's pairs of rotary dimensions to transformers' two halves."""
     hf = HF_ARCHITECTURES[config.model_type]
     if not hf.gguf_rotary_pairs:
         return weight

@@ -1,4 +1,4 @@
-"""Build a Megatron-Core GPTModel, or a HybridModel, and copy a Hugging Face checkpoint into it."""
+"""Builds a Megatron-Core GPTModel or HybridModel and copies a Hugging Face checkpoint into it."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ def build_gpt_model(
     sequence_parallel: bool = False,
     spec: Spec | None = None,
 ) -> nn.Module:
-    """A Megatron GPTModel or HybridModel that computes what the Hugging Face model computes.
+    """Build a Megatron GPTModel or HybridModel that computes what the Hugging Face model computes.
 
-    Megatron's model-parallel groups must exist (`dora_fx.megatron.world`); each rank keeps the layers of its pipeline
+    Megatron's model-parallel groups must exist (`dora_fx.megatron.world`). Each rank holds the layers of its pipeline
     stage, and its tensor-parallel shards of them. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the
-    attention mask. `export_hf` gives the layers the checkpoint's names again.
+    attention mask. `export_hf` writes adapters under the checkpoint's names.
 
     Args:
         config: the checkpoint's transformers config.
         state_dict: the checkpoint's tensors, as the transformers model names them.
         dtype: of the parameters, float32 or bfloat16.
         device: "cpu" or "cuda" (the current device).
-        num_query_groups: pad with zero query groups up to this number; the function stays the same. The default
+        num_query_groups: pad with query groups of zeros up to this number; the model computes the same. The default
             is the least number that the tensor-parallel size divides.
         sequence_parallel: shard the sequence between the tensor-parallel layers.
-        spec: the layers that the model is made of: "local", a GPTModel of Megatron's own; "te", one of Transformer
-            Engine's; "hybrid", a HybridModel of Transformer Engine's. The default is "te" on CUDA where Transformer
+        spec: "local" for a GPTModel of Megatron's own layers, "te" for a GPTModel of Transformer Engine's layers,
+            "hybrid" for a HybridModel of Transformer Engine's layers. The default is "te" on CUDA where Transformer
             Engine is installed, and "local" elsewhere. An adapter trained on either GPTModel loads on the other.
 
     Raises:
-        UnsupportedModelError: the config has something that this model would compute differently.
-        ValueError: the checkpoint's tensors are not those of its config, or a size does not divide by the
-            tensor-parallel size, or the packages that the spec needs are not there; the message names them.
+        UnsupportedModelError: the config has a feature that this model would compute differently.
+        ValueError: the checkpoint's tensors are not those of its config, a size is not divisible by the tensor-parallel
+            size, or packages that the spec needs are missing; the message names them.
     """
     spec = default_spec(device) if spec is None else spec
     check_spec(spec)
@@ -73,7 +73,7 @@ def build_gpt_model(
     _check_divisible(architecture, tp_size)
     _check_names(architecture, state_dict)
     if architecture.tied_embeddings and parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        # Stages that hold one weight each would have to synchronise it; the base is frozen, so two copies are alike.
+        # The embedding and the output layer are on different stages. The base is frozen, so two copies stay equal.
         architecture = dataclasses.replace(architecture, tied_embeddings=False)
         state_dict = {**state_dict, OUTPUT_WEIGHT: state_dict[EMBEDDING_WEIGHT]}
     model = empty_model(architecture, spec, dtype, device, sequence_parallel)
@@ -84,15 +84,15 @@ def build_gpt_model(
 
 
 def noted_architecture_maybe(model: nn.Module) -> HFArchitecture | None:
-    """The architecture of the checkpoint that `build_gpt_model` made a model of; None for a model made elsewhere."""
-    noted = getattr(model, "hf_model_type", None)
-    return None if noted is None else HF_ARCHITECTURES[noted]
+    """Return the Hugging Face architecture that `build_gpt_model` noted on the model; None for other models."""
+    model_type = getattr(model, "hf_model_type", None)
+    return None if model_type is None else HF_ARCHITECTURES[model_type]
 
 
 def architecture_with_tensors(config: Any, state_dict: Mapping[str, Tensor]) -> GPTArchitecture:
-    """`architecture_of` a config, with the output layer untied where the tensors hold another one than the embedding.
+    """Call `architecture_of`, but untie the output layer if its tensor differs from the embedding.
 
-    transformers does the same for a config that says `tie_word_embeddings` beside such tensors.
+    transformers does the same for a config with `tie_word_embeddings` and such tensors.
     """
     architecture = architecture_of(config)
     embedding, output = state_dict.get(EMBEDDING_WEIGHT), state_dict.get(OUTPUT_WEIGHT)
@@ -102,21 +102,21 @@ def architecture_with_tensors(config: Any, state_dict: Mapping[str, Tensor]) -> 
 
 
 def causal_mask(sequence_length: int, device: torch.device | str) -> Tensor:
-    """Megatron's boolean mask `[1, 1, s, s]`, True where a position must not look.
+    """Make Megatron's boolean mask `[1, 1, s, s]`, True where attention is not allowed.
 
-    Without one Megatron makes its own, on CUDA whatever the model's device.
+    Without a mask Megatron makes its own, and always on CUDA.
     """
     ones = torch.ones(1, 1, sequence_length, sequence_length, dtype=torch.bool, device=device)
     return ones.triu(diagonal=1)
 
 
 def separating_mask(sample: Tensor) -> Tensor:
-    """Megatron's boolean mask `[b, 1, s, s]` for sequences of several samples, True where a position must not look.
+    """Make Megatron's boolean mask `[b, 1, s, s]` for packed samples, True where attention is not allowed.
 
-    A position sees those of its own sample up to itself.
+    A position attends to the positions of its own sample up to itself.
 
     Args:
-        sample: number of the sample that a token is of, `[b, s]`, rising along a sequence.
+        sample: index of the sample that each token belongs to, `[b, s]`, not decreasing along a sequence.
     """
     others = sample[:, None, :, None] != sample[:, None, None, :]
     return others | causal_mask(sample.shape[1], sample.device)
@@ -136,11 +136,11 @@ def _check_stages(architecture: GPTArchitecture) -> None:
 
 
 def _note_padding(model: Any, unpadded: GPTArchitecture, padded: GPTArchitecture) -> None:
-    """Tell the attention's linear layers how many of their features are padding, for adapters to leave alone."""
+    """Note on the attention's linear layers how many features are padding, which adapters leave alone."""
     groups = padded.num_query_groups - unpadded.num_query_groups
     heads_size = groups * padded.queries_per_group * padded.kv_channels
     attentions = [layer.self_attention for layer in model.decoder.layers]
-    # A HybridModel's layers of MLPs have none.
+    # A HybridModel's MLP layers have no attention.
     for attention in (attention for attention in attentions if hasattr(attention, "linear_qkv")):
         attention.linear_proj.padded_in_features = heads_size
         attention.linear_qkv.padded_out_features = heads_size + 2 * groups * padded.kv_channels
@@ -159,7 +159,7 @@ def _check_names(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor]
 def full_tensors(
     architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], layers: Iterable[int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name in a GPTModel of the local spec, full tensor) for some layers and all around them."""
+    """Yield (parameter name in a GPTModel of the local spec, full tensor) for these layers and the model's ends."""
     yield "embedding.word_embeddings.weight", state_dict[EMBEDDING_WEIGHT]
     for index in layers:
         hf = {name: state_dict[f"{LAYERS}.{index}.{name}"] for name in hf_layer_names(architecture)}
@@ -170,7 +170,7 @@ def full_tensors(
         yield "output_layer.weight", state_dict[OUTPUT_WEIGHT]
 
 
-# Tensors that one stage of a pipeline alone has.
+# Tensors that only one pipeline stage has.
 _ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
 
 
@@ -179,7 +179,7 @@ def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     parameters = parameters_by_gpt_name(model)
-    # Those of this pipeline stage.
+    # The layers of this pipeline stage.
     layers = sorted({int(name.split(".")[2]) for name in parameters if name.startswith("decoder.layers.")})
     for name, full in full_tensors(architecture, state_dict, layers):
         if name not in parameters and name in _ENDS and not (model.pre_process and model.post_process):

@@ -1,7 +1,7 @@
-"""Every Hugging Face architecture that Megatron's GPTModel expresses here, described once: one record a `model_type`.
+"""The supported Hugging Face architectures, one record per `model_type`.
 
 All are decoders with an RMSNorm before attention and MLP, rotary positions, grouped-query attention and a SwiGLU MLP.
-Loading, exporting, importing, merging and digests read these records; no other file names a Hugging Face layer.
+Loading, exporting, importing, merging and digests take the names of Hugging Face layers from these records.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ LINEAR_FC1, LINEAR_FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 OUTPUT_LAYER = "output_layer"
 _Q_LAYERNORM, _K_LAYERNORM = "self_attention.q_layernorm", "self_attention.k_layernorm"
 
-# Names around the layers, which all the architectures share. The prefix is absent where a decoder was saved by itself.
+# Names around the layers, the same in all architectures. A decoder that was saved by itself lacks the prefix.
 DECODER_PREFIX = "model."
 LAYERS, LM_HEAD = "model.layers", "lm_head"
 EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, OUTPUT_WEIGHT = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-# Old checkpoints hold these frequencies, which transformers computes from the config.
+# Old checkpoints hold these frequencies; transformers computes them from the config.
 ROTARY_FREQUENCIES = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
 class HFArchitecture:
-    """How checkpoints of one `model_type` name the tensors of a layer, and which of their configs are understood.
+    """Tensor names in checkpoints of one `model_type`, and the options of its configs that are supported.
 
     Attributes:
         model_type: the name in config.json.
-        linears: Megatron linear layer -> the Hugging Face layers that its rows are dealt out to: one for each of its
-            blocks (query, key and value; gate and up), or a single one, which has the blocks one after another.
+        linears: Megatron linear layer -> the Hugging Face layers that share its rows: one for each of its blocks
+            (query, key and value; gate and up), or a single one that holds the blocks one after another.
         norms: Megatron norm -> Hugging Face norm.
-        qkv_bias: whether query, key and value have a bias; no other layer may.
+        qkv_bias: whether query, key and value have a bias; other layers have none.
         unset: fields of a config that must be absent, None, False or zero.
-        gguf: `general.architecture` of GGUF files that hold such a model; None where llama.cpp has no name of its own.
-        gguf_rotary_pairs: whether llama.cpp stores the rows of q and k as pairs of rotary dimensions, which
-            transformers has in two halves.
+        gguf: `general.architecture` of GGUF files with such a model; None where llama.cpp has no name of its own.
+        gguf_rotary_pairs: whether llama.cpp stores the rows of q and k as pairs of rotary dimensions; transformers
+            stores two halves.
     """
 
     model_type: str
@@ -89,5 +89,5 @@ _PHI3 = dataclasses.replace(
 HF_ARCHITECTURES = {hf.model_type: hf for hf in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _PHI3)}
 SUPPORTED_MODEL_TYPES = tuple(HF_ARCHITECTURES)
 GGUF_ARCHITECTURES = {hf.gguf: hf for hf in HF_ARCHITECTURES.values() if hf.gguf is not None}
-# Names for a Megatron model of which nothing more is known: most architectures share them.
+# For a Megatron model of unknown origin: most architectures share these names.
 DEFAULT_ARCHITECTURE = _LLAMA

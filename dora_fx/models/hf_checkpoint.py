@@ -1,4 +1,4 @@
-"""Read a base model: a directory of transformers' own format, or one GGUF file."""
+"""Loads a base model from a directory in transformers' format or from a GGUF file."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class HFCheckpoint:
 
     Attributes:
         path: the directory or file that it was read from.
-        config: transformers' config, with `tie_word_embeddings` as the tensors say.
-        state_dict: the tensors as the transformers model names them; one that is tied has both of its names.
+        config: transformers' config; `tie_word_embeddings` says whether the tensors are tied.
+        state_dict: the tensors under the transformers model's names; a tied tensor has both of its names.
         tokenizer: transformers'.
     """
 
@@ -50,14 +50,14 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
 
     Args:
         path: a directory with config.json, weights and a tokenizer, or a .gguf file.
-        dtype: the tensors are converted to it; quantised GGUF tensors are dequantised.
+        dtype: of the returned tensors; quantised GGUF tensors are dequantised.
 
     Raises:
         FileNotFoundError: there is no such file or directory.
-        UnsafeFileError: reading the files could run code, take all memory or never end.
-        UnsupportedModelError: the checkpoint has something that `build_gpt_model` would compute differently.
-        ValueError: a file cannot be read, or the tensors are not those of the config's model; found before the
-            weights are read.
+        UnsafeFileError: reading the files could run code, exhaust the memory or never end.
+        UnsupportedModelError: the checkpoint has a feature that `build_gpt_model` would compute differently.
+        ValueError: a file cannot be read, or the tensors are not those of the config's model. Both are checked before
+            the weights are read.
     """
     _check_exists(path)
     if path.is_dir():
@@ -74,12 +74,12 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
 
 
 def load_hf_config(path: Path) -> Any:
-    """The transformers config of a checkpoint that `load_hf_checkpoint` loads; its weights are not read.
+    """Load the transformers config of a checkpoint that `load_hf_checkpoint` accepts; the weights are not read.
 
-    A directory may have a config alone, which is then taken at its word.
+    The sizes in the config of a directory without weights are not checked against anything.
 
     Raises:
-        FileNotFoundError, UnsafeFileError, UnsupportedModelError, ValueError: as `load_hf_checkpoint`.
+        FileNotFoundError, UnsafeFileError, UnsupportedModelError, ValueError: as from `load_hf_checkpoint`.
     """
     _check_exists(path)
     if not path.is_dir():
@@ -95,7 +95,7 @@ def _check_exists(path: Path) -> None:
 
 
 def _read_directory(folder: Path) -> tuple[Any, Mapping[str, StoredWeight]]:
-    """Config and headers of a directory, checked against each other."""
+    """Read config and headers of a directory, and check them against each other."""
     fields = read_fields(folder)
     headers = read_headers(folder)
     config = make_config(folder, fields, sum(math.prod(weight.shape) for weight in headers))
@@ -109,14 +109,14 @@ def _directory_tokenizer(folder: Path) -> Any:
 
 
 def _gguf_tokenizer(path: Path) -> Any:
-    # transformers prefers the files of a tokenizer that lie beside a GGUF file, whose ever they are.
+    # In an empty folder, since transformers prefers tokenizer files beside a GGUF file, whichever model they belong to.
     with tempfile.TemporaryDirectory() as alone:
         Path(alone, path.name).symlink_to(path.absolute())
         return _tokenizer(path, Path(alone), gguf_file=path.name)
 
 
 def _tokenizer(file: Path, folder: Path, **source: str) -> Any:
-    """transformers' tokenizer of a folder; `file` is for messages."""
+    """Load transformers' tokenizer from a folder; `file` is for messages."""
     from transformers import AutoTokenizer
 
     with reading(file, UPGRADE):
@@ -127,7 +127,7 @@ def _tokenizer(file: Path, folder: Path, **source: str) -> Any:
 
 
 def _with_tied_names(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Both names of a tied weight, of which files hold either or both."""
+    """Add the second name of a tied weight; files hold either name or both."""
     if not config.tie_word_embeddings:
         return tensors
     weight = tensors[EMBEDDING_WEIGHT if EMBEDDING_WEIGHT in tensors else OUTPUT_WEIGHT]

@@ -1,6 +1,6 @@
-"""The config of a Hugging Face directory, which transformers makes once its files were looked at.
+"""Reads the config of a Hugging Face directory, after a check of the files that transformers will read.
 
-transformers follows fields of these files to other files and to code, and makes lists as long as they say.
+Fields of these files can lead transformers to other files and to code, and make it build lists of any length.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from dora_fx.models.hf_architectures import SUPPORTED_MODEL_TYPES
 UPGRADE = "if a newer version wrote it, upgrade transformers and tokenizers; otherwise download it again"
 
 _TOKENIZER_CONFIG, _ADAPTER_CONFIG, _TOKENIZER = "tokenizer_config.json", "adapter_config.json", "tokenizer.json"
-# Normalizers put a mark in the place of a space; a few that each make ten characters of one make billions.
+# Real normalizers replace a space by a mark. A few that each replace one character by ten make billions of one.
 _LONGEST_REPLACEMENT, _MOST_NORMALIZERS = 100, 100
 _WITHOUT_WEIGHTS = 1 << 62
-# What transformers reads of a directory beside config and weights, and what comes along with a merged model.
+# Files beside config and weights that transformers reads, or that are copied along with a merged model.
 _TEXT_FILES = (
     *(_TOKENIZER, _TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", GENERATION_CONFIG),
     *("vocab.json", "vocab.txt", "merges.txt", "tekken.json", "*.model", "*.tiktoken", "*.jinja"),
     "additional_chat_templates/*.jinja",
 )
-# By the files that have them: fields that lead transformers to other files of the directory, or out of it.
+# File -> fields in it that lead transformers to other files, in the directory or outside it.
 _NAMES_OF_FILES = {
     CONFIG: ("configuration_files", "transformers_weights"),
     _TOKENIZER_CONFIG: ("fast_tokenizer_files",),
@@ -42,12 +42,12 @@ _NAMES_OF_FILES = {
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """The fields of config.json, once every file that transformers reads beside the weights was looked at.
+    """Return the fields of config.json, after a check of every file that transformers reads beside the weights.
 
     Raises:
         UnsafeFileError: there is a pipe, a device or a socket in the folder.
         UnreadableFileError: a file is missing or damaged.
-        UnsupportedModelError: a field leads elsewhere, or the model is of a type that is not supported.
+        UnsupportedModelError: a field leads to other files or code, or the model type is not supported.
         ValueError: there is a PEFT adapter beside the model.
     """
     with reading(folder, "take it out of the folder"):
@@ -77,17 +77,17 @@ def read_fields(folder: Path) -> dict[str, Any]:
 
 
 def make_config(folder: Path, fields: Mapping[str, Any], elements: int | None) -> Any:
-    """The transformers config of a directory.
+    """Make the transformers config of a directory.
 
     Args:
         folder: the directory.
-        fields: what `read_fields` gives of it.
-        elements: of all its weights together; None where it has none, and is taken at its word.
+        fields: from `read_fields`.
+        elements: number of elements of all its weights; None for a directory without weights.
 
     Raises:
         UnsafeFileError: the fields need more weights than there are.
         UnreadableFileError: transformers cannot read them.
-        UnsupportedModelError: `build_gpt_model` would compute something else.
+        UnsupportedModelError: `build_gpt_model` would compute differently.
     """
     from transformers import AutoConfig
 
@@ -101,7 +101,7 @@ def make_config(folder: Path, fields: Mapping[str, Any], elements: int | None) -
 
 
 def _check_nothing_elsewhere(file: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse fields that name other files, or other code, than transformers' own names and classes."""
+    """Refuse fields that lead to other files or code than transformers' standard names and classes."""
     elsewhere = {name: fields.get(name) for name in _NAMES_OF_FILES.get(file.name, ())}
     code = fields.get("auto_map")
     if file.name == CONFIG and isinstance(code, dict):
@@ -115,16 +115,16 @@ def _check_nothing_elsewhere(file: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _check_normalizers(file: Path, normalizer: Any) -> None:
-    """Refuse normalizers that together make far more of a character than any model's do."""
-    open_ones, length, count = [normalizer], 1, 0
-    while open_ones and count <= _MOST_NORMALIZERS and length <= _LONGEST_REPLACEMENT:
-        found, count = open_ones.pop(), count + 1
-        if isinstance(found, dict):
-            inner, content = found.get("normalizers"), found.get("content")
-            open_ones.extend(inner if isinstance(inner, list) else [])
-            length *= max(1, len(content)) if found.get("type") == "Replace" and isinstance(content, str) else 1
+    """Refuse normalizers that together expand a character far more than those of any real model."""
+    pending, length, count = [normalizer], 1, 0
+    while pending and count <= _MOST_NORMALIZERS and length <= _LONGEST_REPLACEMENT:
+        current, count = pending.pop(), count + 1
+        if isinstance(current, dict):
+            inner, content = current.get("normalizers"), current.get("content")
+            pending.extend(inner if isinstance(inner, list) else [])
+            length *= max(1, len(content)) if current.get("type") == "Replace" and isinstance(content, str) else 1
     if count > _MOST_NORMALIZERS or length > _LONGEST_REPLACEMENT:
         raise UnsafeFileError(
-            f"{file}: found {count} normalizers that make {length:,} characters or more of one, expected at most "
+            f"{file}: found {count} normalizers that expand one character to {length:,} or more, expected at most "
             f"{_MOST_NORMALIZERS} and {_LONGEST_REPLACEMENT}; download it again"
         )

@@ -1,12 +1,12 @@
-"""Rows of a Megatron linear layer as rows of the Hugging Face layers that it is made of.
+"""Splits the rows of a Megatron linear layer into the rows of the Hugging Face layers that it combines.
 
     linear_qkv     blocks query, key and value, interleaved: per query group [q ... q k v]
     linear_fc1     blocks gate and up: [gate; up]
     others         one block
 
-Which Hugging Face layers have a block of their own, and which several, is in `hf_architectures.py`. The rows of a DoRA
-adapter's B and m are the weight's, and A serves all of them, so the same rows split and join weights, biases and
-adapters without arithmetic. Sizes are those of whole layers without padding.
+`hf_architectures.py` says which Hugging Face layers have one block and which have several. B and m of a DoRA adapter
+have the rows of the weight, and all rows share A, so the same indices split and join weights, biases and adapters
+without arithmetic. Sizes are those of whole layers without padding.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ _LAYER_PATH = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class HFParts:
-    """The Hugging Face layers of a Megatron model's linear layers.
+    """Maps a Megatron model's linear layers to Hugging Face layers.
 
     Attributes:
-        hf: names them.
-        queries_per_group, kv_channels: how linear_qkv's rows are grouped, queries of one group and features of one
-            head.
-        num_query_groups: with those that are padding.
+        hf: the architecture, which has the names.
+        queries_per_group, kv_channels: grouping of linear_qkv's rows: queries per group and features per head.
+        num_query_groups: including groups that are padding.
         ffn_hidden_size: rows of gate, and of up.
     """
 
@@ -53,12 +52,12 @@ class HFParts:
 
     @classmethod
     def of(cls, hf: HFArchitecture, config: Any) -> HFParts:
-        """Take the heads from a `GPTArchitecture` or a Megatron `TransformerConfig`."""
+        """Take the sizes from a `GPTArchitecture` or a Megatron `TransformerConfig`."""
         groups = config.num_query_groups or config.num_attention_heads
         return cls(hf, config.num_attention_heads // groups, config.kv_channels, groups, config.ffn_hidden_size)
 
     def paths(self, path: str) -> tuple[str, ...]:
-        """Paths of the Hugging Face layers in a Megatron layer; none where it has no counterpart.
+        """Return the paths of the Hugging Face layers in a Megatron layer; empty if it has no counterpart.
 
         Args:
             path: of the Megatron layer, with its layer's number in the whole model.
@@ -69,7 +68,7 @@ class HFParts:
         return tuple(f"{LAYERS}.{match[1]}.{name}" for name in self.hf.linears.get(match[2], ())) if match else ()
 
     def rows(self, path: str, out_features: int) -> dict[str, Tensor]:
-        """Path of each Hugging Face layer -> its rows among the `out_features` rows of the Megatron layer, in order.
+        """Return path of each Hugging Face layer -> its row indices among the Megatron layer's `out_features` rows.
 
         Raises:
             ValueError: the layer has no counterpart, or its rows are not those of such a layer.
@@ -81,7 +80,7 @@ class HFParts:
         return dict(zip(paths, self.row_parts(path, out_features), strict=True))
 
     def row_parts(self, path: str, out_features: int) -> tuple[Tensor, ...]:
-        """`rows` without their paths; `path` may be a name within a layer.
+        """Return the row indices of `rows` without the paths; `path` may be a name within a layer.
 
         Raises:
             ValueError: the rows are not those of such a layer.
@@ -116,7 +115,7 @@ class HFParts:
 
 
 def check_size(path: str, found: tuple[int, int], architecture: GPTArchitecture) -> None:
-    """Raise ValueError unless a model has the Megatron layer `path`, with so many rows and columns."""
+    """Raise ValueError unless a model has the Megatron layer `path` with this number of rows and columns."""
     match = _LAYER_PATH.fullmatch(path)
     heads, groups = architecture.num_attention_heads, architecture.num_query_groups
     hidden, head = architecture.hidden_size, architecture.kv_channels
@@ -137,6 +136,6 @@ def check_size(path: str, found: tuple[int, int], architecture: GPTArchitecture)
 
 
 def _within_layer(path: str) -> str:
-    """The part of a path that is within a layer; the whole of one that is in none."""
+    """Return the part of a path within its layer; the whole path if it is in no layer."""
     match = _LAYER_PATH.fullmatch(path)
     return match[2] if match else path

@@ -1,9 +1,9 @@
-"""Hugging Face weights as full Megatron tensors, and the shard of one that a tensor-parallel rank keeps.
+"""Combines Hugging Face weights into full Megatron tensors, and cuts out a tensor-parallel rank's shard.
 
     query, key, value   ->  linear_qkv: per query group [q ... q k v], so that a rank's shard is whole groups
     gate, up            ->  linear_fc1: [gate; up] on every rank, so each half is sharded by itself
 
-Pure functions of tensors: nothing here knows a model, a process group or a file.
+All functions are pure functions of tensors, without a model, a process group or a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dora_fx.models.hf_parts import HFParts
 
 
 def hf_layer_names(architecture: GPTArchitecture) -> list[str]:
-    """Names, within a layer, of the Hugging Face tensors that `megatron_layer_tensors` reads."""
+    """Return the names within a layer of the Hugging Face tensors that `megatron_layer_tensors` reads."""
     hf = architecture.hf
     norms = [f"{name}.weight" for name in hf.norms.values()]
     return norms + [
@@ -29,10 +29,10 @@ def hf_layer_names(architecture: GPTArchitecture) -> list[str]:
 
 
 def megatron_layer_tensors(architecture: GPTArchitecture, hf: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One layer's full Megatron tensors by their name within the layer.
+    """Build one layer's full Megatron tensors, by their names within the layer.
 
     Args:
-        architecture: of the checkpoint. With more query groups than the tensors of `hf` hold, the rest are zero.
+        architecture: of the checkpoint. If it has more query groups than the tensors of `hf`, zeros are added.
         hf: the layer's tensors by the names of `hf_layer_names`.
     """
     parts = HFParts.of(architecture.hf, architecture)
@@ -45,10 +45,10 @@ def megatron_layer_tensors(architecture: GPTArchitecture, hf: Mapping[str, Tenso
 
 
 def pad_query_groups(architecture: GPTArchitecture, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Append zero query groups until `tensors` holds as many as `architecture`.
+    """Append query groups of zeros until `tensors` has as many as `architecture`.
 
-    A zero group has keys and values of zero, so its heads put out zero, and its columns of linear_proj are zero
-    too: the function stays the same, and training cannot reach the frozen zeros.
+    The keys and values of such a group are zero, so its heads output zero, and its columns of linear_proj are zero too.
+    The layer computes the same, and the zeros are frozen with the base.
     """
     heads_size = architecture.num_attention_heads * architecture.kv_channels
     qkv_size = heads_size + 2 * architecture.num_query_groups * architecture.kv_channels
@@ -64,17 +64,17 @@ def pad_query_groups(architecture: GPTArchitecture, tensors: dict[str, Tensor]) 
 
 
 def shard_of(name: str, full: Tensor, partition_dim: int, tp_rank: int, tp_size: int) -> Tensor:
-    """The part of a full tensor that one rank keeps.
+    """Cut one rank's shard out of a full tensor.
 
     Args:
-        name: the Megatron name; linear_fc1 holds gate and up, and each is divided over the ranks.
+        name: the Megatron name; linear_fc1 holds gate and up, and each is sharded by itself.
         full: the whole tensor.
-        partition_dim: the sharded dimension, as Megatron's parameter says.
-        tp_rank: which shard.
+        partition_dim: the sharded dimension, an attribute of Megatron's parameter.
+        tp_rank: index of the shard.
         tp_size: number of shards.
 
     Raises:
-        ValueError: the dimension does not divide by the number of shards.
+        ValueError: the dimension is not divisible by the number of shards.
     """
     blocks = 2 if f".{LINEAR_FC1}." in name else 1
     size = full.shape[partition_dim] // blocks
@@ -88,7 +88,7 @@ def _kinds(hf: HFArchitecture, linear: str) -> tuple[str, ...]:
 
 
 def _joined(parts: HFParts, linear: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """A Megatron layer's weight or bias of those of its Hugging Face layers, which are in the table's order."""
+    """Join the weights or biases of Hugging Face layers, in the record's order, into the Megatron layer's."""
     stacked = torch.cat(list(tensors.values())) if len(tensors) > 1 else next(iter(tensors.values()))
     rows = parts.row_parts(linear, stacked.shape[0])
     for (name, tensor), own in zip(tensors.items(), rows, strict=True):

@@ -1,9 +1,9 @@
-"""What a Megatron configuration says about rows of fused weights and about what a layer computes, checked by name.
+"""Checks a Megatron configuration for settings that change what a layer computes or the order of fused rows.
 
-Every supported architecture is a decoder of RMSNorm, rotary positions, softmax attention and a SwiGLU MLP. A setting
-that makes another function of it, or lays the rows of linear_qkv or linear_fc1 out in another way, is refused, whatever
-is read or written. So is a setting that neither table has, unless it is left at its default: a later megatron-core may
-mean by it what nothing here knows of.
+Every supported architecture is a decoder with RMSNorm, rotary positions, softmax attention and a SwiGLU MLP. A setting
+that makes it compute something else, or that orders the rows of linear_qkv or linear_fc1 in another way, is refused for
+every exchange with Hugging Face. So is a setting that no table here has, unless it has its default: it came with a
+later megatron-core, and its effect is unknown.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from torch.nn import functional
 
-# attention_output_gate gives linear_qkv a gate as wide as the queries, and rotary_interleaved the rows of a head
-# another order. The rest is of the function.
+# attention_output_gate adds a gate as wide as the queries to linear_qkv, and rotary_interleaved changes the order of
+# the rows of a head. The others change what a layer computes.
 _EXPECTED: dict[str, tuple[Any, ...]] = {
     "gated_linear_unit": (True,),
     "activation_func": (functional.silu,),
@@ -38,10 +38,10 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "heterogeneous_block_specs": (False,),
     "use_mup": (False,),
 }
-# Of the model itself; rotary_percent is the share of a head that positions turn.
+# Attributes of the model itself; rotary_percent is the share of a head that is rotated.
 _EXPECTED_OF_MODEL: dict[str, tuple[Any, ...]] = {"position_embedding_type": ("rope", "yarn"), "rotary_percent": (1.0,)}
-# Sizes and numbers that are read, or that a base's own config has as well, and settings of training, precision, speed
-# and layout.
+# Settings that may have any value: sizes and numbers that are read or that a base's own config has as well, and
+# settings of training, precision, speed and parallelism.
 _KNOWN = {
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("softmax_scale", "qk_layernorm", "add_qkv_bias", "layernorm_epsilon", "layernorm_zero_centered_gamma"),
@@ -82,11 +82,11 @@ def check_settings(config: Any, model: Any) -> None:
     """Check that a Megatron model's settings are those of the supported architectures.
 
     Args:
-        config: its TransformerConfig, or one that has the same fields.
-        model: that it is of, for how it makes positions.
+        config: its TransformerConfig, or a config with the same fields.
+        model: the model, which has the settings of its positions.
 
     Raises:
-        ValueError: naming a setting, what was found and what was expected.
+        ValueError: naming the setting, the value found and the value expected.
     """
     for name, expected in _EXPECTED.items():
         _check(config, name, expected)
@@ -102,10 +102,10 @@ def check_settings(config: Any, model: Any) -> None:
 
 
 def unknown_settings() -> Iterator[tuple[str, Any]]:
-    """Yield names and defaults of settings of the installed megatron-core that no table here has."""
+    """Yield names and defaults of the installed megatron-core's settings that no table here has."""
     from megatron.core.transformer import TransformerConfig
 
-    # Settings of parallelism, which it inherits, say nothing about a function.
+    # Inherited settings are those of parallelism, which do not change what a layer computes.
     for field in dataclasses.fields(TransformerConfig):
         is_known = field.name in _EXPECTED or field.name in _KNOWN or field.name.startswith(_KNOWN_STARTS)
         if not is_known and field.name in TransformerConfig.__annotations__:
@@ -114,10 +114,10 @@ def unknown_settings() -> Iterator[tuple[str, Any]]:
 
 
 def check_states(config: Any, *, model_type: str, qkv_bias: bool, qk_layernorm: bool) -> None:
-    """Check that a model is of the architecture that a caller says it is.
+    """Check that a model has the biases and norms of the architecture that the caller names.
 
     Raises:
-        ValueError: naming the setting that another architecture has.
+        ValueError: naming the setting that belongs to another architecture.
     """
     for name, found, expected in (
         ("qk_layernorm", getattr(config, "qk_layernorm", qk_layernorm), qk_layernorm),
@@ -139,7 +139,7 @@ def _check(owner: Any, name: str, expected: tuple[Any, ...]) -> None:
 
 
 def _check_scale(config: Any) -> None:
-    """Check that scores are divided by the root of a head's size, as they are where nothing is said."""
+    """Check that attention scores are divided by the square root of a head's size, which is the default."""
     scale, size = getattr(config, "softmax_scale", None), config.kv_channels
     if scale is not None and not math.isclose(scale, size**-0.5, rel_tol=1e-6):
         raise ValueError(
@@ -149,5 +149,5 @@ def _check_scale(config: Any) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A function by its name, which its repr hides behind an address."""
+    """Format a value; a function by its name, since its repr has an address."""
     return str(getattr(value, "__name__", value)) if callable(value) else repr(value)

@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors that a transformers config's model has, for files to be compared with."""
+"""Compares the tensors of a file with the names and shapes of a transformers config's model."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _MOST_LISTED = 5
 
 
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors by name; an output layer that is tied to the embedding has its name too."""
+    """Return the shapes of all tensors by name; a tied output layer is listed under its own name too."""
     return {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
 
 
 def empty_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """The causal language model of a config, on the meta device, where nothing is allocated."""
+    """Build the causal language model of a config on the meta device, which allocates nothing."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        # The config's own dtype and attention need not exist here, and neither changes names or shapes.
+        # The config's own dtype and attention may not exist in this environment; neither changes names or shapes.
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
 
 
 def check_names(source: Path, config: Any, found: Collection[str]) -> None:
-    """Raise ValueError unless there are all tensors of the config's model and no others; of tied ones, one is enough.
+    """Raise ValueError unless the tensors are exactly those of the config's model; one of two tied names is enough.
 
     Args:
-        source: the file or folder that they are in, for the message.
+        source: the file or folder of the tensors, for the message.
         config: of the model.
-        found: names as the model has them.
+        found: names of the tensors, as the model names them.
     """
     expected, tied = set(expected_shapes(config)), {EMBEDDING_WEIGHT, OUTPUT_WEIGHT}
     missing = expected - set(found)
@@ -43,7 +43,7 @@ def check_names(source: Path, config: Any, found: Collection[str]) -> None:
 
 
 def raise_for_names(message: str, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raise ValueError with a message and the names, the first of them, unless there are none."""
+    """Raise ValueError with a message and the first of the names, if there are any."""
     if missing or unexpected:
         raise ValueError(f"{message}: missing {listed(missing)}; without a place in the model: {listed(unexpected)}")
 
@@ -55,6 +55,6 @@ def check_shape(source: Path, name: str, found: tuple[int, ...], expected: tuple
 
 
 def listed(names: Collection[str]) -> str:
-    """The first names of many, for a message."""
+    """List the first names for a message."""
     more = len(names) - _MOST_LISTED
     return (", ".join(sorted(names)[:_MOST_LISTED]) or "none") + (f" and {more} more" if more > 0 else "")

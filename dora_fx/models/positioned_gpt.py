@@ -1,8 +1,8 @@
-"""A GPTModel whose rotary embeddings are of the positions that it is given.
+"""A GPTModel that takes its rotary embeddings at `position_ids`.
 
-Megatron counts positions from the start of a sequence, whatever `position_ids` says. Attention depends on differences
-of positions alone, but the table is rounded: gradients of samples that are packed behind others would differ from those
-of the samples alone, by 3e-6 at 2,048 tokens in float32, and by more in bfloat16.
+Megatron counts positions from the start of a sequence and ignores `position_ids`. Attention depends on differences of
+positions alone, but the rotary table is rounded: gradients of a sample that is packed behind others would differ from
+those of the sample alone, by 3e-6 at 2,048 tokens in float32 and by more in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class PositionedGPTModel(GPTModel):
-    """Megatron's GPTModel, with the rows of the rotary table that `position_ids` `[b, s]` names."""
+    """Megatron's GPTModel with the rows of the rotary table at `position_ids`, `[b, s]`."""
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, rotary, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""Empty Megatron models of one architecture, of each of the specs that Megatron-Core ships.
+"""Builds Megatron models without weights, of one architecture and any of three layer specs.
 
-local     GPTModel of torch's layers and Megatron's own linear ones
-te        GPTModel of Transformer Engine's layers, which normalise their input themselves
+local     GPTModel of torch's layers and Megatron's own linear layers
+te        GPTModel of Transformer Engine's layers, whose linear layers normalise their input themselves
 hybrid    HybridModel of Transformer Engine's layers: each attention and each MLP is a layer of its own
 """
 
@@ -22,12 +22,12 @@ SPECS: tuple[Spec, ...] = ("local", "te", "hybrid")
 
 
 def default_spec(device: str) -> Spec:
-    """Transformer Engine's layers on CUDA, where it is installed; else the local ones."""
+    """Return "te" on CUDA if Transformer Engine is installed, and "local" otherwise."""
     return "te" if device == "cuda" and has_transformer_engine() else "local"
 
 
 def check_spec(spec: Spec) -> None:
-    """Raise ValueError, naming what is missing, unless models of a spec can be built here."""
+    """Raise ValueError, naming what is missing, unless models of the spec can be built in this environment."""
     if spec not in SPECS:
         raise ValueError(f"spec: found {spec!r}, expected one of {', '.join(SPECS)}")
     if spec == "hybrid" and not _has_hybrid_model():
@@ -45,7 +45,7 @@ def check_spec(spec: Spec) -> None:
 
 
 def has_transformer_engine() -> bool:
-    """Return whether Megatron's layers of Transformer Engine work, as Megatron itself found at its import."""
+    """Return whether Megatron could import Transformer Engine."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)
@@ -54,19 +54,19 @@ def has_transformer_engine() -> bool:
 def empty_model(
     architecture: GPTArchitecture, spec: Spec, dtype: torch.dtype, device: str, sequence_parallel: bool
 ) -> Any:
-    """A model whose parameters are allocated and not initialised."""
+    """Build a model whose parameters are allocated but not initialised."""
     settings = _transformer_settings(architecture, dtype, device, sequence_parallel)
     build = _hybrid_model if spec == "hybrid" else _gpt_model
     model = build(architecture, spec, settings)
-    # Norms of the local spec are built on CPU wherever the rest is.
+    # The local spec builds its norms on the CPU, wherever the other layers are.
     return model.to(device=device, dtype=dtype)
 
 
 class FrozenRMSNorm(nn.RMSNorm):
-    """torch's RMSNorm behind Megatron's constructor, for a weight that is not trained.
+    """torch's RMSNorm with the arguments of Megatron's norms, for a frozen weight.
 
-    Under sequence parallelism each rank normalises its own tokens, which needs nothing as long as no gradient of
-    the weight has to be summed over the ranks.
+    Under sequence parallelism each rank normalises its own tokens. That is complete for a frozen weight; the gradient
+    of a trainable one would have to be summed over the ranks.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
@@ -80,7 +80,7 @@ def _gpt_model(architecture: GPTArchitecture, spec: Spec, settings: dict[str, An
 
     from dora_fx.models.positioned_gpt import PositionedGPTModel
 
-    # Positions that start again are for packed samples; Transformer Engine's causal attention keeps none apart.
+    # Positions that restart are for packed samples, which only the local spec can separate by a mask.
     is_local = spec == "local"
     layers = _local_layers(architecture) if is_local else _te_layers(architecture)
     return (PositionedGPTModel if is_local else GPTModel)(
@@ -103,7 +103,7 @@ def _local_layers(architecture: GPTArchitecture) -> Any:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.hf.qk_layernorm)
-    # Megatron's own choice depends on what else is installed, and refuses sequence parallelism without it.
+    # Megatron's own choice of a norm depends on other installed packages; without them it refuses sequence parallelism.
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
     if architecture.hf.qk_layernorm:
@@ -150,7 +150,7 @@ def _ends_of_pipeline() -> dict[str, bool]:
 
 
 def _llama3_rotary(architecture: GPTArchitecture, config: Any) -> nn.Module:
-    """The positions that GPTModel makes with `rope_scaling`, an option that HybridModel does not have."""
+    """Build the rotary embedding that GPTModel builds with `rope_scaling`, an option that HybridModel lacks."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     assert architecture.llama3_rope_factor is not None
@@ -167,7 +167,7 @@ def _llama3_rotary(architecture: GPTArchitecture, config: Any) -> nn.Module:
 def _transformer_settings(
     architecture: GPTArchitecture, dtype: torch.dtype, device: str, sequence_parallel: bool
 ) -> dict[str, Any]:
-    """Keyword arguments of Megatron's TransformerConfig."""
+    """Return the keyword arguments of Megatron's TransformerConfig."""
     return dict(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -192,7 +192,7 @@ def _transformer_settings(
         gradient_accumulation_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        # Batched exchange between stages asks CUDA to wait for it.
+        # Megatron's batched exchange between stages synchronises with CUDA.
         batch_p2p_comm=device != "cpu",
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
@@ -205,7 +205,10 @@ def _transformer_settings(
 
 
 def _keep_as_allocated(weight: Tensor) -> Tensor:
-    """Initialise nothing: every weight is copied in, but `perform_initialization` also sets shard attributes."""
+    """Skip the initialisation, as all weights are copied in later.
+
+    `perform_initialization=False` would skip the attributes of the shards as well.
+    """
     return weight
 
 

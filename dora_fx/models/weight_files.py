@@ -1,8 +1,8 @@
-"""The weight files of a Hugging Face directory: their headers, compared with the config, and their tensors.
+"""Reads the weight files of a Hugging Face directory, after a check of their headers against the config.
 
-transformers drops a tensor that its model has no place for, takes the later of two with one name, draws a missing one
-at random, and follows other files of the directory to other weights. Here the files are read as they are, and whatever
-is not the config's model is refused by name before the first weight is read.
+transformers ignores unexpected tensors, uses the later of two tensors with one name, initialises missing ones at
+random, and lets other files of the directory redirect it to other weights. Here any difference from the config's model
+is refused by name before the first weight is read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DAMAGED_ARCHIVE = "download it again, or write it anew, as safetensors if you c
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A tensor in a file: where it lies and what it is called there, its shape, and its dtype as the file names it."""
+    """A tensor in a file: the file, its key there, its shape, and its dtype as the file names it."""
 
     file: Path
     key: str
@@ -51,24 +51,24 @@ class StoredWeight:
 
 
 def has_weights(folder: Path) -> bool:
-    """Tell a directory with weights from one with a config alone."""
+    """Return whether a directory has weights, and not a config alone."""
     return any((folder / name).exists() for names in _SINGLE_AND_INDEX for name in names)
 
 
 def read_headers(folder: Path) -> list[StoredWeight]:
-    """Find every tensor in the weight files of a directory; only headers are read.
+    """List the tensors in the weight files of a directory; only headers are read.
 
     Raises:
-        UnsafeFileError: reading a file could run code, open others, or take more memory than the file.
-        ValueError: there are no weight files or two sets of them, or one cannot be read.
+        UnsafeFileError: reading a file could run code, open other files, or take more memory than the file's size.
+        ValueError: there are no weight files, there are two sets of them, or a file cannot be read.
     """
     return [weight for file in _weight_files(folder) for weight in _header(file)]
 
 
 def weights_by_name(folder: Path, config: Any, headers: Iterable[StoredWeight]) -> dict[str, StoredWeight]:
-    """Tensors by their names in the config's model, once they are known to be that model's.
+    """Check that the tensors are those of the config's model; return them by their names in it.
 
-    Of old rotary frequencies the values are read, which the config must give too.
+    Rotary frequencies of old checkpoints are compared with those that the config gives, and left out.
 
     Args:
         folder: the directory.
@@ -76,32 +76,32 @@ def weights_by_name(folder: Path, config: Any, headers: Iterable[StoredWeight]) 
         headers: from `read_headers`.
 
     Raises:
-        ValueError: a tensor is missing, there twice, without a place in the model, of another shape, or of integers.
-            The message names files and tensors.
+        ValueError: a tensor is missing, duplicate, unexpected, of another shape, or of integers. The message names
+            files and tensors.
     """
     with reading(folder / "config.json", "correct it, or download it again"):
         expected = expected_shapes(config)
-    found: dict[str, StoredWeight] = {}
+    weights: dict[str, StoredWeight] = {}
     for weight in headers:
         name = _full_name(weight.key, expected)
-        if name in found:
+        if name in weights:
             raise ValueError(
-                f"{weight.file}: found {weight.key}, which {found[name].file.name} has too; expected it once"
+                f"{weight.file}: found {weight.key}, which {weights[name].file.name} has too; expected it once"
             )
-        found[name] = weight
-    rotary = {name: found.pop(name) for name in list(found) if name.endswith(ROTARY_FREQUENCIES)}
-    check_names(folder, config, found)
-    for name, weight in found.items():
+        weights[name] = weight
+    rotary = {name: weights.pop(name) for name in list(weights) if name.endswith(ROTARY_FREQUENCIES)}
+    check_names(folder, config, weights)
+    for name, weight in weights.items():
         check_shape(weight.file, name, weight.shape, expected[name])
         if not weight.dtype.removeprefix("torch.").lower().startswith(("f", "bf")):
             raise ValueError(f"{weight.file}: {name} is of {weight.dtype}, expected a floating-point weight")
     for weight in rotary.values():
         _check_inverse_frequencies(config, weight)
-    return found
+    return weights
 
 
 def read_weights(stored: Mapping[str, StoredWeight], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Read tensors, each file once; they are converted to `dtype` where one is given.
+    """Read tensors, each file once, and convert them to `dtype` if one is given.
 
     Raises:
         UnreadableFileError: a file cannot be read.
@@ -117,7 +117,7 @@ def read_weights(stored: Mapping[str, StoredWeight], dtype: torch.dtype | None =
 
 
 def is_tied(config: Any, stored: Mapping[str, StoredWeight]) -> bool:
-    """Tell whether the output layer is the embedding: by the config and, where the files hold both, by their values."""
+    """Return whether the output layer is tied: by the config and, if the files hold both tensors, by their values."""
     if not config.tie_word_embeddings or EMBEDDING_WEIGHT not in stored or OUTPUT_WEIGHT not in stored:
         return bool(config.tie_word_embeddings)
     both = read_weights({name: stored[name] for name in (EMBEDDING_WEIGHT, OUTPUT_WEIGHT)})
@@ -150,7 +150,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _header(file: Path) -> list[StoredWeight]:
-    """The tensors of a file, which is checked here, once and for all that read it later."""
+    """Check a file, and list its tensors. Later reads of the file do not check it again."""
     check_readable(file)
     with reading(file, _cure(file)):
         if _is_archive(file):
@@ -163,14 +163,14 @@ def _header(file: Path) -> list[StoredWeight]:
             with safe_open(file, framework="pt") as opened:
                 parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  a file is no dict
                 found = [StoredWeight(file, key, tuple(p.get_shape()), p.get_dtype()) for key, p in parts.items()]
-        # A tensor of an archive may be one number as often as its shape says.
+        # With strides of zero, a tensor of any shape in an archive can consist of one number.
         check_elements(file, sum(math.prod(weight.shape) for weight in found), file.stat().st_size)
     return found
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A function from a tensor's name in a file to the tensor."""
+    """Open a file; yield a function that reads a tensor by its key."""
     if _is_archive(file):
         yield torch.load(file, map_location="cpu", weights_only=True).__getitem__
         return
@@ -189,7 +189,7 @@ def _cure(file: Path) -> str:
 
 
 def _tensors_of(file: Path, found: object) -> dict[str, Tensor]:
-    """The contents of an archive; raises UnsafeFileError for something else than tensors by their names."""
+    """Return the content of an archive; raise UnsafeFileError unless it is a dict of tensors by name."""
     if not isinstance(found, dict):
         raise UnsafeFileError(f"{file}: found a {type(found).__name__}, expected tensors by their names")
     for name, value in found.items():
@@ -200,14 +200,14 @@ def _tensors_of(file: Path, found: object) -> dict[str, Tensor]:
 
 
 def _full_name(key: str, expected: Mapping[str, Any]) -> str:
-    """The name in the causal language model: a decoder that was saved by itself has names without a prefix."""
+    """Return the name in the causal language model; a decoder that was saved by itself lacks the prefix."""
     return DECODER_PREFIX + key if key not in expected and DECODER_PREFIX + key in expected else key
 
 
 def _check_inverse_frequencies(config: Any, weight: StoredWeight) -> None:
-    """Old checkpoints hold the rotary frequencies, which transformers computes from the config instead."""
+    """Raise ValueError unless the stored rotary frequencies are those that transformers computes from the config."""
     rotary = type(empty_model(config).base_model.rotary_emb)(config)
     found = read_weights({weight.key: weight}, torch.float32)[weight.key]
-    # What is stored in 16 bits has lost up to 2**-8 of its value in bfloat16, and more of it where float16 underflows.
+    # bfloat16 rounds by up to 2**-8 relatively, and float16 rounds small values by up to 2**-24.
     if found.shape != rotary.inv_freq.shape or not torch.allclose(found, rotary.inv_freq, rtol=2**-7, atol=2**-24):
         raise ValueError(f"{weight.file}: {weight.key} holds other frequencies than the config's rope_parameters give")

@@ -1,7 +1,7 @@
-"""The preflight: proofs, on a user's own set-up, that what should train trains and would be kept."""
+"""`dora_fx.check`: a preflight that proves on a user's own set-up that adapters train and are saved."""
 
 from dora_fx.preflight.check_report import CheckError, CheckReport, Finding
-from dora_fx.preflight.checking import check
+from dora_fx.preflight.training_check import check
 
 __all__ = [
     "CheckError",

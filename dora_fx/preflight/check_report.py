@@ -11,12 +11,12 @@ Verdict = Literal["ok", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What is known of one property.
+    """The result of one proof.
 
     Attributes:
         name: of the property, the same on every rank.
-        verdict: "skipped" where this rank or this set-up cannot tell; `text` says why.
-        text: the figures. Of a property that failed: where, what was found and what was expected.
+        verdict: "skipped" if this rank or this set-up cannot decide; `text` says why.
+        text: the figures; for a failed property the place, what was found and what was expected.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The findings of `dora_fx.check`, in the order in which they were made.
+    """The results of `dora_fx.check`, in the order of the proofs.
 
     Attributes:
         findings: one per property, the same on every rank.
-        loss: of the batch, averaged over data-parallel ranks, at adapter values that `check` chooses by the paths of
-            the layers. It is the same at every parallel layout, and so what `check(reference=...)` takes at another.
-        seconds: that the check took.
+        loss: of the batch, averaged over data-parallel ranks, at adapter values that `check` derives from the layers'
+            paths. It is the same at every parallel layout; pass it as `check(reference=...)` at another one.
+        seconds: duration of the check.
     """
 
     findings: tuple[Finding, ...]
@@ -44,7 +44,7 @@ class CheckReport:
 
     @property
     def failed(self) -> tuple[Finding, ...]:
-        """The findings that something is wrong."""
+        """The findings of properties that do not hold."""
         return tuple(finding for finding in self.findings if finding.verdict == "failed")
 
     def __str__(self) -> str:
@@ -55,10 +55,10 @@ class CheckReport:
 
 
 class CheckError(RuntimeError):
-    """A training set-up would not train what it should.
+    """A training set-up does not train what it should.
 
     Attributes:
-        report: all findings; None where the batch could not be run.
+        report: all findings; None if the batch could not be run.
     """
 
     def __init__(self, message: str, report: CheckReport | None = None) -> None:
@@ -66,8 +66,8 @@ class CheckError(RuntimeError):
         self.report = report
 
 
-def joined(of_ranks: Sequence[Sequence[Finding]]) -> tuple[Finding, ...]:
-    """One list of findings out of those of all ranks: of each property what failed first, else what is known."""
+def join_findings(of_ranks: Sequence[Sequence[Finding]]) -> tuple[Finding, ...]:
+    """Join the findings of all ranks into one per property: a failed one first, then one that is not skipped."""
     return tuple(_worst(of_property) for of_property in zip(*of_ranks, strict=True))
 
 
@@ -79,10 +79,13 @@ def _worst(findings: Sequence[Finding]) -> Finding:
 
 
 def failed_at(name: str, paths: Iterable[str], found: str) -> Finding:
-    """What failed at some paths; of a rank that has none of them, as all ranks leave a proof together."""
+    """Make a failed finding that names the first path.
+
+    Ranks leave a proof together when it fails on one of them; on a rank without such a path the finding is "skipped".
+    """
     paths = list(paths)
     if not paths:
         return Finding(name, "skipped", "it failed on another rank")
     first, *others = paths
-    rest = f", and so {len(others)} more" if others else ""
+    rest = f", and {len(others)} more like it" if others else ""
     return Finding(name, "failed", f"{first}: found {found}{rest}")

@@ -1,9 +1,9 @@
-"""Proofs about the function: gradients arrive, and the model computes the same compiled, recomputed, merged and fresh.
+"""Proofs about outputs and gradients: gradients arrive, and compiling, recomputing and merging change nothing.
 
-Each function proves one property on this rank, and every rank calls all of them in the same order. Errors are relative:
-of outputs to what the adapters change, of gradients to the gradient. They may be up to the square root of the dtype's
-rounding, which lies far above what another order of sums changes (1e-6 and 1e-2 of float32 and bfloat16) and far below
-what a wrong function does.
+Each function proves one property on this rank; every rank calls all of them in the same order. Errors are relative: of
+outputs to the change that the adapters make, of gradients to the gradient. The bound is the square root of the dtype's
+rounding. It lies far above the effect of another order of sums (1e-6 in float32, 1e-2 in bfloat16) and far below the
+effect of a wrong formula.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ROOM_FOR_GRADIENTS = 3.0
 
 
 def gradients_arrive(setup: SetUp, eager: Pass) -> Finding:
-    """Every adapter tensor has a finite gradient that is not zero, with B and m away from where training starts."""
+    """Prove that every adapter tensor gets a finite gradient that is not zero, away from the initial B and m."""
     name = "gradients"
     gradients = {path: eager.gradients.get(path) for path in setup.adapter_parameters}
     problems = (
@@ -53,17 +53,17 @@ def gradients_arrive(setup: SetUp, eager: Pass) -> Finding:
 
 
 def compiled_is_eager(setup: SetUp, eager: Pass) -> Finding:
-    """Compiled code gives the loss and the gradients of the same model run as it is written."""
+    """Prove that compiled code gives the loss and the gradients of eager code."""
     name = "compiled"
     if not is_compiled(setup):
         return Finding(name, "skipped", "nothing is compiled")
     if drops_in_base(setup):
-        return Finding(name, "skipped", "the base drops out, with other masks in compiled code")
+        return Finding(name, "skipped", "the base has dropout, whose masks differ in compiled code")
     return _same_pass(name, setup, setup.training_pass(), eager, "eager")
 
 
 def recomputation_changes_nothing(setup: SetUp, eager: Pass) -> Finding:
-    """Activation checkpointing gives the loss and the gradients that keeping the activations gives."""
+    """Prove that activation checkpointing gives the loss and the gradients of a pass that keeps the activations."""
     name = "recomputation"
     with without_recomputation(setup) as was_on, uncompiled():
         if not was_on:
@@ -73,7 +73,7 @@ def recomputation_changes_nothing(setup: SetUp, eager: Pass) -> Finding:
 
 
 def adapter_off_is_base(setup: SetUp) -> Finding:
-    """With B = 0 and m = norm the adapted layers compute what their base layers do."""
+    """Prove that with B = 0 and m = norm the adapted layers compute what their base layers compute."""
     values = SavedValues(setup.adapter_parameters.values())
     moved = setup.output()
     with disable_adapter(setup.model):
@@ -85,7 +85,7 @@ def adapter_off_is_base(setup: SetUp) -> Finding:
 
 
 def merged_is_adapted(setup: SetUp) -> Finding:
-    """The merged model computes what the adapted one does."""
+    """Prove that the merged model computes what the adapted model computes."""
     name = "merged"
     problems = over_all_ranks(merge_problem_maybe(setup.chunks, list(setup.sites.items())))
     problem = next((problem for problem in problems if problem is not None), None)
@@ -101,7 +101,7 @@ def merged_is_adapted(setup: SetUp) -> Finding:
 
 @torch.no_grad()
 def magnitudes_are_lengths(setup: SetUp) -> Finding:
-    """The rows of m / n * (W0 + s B A) are as long as m says, which is what n is for, on however many ranks."""
+    """Prove that the rows of m / n * (W0 + s B A) have the norm m, at any number of ranks, so that n is right."""
     name = "magnitudes"
     errors = {}
     for path, site in setup.sites.items():
@@ -113,13 +113,15 @@ def magnitudes_are_lengths(setup: SetUp) -> Finding:
     worst = max(errors, key=lambda path: errors[path], default="none here")
     if errors and not errors[worst] <= math.sqrt(setup.rounding):
         return Finding(
-            name, "failed", f"{worst}: found rows of the adapted weight {errors[worst]:.1e} off their lengths"
+            name,
+            "failed",
+            f"{worst}: found rows of the adapted weight whose norms are {errors[worst]:.1e} off, expected m",
         )
-    return Finding(name, "ok", f"rows are as long as m says, within {errors.get(worst, 0.0):.1e} ({worst})")
+    return Finding(name, "ok", f"rows have the norm m, within {errors.get(worst, 0.0):.1e} ({worst})")
 
 
 def loss_is_reference(setup: SetUp, loss: float, reference: float | nn.Module | None) -> Finding:
-    """The loss is that of another layout, or of another model that has the same adapters."""
+    """Prove that the loss equals that of another layout, or of another model with the same adapters."""
     name = "reference"
     if reference is None:
         return Finding(name, "skipped", "none was given")
@@ -154,7 +156,7 @@ def _same_output(
     other: torch.Tensor | None,
     what: str,
 ) -> Finding:
-    """Compare outputs, relative to what the adapters change."""
+    """Compare outputs; the error is relative to the change that the adapters make."""
     if found is None or expected is None or other is None:
         return Finding(name, "skipped", "the output is on another rank")
     found, expected, other = found.double(), expected.double(), other.double()

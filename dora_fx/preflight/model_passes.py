@@ -1,4 +1,4 @@
-"""Forward and backward passes of one training step, whatever the model, the way that its batch is given, the stages."""
+"""Forward and backward passes of one training step, for Megatron and transformers models, with or without stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_pipeline() -> bool:
 
 
 def model_replicas() -> int:
-    """On how many sets of ranks there is the whole model."""
+    """Return the number of replicas of the whole model, context-parallel ones included."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if not parallel_state.model_parallel_is_initialized():
         return ranks
@@ -36,9 +36,9 @@ def model_replicas() -> int:
 
 
 def weight_of_loss() -> float:
-    """The weight of this rank's loss, another one on each data-parallel rank.
+    """Return the weight of this rank's loss, which differs between data-parallel ranks.
 
-    Gradients that are not added up over the ranks then differ even where all ranks have the same batch.
+    Without different weights, gradients that are never reduced would look right if all ranks have the same batch.
     """
     if parallel_state.model_parallel_is_initialized():
         replica = parallel_state.get_data_parallel_rank()
@@ -49,7 +49,7 @@ def weight_of_loss() -> float:
 
 @contextlib.contextmanager
 def megatron_runs(chunks: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the context Megatron's data parallelism, schedules and optimizers run where the model is."""
+    """Within the block, let Megatron's data parallelism, schedules and optimizers run on CPU if the model is there."""
     on_cpu = any(parameter.device.type == "cpu" for chunk in chunks for parameter in chunk.parameters())
     with cuda_means_cpu() if on_cpu else contextlib.nullcontext():
         yield
@@ -63,10 +63,10 @@ def call(model: Any, batch: Any) -> Any:
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """The mean loss, from what a model with labels returns.
+    """Return the mean loss from the output of a model that was called with labels.
 
     Raises:
-        TypeError: there is none in it.
+        TypeError: the output has no loss.
     """
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     loss = loss[0] if isinstance(loss, tuple) else loss
@@ -79,7 +79,7 @@ def loss_of(output: Any) -> torch.Tensor:
 
 
 def values_of(output: Any) -> torch.Tensor | None:
-    """The numbers to compare of what a model returns: logits, or the losses of the tokens."""
+    """Return the part of a model's output to compare: logits, or the losses of the tokens."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if logits is None:
         logits = output[0] if isinstance(output, tuple) else output
@@ -87,15 +87,17 @@ def values_of(output: Any) -> torch.Tensor | None:
 
 
 def one_step(model: Model, batch: Any, scale: Callable[[torch.Tensor], torch.Tensor]) -> float | None:
-    """Leave the gradients of one batch in the parameters, complete over all ranks; return the loss.
+    """Run one batch forward and backward, leave complete gradients in the parameters, and return the loss.
 
-    They are gradients of the mean over the ranks of each one's loss by its `weight_of_loss`.
+    The gradients are those of the mean over the ranks of loss times `weight_of_loss`.
 
     Args:
-        scale: of the loss, as an optimizer for float16 asks for.
+        model: a model or its chunks.
+        batch: for one forward pass.
+        scale: scales the loss, which an optimizer for float16 needs.
 
     Returns:
-        This rank's loss; None on pipeline stages that have none.
+        This rank's loss; None on pipeline stages without a loss.
     """
     chunks = chunks_of(model)
     weight = weight_of_loss()
@@ -104,16 +106,16 @@ def one_step(model: Model, batch: Any, scale: Callable[[torch.Tensor], torch.Ten
     else:
         if len(chunks) > 1:
             raise ValueError(f"model: found {len(chunks)} chunks on one pipeline stage, expected one")
-        found = loss_of(call(chunks[0], batch))
+        own_loss = loss_of(call(chunks[0], batch))
         with megatron_runs(chunks) if _overlaps(chunks) else contextlib.nullcontext():
-            scale(found * weight).backward()
-        loss = found.item()
+            scale(own_loss * weight).backward()
+        loss = own_loss.item()
     complete_gradients(chunks)
     return loss
 
 
 def complete_gradients(chunks: Sequence[nn.Module]) -> None:
-    """Let Megatron's data-parallel wrappers reduce the gradients, unless a schedule did."""
+    """Let Megatron's data-parallel wrappers reduce the gradients, unless a pipeline schedule has done so."""
     wrapped = [chunk for chunk in chunks if hasattr(chunk, "finish_grad_sync")]
     config: Any = getattr(unwrap(chunks[0]), "config", None)
     is_done = is_pipeline() and getattr(config, "finalize_model_grads_func", None) is not None
@@ -123,7 +125,7 @@ def complete_gradients(chunks: Sequence[nn.Module]) -> None:
 
 
 def output_of(model: Model, batch: Any, forward: Forward | None) -> torch.Tensor | None:
-    """What the model computes of the batch, without gradients; None on pipeline stages before the last."""
+    """Compute the model's output without gradients; None on pipeline stages before the last."""
     with torch.no_grad():
         if forward is not None:
             return values_of(forward(model, batch))
@@ -153,7 +155,7 @@ def _through_stages(chunks: Sequence[nn.Module], batch: Any, weight: float) -> f
 
 
 def _run_schedule(chunks: Sequence[nn.Module], batch: Any, loss_function: Any, *, forward_only: bool) -> None:
-    """Run Megatron's schedule with the same micro-batch as often as there are stages."""
+    """Run Megatron's pipeline schedule with one copy of the micro-batch per stage."""
     rows, length = _token_shape(batch)
     number = parallel_state.get_pipeline_model_parallel_world_size()
 
@@ -174,7 +176,7 @@ def _run_schedule(chunks: Sequence[nn.Module], batch: Any, loss_function: Any, *
 
 
 def _token_shape(batch: Any) -> tuple[int, int]:
-    """The b and s of a batch of tokens."""
+    """Return b and s of a batch of tokens."""
     values = batch.values() if isinstance(batch, Mapping) else batch
     shapes = [value.shape for value in values if isinstance(value, torch.Tensor) and value.dim() == 2]
     if not shapes:

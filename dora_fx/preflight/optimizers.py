@@ -1,4 +1,4 @@
-"""What an optimizer trains, read from torch's optimizers and from Megatron's, whatever these wrap."""
+"""Uniform access to the parameters and states of torch's optimizers, Megatron's and accelerate's wrapper."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_megatron(optimizer: Any) -> bool:
 
 
 def single_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers that one is made of: Megatron chains several, accelerate wraps one, None is made of none."""
+    """Return the optimizers within an optimizer: Megatron chains several, accelerate wraps one; none for None."""
     if is_megatron(optimizer):
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         return [single for single in chained if not getattr(single, "is_stub_optimizer", False)]
@@ -30,13 +30,13 @@ def single_optimizers(optimizer: Any) -> list[Any]:
 
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The torch optimizers that hold the state."""
+    """Return the torch optimizers that hold the state."""
     return [single.optimizer if is_megatron(single) else single for single in single_optimizers(optimizer)]
 
 
 def trained_parameters(optimizer: Any) -> list[nn.Parameter]:
-    """The model's parameters that an optimizer trains; of a distributed one those of which this rank has a part."""
-    found: list[nn.Parameter] = []
+    """Return the model's parameters that an optimizer trains, on this rank if it is distributed."""
+    parameters: list[nn.Parameter] = []
     for single in single_optimizers(optimizer):
         if isinstance(single, DistributedOptimizer):
             groups = [*single.model_float16_groups, *single.model_fp32_groups]
@@ -45,20 +45,24 @@ def trained_parameters(optimizer: Any) -> list[nn.Parameter]:
         else:
             inner = single.optimizer if is_megatron(single) else single
             groups = [group["params"] for group in inner.param_groups]
-        found += chain.from_iterable(groups)
-    return found
+        parameters += chain.from_iterable(groups)
+    return parameters
 
 
 def copies_of(optimizer: Any) -> list[MainCopy]:
-    """The copies, or parts of them, that Megatron's optimizers step on this rank in place of parameters."""
+    """Return the main copies, or this rank's parts of them, that Megatron's optimizers step."""
     singles = [single for single in single_optimizers(optimizer) if is_megatron(single)]
     return [copy for single in singles for copy in main_copies(single)]
 
 
 def complete_parts(optimizer: Any, gradients: dict[int, torch.Tensor]) -> None:
-    """Complete gradients, by the ids of their parameters, of which each rank of a distributed optimizer has a part.
+    """Complete gradients in place, of which each rank of a distributed optimizer has a part. Every rank calls it.
 
-    Its reduction leaves the other parts as they are. Every rank calls it.
+    The optimizer's reduction leaves the other parts unreduced.
+
+    Args:
+        optimizer: any.
+        gradients: by the ids of their parameters.
     """
     for single in single_optimizers(optimizer):
         if isinstance(single, DistributedOptimizer) and single.data_parallel_group.size() > 1:

@@ -1,6 +1,6 @@
-"""Proofs about parameters: an optimizer trains them, ranks hold equal copies of them, and a checkpoint keeps them.
+"""Proofs about parameters: the optimizer trains them, replicas are equal, and a checkpoint keeps them.
 
-Each function proves one property on this rank, and every rank calls all of them in the same order.
+Each function proves one property on this rank; every rank calls all of them in the same order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from dora_fx.checkpoint import OptimizerState, all_shards, copy_digests, differing_copies, model_contents
+from dora_fx.checkpoint import OptimizerState, all_shards, copy_digests, differing_copies, sharded_model_of
 from dora_fx.megatron import differing, world_at_hand
 from dora_fx.preflight.check_report import Finding, failed_at
 from dora_fx.preflight.optimizers import copies_of, torch_optimizers, trained_parameters
@@ -21,13 +21,13 @@ _NO_OPTIMIZER = "no optimizer was given"
 
 
 def optimizer_trains_adapters(setup: SetUp) -> Finding:
-    """The optimizer has every adapter parameter that is trained, and no other."""
+    """Prove that the optimizer has every adapter parameter, and no other parameter."""
     name = "optimizer"
     if setup.optimizer is None:
         return Finding(name, "skipped", _NO_OPTIMIZER)
     names = {id(parameter): path for path, parameter in _all_parameters(setup).items()}
     trained = [names.get(id(parameter), _OF_NO_MODULE) for parameter in trained_parameters(setup.optimizer)]
-    # A distributed optimizer has a part of the parameters on each rank.
+    # On each rank a distributed optimizer has a part of the parameters.
     everywhere = set().union(*over_all_ranks(trained))
     adapters = setup.adapter_parameters
     number = _number_in_model(adapters)
@@ -49,7 +49,7 @@ def optimizer_trains_adapters(setup: SetUp) -> Finding:
 
 
 def main_copies_are_parameters(setup: SetUp) -> Finding:
-    """A step of Megatron's 16-bit optimizers writes float32 copies over the parameters: they must be their values."""
+    """Prove that Megatron's float32 copies equal their parameters; a step writes the copies over the parameters."""
     name = "main copies"
     names = {id(parameter): path for path, parameter in setup.trainable.items()}
     copies = [copy for copy in copies_of(setup.optimizer) if copy.main.dtype != copy.parameter.dtype]
@@ -63,26 +63,26 @@ def main_copies_are_parameters(setup: SetUp) -> Finding:
 
 @world_at_hand()
 def saved_is_trained(setup: SetUp) -> Finding:
-    """`save_checkpoint` keeps every parameter that is trained, and what the optimizer has of it."""
+    """Prove that `save_checkpoint` keeps every trainable parameter, and can save the optimizer's state."""
     name = "saved"
-    contents = model_contents(setup.chunks)
-    # The first of the shards that a factory makes of a parameter begins where the parameter does.
-    kept = {shard.data.data_ptr() for shard in all_shards(contents.adapter)}
+    sharded = sharded_model_of(setup.chunks)
+    # By memory: the first shard that a factory makes of a parameter starts at the parameter's address.
+    kept = {shard.data.data_ptr() for shard in all_shards(sharded.adapter)}
     lost = sorted(path for path, parameter in setup.trainable.items() if parameter.data_ptr() not in kept)
     number = _number_in_model(setup.trainable)
     if any(over_all_ranks(bool(lost))):
         return failed_at(name, lost, "trained, and save_checkpoint keeps adapters alone")
     if setup.optimizer is not None:
-        OptimizerState(setup.optimizer, setup.chunks, contents.adapter).to_save()
+        OptimizerState(setup.optimizer, setup.chunks, sharded.adapter).to_save()
     state = "" if setup.optimizer is None else " and the optimizer's state"
     return Finding(name, "ok", f"{number} trained tensors{state}")
 
 
 @world_at_hand()
 def replicas_are_equal(setup: SetUp, when: str) -> Finding:
-    """Ranks that hold the same part of an adapter hold the same bits."""
+    """Prove that ranks which hold the same part of an adapter hold the same bits."""
     name = f"replicas {when}"
-    digests = copy_digests(all_shards(model_contents(setup.chunks).adapter))
+    digests = copy_digests(all_shards(sharded_model_of(setup.chunks).adapter))
     everyone = over_all_ranks(digests)
     if len(everyone) == 1:
         return Finding(name, "skipped", "there is one rank")
@@ -96,7 +96,10 @@ def replicas_are_equal(setup: SetUp, when: str) -> Finding:
 
 
 def steps_move_everything(setup: SetUp) -> Finding:
-    """Two steps have finite gradients and move every tensor. In the first, A has none, as B is zero."""
+    """Prove that two steps have finite gradients and change every tensor.
+
+    Two, since A has no gradient in the first step of training, where B is zero.
+    """
     name = "steps"
     if setup.optimizer is None:
         return Finding(name, "skipped", _NO_OPTIMIZER)
@@ -118,7 +121,7 @@ def steps_move_everything(setup: SetUp) -> Finding:
     wrong = [path for path, move in moves.items() if not math.isfinite(move)]
     if any(over_all_ranks(bool(wrong))):
         return failed_at(name, wrong, "values that are not finite after two steps")
-    # A part of a distributed optimizer's copies is on each rank.
+    # On each rank a distributed optimizer has a part of the copies.
     everywhere: dict[str, float] = {}
     for of_rank in over_all_ranks(moves):
         for path, move in of_rank.items():
@@ -126,19 +129,19 @@ def steps_move_everything(setup: SetUp) -> Finding:
     still = [path for path, move in everywhere.items() if move == 0.0]
     if still:
         dtype = str(setup.trainable[still[0]].dtype).removeprefix("torch.") if still[0] in setup.trainable else "it"
-        return failed_at(name, still, f"the value of before after two steps ({dtype})")
+        return failed_at(name, still, f"the old value after two steps ({dtype})")
     least = min(everywhere, key=lambda path: everywhere[path]) if everywhere else ""
     return Finding(name, "ok", f"every tensor moves; least {everywhere.get(least, 0.0):.1e} ({least})")
 
 
 def _all_parameters(setup: SetUp) -> dict[str, nn.Parameter]:
     named = {path: parameter for chunk in setup.chunks for path, parameter in chunk.named_parameters()}
-    # Those of adapters by their paths in the whole model.
+    # Adapters' parameters come by their paths in the whole model.
     return {**named, **setup.trainable}
 
 
 def _number_in_model(parameters: Iterable[str]) -> int:
-    """How many parameters of the whole model the ranks' names are; every rank calls it."""
+    """Count the distinct names over all ranks; every rank calls it."""
     return len(set().union(*over_all_ranks(list(parameters))))
 
 

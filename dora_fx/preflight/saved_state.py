@@ -1,4 +1,4 @@
-"""Leave a training set-up as it was found: parameters, optimizer, gradients, modes and random states, bit by bit."""
+"""Saves and restores the state that a check changes: parameters, optimizer, gradients, modes and random states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dora_fx.preflight.optimizers import single_optimizers, torch_optimizers
 
 
 class RandomState:
-    """The generators that a pass may draw from, as they are when this is made."""
+    """A copy of the state of all generators that a pass may draw from."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
@@ -26,7 +26,7 @@ class RandomState:
         self._tracker = copy.copy(megatron_random.get_cuda_rng_tracker().get_states())
 
     def restore(self) -> None:
-        """Put the generators back."""
+        """Set the generators to the saved state."""
         random.setstate(self._python)
         torch.set_rng_state(self._cpu)
         if self._cuda:
@@ -35,14 +35,14 @@ class RandomState:
 
 
 class SavedValues:
-    """Copies of tensors, to be written back in place where they differ."""
+    """Copies of tensors, which can be written back in place."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._pairs = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write the values back; a tensor that holds them is left alone, for a write makes norms out of date."""
+        """Write the values back, except into tensors that hold them: a write invalidates cached norms."""
         for tensor, value in self._pairs:
             if not _same_bits(tensor, value):
                 tensor.copy_(value)
@@ -50,9 +50,9 @@ class SavedValues:
 
 @contextmanager
 def left_as_it_was(chunks: Sequence[nn.Module], optimizer: Any) -> Iterator[SavedValues]:
-    """Within the context anything may be trained; yields the values, which can be restored earlier.
+    """Restore the set-up bit by bit at the end of the block; yield the values, which can be restored earlier.
 
-    Frozen parameters are not copied, since only an optimizer that has them writes into them; those are.
+    Parameters that are trainable or in the optimizer are copied. Other parameters are not, since no step writes them.
     """
     inner = torch_optimizers(optimizer)
     modules = [module for chunk in chunks for module in chunk.modules()]
@@ -77,7 +77,7 @@ def left_as_it_was(chunks: Sequence[nn.Module], optimizer: Any) -> Iterator[Save
 
 
 def _buffers(modules: Iterable[nn.Module]) -> list[torch.Tensor]:
-    """The modules' buffers, but for what follows from an adapter's parameters and is computed when it is needed."""
+    """Return the modules' buffers, except an adapted layer's caches, which follow from its parameters."""
     holders = [module for module in modules if not isinstance(module, DoRALinear)]
     # Megatron's wrapper has a list in place of the method `buffers`.
     return [buffer for holder in holders for _, buffer in holder.named_buffers(recurse=False)]
@@ -98,7 +98,7 @@ class _Gradient:
 
 
 class _OptimizerState:
-    """The state and the settings of a torch optimizer. State that is made on the first step is taken away again."""
+    """The state and the settings of a torch optimizer. State that a first step allocates is removed again."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -143,11 +143,11 @@ def _copied(values: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _put_back(values: dict[str, Any], before: dict[str, Any]) -> None:
-    """Set entries to what they were, tensors in place, as others may hold them."""
+    """Restore entries; tensors in place, since other objects may hold them."""
     for name, value in before.items():
-        found = values.get(name)
-        if isinstance(value, torch.Tensor) and isinstance(found, torch.Tensor) and found.shape == value.shape:
-            found.copy_(value)
+        current = values.get(name)
+        if isinstance(value, torch.Tensor) and isinstance(current, torch.Tensor) and current.shape == value.shape:
+            current.copy_(value)
         else:
             values[name] = value
 
@@ -155,5 +155,6 @@ def _put_back(values: dict[str, Any], before: dict[str, Any]) -> None:
 def _same_bits(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     if tensor.shape != value.shape or tensor.dtype != value.dtype:
         return False
-    found, expected = (each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (tensor, value))
-    return torch.equal(found, expected)
+    # As bytes, since NaN is unequal to itself and minus zero equal to zero.
+    first, second = (each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (tensor, value))
+    return torch.equal(first, second)

@@ -1,4 +1,4 @@
-"""One training set-up as the preflight handles it: run it, read its gradients, move its adapters, step."""
+"""A training set-up as the proofs use it: run a pass, read gradients, move adapters, take a step."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from dora_fx.preflight.optimizers import complete_parts, is_megatron, single_opt
 from dora_fx.preflight.saved_state import RandomState
 from dora_fx.ranks import gather_objects, resolve_group, world_group
 
-# A learning rate for groups that have none yet, as at the start of a warm-up.
+# Learning rate for groups whose rate is zero and that name no other, as at the start of a warm-up.
 _SOME_LEARNING_RATE = 1e-3
 # What low-rank products are of the length of W0's rows, and magnitudes off it, in a model of one adapted layer.
 _SHARE = 0.3
 
 
 class Pass(NamedTuple):
-    """What one training pass gave on this rank.
+    """The results of one training pass on this rank.
 
     Attributes:
-        loss: None on pipeline stages that have none.
-        weight: of the loss; gradients are those of the mean over all ranks of loss by weight.
-        gradients: of every trainable parameter by its name in the whole model, None where it got none.
+        loss: None on pipeline stages without a loss.
+        weight: of the loss; the gradients are those of the mean over all ranks of loss times weight.
+        gradients: of every trainable parameter, by its name in the whole model; None where it got none.
     """
 
     loss: float | None
@@ -45,10 +45,10 @@ class SetUp:
     """A model with its wrappers, a batch, and an optimizer or None.
 
     Attributes:
-        sites: the adapted layers of this rank by their paths in the whole model.
-        trainable: the parameters that require gradients by their names in the whole model.
-        rounding: the unit of the coarsest dtype of the adapted weights, the same on every rank.
-        num_layers: adapted layers of the whole model.
+        sites: this rank's adapted layers, by their paths in the whole model.
+        trainable: parameters that require gradients, by their names in the whole model.
+        rounding: machine epsilon of the coarsest dtype of the adapted weights, the same on every rank.
+        num_layers: number of adapted layers in the whole model.
     """
 
     def __init__(
@@ -67,25 +67,25 @@ class SetUp:
             check_unsharded(named.whole_path, named.module)
             self.sites[named.whole_path] = named.module
         self.trainable = self._named_parameters()
-        found = data_parallel_around(self.chunks)
-        self._wrappers: list[Any] = [wrapper for wrapper in found if isinstance(wrapper, DistributedDataParallel)]
+        wrappers = data_parallel_around(self.chunks)
+        self._wrappers: list[Any] = [wrapper for wrapper in wrappers if isinstance(wrapper, DistributedDataParallel)]
         self._generators = RandomState()
-        # Of a pipeline stage without adapters that of the others, whose errors reach it.
+        # The maximum over all ranks: errors of other stages reach a pipeline stage without adapters too.
         own = max((torch.finfo(site.base_weight.dtype).eps for site in self.sites.values()), default=0.0)
         self.rounding = max(over_all_ranks(own))
         self.num_layers = len(set().union(*over_all_ranks(list(self.sites))))
 
     @property
     def room(self) -> float:
-        """How far results may be apart, relatively: the square root of the rounding, and more in deep models.
+        """Bound of relative errors: the square root of the rounding, and more in deep models, whose roundings add up.
 
-        `move_adapters` keeps the change of the whole model as it is there, and the roundings of the layers add up.
+        `move_adapters` makes the whole model change by the same amount at any depth, so the bound grows with the depth.
         """
         return math.sqrt(self.rounding) * max(1.0, math.sqrt(self.num_layers) / 3.0)
 
     @property
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """A, B and m of all sites by their names in the whole model."""
+        """A, B and m of all sites, by their names in the whole model."""
         return {
             f"{path}.adapter.{name}": parameter
             for path, site in self.sites.items()
@@ -93,7 +93,7 @@ class SetUp:
         }
 
     def training_pass(self) -> Pass:
-        """Run forward and backward passes of one step, from the same random states as any other time."""
+        """Run the forward and backward passes of one step, always from the same random states."""
         self._generators.restore()
         self.clear_gradients()
         if self._forward_backward is not None:
@@ -107,7 +107,7 @@ class SetUp:
         return Pass(loss, weight, gradients)
 
     def output(self) -> torch.Tensor | None:
-        """Return what the model computes in evaluation and without compiled code; None where it is not on this rank."""
+        """Compute the output in evaluation mode and without compiled code; None if it is on another rank."""
         modes = [(module, module.training) for chunk in self.chunks for module in chunk.modules()]
         try:
             for chunk in self.chunks:
@@ -120,17 +120,17 @@ class SetUp:
                 module.training = training
 
     def clear_gradients(self) -> None:
-        """Give up all gradients."""
+        """Clear all gradients."""
         for wrapper in self._wrappers:
             wrapper.zero_grad_buffer()
         for parameter in (*self.trainable.values(), *(p for s in single_optimizers(self.optimizer) for p in _held(s))):
             parameter.grad = None
-            # Of a wrapper that this process does not show: a model may be passed without it.
+            # A model may be passed without its wrapper, whose buffer then is found here alone.
             if (main_grad := getattr(parameter, "main_grad", None)) is not None:
                 main_grad.zero_()
 
     def step(self) -> None:
-        """Let the optimizer step, at a learning rate above zero."""
+        """Take an optimizer step, at a learning rate above zero."""
         for single in single_optimizers(self.optimizer):
             for group in (single.optimizer if is_megatron(single) else single).param_groups:
                 if float(group["lr"]) == 0.0:
@@ -143,7 +143,7 @@ class SetUp:
 
     @torch.no_grad()
     def scale_losses_by_one(self) -> None:
-        """Let float16 gradients be as they are: how large a scale they bear is found out in many steps."""
+        """Set the scale of float16 losses to one, since finding a large one without overflows takes many steps."""
         for single in single_optimizers(self.optimizer):
             scale = getattr(getattr(single, "grad_scaler", None), "scale", None)
             if isinstance(scale, torch.Tensor):
@@ -151,10 +151,11 @@ class SetUp:
 
     @torch.no_grad()
     def move_adapters(self) -> None:
-        """Choose B and m by the paths of the layers, the same whole tensors at every layout: B != 0 and m != norm.
+        """Draw B and m from seeds that depend on the layers' paths: the same whole tensors at every layout.
 
-        At the start DoRA is the identity, where no fault would show. What the layers change adds up as a random walk,
-        so that in a deep model each changes less, and the model stays near the one that will be trained.
+        Initially B is zero and m the norm: DoRA is the identity, and no fault would show. The changes of the layers add
+        up like a random walk, so each layer of a deep model changes less, and the whole model stays near the one to
+        train.
         """
         share = _SHARE / math.sqrt(self.num_layers)
         for path, size in zip(self.sites, self._sizes_of_b(share), strict=True):
@@ -172,15 +173,15 @@ class SetUp:
 
     @torch.no_grad()
     def make_adapters_fresh(self) -> None:
-        """Set B to zero and m to the norms, where an adapted layer computes what its base does."""
+        """Set B to zero and m to the norms, so that an adapted layer computes what its base computes."""
         for site in self.sites.values():
             site.adapter.linear_out.weight.zero_()
             site.adapter.weight_magnitude.copy_(site._get_weight_norm())
 
     def _sizes_of_b(self, share: float) -> list[float]:
-        """Root mean squares of B with which rows of s B A have a share of the length of W0's; every rank calls it.
+        """Return the root mean squares of B for which rows of s B A have a share of W0's length; every rank calls it.
 
-        From sums over each layer's ranks, as they have to be the same at every layout.
+        Computed from sums over each layer's ranks, so that it is the same at every layout.
         """
         own: dict[str, tuple[float, ...]] = {}
         for path, site in self.sites.items():
@@ -199,7 +200,7 @@ class SetUp:
 
     @staticmethod
     def _size_of_b(site: DoRALinear, squares: Sequence[tuple[float, ...]]) -> float:
-        """For rows as long as W0's, from the sums of squares of W0 and A on each of the layer's ranks."""
+        """Return the size for rows as long as W0's, from sums of squares of W0 and A on the layer's ranks."""
         base, low_rank = (sum(column) for column in zip(*squares, strict=True))
         if base == 0.0 or low_rank == 0.0:
             return 1.0
@@ -222,17 +223,17 @@ class SetUp:
 
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
-    """Within the context compiled functions run as they were written."""
+    """Within the block, run compiled functions eagerly."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 @contextlib.contextmanager
 def without_recomputation(setup: SetUp) -> Iterator[bool]:
-    """Within the context no activation checkpointing takes place; yields whether there was any.
+    """Turn activation checkpointing off within the block; yield whether any was on.
 
-    Megatron asks its configuration for full recomputation and attributes of modules for parts of layers; transformers
-    has an attribute of the layers; torch's wrapper keeps the function that it calls.
+    Megatron has it in its configuration for whole layers and in attributes of modules for parts of layers; transformers
+    has an attribute of the layers; torch's wrapper has the checkpoint function.
     """
     changed: list[tuple[Any, str, Any]] = []
 
@@ -257,7 +258,7 @@ def without_recomputation(setup: SetUp) -> Iterator[bool]:
 
 
 def drops_in_base(setup: SetUp) -> bool:
-    """Return whether the base drops out, with masks that compiled code draws otherwise than eager code."""
+    """Return whether the base has dropout; compiled code draws other masks for it than eager code."""
     names = ("hidden_dropout", "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
     modules = [module for chunk in setup.chunks for module in chunk.modules()]
     configs = [getattr(unwrap(module), "config", None) for module in modules]
@@ -266,12 +267,12 @@ def drops_in_base(setup: SetUp) -> bool:
 
 
 def over_all_ranks(value: Any) -> list[Any]:
-    """The value of every rank, in order of ranks; every rank calls it."""
+    """Gather a value from every rank, in rank order; every rank calls it."""
     return gather_objects(value, world_group())
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor | None]) -> list[str]:
-    """The paths of tensors that have NaN or inf."""
+    """Return the paths of tensors with NaN or inf."""
     return [path for path, tensor in tensors.items() if tensor is not None and not torch.isfinite(tensor).all()]
 
 

@@ -1,9 +1,9 @@
-"""Gradients are the slope of the loss: the proof of a backward pass that needs no oracle, at any layout.
+"""Compares gradients with differences of the loss: a proof of the backward pass without an oracle, at any layout.
 
     (L(p + d) - L(p - d)) / 2    against    <dL/dp, d>        d along the gradient
 
-A, B and m move one after the other. DoRA takes norms for constants (arXiv 2402.09353, section 4.3), and so do these
-differences: while A or B moves, m moves with the norm, so that m / n stays.
+A, B and m move one after the other. DoRA treats norms as constants (arXiv 2402.09353, section 4.3), and so do these
+differences: while A or B moves, m is scaled with the norm, so that m / n stays the same.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from dora_fx.preflight.model_passes import model_replicas
 from dora_fx.preflight.saved_state import SavedValues
 from dora_fx.preflight.set_up import Pass, SetUp, over_all_ranks, uncompiled
 
-# How much the loss is to change, relative to itself: little enough to be straight, and above its rounding. Where the
-# loss bends over a change, the next is tried; a wrong gradient is wrong over each.
+# Relative changes of the loss to try: small enough to be linear, and above its rounding. If the loss is curved over one
+# change, the next one is tried; a wrong gradient is wrong over all of them.
 _CHANGES = {torch.float64: (1e-3, 1e-5, 1e-7), torch.float32: (1e-2, 2e-3, 4e-4)}
 _CHANGES_OF_16_BITS = (5e-2, 1e-2)
 # A tensor moves by no more than this part of itself.
 _MOST = 0.05
-# The curvature of the loss over such a change.
+# Error that the curvature of the loss may add over such a change.
 _ROOM = 0.02
 
 
 def gradients_are_slopes(setup: SetUp, eager: Pass) -> Finding:
-    """The loss changes along the gradients of A, of B and of m as they say."""
+    """Prove that the loss changes along the gradients of A, B and m by the amount that they predict."""
     name = "slope"
     gradients = {path: eager.gradients.get(path) for path in setup.adapter_parameters}
     known = all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients.values())
@@ -41,17 +41,19 @@ def gradients_are_slopes(setup: SetUp, eager: Pass) -> Finding:
     if not errors[worst] <= bound:
         paths = [path for path in gradients if path.endswith(worst)]
         where = paths[0] if paths else worst
-        text = f"{where} and those of other layers: found a loss that moves {errors[worst]:.1%} otherwise than they say"
+        text = (
+            f"{where} and other layers: found a change of the loss {errors[worst]:.1%} off, expected the gradients' own"
+        )
         return Finding(name, "failed", text)
     figures = ", ".join(f"{errors[kind]:.1e} ({letter})" for kind, letter in zip(ADAPTER_TENSORS, "ABm", strict=True))
-    return Finding(name, "ok", f"the loss moves along its gradients as they say, within {figures}")
+    return Finding(name, "ok", f"the loss changes as the gradients predict, within {figures}")
 
 
 def _least_error_of(setup: SetUp, eager: Pass, kind: str, bound: float) -> float:
-    """The error over the first change of the loss for which it is within the bound, or the least of all."""
+    """Return the error for the first change that is within the bound, or else the least error."""
     dtypes = {site.base_weight.dtype for site in setup.sites.values()}
     of_ranks = over_all_ranks([_CHANGES.get(dtype, _CHANGES_OF_16_BITS) for dtype in dtypes])
-    # The coarsest dtype's on every rank.
+    # On every rank those of the coarsest dtype of all ranks.
     changes = max(changes for of_rank in of_ranks for changes in of_rank)
     errors = []
     for change in changes:
@@ -62,7 +64,7 @@ def _least_error_of(setup: SetUp, eager: Pass, kind: str, bound: float) -> float
 
 
 def _error_of(setup: SetUp, eager: Pass, kind: str, relative_change: float) -> float:
-    """How far the change of the loss along the gradients of one tensor of all layers is from what they say."""
+    """Move one kind of tensor in all layers along its gradients; return the relative error of the predicted change."""
     parameters = setup.adapter_parameters
     moved = {path: eager.gradients[path] for path in parameters if path.endswith(f".adapter.{kind}")}
     squared = _total(setup, {path: float(g.double().square().sum()) for path, g in moved.items() if g is not None})
@@ -84,10 +86,11 @@ def _error_of(setup: SetUp, eager: Pass, kind: str, relative_change: float) -> f
             for path, g in moved.items()
             if g is not None
         }
+        # The prediction takes the distance that rounding left of the move, which matters in 16 bits.
         ends.append((loss, _total(setup, dots)))
         values.restore()
-    (above, said_above), (below, said_below) = ends
-    return abs((above - below) / (said_above - said_below) - 1.0)
+    (above, predicted_above), (below, predicted_below) = ends
+    return abs((above - below) / (predicted_above - predicted_below) - 1.0)
 
 
 @torch.no_grad()
@@ -102,19 +105,19 @@ def _move(setup: SetUp, kind: str, eager: Pass, distance: float, gains: dict[str
 
 @torch.no_grad()
 def _gain(setup: SetUp, path: str) -> torch.Tensor:
-    """m / n of each row; 0 for a row of zeros."""
+    """Return m / n of each row, and 0 for a row of zeros."""
     norm, magnitude = setup.sites[path]._get_weight_norm(), setup.sites[path].adapter.weight_magnitude
     return torch.where(norm > 0, magnitude / norm, torch.zeros_like(norm))
 
 
-def _objective(found: Pass) -> float:
-    """What the gradients of a pass are of; every rank calls it."""
-    losses = [loss for loss in over_all_ranks(None if found.loss is None else found.loss * found.weight) if loss]
+def _objective(done: Pass) -> float:
+    """Return the quantity that the gradients of a pass are gradients of; every rank calls it."""
+    losses = [loss for loss in over_all_ranks(None if done.loss is None else done.loss * done.weight) if loss]
     return sum(losses) / len(losses) if losses else math.nan
 
 
 def _total(setup: SetUp, numbers: dict[str, float]) -> float:
-    """The sum over all layers and their shards, each counted once, of numbers by the names of adapter parameters."""
+    """Add numbers, by the names of adapter parameters, over all layers and shards, each counted once."""
     own = 0.0
     for path, number in numbers.items():
         site, _, kind = path.partition(".adapter.")

@@ -1,4 +1,4 @@
-"""Many processes as one: their groups, what they tell each other, what they must agree on, how they fail together."""
+"""Communication between processes: process groups, exchange of Python objects, agreement checks, and shared failure."""
 
 from dora_fx.ranks.agreement import (
     check_same_settings,
@@ -9,15 +9,15 @@ from dora_fx.ranks.agreement import (
     stale_on_any_rank,
     value_of_first_replica,
 )
+from dora_fx.ranks.collective_step import CollectiveSteps, error_text
 from dora_fx.ranks.exchange import broadcast_object, gather_objects, gather_objects_on_first_rank, gather_through_store
-from dora_fx.ranks.failing_together import FailingTogether, describe_error
 from dora_fx.ranks.groups import group_rank, group_size, has_other_ranks, resolve_group, world_group
 
 __all__ = [
-    "FailingTogether",
+    "CollectiveSteps",
     "broadcast_object",
     "check_same_settings",
-    "describe_error",
+    "error_text",
     "gather_objects",
     "gather_objects_on_first_rank",
     "gather_through_store",

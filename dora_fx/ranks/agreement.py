@@ -1,7 +1,7 @@
-"""Ranks must attach the same adapters and refresh the same sites: notice when they do not.
+"""Checks that ranks agree: on the settings of adapters, on the sites to refresh, on whether something is wrong.
 
-A rank that runs other collectives than its peers hangs them, without a word, until the process group's timeout.
-These checks say instead which rank differs and in what.
+A rank that calls other collectives than its peers makes them hang silently until the process group's timeout. These
+checks raise an error instead that names the rank and the difference.
 """
 
 from __future__ import annotations
@@ -20,46 +20,49 @@ T = TypeVar("T")
 
 
 def check_same_settings(settings: Mapping[str, Any], group: dist.ProcessGroup) -> None:
-    """Exchange settings over a group; every rank calls it.
+    """Check that all ranks of a group pass the same settings; every rank calls it.
 
     Raises:
-        ValueError: on every rank, naming the first rank that differs from rank 0 of the group and in what.
+        ValueError: on every rank, naming the first setting and rank that differ from rank 0 of the group.
     """
-    found = gather_objects(dict(settings), group)
-    for tp_rank, theirs in enumerate(found):
-        for name in {**found[0], **theirs}:
-            if theirs.get(name) != found[0].get(name):
+    settings_of_ranks = gather_objects(dict(settings), group)
+    first = settings_of_ranks[0]
+    for tp_rank, own in enumerate(settings_of_ranks):
+        # A rank may lack a setting that rank 0 has, such as the path of a layer, or have one more.
+        for name in {**first, **own}:
+            if own.get(name) != first.get(name):
                 raise ValueError(
-                    f"{name}: found {theirs.get(name)!r} on tensor-parallel rank {tp_rank} and "
-                    f"{found[0].get(name)!r} on rank 0, expected the same on every rank"
+                    f"{name}: found {own.get(name)!r} on tensor-parallel rank {tp_rank} and {first.get(name)!r} on "
+                    "rank 0, expected the same on every rank"
                 )
 
 
 def of_all_stages(value: T) -> list[T]:
-    """Return the value of every pipeline stage, first stage first; every rank calls it."""
+    """Gather a value from every pipeline stage, in stage order; every rank calls it."""
     group = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
     return gather_objects(value, group)
 
 
 def value_of_first_replica(value: int) -> int:
-    """The value that the first pipeline stage of the first data-parallel replica passes; every rank calls it."""
+    """Broadcast the value of the first pipeline stage of the first data-parallel replica; every rank calls it."""
     if not parallel_state.model_parallel_is_initialized():
         return value
+    # Along the stages first: then each replica's ranks hold the value of its first stage.
     value = of_all_stages(value)[0]
     return broadcast_object(value, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
 def stale_on_any_rank(paths: Mapping[int, str], stale: Sequence[int], tp_group: str, timeout_s: float) -> list[int]:
-    """Add up the sites that ranks of a group are about to refresh outside an optimizer's step.
+    """Return the union of the sites that ranks of a group are about to refresh outside an optimizer's step.
 
     Args:
-        paths: of all sites of a graph in the group, by their numbers, the same on every rank.
-        stale: those that are stale on this rank, at least one.
+        paths: number -> path of every site of a graph in the group, the same on every rank.
+        stale: numbers of the sites that are stale on this rank, at least one.
         tp_group: name of the tensor-parallel group.
-        timeout_s: how long the other ranks may take to find a stale site too, in seconds.
+        timeout_s: seconds to wait for the other ranks to find a stale site too.
 
     Raises:
-        RuntimeError: another rank has no stale site, and runs its graph with norms of other values.
+        RuntimeError: another rank has found no stale site, so it would run its graph with norms of other parameters.
     """
     group = resolve_group(tp_group)
     if not has_other_ranks(group):
@@ -72,51 +75,59 @@ def stale_on_any_rank(paths: Mapping[int, str], stale: Sequence[int], tp_group: 
             f"{timeout_s:.0f} s; write on every rank, or call dora_fx.invalidate_norms(model) on every rank"
         )
 
+    # A collective would hang here: the ranks without stale sites do not call this function.
     texts = gather_through_store(group, "refresh", json.dumps(list(stale)), timeout_s, explain)
     return sorted({index for text in texts for index in json.loads(text)})
 
 
 def raise_on_every_rank_of_model(problem: str | None, tp_groups: Iterable[dist.ProcessGroup]) -> None:
-    """Exchange what each rank of a model found wrong; every rank calls it, also with nothing to say.
+    """Raise on every rank of a model if one of them has a problem; every rank calls it, with a problem or None.
 
     Args:
         problem: this rank's error message, None if all is well.
-        tp_groups: the groups of this rank's layers; a pipeline stage without any has none.
+        tp_groups: tensor-parallel groups of this rank's layers; empty on a pipeline stage without adapted layers.
 
     Raises:
-        ValueError: on every rank, with the message of one that has one.
+        ValueError: on every rank, with the message of one of the ranks that pass one.
     """
     groups: list[dist.ProcessGroup | None] = [*tp_groups]
     if parallel_state.model_parallel_is_initialized():
         groups.append(parallel_state.get_pipeline_model_parallel_group())
         groups.append(parallel_state.get_data_parallel_group(with_context_parallel=True))
-    # What one dimension of the ranks heard, the next one hears of all of them.
+    # Each exchange runs along one axis of the mesh and passes on what the axes before it brought in, so that after the
+    # last one every rank of the model has the problem. There is no one group that has just these ranks.
     for group in groups:
-        problem = next((found for found in gather_objects(problem, group) if found is not None), None)
+        problem = next((message for message in gather_objects(problem, group) if message is not None), None)
     if problem is not None:
         raise ValueError(problem)
 
 
 def raise_on_every_rank(problem: str | None, group: dist.ProcessGroup | None) -> None:
-    """Exchange what each rank found wrong; every rank of the group calls it, also with nothing to say.
+    """Raise on every rank of a group if one of them has a problem; every rank calls it, with a problem or None.
 
     Args:
         problem: this rank's error message, None if all is well.
         group: None for one process by itself.
 
     Raises:
-        ValueError: on every rank, with the message of the first rank that has one.
+        ValueError: on every rank, with the message of the first rank that passes one.
     """
-    found = problem_of_any_rank_maybe(problem, group)
-    if found is not None:
-        raise ValueError(found)
+    problem = problem_of_any_rank_maybe(problem, group)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def problem_of_any_rank_maybe(problem: str | None, group: dist.ProcessGroup | None) -> str | None:
-    """The message of the first rank that has one, on every rank; see `raise_on_every_rank`."""
+    """Return the first rank's problem on every rank, with the rank's number; every rank calls it.
+
+    Args:
+        problem: this rank's error message, None if all is well.
+        group: None for one process by itself.
+    """
     problems = gather_objects(problem, group)
-    for group_rank, found in enumerate(problems):
-        if found is not None:
-            is_said = len(problems) == 1 or " (found on rank " in found
-            return found if is_said else f"{found} (found on rank {group_rank})"
+    for group_rank, message in enumerate(problems):
+        if message is not None:
+            # A message that went through another group before already names the rank where it arose.
+            names_rank = len(problems) == 1 or " (found on rank " in message
+            return message if names_rank else f"{message} (found on rank {group_rank})"
     return None

@@ -1,4 +1,4 @@
-"""Python objects from rank to rank; with one process, or in torch's "fake" group, each rank hears itself alone."""
+"""Exchange of Python objects between ranks. With one process, or in torch's "fake" group, a rank gets its own value."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from dora_fx.ranks.groups import has_other_ranks
 
 T = TypeVar("T")
 
+# How many exchanges through its store each group has made, by topic. Weak keys, so that a group that is destroyed takes
+# its counts along.
 _exchanges: weakref.WeakKeyDictionary[dist.ProcessGroup, Counter[str]] = weakref.WeakKeyDictionary()
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """The value of every rank of the group, in order of ranks, on every rank; every rank calls it."""
+    """Gather the value of every rank of the group, in rank order, on every rank; every rank calls it."""
     if group is None or not has_other_ranks(group):
         return [value]
     values: list[Any] = [None] * group.size()
@@ -27,7 +29,10 @@ def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
 
 
 def gather_objects_on_first_rank(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Do as `gather_objects`, but the list is empty on all ranks but the group's first."""
+    """Gather the value of every rank of the group on its first rank; the other ranks get an empty list.
+
+    Large values are then held by one rank, and not by each.
+    """
     if group is None or not has_other_ranks(group):
         return [value]
     values: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
@@ -36,7 +41,7 @@ def gather_objects_on_first_rank(value: T, group: dist.ProcessGroup | None) -> l
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None) -> T:
-    """The value of the group's first rank, on every rank; every rank calls it."""
+    """Broadcast the value of the group's first rank to every rank; every rank calls it."""
     if group is None or not has_other_ranks(group):
         return value
     values = [value]
@@ -47,22 +52,23 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None) -> T:
 def gather_through_store(
     group: dist.ProcessGroup, topic: str, value: str, timeout_s: float, explain: Callable[[int, list[int]], str]
 ) -> list[str]:
-    """Bring together what every rank of a group says on its n-th exchange about a topic.
+    """Gather a text from every rank of a group, through the group's store and not through a collective.
 
-    Goes through the process group's store and not through a collective, so that a rank which comes alone finds out
-    while the others are in the middle of something else.
+    A rank that calls this alone gets an error after the timeout, while the others may be in any other collective.
+    The n-th call about a topic on one rank is matched with the n-th call on every other rank.
 
     Args:
-        timeout_s: how long the other ranks may take, in seconds.
-        explain: makes the error message, from the exchange's number and the ranks that did not come.
+        timeout_s: seconds to wait for the other ranks.
+        explain: makes the error message from the exchange's number and the ranks that did not take part.
 
     Raises:
-        RuntimeError: a rank did not come within the timeout.
+        RuntimeError: a rank did not take part within the timeout.
     """
     counts = _exchanges.setdefault(group, Counter())
     counts[topic] += 1
     number = counts[topic]
     store = group.get_group_store()
+    # Keys are never used twice: a rank that is late by one exchange must not read the texts of the next.
     keys = [f"dora_fx/{topic} {number}/{rank}" for rank in range(group.size())]
     store.set(keys[group.rank()], value)
     try:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 import dora_fx
+from dora_fx.checkpoint import read_adapters
 from dora_fx.checkpoint.manifest import read_manifest
-from dora_fx.checkpoint.plain import read_adapters
 from dora_fx.models import build_gpt_model
 from dora_fx.modules.whole_tensors import AdapterShards
 from tests.distributed.launch import visit_worlds

@@ -100,7 +100,8 @@ def copies_differ(layout: Layout, folder: Path) -> None:
     dora_fx.save_checkpoint(model, folder / "checkpoint")
     logger.removeHandler(handler)
     key = "decoder.layers.mlp.linear_fc2.adapter.weight_magnitude"
-    expected = f"{folder / 'checkpoint'}: ranks hold different copies of {key}; saving the first one's"
+    saved = "found different values on ranks that should hold copies; saving the first rank's"
+    expected = f"{folder / 'checkpoint'}: {key}: {saved}"
     assert messages == ([expected] if dist.get_rank() == 0 else [])
 
 

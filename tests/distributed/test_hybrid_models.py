@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dora_fx.app.cli.main import main
-from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.checkpoint import read_adapters
 from tests.closeness import assert_close, rounding
 from tests.distributed.hybrid_models import load_stages, save_stages, train_in_every_spec
 from tests.distributed.launch import run_ranks, visit_worlds

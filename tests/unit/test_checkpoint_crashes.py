@@ -16,7 +16,7 @@ import pytest
 
 import dora_fx
 from dora_fx import CheckpointError
-from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.checkpoint import read_adapters
 from dora_fx.megatron.world import megatron_world
 from tests.processes import start_process
 from tests.unit.checkpoints import adapted, are_equal, leftovers, loaded, values
@@ -211,7 +211,7 @@ def test_a_symbolic_link_in_the_way(tmp_path: Path, world: None, target: str) ->
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"), [(lambda: None, "pickle"), (Fraction(1, 2), "`extra` holds objects that would not be loaded")]
+    ("extra", "message"), [(lambda: None, "pickle"), (Fraction(1, 2), "`extra` holds objects that could not be loaded")]
 )
 def test_extra_that_cannot_be_saved_or_loaded(tmp_path: Path, world: None, extra: object, message: str) -> None:
     path = tmp_path / "checkpoint"

@@ -11,7 +11,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx import CheckpointError
-from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.checkpoint import read_adapters
 from dora_fx.megatron.world import megatron_world
 from tests.models import GPT_TARGETS, randomize_adapters, tiny_gpt
 

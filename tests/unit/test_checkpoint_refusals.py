@@ -134,18 +134,18 @@ def test_other_settings(checkpoint: Path, name: str, value: int) -> None:
 
 def test_another_dropout_is_only_a_warning(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     dora_fx.load_checkpoint(adapted(2, dropout=0.1), checkpoint)
-    assert "dropout was 0, going on with 0.1" in caplog.text
+    assert "the checkpoint has dropout 0, training goes on with 0.1" in caplog.text
 
 
 def test_fewer_adapters_than_the_checkpoint_has(checkpoint: Path) -> None:
     message = refusal(adapted(2, target_modules=["linear_qkv", "linear_fc1", "linear_fc2"]), checkpoint)
-    assert "has adapters for decoder.layers.self_attention.linear_proj, which the model does not" in message
+    assert "found adapters for decoder.layers.self_attention.linear_proj, which the model has not adapted" in message
 
 
 def test_more_adapters_than_the_checkpoint_has(tmp_path: Path) -> None:
     dora_fx.save_checkpoint(adapted(1, target_modules=["linear_qkv"]), tmp_path / "checkpoint")
     message = refusal(adapted(2, target_modules=["linear_qkv", "linear_fc2"]), tmp_path / "checkpoint")
-    assert "has no adapters for decoder.layers.mlp.linear_fc2, which the model has adapted" in message
+    assert "found no adapters for decoder.layers.mlp.linear_fc2, which the model has adapted" in message
 
 
 def test_another_dtype(checkpoint: Path) -> None:
@@ -159,7 +159,7 @@ def test_more_layers_than_the_checkpoint_has(checkpoint: Path) -> None:
 
 
 def test_optimizer_state_that_is_not_there(checkpoint: Path) -> None:
-    assert "has no optimizer state" in refusal(adapted(2), checkpoint, optimizer=object())
+    assert "found no optimizer state" in refusal(adapted(2), checkpoint, optimizer=object())
 
 
 def test_no_adapters() -> None:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 import dora_fx
 from dora_fx import CheckpointError
-from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.checkpoint import read_adapters
 from tests.models import GPT_TARGETS, logits_of, randomize_adapters, tiny_gpt, token_ids, trainable
 from tests.tables import every_case
 
@@ -227,12 +227,12 @@ def test_what_no_checkpoint_of_adapters_has(tmp_path: Path) -> None:
     model.decoder.final_layernorm.weight.requires_grad_(True)
     every = torch.optim.AdamW(model.parameters())
     refuse_to_save(
-        r"decoder\.final_layernorm\.weight: AdamW trains it, expected adapters alone", model, every, tmp_path
+        r"decoder\.final_layernorm\.weight: found it in AdamW, expected adapters alone", model, every, tmp_path
     )
     model = adapted()
     stranger = torch.optim.AdamW([nn.Parameter(torch.zeros(3, 7))])
     refuse_to_save(
-        r"a parameter of shape \(3, 7\) that the model does not have: AdamW trains", model, stranger, tmp_path
+        r"a parameter of shape \(3, 7\) that the model does not have: found it in AdamW", model, stranger, tmp_path
     )
     refuse_to_save("optimizer: found a builtins.dict, expected one of Megatron's", model, {}, tmp_path)
     refuse_to_save("optimizer: found a builtins.list, expected", model, [every], tmp_path)
@@ -255,18 +255,23 @@ def test_another_optimizer_than_the_saved_one(tmp_path: Path) -> None:
     dora_fx.save_checkpoint(source[0], path, source[1])
     model, optimizer = trained(OPTIMIZERS["sgd_momentum"], 1, seed=2)
     refuse_to_load(
-        f"{path}: the state is of the optimizer torch.optim.adamw.AdamW, expected .*SGD", path, model, optimizer
+        f"{path}: found the state of a torch.optim.adamw.AdamW, expected that of a .*SGD", path, model, optimizer
     )
     model = adapted(seed=2)
-    refuse_to_load("has 1 parameter groups, the one at hand 2", path, model, torch.optim.AdamW(groups_of(model)))
+    refuse_to_load(
+        "found 1 parameter groups, expected the 2 of the optimizer given",
+        path,
+        model,
+        torch.optim.AdamW(groups_of(model)),
+    )
     fewer = torch.optim.AdamW(list(trainable(model).values())[1:])
     refuse_to_load("5 unexpected|unexpected; expected the optimizer it was saved with", path, model, fewer)
     dora_fx.save_checkpoint(source[0], path, torch.optim.AdamW(list(trainable(source[0]).values())))
     refuse_to_load(
-        r"weight_magnitude \(1 such parameters\) is in parameter group 0 of the saved optimizer alone",
+        r"weight_magnitude \(1 such parameters\): found in parameter group 0 of the saved optimizer alone",
         path,
         model,
         fewer,
     )
     dora_fx.save_checkpoint(source[0], path)
-    refuse_to_load("has no optimizer state", path, model, optimizer)
+    refuse_to_load("found no optimizer state", path, model, optimizer)

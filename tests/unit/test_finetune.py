@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.checkpoint import read_adapters
 from tests.closeness import assert_close, rounding
 from tests.distributed.mutations import MUTATIONS, planted
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP, finetune, rows, step_of

@@ -14,7 +14,7 @@ from dora_fx import DoRA
 from dora_fx.app.cli.main import main, parse
 from dora_fx.app.options import options_from
 from dora_fx.app.training.recompute import recompute_layers
-from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.checkpoint import read_adapters
 from dora_fx.models import causal_mask
 from tests.finetune_runs import finetune, rows, step_of
 from tests.hf_models import finetune_inputs

@@ -149,8 +149,16 @@ def test_what_would_change_the_function_is_refused_by_its_key(
 @every_case(
     ("kind", "tensors", "message"),
     [
-        ("llama", {"rope_freqs.weight": np.full(4, 2.0, np.float32)}, "rope_freqs.weight holds other divisors"),
-        ("llama", {"rope_freqs.weight": np.ones(3, np.float32)}, "rope_freqs.weight holds other divisors of the 4"),
+        (
+            "llama",
+            {"rope_freqs.weight": np.full(4, 2.0, np.float32)},
+            "found other divisors of the 4 rotary frequencies in rope_freqs.weight",
+        ),
+        (
+            "llama",
+            {"rope_freqs.weight": np.ones(3, np.float32)},
+            "found other divisors of the 4 rotary frequencies in rope_freqs.weight",
+        ),
         ("llama", {"blk.0.attn_q.bias": np.ones(48, np.float32)}, "without a place in the model: blk.0.attn_q.bias"),
         ("llama", {"blk.1.attn_k_norm.weight": np.ones(8, np.float32)}, "without a place .* blk.1.attn_k_norm.weight"),
         ("llama", {"blk.0.attn_output.scale": np.ones(1, np.float32)}, "without a place .* blk.0.attn_output.scale"),

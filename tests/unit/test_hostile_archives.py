@@ -67,13 +67,13 @@ def test_what_megatron_adds_to_the_list_of_torch(checkpoint: Path, capsys: pytes
     [
         (b"", "found no archive of torch.save"),
         (saved({})[:-30], "found no archive of torch.save"),
-        (b"PK\3\4" + saved({}), "put together by something else than torch.save"),
+        (b"PK\3\4" + saved({}), "that torch.save did not write"),
         (saved({})[:-2] + b"\4\0more", "found no archive of torch.save"),
         (archive_with(b"\x80\x02]."), "found a list, expected a dict"),
         (archive_with(b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93."), "found the opcode SHORT_BINUNICODE in its pickle"),
         (archive_with(b"\x80\x02}q"), "found no whole pickle"),
         (archive_with(b"\x80\x02((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuJ"
-                      b"\xff\xff\xff\x7ftQ.", **{"0": b"1234"}), "as the storage '0', where the archive has 4 bytes"),
+                      b"\xff\xff\xff\x7ftQ.", **{"0": b"1234"}), "as the storage '0', expected the 4 bytes of"),
     ],
     ids=["empty", "cut", "front", "comment", "list", "opcode", "unfinished", "storage"],
 )  # fmt: skip

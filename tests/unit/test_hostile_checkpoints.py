@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.app.cli.main import main
-from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.checkpoint import read_adapters
 from tests.tables import every_case
 from tests.unit.checkpoints import adapted, are_equal, values
 from tests.unit.hostile_files import (

@@ -45,7 +45,7 @@ GGUF_FILES = {
     "strings": (gguf(0, 1, text("a") + kind(9) + kind(8) + number(ENDLESS)), "elements of 'a' and the arrays before"),
     "values": (gguf(0, ENDLESS), "found .* values, expected at most 65,536"),
     "tensors": (gguf(ENDLESS, 0), "found .* tensors, expected at most 262,144"),
-    "text": (gguf(0, 1, number(ENDLESS)), "a header that goes on for .* bytes at 32, where the file has 0 left"),
+    "text": (gguf(0, 1, number(ENDLESS)), "a header with .* more bytes at 32, expected at most the 0 that are left"),
     "dimensions": (gguf(1, 0, text("a") + kind(ENDLESS % 2**32 + 2**31)), "dimensions of 'a', expected at most 8"),
     "elements": (
         gguf(1, 0, text("a") + kind(2) + number(1 << 40, 1 << 40) + kind(0) + number(0)),
@@ -61,9 +61,9 @@ GGUF_FILES = {
         ),
         "found 1152921504606846976 as num_hidden_layers",
     ),
-    "magic": (b"GGML" + number(0, 0, 0), "expected it to begin with GGUF"),
+    "magic": (b"GGML" + number(0, 0, 0), "expected a GGUF file, which begins with GGUF"),
     "version": (b"GGUF" + struct.pack(">I", 3) + number(0, 0), "expected 2 or 3, little-endian"),
-    "cut": (gguf(1, 1)[:20], "a header that goes on for 8 bytes"),
+    "cut": (gguf(1, 1)[:20], "a header with 8 more bytes"),
     "empty": (b"", "the file is empty"),
 }
 

@@ -70,7 +70,7 @@ PICKLES: dict[str, tuple[bytes, str | None, str]] = {
         LOAD,
         "found 'punycode' in its pickle, expected latin1",
     ),
-    "a list in itself": (b"]q\0h\0a", None, "found a list in its pickle, expected values that do not change any more"),
+    "a list in itself": (b"]q\0h\0a", None, "found a list in its pickle, expected no change of a value"),
     "a dict of pairs": (
         b"ccollections\nOrderedDict\n]" + text("a") + b"N\x86a\x85R",
         None,
@@ -130,15 +130,15 @@ def tensor(stored: bytes, offset: int, sizes: tuple[int, ...], strides: tuple[in
     return call + integers(*sizes) + integers(*strides) + b"\x89" + hooks + b"tR"
 
 
-NO_ROOM = "for which the 16 bytes of its storage have no room"
+NO_ROOM = "expected one within the 16 bytes of its storage"
 TENSORS = {
-    "a larger storage": (tensor(storage(1 << 20), 0, (4,), (1,)), "where the archive has 16 bytes"),
-    "a smaller storage": (tensor(storage(2), 0, (2,), (1,)), "where the archive has 16 bytes"),
-    "a negative storage": (tensor(storage(-4), 0, (4,), (1,)), "where the archive has 16 bytes"),
-    "no storage": (tensor(storage(4, key="../data.pkl"), 0, (4,), (1,)), "where the archive has no such record"),
+    "a larger storage": (tensor(storage(1 << 20), 0, (4,), (1,)), "expected the 16 bytes of the archive's record"),
+    "a smaller storage": (tensor(storage(2), 0, (2,), (1,)), "expected the 16 bytes of the archive's record"),
+    "a negative storage": (tensor(storage(-4), 0, (4,), (1,)), "expected the 16 bytes of the archive's record"),
+    "no storage": (tensor(storage(4, key="../data.pkl"), 0, (4,), (1,)), "expected a record of the archive"),
     "a storage of another class": (
         tensor(storage(4, b"collections\nOrderedDict\n"), 0, (4,), (1,)),
-        "where the archive has 16 bytes",
+        "expected the 16 bytes of the archive's record",
     ),
     "an offset": (tensor(storage(4), 1 << 26, (1,), (1,)), NO_ROOM),
     "a negative offset": (tensor(storage(4), -1, (1,), (1,)), NO_ROOM),

@@ -16,8 +16,8 @@ from tests.unit.hostile_files import is_endless
 MESSAGES = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 # The template, and the refusal; what transformers makes of it is tried within 300 MiB and two seconds.
 TEMPLATES = {
-    "power": ("{{ 'a' * 10**10 }}", r"has the operator \*\*"),
-    "power of powers": ("{% set a = 9 %}{{ a ** (a ** a) > 1 }}", r"has the operator \*\*"),
+    "power": ("{{ 'a' * 10**10 }}", r"found the operator \*\*"),
+    "power of powers": ("{% set a = 9 %}{{ a ** (a ** a) > 1 }}", r"found the operator \*\*"),
     "product": ("{{ 'a' * 10000000000 }}", "takes more than 512 MiB of memory"),
     "center": ("{{ 'a'.center(2000000000) }}", "takes more than 512 MiB of memory"),
     "filter": ("{{ 'a' | center(2000000000) }}", "takes more than 512 MiB of memory"),

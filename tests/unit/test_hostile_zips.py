@@ -91,11 +91,11 @@ def test_two_readers_find_two_pickles(plant: Callable[[], bytes], tmp_path: Path
     planted = plant()
     assert torch_reads(planted) == HIDDEN
     assert b"shown" in zipfile_reads(planted) and b"found" not in zipfile_reads(planted)
-    with pytest.raises(UnsafeFileError, match=r"^a: found an archive put together by something else than torch.save"):
+    with pytest.raises(UnsafeFileError, match=r"^a: found an archive that torch.save did not write"):
         load_torch_bytes(planted, "a")
     path = tmp_path / "pytorch_model.bin"
     path.write_bytes(planted)
-    with pytest.raises(UnsafeFileError, match=r"pytorch_model\.bin: found an archive put together by something else"):
+    with pytest.raises(UnsafeFileError, match=r"pytorch_model\.bin: found an archive that torch.save did not write"):
         check_torch_file(path)
 
 
@@ -133,8 +133,8 @@ def with_a_gap() -> bytes:
 UNICODE_PATH = struct.pack("<2HBL", 0x7075, 5 + len("archive/x"), 1, 0) + b"archive/x"
 ARCHIVES = {
     "front": (lambda: b"PK\3\4" + saved({}), "points to byte"),
-    "behind": (lambda: saved({}) + b"\0", "its last 22 bytes are no end record"),
-    "comment": (lambda: saved({})[:-2] + b"\4\0more", "its last 22 bytes are no end record"),
+    "behind": (lambda: saved({}) + b"\0", "its last 22 bytes are not an end record"),
+    "comment": (lambda: saved({})[:-2] + b"\4\0more", "its last 22 bytes are not an end record"),
     "gap": (with_a_gap, "expected the directory there"),
     "same name": (lambda: zipped("a/data.pkl", "a/DATA.pkl"), "two records named 'a/DATA.pkl'"),
     "folders": (lambda: zipped("a/data.pkl", "b/data.pkl"), "of 2 folders"),
@@ -150,8 +150,8 @@ ARCHIVES = {
     "checksum": (lambda: edited(16, "L", 7), "no descriptor behind 'archive/data.pkl'"),
     "other part": (lambda: edited(34, "H", 1), "in another part"),
     "local name": (lambda: edited(30, "B", 65, part="record"), "a header without the name"),
-    "local compression": (lambda: edited(8, "H", 8, part="record"), "something else than the directory"),
-    "local size": (lambda: edited(22, "L", 8, part="record"), "something else than the directory"),
+    "local compression": (lambda: edited(8, "H", 8, part="record"), "contradicts the directory"),
+    "local size": (lambda: edited(22, "L", 8, part="record"), "contradicts the directory"),
     "local extra": (lambda: edited(28, "H", 20, part="record"), "no descriptor behind"),
     "local signature": (lambda: edited(3, "B", 5, part="record"), "a header without the name"),
     "count": (lambda: edited(10, "H", 3, part="end"), "an end record and a zip64 record that differ"),

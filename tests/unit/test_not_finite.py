@@ -14,7 +14,7 @@ from torch import nn
 import dora_fx
 from dora_fx import CheckpointError
 from dora_fx.app.cli.main import main
-from dora_fx.checkpoint.plain import read_adapters
+from dora_fx.checkpoint import read_adapters
 from tests.hf_models import tiny_hf_model
 from tests.models import randomize_adapters, sites
 from tests.peft_models import adapted_megatron

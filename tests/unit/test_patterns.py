@@ -15,8 +15,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 import dora_fx
+from dora_fx.checkpoint import read_adapters
 from dora_fx.checkpoint.manifest import MANIFEST, _checksum
-from dora_fx.checkpoint.plain import read_adapters
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from tests.hf_models import tiny_hf_model
 from tests.models import GPT_TARGETS, randomize_adapters, sites, tiny_gpt

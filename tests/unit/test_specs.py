@@ -70,7 +70,7 @@ def test_layers_of_a_hybrid_model_are_counted_by_their_pairs() -> None:
 def test_a_hybrid_model_of_other_layers_has_no_hugging_face_names(pattern: str, world: None) -> None:
     model = tiny_gpt()
     model.hybrid_layer_pattern = pattern
-    with pytest.raises(ValueError, match=r"hybrid_layer_pattern: found .* expected attention and MLP by turns"):
+    with pytest.raises(ValueError, match=r"hybrid_layer_pattern: found .* expected attention and MLP in turn"):
         DecoderNames.of(model)
 
 

@@ -194,12 +194,15 @@ def test_a_directory_that_cannot_be_read_is_one_line(case: str, base: Path, caps
         (POINTER, "model.gguf: found a Git LFS pointer in place of the file; run: git lfs pull"),
         (b"", "model.gguf: the file is empty"),
         (b"<html>", "model.gguf: found a web page"),
-        (b"GGML" + bytes(100), "model.gguf: found no GGUF file, expected it to begin with GGUF; download it again"),
+        (
+            b"GGML" + bytes(100),
+            "model.gguf: found another kind of file, expected a GGUF file, which begins with GGUF; download it again",
+        ),
         (
             b"GGUF\x09\0\0\0" + bytes(100),
             "model.gguf: found version 9 of GGUF, expected 2 or 3, little-endian; download it again",
         ),
-        (b"GGUF", "model.gguf: found a header that goes on for 4 bytes at 4, where the file has 0 left; download"),
+        (b"GGUF", "model.gguf: found a header with 4 more bytes at 4, expected at most the 0 that are left; download"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DataParallel
 
 import dora_fx
-from dora_fx.checkpoint.contents import all_shards, model_contents
+from dora_fx.checkpoint.sharded_model import all_shards, sharded_model_of
 from dora_fx.checkpoint.tensor_digests import add_digests, shard_digests
 from dora_fx.megatron.wrappers import unwrap, walk
 from tests.models import DIM, GPT_TARGETS, logits_of, randomize_adapters, tiny_gpt, token_ids
@@ -126,7 +126,7 @@ def build(name: str, *, bare: bool = False, attach_first: bool = False, targets:
 
 def traces(model: Any) -> tuple[Any, dict[str, list[torch.Tensor]]]:
     """Everything that a wrapper could leave a trace in, but what the model computes: names, and factors by path."""
-    contents = model_contents([model])
+    contents = sharded_model_of([model])
     adapted = [named for named in walk(model) if isinstance(named.module, dora_fx.DoRALinear)]
     names = (
         [(named.path, named.whole_path, type(named.module)) for named in walk(model)],

@@ -1,4 +1,4 @@
-"""The checks before a checkpoint is loaded. Each check names what it found, what it expected and what to do."""
+"""Checks that run before a checkpoint is loaded. Each error says what was found, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from dora_fx.checkpoint.checked_reader import CheckedReader
 from dora_fx.checkpoint.manifest import (
     MANIFEST,
     NORM_OF_INPUT,
@@ -22,7 +23,6 @@ from dora_fx.checkpoint.manifest import (
     read_manifest,
 )
 from dora_fx.checkpoint.rank_steps import CheckpointError
-from dora_fx.checkpoint.reader import CheckedReader
 from dora_fx.modules import not_finite_maybe
 
 logger = logging.getLogger(__name__)
@@ -32,15 +32,16 @@ _OPTIMIZER_PREFIX = "optimizer."
 
 def check_sites(directory: Path, manifest: Manifest, found: Mapping[str, SiteSettings]) -> None:
     """Raise CheckpointError unless the model's adapted layers are the checkpoint's, with its dim and scaling."""
-    lacking = sorted(manifest.sites.keys() - found.keys())
-    if lacking:
+    missing = sorted(manifest.sites.keys() - found.keys())
+    if missing:
         raise CheckpointError(
-            f"{directory}: has adapters for {_listed(lacking)}, which the model does not; attach DoRA to them too"
+            f"{directory}: found adapters for {_listed(missing)}, which the model has not adapted; attach DoRA to them "
+            "too"
         )
-    beyond = sorted(found.keys() - manifest.sites.keys())
-    if beyond:
+    unexpected = sorted(found.keys() - manifest.sites.keys())
+    if unexpected:
         raise CheckpointError(
-            f"{directory}: has no adapters for {_listed(beyond)}, which the model has adapted; leave them out of "
+            f"{directory}: found no adapters for {_listed(unexpected)}, which the model has adapted; leave them out of "
             "DoRA.target_modules"
         )
     for key, settings in manifest.sites.items():
@@ -51,16 +52,20 @@ def check_sites(directory: Path, manifest: Manifest, found: Mapping[str, SiteSet
                     f"{directory}: {key} was trained with {name}={saved}, the model has {name}={own}; "
                     f"attach DoRA with {name}={saved}"
                 )
+        # Dropout changes how training goes on, not what was trained.
         if settings.dropout != found[key].dropout and dist.get_rank() == 0:
-            logger.warning("%s: dropout was %g, going on with %g", key, settings.dropout, found[key].dropout)
+            logger.warning(
+                "%s: the checkpoint has dropout %g, training goes on with %g", key, settings.dropout, found[key].dropout
+            )
 
 
 def check_base(directory: Path, manifest: Manifest, found: Mapping[str, str], *, any_base: bool) -> None:
-    """Raise CheckpointError, or warn where `any_base`, unless the base weights are those of the checkpoint."""
-    # A norm may have a bias in one of the models alone. Older checkpoints have no digests of norms.
+    """Raise CheckpointError unless the base has the digests of the checkpoint's; with `any_base`, warn."""
+    # Of the keys that the manifest lacks, those of norms count: one of the models may have a bias in a norm. The
+    # manifest of an earlier version has no digests of norms at all.
     norms = {key.split(NORM_OF_INPUT)[0] for key in manifest.base if NORM_OF_INPUT in key}
-    beyond = {key for key in found if NORM_OF_INPUT in key and key.split(NORM_OF_INPUT)[0] in norms}
-    differing = sorted(key for key in manifest.base.keys() | beyond if found.get(key) != manifest.base.get(key))
+    unexpected = {key for key in found if NORM_OF_INPUT in key and key.split(NORM_OF_INPUT)[0] in norms}
+    differing = sorted(key for key in manifest.base.keys() | unexpected if found.get(key) != manifest.base.get(key))
     if not differing:
         return
     message = f"{directory}: was trained on another base model than this one: {_listed(differing)} differ"
@@ -71,7 +76,7 @@ def check_base(directory: Path, manifest: Manifest, found: Mapping[str, str], *,
 
 
 def check_same_manifest(directory: Path, manifest: Manifest) -> None:
-    """Raise CheckpointError unless this rank sees the checkpoint whose manifest rank 0 has read."""
+    """Raise CheckpointError unless this rank reads the same manifest as rank 0."""
     try:
         found = read_manifest(directory)
         problem = None if found == manifest else f"{directory} is another checkpoint"
@@ -85,7 +90,7 @@ def check_same_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def check_files(directory: Path, manifest: Manifest) -> None:
-    """Raise CheckpointError if a file is missing or damaged. Each rank reads a part of them."""
+    """Raise CheckpointError if a file is missing or damaged. Each rank checks a share of the files."""
     names = sorted(manifest.files)
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         check_file(directory, name, manifest.files[name])
@@ -94,17 +99,19 @@ def check_files(directory: Path, manifest: Manifest) -> None:
 def check_tensors(
     directory: Path, manifest: Manifest, wanted: Mapping[str, StoredTensor], *, with_optimizer: bool
 ) -> None:
-    """Raise CheckpointError unless the checkpoint's tensors are those that the ranks ask for."""
+    """Raise CheckpointError unless the checkpoint's tensors are the ones that the ranks ask for."""
     saved = {
         key: tensor
         for key, tensor in manifest.tensors.items()
         if with_optimizer or not key.startswith(_OPTIMIZER_PREFIX)
     }
-    lacking, beyond = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
-    if lacking or beyond:
+    missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    if missing or unexpected:
         raise CheckpointError(
-            f"{directory}: its tensors are not the model's: {_listed(lacking) or 'none'} missing, "
-            f"{_listed(beyond) or 'none'} unexpected" + "; expected the optimizer it was saved with" * with_optimizer
+            f"{directory}: its tensors are not the model's: {_listed(missing) or 'none'} missing, "
+            f"{_listed(unexpected) or 'none'} unexpected"
+            + "; expected the optimizer it was saved with"
+            * with_optimizer
         )
     for key, tensor in saved.items():
         if wanted[key] != tensor:
@@ -114,20 +121,21 @@ def check_tensors(
             )
 
 
-def check_stored(reader: CheckedReader, described: Mapping[str, StoredTensor]) -> None:
-    """Raise CheckpointError unless the files hold tensors of the dtypes and, but for padding, the shapes described."""
-    for key, stored in reader.check(described).items():
-        shape, dtype = tuple(stored.size), dtype_of(described[key].dtype)
-        is_inside = len(shape) == len(described[key].shape) and all(map(le, described[key].shape, shape))
+def check_stored(reader: CheckedReader, expected: Mapping[str, StoredTensor]) -> None:
+    """Raise CheckpointError unless the files hold tensors of the expected dtypes and, apart from padding, shapes."""
+    for key, stored in reader.check(expected).items():
+        shape, dtype = tuple(stored.size), dtype_of(expected[key].dtype)
+        # Padding makes the stored shape larger, never smaller.
+        is_inside = len(shape) == len(expected[key].shape) and all(map(le, expected[key].shape, shape))
         if not is_inside or stored.properties.dtype != dtype:
             raise CheckpointError(
                 f"{reader.directory}: {key} is a {stored.properties.dtype} tensor of shape {shape} in its files, "
-                f"expected {dtype} of shape {described[key].shape} as in {MANIFEST}; load another checkpoint"
+                f"expected {dtype} of shape {expected[key].shape} as in {MANIFEST}; load another checkpoint"
             )
 
 
 def check_finite(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise CheckpointError, naming the tensor, if one that was read has NaN or inf."""
+    """Raise CheckpointError, naming the tensor, if a tensor that was read has NaN or inf."""
     problem = not_finite_maybe(tensors)
     if problem is not None:
         raise CheckpointError(f"{directory}: {problem}; load another checkpoint")

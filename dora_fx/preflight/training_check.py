@@ -1,4 +1,4 @@
-"""`dora_fx.check`: prove on a user's own model, layout and batch that what should train trains."""
+"""`dora_fx.check`: runs all proofs on a user's model, layout and batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dora_fx.megatron import Model
-from dora_fx.preflight.check_report import CheckError, CheckReport, Finding, joined
+from dora_fx.preflight.check_report import CheckError, CheckReport, Finding, join_findings
 from dora_fx.preflight.function_proofs import (
     adapter_off_is_base,
     compiled_is_eager,
@@ -43,30 +43,33 @@ def check(
     forward: Forward | None = None,
     raises: bool = True,
 ) -> CheckReport:
-    """Prove that a training set-up trains its adapters, all of them and nothing else, and would keep them.
+    """Prove that a training set-up trains all adapters and nothing else, and that a checkpoint would keep them.
 
-    It takes about sixteen passes of the batch and two steps of the optimizer, and leaves parameters, gradients, the
-    optimizer, random states and modes bit by bit as they were. Every rank calls it, with its own part of the batch,
-    between two steps: gradients that wait for more micro-batches are given up within Megatron's
-    DistributedDataParallel.
+    The check runs about sixteen passes of the batch and two optimizer steps, and restores parameters, gradients, the
+    optimizer, random states and modes bit by bit. Every rank calls it between two steps, with its own part of the
+    batch. Within Megatron's DistributedDataParallel, partial sums of gradients from earlier micro-batches are
+    discarded.
 
     Args:
-        model: after `DoRA` ran on it, as it is trained: compiled or not, with its wrappers, a list of chunks.
-        batch: for one forward pass with labels; a mapping is passed by keyword, a list or a tuple by position. With
-            pipeline stages every stage passes it, and has a tensor `[b, s]` in it.
-        optimizer: torch's or Megatron's. Without one, what concerns it is skipped.
-        reference: the `loss` of the report of another layout, or a model to call with the batch; this one's loss must
-            be the same.
-        forward_backward: called with model and batch in place of `model(**batch)` and its loss's backward pass; leaves
-            complete gradients, and returns the loss, or None on a rank that has none.
-        forward: called so in place of `model(**batch)`, for outputs in evaluation; returns a tensor, or None.
-        raises: raise for what failed. Otherwise look at the report.
+        model: a model that `DoRA` was called on, as it is trained: compiled or not, with its wrappers; a list of chunks
+            with virtual pipeline stages.
+        batch: for one forward pass with labels. A mapping is passed by keyword, a list or a tuple by position. With
+            pipeline stages every stage passes it, and it holds a tensor `[b, s]`.
+        optimizer: torch's or Megatron's. Without one, the proofs about it are skipped.
+        reference: the `loss` of the report of another layout, or a model to call with the batch; the loss must be the
+            same.
+        forward_backward: called with model and batch in place of `model(**batch)` and the backward pass of its loss. It
+            leaves complete gradients, and returns the loss, or None on a rank without a loss.
+        forward: called with model and batch in place of `model(**batch)` for outputs in evaluation; returns a tensor or
+            None.
+        raises: raise an error if a proof fails; with False, read `failed` of the report.
 
     Returns:
         The report, the same on every rank; `print` shows a line per property.
 
     Raises:
-        CheckError: on every rank, naming the first layer of what failed, or with what a pass of the batch raised.
+        CheckError: on every rank, naming the first layer of a failed property, or with the error of a pass of the
+            batch.
         ValueError, TypeError: the model has no adapter, is sharded by FSDP, or returns no loss.
     """
     start = time.perf_counter()
@@ -76,10 +79,10 @@ def check(
     with left_as_it_was(setup.chunks, optimizer) as values:
         setup.scale_losses_by_one()
         try:
-            found, loss = _findings(setup, values, reference)
+            findings, loss = _findings(setup, values, reference)
         except Exception as error:
             raise CheckError(f"the batch cannot be trained on: {type(error).__name__}: {error}") from error
-    report = CheckReport(joined(over_all_ranks(found)), loss, time.perf_counter() - start)
+    report = CheckReport(join_findings(over_all_ranks(findings)), loss, time.perf_counter() - start)
     if raises and report.failed:
         first = report.failed[0]
         raise CheckError(f"{first.name}: {first.text}\n{report}", report)
@@ -87,8 +90,8 @@ def check(
 
 
 def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | None) -> tuple[list[Finding], float]:
-    """All findings of this rank, in an order that is the same on every rank, and the mean loss."""
-    found = [
+    """Run all proofs on this rank, in the same order on every rank; return the findings and the mean loss."""
+    findings = [
         optimizer_trains_adapters(setup),
         main_copies_are_parameters(setup),
         saved_is_trained(setup),
@@ -98,13 +101,14 @@ def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | 
     ]
     values.restore()
     has_model = isinstance(reference, nn.Module)
-    # What compiled code keeps of these values must not be used for the next ones. Another model has these, too.
-    as_found = _mean_loss(setup.training_pass()) if has_model or is_compiled(setup) else math.nan
+    # Before the adapters move. Compiled code runs here once, so that norms it keeps by mistake show up as wrong after
+    # the move. A reference model has the values of before, too.
+    loss_before = _mean_loss(setup.training_pass()) if has_model or is_compiled(setup) else math.nan
     setup.move_adapters()
     with uncompiled():
         eager = setup.training_pass()
     loss = _mean_loss(eager)
-    found += [
+    findings += [
         gradients_arrive(setup, eager),
         gradients_are_slopes(setup, eager),
         compiled_is_eager(setup, eager),
@@ -112,12 +116,12 @@ def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | 
         adapter_off_is_base(setup),
         merged_is_adapted(setup),
         magnitudes_are_lengths(setup),
-        loss_is_reference(setup, as_found if has_model else loss, reference),
+        loss_is_reference(setup, loss_before if has_model else loss, reference),
     ]
-    return found, loss
+    return findings, loss
 
 
-def _mean_loss(found: Pass) -> float:
-    """The mean over the ranks that have a loss; every rank calls it."""
-    losses = [loss for loss in over_all_ranks(found.loss) if loss is not None]
+def _mean_loss(done: Pass) -> float:
+    """Return the mean over the ranks that have a loss; every rank calls it."""
+    losses = [loss for loss in over_all_ranks(done.loss) if loss is not None]
     return sum(losses) / len(losses) if losses else math.nan

@@ -1,8 +1,9 @@
-"""Reads torch_dist checkpoints for torch's planners, and trusts nothing that is in them.
+"""A reader of torch_dist checkpoints for torch's planners that checks every file before it uses it.
 
-torch's own reader loads `.metadata` as any pickle and opens whatever files it names; a tensor that `.metadata` calls
-an object is loaded as any pickle too. Megatron's reader is torch's. Here every file is opened once, and what was
-checked is what is used.
+torch's own reader, which Megatron uses too, unpickles `.metadata` without restrictions and opens any file that it
+names; an entry that `.metadata` calls an object is unpickled in the same way. This reader allows a short list of
+classes and opens regular files of the checkpoint's own directory alone. What it checked is what it reads: tensors are
+read through the handle that was checked.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from dora_fx.files import (
 
 METADATA = ".metadata"
 
-# `.metadata` of the largest runs, with their optimizers, is some hundred megabytes.
+# With optimizer state, the largest runs have a `.metadata` of some hundred megabytes.
 _MOST_METADATA = 1 << 30
 
 
 class CheckedReader(FileSystemReader):
-    """The files of one checkpoint.
+    """Reads the files of one checkpoint.
 
     Raises:
-        UnsafeFileError: by every method, for a file that is not what the format allows.
-        OSError: a file is not there or cannot be read.
+        UnsafeFileError: from every method, for a file that the format does not allow.
+        OSError: a file is missing or cannot be read.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -59,28 +60,29 @@ class CheckedReader(FileSystemReader):
         path = self.directory / METADATA
         return read_dcp_metadata(read_regular(path, at_most=_MOST_METADATA), str(path))
 
-    # Without the parameter `rank` of torch's method, for which torch would go on to files of the ranks.
+    # torch's method has a parameter `rank`. Where a reader has it, torch tries `.metadata` files of single ranks first.
     def read_metadata(self) -> Metadata:
         return self.metadata
 
     def check(self, keys: Iterable[str]) -> dict[str, TensorStorageMetadata]:
-        """Check that tensors lie in the files as they are described, before anybody makes room for them.
+        """Check that the files hold the tensors that `.metadata` describes, before memory is allocated for them.
 
         Returns:
-            The description of each tensor.
+            The metadata of each tensor.
         """
-        described = {key: self._stored(key) for key in keys}
-        in_pieces = sum(self._check_chunks(key, stored) for key, stored in described.items())
-        # Else one piece could stand for any number of chunks.
+        metadata = {key: self._stored(key) for key in keys}
+        in_pieces = sum(self._check_chunks(key, stored) for key, stored in metadata.items())
+        # Each chunk is within the files by itself; without the sum, one piece could stand for any number of chunks.
         in_files = sum(self._sizes.values())
         if in_pieces > in_files:
             raise UnsafeFileError(
-                f"{self.directory / METADATA}: found tensors in {in_pieces:,} bytes, where the files have {in_files:,}"
+                f"{self.directory / METADATA}: found tensors of {in_pieces:,} bytes, expected at most {in_files:,}, as "
+                "the files have"
             )
-        return described
+        return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what a plan asks for, each piece as bytes that are checked and then given to torch."""
+        """Read the pieces that a plan asks for, and hand each to the planner once its bytes are checked."""
         by_file: dict[str, list[tuple[ReadItem, StoredPiece]]] = {}
         for item in plan.items:
             piece = self.storage_data[item.storage_index]
@@ -99,7 +101,7 @@ class CheckedReader(FileSystemReader):
 
     def _give(self, planner: LoadPlanner, item: ReadItem, value: Any, where: str) -> None:
         if item.type is LoadItemType.BYTE_IO:
-            # Planners load these bytes as any pickle, so they get some that were written here.
+            # Planners unpickle these bytes without restrictions, so they get a pickle of the checked value, made here.
             written_here = io.BytesIO()
             torch.save(value, written_here)
             written_here.seek(0)
@@ -121,8 +123,9 @@ class CheckedReader(FileSystemReader):
         return stored
 
     def _check_chunks(self, key: str, stored: TensorStorageMetadata) -> int:
-        """The number of bytes of the files that have a tensor, once they are known to have all of it."""
+        """Check that the files hold all of a tensor; return the number of bytes that its pieces take."""
         pieces = [self._piece(key, stored, chunk) for chunk in stored.chunks]
+        # Chunks that overlap can hide a gap; whoever reads into new memory of one process fills it with zeros first.
         covered = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
         if covered < math.prod(stored.size):
             raise UnsafeFileError(
@@ -132,7 +135,7 @@ class CheckedReader(FileSystemReader):
         return sum(piece.length for piece in pieces)
 
     def _piece(self, key: str, stored: TensorStorageMetadata, chunk: ChunkStorageMetadata) -> StoredPiece:
-        """Return the place of a chunk, once it is known to be in a file."""
+        """Find the piece that holds a chunk, and check that it lies within its file and is large enough."""
         where = f"{self.directory / METADATA}: {key}"
         ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=False)]
         if not len(chunk.offsets) == len(chunk.sizes) == len(stored.size) or any(
@@ -141,13 +144,13 @@ class CheckedReader(FileSystemReader):
             raise UnsafeFileError(f"{where} has a chunk outside its shape {tuple(stored.size)}")
         piece = self.metadata.storage_data.get(MetadataIndex(key, chunk.offsets))
         if piece is None:
-            raise UnsafeFileError(f"{where} has a chunk at {tuple(chunk.offsets)} that no file has")
+            raise UnsafeFileError(f"{where} has a chunk at {tuple(chunk.offsets)} that is in no file")
         path = named_beside(self.directory / METADATA, piece.name)
         _check_inside(path, self._size_of(path), piece)
         if math.prod(chunk.sizes) * stored.properties.dtype.itemsize > piece.length:
             raise UnsafeFileError(
-                f"{where} has a chunk of shape {tuple(chunk.sizes)}, for which {piece.length:,} bytes of {path.name} "
-                "are too few"
+                f"{where} has a chunk of shape {tuple(chunk.sizes)}, for which the {piece.length:,} bytes in "
+                f"{path.name} are too few"
             )
         return piece
 
@@ -163,40 +166,41 @@ class CheckedReader(FileSystemReader):
 
 
 def load_checked(state: dict[str, Any], reader: CheckedReader, planner: LoadPlanner | None = None) -> None:
-    """Fill the tensors of a flat state dict from a checkpoint, and put its objects in the place of BytesIO ones.
+    """Fill the tensors of a flat state dict from a checkpoint, and replace its BytesIO entries by the stored objects.
 
-    Each rank calls it by itself, and has the tensors checked with `CheckedReader.check`.
+    Each rank calls it by itself, after it checked the tensors with `CheckedReader.check`.
 
     Raises:
-        UnsafeFileError, OSError: as `CheckedReader`.
+        UnsafeFileError, OSError: from `CheckedReader`.
     """
     try:
         with warnings.catch_warnings():
+            # torch says so of every load with `no_dist`, which is meant here: ranks read different things.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             checkpoint.load(state, storage_reader=reader, planner=planner, no_dist=True)
     except CheckpointException as collected:
         (error, _), *_ = collected.failures.values()
         if isinstance(error, (UnsafeFileError, OSError)):
             raise error from None
-        # What torch and Megatron raise about parts that do not fit together.
+        # torch and Megatron raise any class about parts that do not fit together.
         raise UnsafeFileError(f"{reader.directory}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _check_inside(path: Path, size: int, piece: StoredPiece) -> None:
     if piece.offset + piece.length > size:
         raise UnsafeFileError(
-            f"{path}: found {size:,} bytes, expected at least {piece.offset + piece.length:,} for what {METADATA} says"
+            f"{path}: found {size:,} bytes, expected at least {piece.offset + piece.length:,} by {METADATA}"
         )
 
 
 def _part(tensor: Tensor, item: ReadItem, expected: torch.Size, where: str) -> Tensor:
-    """The part of a stored chunk that a plan asks for."""
+    """Cut out of a stored chunk the part that a plan asks for."""
     try:
         for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             tensor = tensor.narrow(dim, start, length)
     except (IndexError, RuntimeError, ValueError) as error:
         raise UnsafeFileError(
-            f"{where}: found a tensor of shape {tuple(tensor.shape)}, not the one described"
+            f"{where}: found a tensor of shape {tuple(tensor.shape)}, expected the shape of its chunk in {METADATA}"
         ) from error
     if tensor.shape != expected:
         raise UnsafeFileError(f"{where}: found a tensor of shape {tuple(tensor.shape)}, expected {tuple(expected)}")

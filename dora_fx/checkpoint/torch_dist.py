@@ -1,10 +1,10 @@
-"""The reading and writing of shards: Megatron's torch_dist format, with the layers of a rank in one piece.
+"""Reads and writes shards in Megatron's torch_dist format, with consecutive layers of a rank in one piece.
 
-Megatron saves each layer of each rank as a tensor of its own, in forked processes that a spawned manager watches.
-Adapters are small: a file header per layer would cost more than one percent of them, and a manager more time than
-the writing. So consecutive layers are joined along the layer axis that their global tensors have anyway, and torch's
-own writer writes them in this process, where its errors reach every rank. Keys, global shapes and files are those of
-the format, and any reader of it can load any part.
+Megatron writes each layer of each rank as a tensor of its own, in forked processes that a spawned manager watches.
+Adapters are small: a file header per layer would add more than one percent to their size, and starting the manager
+takes longer than writing. So consecutive layers are joined along the layer axis that their global tensors have anyway,
+and torch's writer writes them in this process, where its errors reach every rank. Keys, global shapes and files are
+those of the format, so that any reader of it can load any part.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemWriter
 
-from dora_fx.checkpoint.reader import CheckedReader, load_checked
+from dora_fx.checkpoint.checked_reader import CheckedReader, load_checked
 
 
 class SaveStrategy(TorchDistSaveShardedStrategy):
-    """Writes one file per rank, in this process."""
+    """Writes one file per rank, in this process and without forking."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
-        """Write this rank's shards; every rank calls it, and it raises on every rank or on none."""
+        """Write this rank's shards. Every rank calls it; it raises on every rank or on none."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         joined = {key: [_join(run) for run in _runs_of_layers(shards)] for key, shards in by_key.items()}
         checkpoint.save(
@@ -56,15 +56,15 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
 
 
 def read_state(state: dict[str, Any], reader: CheckedReader, common: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read what a sharded state dict describes, as `dist_checkpointing.load`, but for the files that it trusts.
+    """Read a sharded state dict as `dist_checkpointing.load` does, but through a reader that checks the files.
 
     Args:
-        state: nested dicts and lists of shards, factories of shards and what is not saved; it is not changed.
+        state: nested dicts and lists of shards, factories of shards and values that are not saved; it is not changed.
         reader: of the checkpoint.
-        common: what is not sharded, to put the rest into.
+        common: the state that is not sharded; the rest is merged into it.
 
     Raises:
-        UnsafeFileError, OSError: a file is not what the format allows, or cannot be read.
+        UnsafeFileError, OSError: the format does not allow a file, or it cannot be read.
     """
     loaded = {} if common is None else common
     sharded, own, factories = load_preprocess(state)
@@ -74,16 +74,18 @@ def read_state(state: dict[str, Any], reader: CheckedReader, common: dict[str, A
 
 
 def read_shards(sharded_state_dict: dict[str, Any], reader: CheckedReader) -> dict[str, Any]:
-    """Read the shards of a nested state dict into new tensors on the CPU; returns it with tensors in their places.
+    """Read the shards of a nested state dict into new tensors on the CPU; return a copy with tensors in their places.
 
-    Global shapes may differ at their ends from the stored ones: what pads a layer for one number of ranks is left out
-    or filled with zeros for another. Shapes without padding are the caller's to check.
+    A global shape may be larger or smaller than the stored one: padding for one number of ranks is cut off, or filled
+    with zeros, for another. The caller checks the shapes without padding.
     """
     by_key: dict[str, list[ShardedBase]] = {}
     for shard in nested_values(sharded_state_dict):
         by_key.setdefault(shard.key, []).append(shard)
+    # One request per run of layers, as they were written: a request per layer would read each piece once per layer.
     runs = [run for shards in by_key.values() for run in _runs_of_layers(shards)]
     loaded = _read_requests({str(index): _request(run) for index, run in enumerate(runs)}, reader)
+    # By identity, since shards are dataclasses with tensors, which are neither hashable nor comparable.
     values: dict[int, Any] = {}
     for index, run in enumerate(runs):
         parts = loaded[str(index)].unbind(0) if _has_layer_axis(run[0]) else [loaded[str(index)]]
@@ -93,7 +95,7 @@ def read_shards(sharded_state_dict: dict[str, Any], reader: CheckedReader) -> di
 
 
 def _read_requests(requests: dict[str, ShardedBase], reader: CheckedReader) -> dict[str, Any]:
-    """Read what each shard asks for: `TorchDistLoadShardedStrategy.load` with a reader that checks."""
+    """Read the requested shards: `TorchDistLoadShardedStrategy.load` with a reader that checks."""
     tensors = {shard.key: shard for shard in requests.values() if isinstance(shard, ShardedTensor)}
     reader.check(tensors)
     by_key, _, names = _replace_state_dict_keys_with_sharded_keys(requests)
@@ -111,9 +113,10 @@ def _has_layer_axis(shard: ShardedBase) -> bool:
 
 
 def _runs_of_layers(shards: Sequence[ShardedBase]) -> list[list[ShardedBase]]:
-    """Shards of one key, cut into lists that differ in nothing but consecutive layers."""
+    """Group the shards of one key into runs that differ in nothing but consecutive layer numbers."""
     if not all(map(_has_layer_axis, shards)):
         return [[shard] for shard in shards]
+    # Replicas are grouped apart: joined shards have one replica_id, by which Megatron picks the rank that writes.
     by_place: dict[Any, list[list[ShardedBase]]] = {}
     for shard in sorted(shards, key=lambda shard: shard.global_offset[0]):
         runs = by_place.setdefault((shard.global_offset[1:], shard.local_shape, shard.replica_id), [])
@@ -125,12 +128,13 @@ def _runs_of_layers(shards: Sequence[ShardedBase]) -> list[list[ShardedBase]]:
 
 
 def _request(run: Sequence[ShardedBase]) -> ShardedBase:
+    # Without data: torch allocates new tensors, and the parameters stay as they are until everything is checked.
     shard = _join([shard.without_data() for shard in run])
     return replace(shard, allow_shape_mismatch=True) if isinstance(shard, ShardedTensor) else shard
 
 
 def _join(run: Sequence[ShardedBase]) -> ShardedBase:
-    """One shard of several layers, or the shard itself where its tensor has no layer axis."""
+    """Join a run of shards into one of several layers; a shard without a layer axis is returned as it is."""
     first = run[0]
     if not _has_layer_axis(first):
         return first
@@ -138,7 +142,7 @@ def _join(run: Sequence[ShardedBase]) -> ShardedBase:
         first,
         data=None if first.data is None else torch.stack([shard.data.detach() for shard in run]),
         local_shape=(len(run), *first.local_shape),
-        # Ranks may hold different numbers of layers.
+        # A count of equal fragments per axis would be wrong, since ranks may hold different numbers of layers.
         axis_fragmentations=None,
         prepend_axis_num=0,
     )

@@ -1,4 +1,4 @@
-"""The contents of a checkpoint: adapter shards, the settings of the sites, and shards of their base."""
+"""The shards of a model that a checkpoint saves or is compared with: adapters, their settings, and their base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dora_fx.checkpoint.manifest import (
     SiteSettings,
     StoredTensor,
 )
-from dora_fx.checkpoint.rank_steps import CheckpointError, failing_together, gather
+from dora_fx.checkpoint.rank_steps import CheckpointError, collective_step, gather
 from dora_fx.megatron import check_unsharded, hybrid_pattern_maybe, is_attention_and_mlp, unwrap
 from dora_fx.modules import DoRALinear, TorchLinear
 
@@ -36,16 +36,16 @@ _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
 
 
 @dataclass(frozen=True)
-class ModelContents:
-    """A model's part of a checkpoint, as this rank holds it.
+class ShardedModel:
+    """A model as a checkpoint sees it: this rank's shards, and the settings and shapes of all ranks.
 
     Attributes:
-        non_homogeneous_layers: Megatron's metadata flag that the shards were described with.
-        adapter: chunk -> state-dict key -> shard that holds the parameter itself.
-        sites: key of an adapted layer -> DoRA's settings, of all ranks.
-        unpadded: key of a tensor, or name of a parameter in the whole model -> shape of one layer's without what pads
-            the base to a size that divides by the number of ranks, of all ranks.
-        base: shards of the adapted layers' base weights and biases, and of the norms of their inputs.
+        non_homogeneous_layers: Megatron's metadata flag that the shards were made with.
+        adapter: chunk -> state-dict key -> this rank's shard, which holds the parameter itself.
+        sites: key of an adapted layer -> DoRA's settings, over all ranks.
+        unpadded: key of a tensor, or name of a parameter in the whole model -> shape within one layer, without the
+            padding that makes the base divisible by the number of ranks; over all ranks.
+        base: this rank's shards of the adapted layers' weights and biases, and of the norms of their inputs.
     """
 
     non_homogeneous_layers: bool
@@ -55,54 +55,57 @@ class ModelContents:
     base: list[ShardedTensor]
 
     def stored_tensors(self, shards_of_ranks: Iterable[Iterable[ShardedBase]]) -> dict[str, StoredTensor]:
-        """The whole tensors, by key, that the shards of all ranks are parts of, without padding."""
-        found = {}
+        """Return shape and dtype, without padding, of the whole tensors that the shards of all ranks are parts of."""
+        tensors = {}
         for shard in chain.from_iterable(shards_of_ranks):
             if isinstance(shard, ShardedTensor):
                 own = self.unpadded[_OPTIMIZER_STATE.sub("", shard.key)]
                 layers = tuple(shard.global_shape)[: len(shard.global_shape) - len(own)]
-                found[shard.key] = StoredTensor(layers + own, str(shard.dtype).removeprefix("torch."))
-        return dict(sorted(found.items()))
+                tensors[shard.key] = StoredTensor(layers + own, str(shard.dtype).removeprefix("torch."))
+        return dict(sorted(tensors.items()))
 
 
-def model_contents(chunks: Sequence[nn.Module], non_homogeneous_layers: bool | None = None) -> ModelContents:
-    """Describe a model's pipeline chunks. Every rank calls it.
+def sharded_model_of(chunks: Sequence[nn.Module], non_homogeneous_layers: bool | None = None) -> ShardedModel:
+    """Collect the shards and settings of a model's pipeline chunks. Every rank calls it.
 
     Args:
-        chunks: bare or wrapped, as `wrappers.chunks_of` returns them.
-        non_homogeneous_layers: as the checkpoint to load says; None to join the layers of a kind in one tensor if
-            every layer has an adapter of the same settings, as Megatron does by default.
+        chunks: bare or wrapped, from `chunks_of`.
+        non_homogeneous_layers: the flag of the checkpoint to load. None for a save: the layers of a kind are then one
+            tensor if every layer has an adapter of the same settings, as Megatron does by default.
 
     Raises:
-        CheckpointError: the model has no adapters, or Megatron's layers without Megatron's `sharded_state_dict`.
+        CheckpointError: the model has no adapters, or has Megatron's layers without a `sharded_state_dict`.
     """
-    # Keys have numbers whatever the flag says where Megatron does not describe the model, and in a HybridModel.
+    # A HybridModel, and a model without a `sharded_state_dict`, have layer numbers in their keys whatever the flag
+    # says.
     has_layers_in_front = all(
         hasattr(unwrap(chunk), "sharded_state_dict") and hybrid_pattern_maybe(chunk) is None for chunk in chunks
     )
     flags = (False, True) if has_layers_in_front else (True,)
     for flag in flags if non_homogeneous_layers is None else (non_homogeneous_layers,):
-        with failing_together("describing the adapters"):
-            adapter, sites, shapes, base = _describe_chunks(chunks, flag)
+        with collective_step("collecting the adapters"):
+            adapter, sites, shapes, base = _collect_chunks(chunks, flag)
             shards = [shard.without_data() for shard in all_shards(adapter)]
-        everyone = zip(*gather((shards, sites, shapes), "describing the adapters"), strict=True)
+        everyone = zip(*gather((shards, sites, shapes), "collecting the adapters"), strict=True)
         shards, sites, shapes = (list(chain.from_iterable(of_ranks)) for of_ranks in everyone)
-        found = ModelContents(flag, adapter, dict(sites), dict(shapes), base)
-        unlike = _with_several_values(sites) + _with_several_values(shapes) + _not_covered(shards)
-        if not unlike:
+        sharded = ShardedModel(flag, adapter, dict(sites), dict(shapes), base)
+        # Layers can share a tensor only if they have the same shapes and settings, and if none of them lacks an
+        # adapter. A rank cannot tell alone: the layers that differ may be on another pipeline stage.
+        differing = _with_several_values(sites) + _with_several_values(shapes) + _not_covered(shards)
+        if not differing:
             break
-    if not found.sites:
+    if not sharded.sites:
         raise CheckpointError("the model has no DoRA adapters; attach them with DoRA(...)(model) first")
-    if unlike and non_homogeneous_layers is not None:
+    if differing and non_homogeneous_layers is not None:
         raise CheckpointError(
-            f"{unlike[0]}: the checkpoint has an adapter of the same dim and alpha in every layer, the model has not; "
-            "attach DoRA to all layers alike"
+            f"{differing[0]}: found adapters that differ between layers, or layers without one, expected one of the "
+            "same dim and alpha in every layer, as the checkpoint has; attach DoRA to all layers alike"
         )
-    return found
+    return sharded
 
 
 def all_shards(state: Any) -> list[ShardedBase]:
-    """The shards in a nested state dict, with those that factories make of a tensor in the tensor's place."""
+    """Return the shards in a nested state dict; a factory is replaced by the shards that it builds."""
     shards: list[ShardedBase] = []
     for value in nested_values(state) if isinstance(state, dict | list) else [state]:
         if isinstance(value, ShardedTensorFactory):
@@ -113,7 +116,7 @@ def all_shards(state: Any) -> list[ShardedBase]:
 
 
 def layout_of_world(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """Sizes of Megatron's groups by their usual names, sequence parallelism, and the kind of a HybridModel."""
+    """Return the sizes of Megatron's groups by their usual names, sequence parallelism, and a HybridModel's kind."""
     config: Any = getattr(unwrap(chunks[0]), "config", None)
     pattern = hybrid_pattern_maybe(chunks[0])
     hybrid = {} if pattern is None else {"hybrid": ATTENTION_AND_MLP if is_attention_and_mlp(pattern) else OTHER_HYBRID}
@@ -127,12 +130,13 @@ def layout_of_world(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     }
 
 
-Description = tuple[
+_Collected = tuple[
     dict[str, dict[str, Any]], list[tuple[str, SiteSettings]], list[tuple[str, tuple[int, ...]]], list[ShardedTensor]
 ]
 
 
-def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) -> Description:
+def _collect_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) -> _Collected:
+    """Return this rank's adapter shards, the settings and shapes by key, and the shards of the base."""
     adapter: dict[str, dict[str, Any]] = {}
     sites: list[tuple[str, SiteSettings]] = []
     shapes: list[tuple[str, tuple[int, ...]]] = []
@@ -146,13 +150,14 @@ def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) 
             shards: dict[str, Any] = inner.sharded_state_dict(metadata=metadata)
         else:
             shards = _shards_of_whole_layers(chunk, metadata)
+        # Megatron's own names of chunks. Transformer Engine's layers add `_extra_state`, which is FP8's and not ours.
         adapter["model" if len(chunks) == 1 else f"model{index}"] = {
             key: shard for key, shard in shards.items() if ".adapter." in key and not key.endswith("_extra_state")
         }
         for _, (path, whole_path, site) in adapted_layers([chunk]):
             for name, placement in site.adapter.placements.items():
                 key = all_shards(shards[f"{path}.adapter.{name}"])[0].key
-                # The second is the key that a torch optimizer's state has.
+                # A torch optimizer's state is stored under the second name.
                 shapes += [(key, placement.shape), (f"{whole_path}.adapter.{name}", placement.shape)]
             sites.append((key.partition(".adapter.")[0], _settings(site)))
             own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
@@ -162,7 +167,10 @@ def _describe_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) 
 
 
 def _input_norms(shards: dict[str, Any], sites: Collection[str]) -> list[ShardedTensor]:
-    """The norms before the adapted layers, which are the layers' own in some specs and have the same keys in all."""
+    """Return the norms of the adapted layers' inputs.
+
+    In some specs they are modules before the layers, in others the layers' own parameters; the keys are the same.
+    """
     return [
         shard
         for shard in all_shards(list(shards.values()))
@@ -173,7 +181,7 @@ def _input_norms(shards: dict[str, Any], sites: Collection[str]) -> list[Sharded
 
 
 def _shards_of_whole_layers(chunk: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The adapted layers of a model that Megatron knows nothing of, each by its path and whole on every rank."""
+    """Return shards of the adapted layers of a model without `sharded_state_dict`; every rank holds them whole."""
     shards: dict[str, Any] = {}
     for _, named in adapted_layers([chunk]):
         if named.module.kind is not TorchLinear:
@@ -194,7 +202,7 @@ def _settings(site: DoRALinear) -> SiteSettings:
 
 
 def _with_several_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
-    """The keys that come with more than one value."""
+    """Return the keys that come with more than one value."""
     values: dict[str, set[Any]] = {}
     for key, value in pairs:
         values.setdefault(key, set()).add(value)
@@ -202,8 +210,9 @@ def _with_several_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 def _not_covered(shards: Iterable[ShardedTensor]) -> list[str]:
-    """The keys of which the shards together are not as large as the whole tensor."""
+    """Return the keys whose shards together have fewer or more elements than the whole tensor."""
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
+    # Such as a tensor of all layers of which some layers have no adapter.
     for shard in shards:
         place = (shard.key, tuple(shard.global_shape))
         counts[place] = counts.get(place, 0) + is_main_replica(shard.replica_id) * math.prod(shard.local_shape)
