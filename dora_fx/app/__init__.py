@@ -1,4 +1,4 @@
-"""The `dora-fx` command: what it takes beside the library to train on a text, and to use what was trained.
+"""The `dora-fx` command: trains adapters on texts, and chats with, exports, merges and inspects them.
 
-The library imports nothing of it, and is what remains when this folder is deleted.
+The library imports nothing of this package and works without it.
 """

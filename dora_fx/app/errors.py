@@ -6,17 +6,16 @@ import signal
 
 
 class UserError(Exception):
-    """Something the user can put right; shown as one line, exit code 2."""
+    """An error that the user can correct; the command shows it as one line and exits with code 2."""
 
 
 class Interrupted(BaseException):
-    """A signal ended the command; the exit code is 128 + the signal's number.
+    """A signal stopped the command; the exit code is 128 plus the signal's number.
 
-    Like KeyboardInterrupt it is no `Exception`, so that nothing on the way up takes it for a failure.
+    It is a BaseException as KeyboardInterrupt is, so that handlers of `Exception` do not treat it as a failure.
 
     Attributes:
-        on_every_process: whether every process of the run stops at this point too, so that they can still
-            communicate.
+        on_every_process: whether every process of the run stops at this point, so that they can still communicate.
     """
 
     def __init__(self, signal_number: int, *, on_every_process: bool = False) -> None:

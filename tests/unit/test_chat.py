@@ -152,12 +152,12 @@ def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
         ("text.txt", lambda folder: None, "text.txt: found a .txt file, expected .gguf or a directory"),
         (".", lambda folder: None, "found neither the config.yaml of a run nor the config.json of a model"),
         ("adapter", lambda folder: None, "found an adapter for Hugging Face PEFT, expected a run"),
-        ("run", without("run/checkpoint"), "is still going on; wait for its end"),
+        ("run", without("run/checkpoint"), "is not finished; wait for its end"),
         ("run", without("run/checkpoint/common.pt"), "common.pt"),
         ("run", overwrite("run/checkpoint/dora_fx.json", b"{"), "dora_fx.json"),
         ("run", overwrite("run/config.yaml", b"["), "config.yaml: cannot be read"),
-        ("run", overwrite("run/config.yaml", b"steps: 2\n"), "names no base; give --base"),
-        ("run/checkpoint", lambda folder: None, "whose config.yaml names the base; give --base"),
+        ("run", overwrite("run/config.yaml", b"steps: 2\n"), "found no base in it; give --base"),
+        ("run/checkpoint", lambda folder: None, "found no config.yaml of a run, which names the base; give --base"),
         ("merged", without("merged/tokenizer.json", "merged/tokenizer_config.json"), "tokenizer"),
         ("merged", without("merged/model.safetensors"), "expected one of model.safetensors"),
         ("merged", overwrite("merged/model.safetensors", b"x" * 99), "model.safetensors"),
@@ -183,8 +183,8 @@ def test_what_cannot_be_loaded_is_one_line(
         (["--seed", "-1"], "--seed: found -1, expected an integer"),
         (["--prompt", " "], "--prompt: found ' ', expected some text"),
         (["--prompt", "\udcff"], "--prompt: found bytes that are not UTF-8"),
-        (["--system", "x"], "--system: the tokenizer has no chat template"),
-        (["--raw", "--system", "x"], "--system: --raw has no turns"),
+        (["--system", "x"], "--system: found a tokenizer without a chat template"),
+        (["--raw", "--system", "x"], "--system: found --raw beside it"),
         (["--base", "x"], "is a model by itself, expected a run or a checkpoint"),
     ],
     ids=str,
@@ -198,7 +198,7 @@ def test_an_option_that_cannot_be_taken_is_named(
 @every_case("template", ["{{ raise_exception('roles must alternate') }}", "{% for", "{{ 1 / 0 }}"])
 def test_a_template_that_fails_is_one_line(template: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     give_template(folder / "merged", template)
-    assert "the chat template does not take this; --raw" in error_of(capsys, folder / "merged", "--prompt", "the")
+    assert "the chat template refuses this; --raw" in error_of(capsys, folder / "merged", "--prompt", "the")
 
 
 def test_another_base_than_the_run_s_own_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

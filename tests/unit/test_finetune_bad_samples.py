@@ -100,7 +100,7 @@ def test_an_attention_that_takes_no_mask_does_not_get_packed_samples(spec: Spec,
     assert without_packing_beside(spec, options, text) == (options, ())
     chosen, notes = without_packing_beside(spec, options, samples)
     assert chosen == replace(options, no_packing=True) and notes == (
-        f"attention of the {spec} spec keeps no packed samples apart: one in each",
+        f"the {spec} spec's attention does not separate packed samples: each sequence has one sample",
     )
     assert without_packing_beside(spec, chosen, samples) == (chosen, ())
     with pytest.raises(UserError, match=f"--spec: found {spec}, expected local: .* is trained on packed samples"):

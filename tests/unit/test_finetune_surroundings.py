@@ -73,7 +73,7 @@ def test_a_run_goes_on_with_its_base_and_text_in_another_place(
     message = error_of(capsys, "--resume", run, "--steps", 3)
     assert (
         "gone.txt: No such file or directory" in message
-        and "what was moved since the run was started is given with --data" in message
+        and "if it was moved since the run was started, give its new path with --data" in message
     )
     message = error_of(capsys, "--resume", run, "--steps", 3, "--data", folder / "text.txt")
     assert "gone: no such file or directory" in message and "since the run was started is given with --base" in message
@@ -112,7 +112,7 @@ def test_another_base_and_another_text_are_not_taken_for_moved_ones(
     assert "was trained on another base model than this one" in message
     (folder / "other.txt").write_text((folder / "text.txt").read_text()[:-1])
     message = error_of(capsys, "--resume", folder / "run", "--steps", 3, "--data", folder / "other.txt")
-    assert "the text is not the one the run was started with" in message
+    assert "the text is not the one that the run was started with" in message
     assert yaml.safe_load((folder / "run" / "config.yaml").read_text())["steps"] == 2
 
 

@@ -1,4 +1,4 @@
-"""From `--base`, or from a run that has one, to a model and its adapters, in the memory that there is."""
+"""Loads the base that `--base` or a run names, builds its model, reads saved adapters, and estimates memory."""
 
 from dora_fx.app.bases.base_model import (
     DTYPES,

@@ -1,4 +1,4 @@
-"""From `--base` to a Megatron model and its tokenizer."""
+"""Loads the base model that `--base` names, and builds a Megatron model of it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve_base(base: str, display: Display) -> Path:
-    """The directory or GGUF file that `--base` names; `smollm2` is fetched if need be, which `display` shows.
+    """Return the directory or GGUF file that `--base` names; `smollm2` is downloaded unless it is cached.
 
     Raises:
-        UserError: no such file, neither a directory with a config.json nor a GGUF file, or the fetch failed.
+        UserError: there is no such file, it is neither a directory with a config.json nor a GGUF file, or the download
+            failed.
     """
     if base == "smollm2":
         if is_cached():
@@ -46,11 +47,11 @@ def resolve_base(base: str, display: Display) -> Path:
 
 
 def load_checkpoint(path: Path, dtype: torch.dtype) -> HFCheckpoint:
-    """Read config, weights and tokenizer; raises UserError for files that are unreadable, unsupported or too large."""
+    """Read config, weights and tokenizer; raise UserError for files that are unreadable, unsupported or too large."""
     import transformers  # noqa: F401  its log handler must take the real stderr, so it comes before the redirection
 
     try:
-        # transformers and gguf draw bars of their own, which would run through the command's.
+        # transformers and gguf draw progress bars of their own, which would garble the command's.
         with contextlib.redirect_stderr(io.StringIO()), fitting_in_memory(f"--base {path}", _SMALLER_BASE):
             return load_hf_checkpoint(path, dtype)
     except (ValueError, OSError) as error:
@@ -58,7 +59,7 @@ def load_checkpoint(path: Path, dtype: torch.dtype) -> HFCheckpoint:
 
 
 def resolve_spec(options: ModelOptions, device: str) -> Spec:
-    """The spec that `--spec` names; raises UserError where what it needs is not installed."""
+    """Return the spec that `--spec` names; raise UserError if a package that it needs is not installed."""
     spec = default_spec(device) if options.spec == "auto" else options.spec
     try:
         check_spec(spec)
@@ -68,7 +69,7 @@ def resolve_spec(options: ModelOptions, device: str) -> Spec:
 
 
 def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: str, spec: Spec) -> Any:
-    """The Megatron model with the checkpoint's weights; raises UserError for what it does not support."""
+    """Build the Megatron model with the checkpoint's weights; raise UserError if it is not supported."""
     try:
         with fitting_in_memory(f"--base {checkpoint.path}", _SMALLER_BASE):
             return build_gpt_model(
@@ -84,7 +85,7 @@ def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: st
 
 
 def chosen_device(device: str) -> str:
-    """Return "cpu" or "cuda" for the value of `--device`; raises UserError where a GPU is asked for and not there."""
+    """Return "cpu" or "cuda" for the value of `--device`; raise UserError if a GPU is asked for and there is none."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("--device cuda: torch finds no CUDA GPU here")

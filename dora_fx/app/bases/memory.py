@@ -1,4 +1,4 @@
-"""Sizes that no memory holds: found before the first step where they can be, and named where an allocation fails."""
+"""Estimates the memory of a run before the first step, and turns failed allocations into errors that name a cure."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LOGIT_BYTES = 4
 
 
-# What the backward pass of a layer needs, in elements per token: multiples of the hidden size, of the MLP's size and of
-# the rows of linear_qkv, and the attention weights. Fitted to what autograd keeps of eager layers at ten sizes, to 2 %.
+# Activations that a layer keeps for the backward pass, in elements per token: multiples of the hidden size, of the
+# MLP's size and of the rows of linear_qkv, and the attention weights. Fitted to what autograd keeps in eager layers at
+# ten sizes, to 2 %.
 _PER_HIDDEN, _PER_FFN, _PER_QKV = 7.3, 7.1, 2.7
 # The logits and their gradient, in float32.
 _LOGIT_COPIES = 2
@@ -34,9 +35,9 @@ class MemoryEstimate:
     """Bytes that training takes on one rank.
 
     Attributes:
-        parameters: of the base and the adapters, and buffers; exact.
-        gradients, optimizer: of the adapters, partial sums of a step among gradients; exact.
-        activations: of the micro-batches that are under way at once, as eager layers keep them.
+        parameters: of the base and the adapters, with buffers; exact.
+        gradients, optimizer: of the adapters; gradients include the partial sums of a step; exact.
+        activations: of the micro-batches in flight, as eager layers keep them; an estimate.
     """
 
     parameters: int
@@ -60,7 +61,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(model: Any, options: FinetuneOptions) -> MemoryEstimate:
-    """Estimate what training an adapted GPTModel, or this rank's part of it, takes with such options."""
+    """Estimate the memory that training this rank's part of an adapted GPTModel takes."""
     tensors = [*model.parameters(), *model.buffers()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
@@ -81,7 +82,7 @@ def _activations(model: Any, options: FinetuneOptions) -> int:
     hidden = config.hidden_size / (shards if options.sequence_parallel else 1)
     qkv = config.kv_channels * (config.num_attention_heads + 2 * config.num_query_groups) / shards
     scores = options.sequence_length * config.num_attention_heads / shards
-    # The softmax is in float32, beside what attention multiplies by.
+    # 16-bit attention keeps the softmax in float32 too.
     scores *= 1 if itemsize == 4 else 1 + 4 / itemsize
     layer = _PER_HIDDEN * hidden + _PER_FFN * config.ffn_hidden_size / shards + _PER_QKV * qkv + scores
     # An attention with its MLP, which are two layers of a HybridModel.
@@ -94,7 +95,7 @@ def _activations(model: Any, options: FinetuneOptions) -> int:
 
 
 def memory_warning_maybe(estimate: MemoryEstimate, options: FinetuneOptions, device: str) -> str | None:
-    """A line for a run that may not fit; ranks on one CPU share its memory."""
+    """Return a warning if the run may not fit in memory; ranks on one CPU share its memory."""
     ranks = options.tp * options.pp * options.dp if device == "cpu" else 1
     there = memory_of(device)
     if estimate.total * ranks <= there:
@@ -113,7 +114,7 @@ def _mib(size: int) -> str:
 
 @contextlib.contextmanager
 def fitting_in_memory(what: str, cure: str) -> Iterator[None]:
-    """Turn a failed allocation in the block into a UserError; `what` and `cure` are the user's words for it."""
+    """Turn a failed allocation in the block into a UserError with `what` and `cure` in its message."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -125,8 +126,8 @@ def fitting_in_memory(what: str, cure: str) -> Iterator[None]:
 def check_batch_fits(batch_size: int, sequence_length: int, config: Any, tp: int, device: str, itemsize: int) -> None:
     """Raise UserError if a batch's logits and attention weights alone need more memory than the machine has.
 
-    Both are there at once in any training step: the float32 logits of every token, and every layer's attention
-    weights, which the backward pass needs. A process that asks for so much is killed without a word on many systems.
+    Every training step holds both at once: the float32 logits of every token, and every layer's attention weights,
+    which the backward pass needs. Many systems kill a process that allocates too much without any message.
 
     Args:
         batch_size, sequence_length: of one forward pass.
@@ -148,7 +149,7 @@ def check_batch_fits(batch_size: int, sequence_length: int, config: Any, tp: int
 
 
 def memory_of(device: str) -> int:
-    """Bytes of memory that this process may have at most: of the GPU, or of the machine and its container."""
+    """Return the largest memory that this process may use in bytes: of the GPU, or of the machine and its container."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[1])
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

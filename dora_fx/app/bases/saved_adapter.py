@@ -1,4 +1,4 @@
-"""The input of `export`, `merge` and `chat`: a run or a checkpoint, and the base that its adapters belong to."""
+"""Reads the input of `export`, `merge` and `chat`: a run or a checkpoint, and the base of its adapters."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """A saved adapter in terms of its base's Hugging Face layers.
+    """A saved adapter, by Megatron's layers and by its base's Hugging Face layers.
 
     Attributes:
         path: of the checkpoint.
-        base, base_path: as the user or the run names the base, and where it lies.
+        base, base_path: the base's name, from the user or the run, and its path.
         config: the base's transformers config.
-        names: of the model that the adapter was trained on.
+        names: naming scheme of the model that the adapter was trained on.
         layers: adapters by the paths of Megatron layers in a GPTModel.
-        modules: the same by the paths of Hugging Face layers.
+        modules: the same adapters by the paths of Hugging Face layers.
     """
 
     path: Path
@@ -49,20 +49,25 @@ class SavedAdapter:
 
 
 def open_saved_adapter(parsed: dict[str, Any]) -> SavedAdapter:
-    """Check the arguments of `export` and `merge` and read what they name; the base's weights are not read.
+    """Check the arguments of `export` and `merge`, and read the adapter; the base's weights are not read.
 
     Raises:
-        UserError: the target is taken, there is no whole checkpoint, no base, or the adapter does not fit the base.
+        UserError: the target is taken, the checkpoint or the base is missing or damaged, or the adapter does not fit
+            the base.
     """
     or_user_error("--to ", check_new_folder, Path(parsed["to"]))
     return read_saved_adapter(Path(parsed["checkpoint"]), parsed["base"])
 
 
 def read_saved_adapter(source: Path, named_base: str | None) -> SavedAdapter:
-    """Read the adapter of a run or a checkpoint, and the config of its base; the run knows its base by itself.
+    """Read the adapter of a run or a checkpoint, and the config of its base.
+
+    Args:
+        source: a run folder, or a checkpoint.
+        named_base: value of `--base`; by default the base in the run's options.
 
     Raises:
-        UserError: there is no whole checkpoint, no base, or the adapter does not fit the base.
+        UserError: the checkpoint or the base is missing or damaged, or the adapter does not fit the base.
     """
     base = named_base or _base_of(source)
     path = checkpoint_in(source)
@@ -76,7 +81,7 @@ def read_saved_adapter(source: Path, named_base: str | None) -> SavedAdapter:
 
 
 def load_base(saved: SavedAdapter) -> HFCheckpoint:
-    """The base in the dtype that the adapter was trained on, which A and B have.
+    """Load the base in the dtype of A and B, in which the adapter was trained.
 
     Raises:
         UserError: it cannot be loaded, or the adapter was trained on other weights.
@@ -100,7 +105,7 @@ def _check_digests(saved: SavedAdapter, checkpoint: HFCheckpoint) -> None:
 
 
 def write_folder(target: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder that then appears as `target`; raises UserError if that fails."""
+    """Let `write` fill a temporary folder, and rename it to `target`; raise UserError if that fails."""
 
     def fill() -> None:
         with new_folder(target) as temporary:
@@ -110,7 +115,7 @@ def write_folder(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def or_user_error(prefix: str, function: Callable[..., T], *args: Any) -> T:
-    """Call a function; what it raises about files and values is the user's to put right."""
+    """Call a function; convert its errors about files and values to UserError with a prefix."""
     try:
         return function(*args)
     except (CheckpointError, ValueError, OSError) as error:
@@ -123,36 +128,36 @@ def _resolve(base: str, *, is_named: bool) -> Path:
     except UserError as error:
         if is_named:
             raise
-        raise UserError(f"{error}; what was moved since the run was started is given with --base") from error
+        raise UserError(f"{error}; if it was moved since the run was started, give its new path with --base") from error
 
 
 def _base_of(source: Path) -> str:
-    """The base that a run was started with."""
+    """Return the base that a run was started with."""
     folder = run_of(source)
     if not folder.config_file.is_file():
-        raise UserError(f"{source}: no folder of a run, whose config.yaml names the base; give --base")
+        raise UserError(f"{source}: found no config.yaml of a run, which names the base; give --base")
     options = read_options_file(folder.config_file)
     if "base" not in options:
-        raise UserError(f"{folder.config_file}: names no base; give --base")
+        raise UserError(f"{folder.config_file}: found no base in it; give --base")
     return str(options["base"])
 
 
 def _names(path: Path, config: Any) -> DecoderNames:
-    """The names of the layers in a checkpoint; raises UserError for those of no GPTModel."""
+    """Return the naming scheme of a checkpoint's layers; raise UserError if no GPTModel has such layers."""
     _, manifest = or_user_error("", open_checkpoint, path)
-    found = manifest.layout.get("hybrid")
-    if found is None:
+    hybrid = manifest.layout.get("hybrid")
+    if hybrid is None:
         return DecoderNames(None, config.num_hidden_layers)
-    if found != ATTENTION_AND_MLP:
+    if hybrid != ATTENTION_AND_MLP:
         raise UserError(
-            f"{path}: found the adapter of a HybridModel of other layers than attention and MLP by turns, expected "
-            "layers that the base has"
+            f"{path}: found the adapter of a HybridModel with other layers, expected attention and MLP in turn, as in "
+            "the base"
         )
     return DecoderNames((ATTENTION + MLP) * config.num_hidden_layers, config.num_hidden_layers)
 
 
 def _modules(config: Any, layers: Mapping[str, WholeAdapter]) -> dict[str, PeftModule]:
-    """The adapters of the Hugging Face layers; raises ValueError for layers that the base has not."""
+    """Split the adapters among the Hugging Face layers; raise ValueError for layers that the base does not have."""
     architecture = architecture_of(config)
     parts = HFParts.of(architecture.hf, architecture)
     modules: dict[str, PeftModule] = {}

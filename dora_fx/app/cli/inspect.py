@@ -1,4 +1,4 @@
-"""`dora-fx inspect`: what a checkpoint holds, and whether it is whole. Needs no model and no other process."""
+"""`dora-fx inspect`: shows what a checkpoint holds and whether it is damaged, without a model or other processes."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Rows = list[tuple[str, ...]]
 
 
 def run(parsed: dict[str, Any]) -> int:
-    """Print the checkpoint's tables, then what is wrong with it; return 1 if something is.
+    """Print the checkpoint's tables, then its problems; return 1 if there are any.
 
     Raises:
-        UserError: there is no checkpoint, or the file that describes it is damaged.
+        UserError: there is no checkpoint, or its manifest is damaged.
     """
     path = checkpoint_in(Path(os.path.abspath(parsed["checkpoint"])))
     try:
         directory, manifest = open_checkpoint(path)
     except CheckpointError as error:
         raise UserError(str(error)) from error
-    print(describe(manifest))
+    print(tables_of(manifest))
     problems = problems_of(directory, manifest)
     for problem in problems:
         print(f"dora-fx: {problem}", file=sys.stderr)
@@ -47,14 +47,14 @@ def run(parsed: dict[str, Any]) -> int:
 
 
 def problems_of(directory: Path, manifest: Manifest) -> list[str]:
-    """List what is wrong with the files, one message for each that is missing, damaged or not to be trusted."""
+    """Check the files; return a message for each that is missing, damaged or unsafe."""
     problems = []
     for name, expected in manifest.files.items():
         try:
             check_file(directory, name, expected)
         except CheckpointError as error:
             problems.append(str(error))
-    # Whoever writes a file writes its checksum too, so what whole files hold is looked at as a load does.
+    # An attacker writes checksums as well, so the contents of whole files are checked too, as a load does.
     for check in (partial(check_stored, CheckedReader(directory), manifest.tensors), partial(read_common, directory)):
         try:
             if not problems:
@@ -64,8 +64,8 @@ def problems_of(directory: Path, manifest: Manifest) -> list[str]:
     return problems
 
 
-def describe(manifest: Manifest) -> str:
-    """The tables of a checkpoint: sites, tensors, files, and how it was written."""
+def tables_of(manifest: Manifest) -> str:
+    """Format a checkpoint's tables: how it was written, sites, tensors and files."""
     layout = manifest.layout
     sizes = ", ".join(f"{name} {layout[name]}" for name in ("tp", "pp", "vpp", "cp", "dp"))
     sites: Rows = [("layer", "dim", "alpha", "scaling", "dropout")]

@@ -1,4 +1,4 @@
-"""Entry point of the `dora-fx` command: parse, run the sub-command, turn errors into one line."""
+"""Entry point of the `dora-fx` command: parses arguments, runs the sub-command, and prints errors as one line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return Interrupted(signal.SIGINT).exit_code
     except OSError as error:
-        # Whatever fails at a file has its name; what is left is the command's own output.
+        # Errors at files have been converted before, or have a name. One without a name is of the command's own output.
         if error.filename is not None:
             raise
         return _output_failed(error)
@@ -61,7 +61,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _tell_other_ranks(error: UserError) -> None:
-    """Tell the processes of the run, whose arguments and files may be in order, that this one leaves."""
+    """Tell the other processes of the run, whose arguments may be valid, that this one fails."""
     from dora_fx.app.runs import Ranks
 
     def refuse() -> None:
@@ -72,7 +72,7 @@ def _tell_other_ranks(error: UserError) -> None:
 
 
 def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
-    """The sub-command that arguments name, and its own arguments; raises UserError for what it does not know."""
+    """Return the sub-command and its parsed arguments; raise UserError for invalid ones."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(
@@ -91,7 +91,7 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
     try:
         parsed = parser.parse_args(argv)
         if parsed.command == "finetune" and parsed.finetune.demo:
-            # What the command line and files of options say goes on top of these as of any other defaults.
+            # As defaults, so that the command line and files of options override them.
             parsers["finetune"].set_defaults(DEMO_DEFAULTS)
             parsed = parser.parse_args(argv)
     except ArgumentError as error:
@@ -102,9 +102,10 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _quieten_libraries() -> None:
-    """Hide warnings about what a single process does without, and others that are no business of the user's.
+    """Hide warnings of libraries that a user of the command cannot act on.
 
-    Dynamo's are about Megatron's cached rotary table, torch's about how Megatron calls it to read a checkpoint.
+    Dynamo warns about Megatron's cached rotary table, torch about the way Megatron reads checkpoints, and Megatron
+    about packages that a single process does not need.
     """
     for module in (r"megatron\.", r"torch\.distributed\.checkpoint\."):
         warnings.filterwarnings("ignore", module=module)
@@ -114,15 +115,15 @@ def _quieten_libraries() -> None:
 
 
 def _take_every_character() -> None:
-    """Write what a terminal's encoding lacks, such as a letter of a sample in ASCII, as an escape, and not fail."""
+    """Print characters that a terminal's encoding lacks, such as those of a sample in ASCII, as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _output_failed(error: OSError) -> int:
-    """End with the shell's code where whoever read the output is gone, and with a line where the disk is full."""
-    # Python would complain once more when it closes the stream.
+    """Return the shell's exit code for a broken pipe; for other errors, such as a full disk, print a line."""
+    # Python would report the error once more when it closes the stream.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return 128 + signal.SIGPIPE
@@ -130,7 +131,7 @@ def _output_failed(error: OSError) -> int:
 
 
 def _in_terms_of_options(message: str) -> str:
-    """jsonargparse's message without its line breaks and Python's names of keys and types."""
+    """Rewrite jsonargparse's message: options in place of Python's names of keys and types."""
     message = re.sub(r'Parser key "(\w+)":', lambda key: f"--{key[1].replace('_', '-')}:", message)
     return re.sub(r"a (?:<class '(\w+)'>|typing\.(?=Literal))", r"\1", message)
 

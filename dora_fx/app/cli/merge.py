@@ -1,4 +1,4 @@
-"""`dora-fx merge`: the base model with the adapter of a run or a checkpoint merged in, for transformers."""
+"""`dora-fx merge`: writes the base model with the adapter of a run or a checkpoint merged in, for transformers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from dora_fx.models import companion_files
 def run(parsed: dict[str, Any]) -> int:
     """Check everything, then load the base, merge and write; return the exit code.
 
-    The weights are written in the dtype that the adapter was trained on, which A and B have.
+    The weights are written in the dtype of A and B, in which the adapter was trained.
 
     Raises:
-        UserError: for folders, files and models that the command cannot work with, and for another base than the one
-            that the adapter was trained on.
+        UserError: a folder, a file or a model is not usable, or the adapter was trained on another base.
     """
     from transformers.utils.logging import disable_progress_bar
 
-    # It would draw one on every terminal and into every log while the weights are written.
+    # transformers would draw a bar while the weights are written, on a terminal and into logs.
     disable_progress_bar()
     target, display = Path(parsed["to"]), Display()
     saved = open_saved_adapter(parsed)

@@ -1,4 +1,4 @@
-"""The order of arguments: a resumed run's options come first, then files of options, then the command line's own."""
+"""Orders arguments by precedence: a resumed run's options first, then files of options, then the command line."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from dora_fx.app.errors import UserError
 
-# `dora_fx.app.runs` imports torch, which takes seconds: only the functions that open a file import it.
+# `dora_fx.app.runs` imports torch, which takes seconds, so only functions that open a file import it.
 
 
 def options_in_order(argv: list[str]) -> list[str]:
-    """Arguments of the command so that what comes later wins: a resumed run's config, `--config`, the others.
+    """Reorder arguments, as later ones win: a resumed run's config, then `--config`, then the others.
 
     Raises:
-        UserError: a file of options cannot be read, or one place gives both `--steps` and `--epochs`.
+        UserError: a file of options cannot be read, or one source gives both `--steps` and `--epochs`.
     """
     resumed, configs, others = [], [], []
     given = {argument.partition("=")[0] for argument in argv}
@@ -37,20 +37,20 @@ def options_in_order(argv: list[str]) -> list[str]:
 
 
 def _overridden_in_file(file: str, given: Collection[str]) -> list[str]:
-    """Arguments that unset what a file of options says and the command line says otherwise under another name."""
-    # The parser says of some files that it cannot read neither their names nor that they are files.
+    """Return `--epochs=null` if a file sets epochs and the command line sets steps, which excludes epochs."""
+    # The parser reports a missing file. Files that exist are read here first, for errors that name them.
     if not os.path.exists(file):
         return []
     from dora_fx.app.runs import read_options_file
 
-    found = read_options_file(Path(file), "--config")
-    has_epochs = found.get("epochs") is not None
-    _check_one_length(f"--config {file}", has_epochs and found.get("steps") is not None)
+    options = read_options_file(Path(file), "--config")
+    has_epochs = options.get("epochs") is not None
+    _check_one_length(f"--config {file}", has_epochs and options.get("steps") is not None)
     return ["--epochs=null"] if has_epochs and "--steps" in given else []
 
 
 def _config_of_run(run: str) -> Path:
-    """The file of options of the run in a folder, which has been read once."""
+    """Check a run folder, and return its file of options."""
     from dora_fx.app.runs import RunFolder
 
     folder = RunFolder(Path(run))

@@ -1,4 +1,4 @@
-"""The picture of a run: losses by step, training and held-out, and below them the speed."""
+"""Draws the curves of a run: training and held-out losses by step, and the speed below them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEADROOM = 1.25
 
 
 def draw_loss_curve(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Write a PNG of the rows of metrics.jsonl, with two axes over the same steps: nats per token, and tokens/s."""
+    """Plot the rows of metrics.jsonl to a PNG: losses in nats per token, and below them tokens per second."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -24,7 +24,7 @@ def draw_loss_curve(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -
     _draw_losses(losses, rows)
     losses.set_title(title, loc="left", parse_math=False)
     _draw_speed(speed, rows)
-    # No step is between two others, also where there are few.
+    # Steps are integers; with few of them matplotlib would label fractions.
     speed.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120, format="png")
 
@@ -41,7 +41,7 @@ def _draw_losses(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     if held_out:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, color="tab:orange", marker="o", label="held out")
-        # On white, so that the number can be read where it lies on the training loss.
+        # On a white box, so that the number stays legible on top of the training loss.
         box = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1)
         for step, loss in held_out:
             at = dict(textcoords="offset points", xytext=(0, 9), ha="center")
@@ -67,7 +67,7 @@ def _draw_speed(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average without the pull of its start value."""
+    """Compute the exponential moving average, corrected for the bias of its start value."""
     averages, total, weight = [], 0.0, 0.0
     for loss in losses:
         total = _SMOOTHING * total + (1 - _SMOOTHING) * loss

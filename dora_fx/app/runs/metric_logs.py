@@ -1,4 +1,4 @@
-"""The metrics of a run for TensorBoard and Weights & Biases, beside metrics.jsonl."""
+"""Logs the metrics of a run to TensorBoard and Weights & Biases, in addition to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WITHOUT_LOGIN = ("offline", "disabled", "dryrun")
 
 
 def check_logs(names: Sequence[str]) -> None:
-    """Raise UserError unless the logs can be written: a package is missing, or nobody is logged in to W&B."""
+    """Raise UserError if a package is missing, or nobody is logged in to W&B."""
     for name in names:
         if name not in LOGS:
             raise UserError(f"--log: found {name!r}, expected some of {', '.join(LOGS)}, with commas between")
@@ -29,13 +29,13 @@ def check_logs(names: Sequence[str]) -> None:
 
 @contextmanager
 def training_log(names: Sequence[str], folder: Path, config: Mapping[str, Any], first_step: int) -> Iterator[Write]:
-    """Open the logs; yields a function that enters a row of metrics.jsonl into each.
+    """Open the logs; yield a function that writes a row of metrics.jsonl to each.
 
     Args:
-        names: of `LOGS`.
+        names: keys of `LOGS`.
         folder: of the run.
-        config: its options.
-        first_step: which is taken next; what TensorBoard has of it and of later ones is of a run that was resumed.
+        config: the run's options.
+        first_step: the next step. TensorBoard discards what it has of this and later steps, from before a resume.
 
     Raises:
         UserError: a log cannot be opened.
@@ -84,7 +84,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project `dora-fx`; a run that is resumed is a new one in the same group."""
+    """A W&B run in the project `dora-fx`; a resumed run is a new W&B run in the same group."""
 
     @staticmethod
     def check() -> None:
@@ -94,7 +94,7 @@ class WeightsAndBiases:
             return
         try:
             is_logged_in = wandb.login(prompt=False, verify=False)
-        # An older version has no `prompt`, a failed look at a server is an error of wandb's own.
+        # An older version has no `prompt`; if the server cannot be reached, wandb raises an error of its own.
         except (TypeError, wandb.errors.Error) as error:
             raise UserError(f"--log wandb: {error}; log in with: wandb login, or set WANDB_MODE=offline") from error
         if not is_logged_in:

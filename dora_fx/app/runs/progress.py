@@ -1,4 +1,4 @@
-"""The command's output: a live bar on a terminal, plain lines in a file or a pipe."""
+"""The command's output: a live progress bar on a terminal, plain lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from rich.table import Column
 from dora_fx.app.runs.step_metrics import StepMetrics
 
 _PLAIN_LINES = 20
-# Columns of a terminal that has room for a bar beside the numbers, and those that the numbers take.
+# Width of a terminal that has room for a bar beside the numbers, and the width of the numbers.
 _WIDE = 80
 _NUMBERS = 66
 
 
 class Display:
-    """Messages, phases of unknown length, and the bar of training steps."""
+    """Shows messages, phases of unknown length, downloads and training steps."""
 
     def __init__(
         self,
@@ -44,25 +44,25 @@ class Display:
 
         Args:
             console: rich's.
-            quiet: show nothing at all: of several processes one talks.
-            to_stderr: leave stdout to results.
-            longest_silence_s: seconds between two lines at most, see `never_silent`.
+            quiet: show nothing; of several processes only one prints.
+            to_stderr: print to stderr, so that stdout has results alone.
+            longest_silence_s: largest number of seconds between two lines, see `never_silent`.
         """
         self._console = console or Console(quiet=quiet, stderr=to_stderr)
         self._longest_silence_s = longest_silence_s
         self._last_said = time.monotonic()
-        self._describe: Callable[[], str] = lambda: "at work"
+        self._status: Callable[[], str] = lambda: "at work"
 
     def say(self, text: str = "") -> None:
-        """Print a line as it is, whatever brackets it has, and however long."""
+        """Print a line unchanged, without markup or wrapping."""
         self._last_said = time.monotonic()
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def never_silent(self) -> Iterator[None]:
-        """While the block runs, print off a terminal what is under way whenever nothing was printed for a minute.
+        """While the block runs, print the current status if nothing was printed for a minute; not on a terminal.
 
-        A step, a compilation or a measurement may take many, and whoever reads a log wants to know whether it hangs.
+        A step, a compilation or a measurement may take many minutes, and the reader of a log wants to know if it hangs.
         """
         if self._console.is_terminal or self._console.quiet:
             yield
@@ -72,7 +72,7 @@ class Display:
         def talk() -> None:
             while not is_over.wait(max(0.0, self._last_said + self._longest_silence_s - time.monotonic())):
                 if time.monotonic() >= self._last_said + self._longest_silence_s:
-                    self.say(self._describe())
+                    self.say(self._status())
 
         talker = threading.Thread(target=talk, daemon=True)
         talker.start()
@@ -83,19 +83,19 @@ class Display:
             talker.join()
 
     @contextlib.contextmanager
-    def _under_way(self, describe: Callable[[], str]) -> Iterator[None]:
-        before, self._describe = self._describe, describe
+    def _under_way(self, status: Callable[[], str]) -> Iterator[None]:
+        before, self._status = self._status, status
         try:
             yield
         finally:
-            self._describe = before
+            self._status = before
 
     @contextlib.contextmanager
     def phase(self, text: str) -> Iterator[None]:
-        """Announce something that takes a while, and say how long it took."""
+        """Announce a phase that takes a while, and print how long it took."""
         start = time.perf_counter()
         if self._console.is_terminal:
-            # The dots that rich draws by default are letters that ASCII lacks.
+            # rich's default spinner consists of characters that ASCII lacks.
             with self._console.status(f"{text} ...", spinner="line" if self._console.options.ascii_only else "dots"):
                 yield
         else:
@@ -106,7 +106,7 @@ class Display:
 
     @contextlib.contextmanager
     def download(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
-        """Announce a download of `total` bytes; the function that is yielded takes those that have come."""
+        """Announce a download of `total` bytes; yield a function that takes the number of bytes received so far."""
         start, size = time.perf_counter(), f"{total / 1e6:.0f} MB"
         if self._console.is_terminal:
             self.say(f"{text} ({size})")
@@ -127,13 +127,13 @@ class Display:
 
     @contextlib.contextmanager
     def training(self, done: int, steps: int) -> Iterator[TrainingDisplay]:
-        """Show steps as they come; `done` of `steps` are behind."""
+        """Show training steps as they finish; `done` of `steps` are finished already."""
         if not self._console.is_terminal:
             shown = TrainingDisplay(self, done, steps, None, None)
-            with self._under_way(shown.describe):
+            with self._under_way(shown.status):
                 yield shown
             return
-        # What does not fit is cut; rich's ellipsis is a letter that ASCII lacks.
+        # Text that does not fit is cropped: rich's ellipsis is a character that ASCII lacks.
         metrics = TextColumn("{task.fields[metrics]}", table_column=Column(no_wrap=True, overflow="crop"))
         columns: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), metrics)
         if self.is_wide:
@@ -152,7 +152,7 @@ class Display:
 
 
 class TrainingDisplay:
-    """Steps of one training loop, on a bar or as lines."""
+    """Shows the steps of a training loop, on a bar or as lines."""
 
     def __init__(self, display: Display, done: int, steps: int, bar: Progress | None, task: TaskID | None) -> None:
         self._display = display
@@ -163,8 +163,8 @@ class TrainingDisplay:
         self._seconds = 0.0
         self._done, self._text, self._since = done, "", time.monotonic()
 
-    def describe(self) -> str:
-        """The last step that is finished, and how long ago that was."""
+    def status(self) -> str:
+        """Return the last finished step, and how long ago it finished."""
         return f"step {self._done}/{self._steps}{self._text}  {time.monotonic() - self._since:.0f} s ago"
 
     def say(self, text: str) -> None:
@@ -172,7 +172,7 @@ class TrainingDisplay:
         self._display.say(text)
 
     def show(self, metrics: StepMetrics) -> None:
-        """Enter one finished step."""
+        """Show a finished step."""
         speed = f"  {metrics.tokens / metrics.seconds:,.0f} tokens/s"
         if self._bar is not None and not self._display.is_wide:
             speed = ""
@@ -186,7 +186,7 @@ class TrainingDisplay:
             self._display.say(f"step {metrics.step}/{self._steps}  {text}")
 
     def _time_left(self, metrics: StepMetrics) -> str:
-        # The first step compiles, so it says nothing about the others.
+        # The first step compiles, so its time says nothing about the others.
         if metrics.step == self._first:
             return ""
         self._seconds += metrics.seconds

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, written so that a reader never sees half a file.
+"""The folder of a run. Files are replaced atomically, and rows are appended a line at a time:
 
 config.yaml      the options of the run
 report.txt       the adapted layers
@@ -28,15 +28,15 @@ from dora_fx.app.runs.options_file import read_options_file
 from dora_fx.checkpoint import MANIFEST, CheckpointError, open_checkpoint, previous_of
 from dora_fx.files import UnsafeFileError, give_default_mode, open_regular, parse_json, sync
 
-# Where a run writes into a folder and removes what is in it; files are replaced as a whole, and with them a link.
+# Folders in which a run writes and removes files, so they must not be links. Files are replaced as a whole, links too.
 _WRITTEN_FOLDERS = ("checkpoint", previous_of(Path("checkpoint")).name, "best", "tensorboard", "wandb")
 
-# The values that the picture shows.
+# The values that the loss curve shows.
 _CURVES = ("loss", "held_out_loss", "tokens", "seconds")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file next to `path`, then put it in its place."""
+    """Let `write` fill a temporary file beside `path`, and rename it to `path`."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
     temporary = Path(name)
@@ -68,60 +68,60 @@ class RunFolder:
         return self.path / "best"
 
     def best_of(self, step: int) -> Path:
-        """The checkpoint kept of a measurement."""
+        """Return the path of the checkpoint that is kept for the measurement after a step."""
         return self.best / f"step_{step}"
 
     def make_best(self) -> None:
-        """Make the folder of kept checkpoints; raises UserError if that cannot be done, or it is a link."""
+        """Make the folder of kept checkpoints; raise UserError if that fails, or if it is a link."""
         _check_no_link(self.best)
-        with _named(str(self.best)):
+        with _naming(str(self.best)):
             self.best.mkdir(exist_ok=True)
 
     def drop_best_but(self, steps: Container[int]) -> None:
-        """Remove the kept checkpoints of all other steps; what is no checkpoint stays.
+        """Remove the kept checkpoints of all other steps; anything else in the folder stays.
 
         Raises:
-            UserError: that cannot be done, or the folder or a checkpoint in it is a link, which leads out of the run.
+            UserError: a removal fails, or the folder or a checkpoint in it is a link, which could lead out of the run.
         """
-        for found in self._kept():
-            number = found.name.removeprefix("step_")
-            if number.isdecimal() and int(number) not in steps and (found / MANIFEST).is_file():
-                with _named(str(found)):
-                    shutil.rmtree(found)
+        for kept in self._kept():
+            number = kept.name.removeprefix("step_")
+            if number.isdecimal() and int(number) not in steps and (kept / MANIFEST).is_file():
+                with _naming(str(kept)):
+                    shutil.rmtree(kept)
 
     def _kept(self) -> list[Path]:
         _check_no_link(self.best)
-        with _named(str(self.best)):
-            found = sorted(self.best.glob("step_*"))
-        for path in found:
+        with _naming(str(self.best)):
+            paths = sorted(self.best.glob("step_*"))
+        for path in paths:
             _check_no_link(path)
-        return found
+        return paths
 
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"
 
     def check_new(self) -> None:
-        """Raise UserError if the folder, or anything else of its name, exists."""
-        with _named(f"--run {self.path}"):
+        """Raise UserError if anything exists at the folder's path."""
+        with _naming(f"--run {self.path}"):
             exists = os.path.lexists(self.path)
         if exists:
             raise UserError(f"--run {self.path}: it exists; choose another name, or go on with --resume {self.path}")
 
     def create(self, config: Mapping[str, Any], report: str) -> None:
-        """Make the folder with its config and report; raises UserError if that cannot be done."""
-        with _named(f"--run {self.path}"):
+        """Make the folder with its config and report; raise UserError if that fails."""
+        with _naming(f"--run {self.path}"):
             self.path.mkdir(parents=True)
         self.write_config(config)
         self._write("report.txt", lambda path: path.write_text(report + "\n", encoding="utf-8"))
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write the options; raises UserError, as every method that writes, where the disk does not take them."""
+        """Write the options. Like every method that writes, it raises UserError if the write fails."""
         text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
         self._write(self.config_file.name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def saved_config(self) -> dict[str, Any]:
-        """The options of a run to resume; raises UserError if they cannot be read, or the folder is no such run."""
+        """Read the options of a run to resume; raise UserError if that fails or it is no folder of a saved run."""
         if not self.config_file.is_file():
             raise UserError(f"--resume {self.path}: there is no config.yaml, expected the folder of a saved run")
         options = read_options_file(self.config_file, "--resume")
@@ -138,7 +138,7 @@ class RunFolder:
         return options
 
     def check_rows(self) -> None:
-        """Raise UserError if a line of the metrics or samples is damaged, which would end a resumed run at its end."""
+        """Raise UserError if a line of the metrics or samples is damaged, before a resumed run reads it at its end."""
         self.read_metrics()
         self.read_samples()
 
@@ -154,11 +154,11 @@ class RunFolder:
         return _complete_rows(self.path / "metrics.jsonl", {name: (int, float) for name in _CURVES})
 
     def count_skipped(self) -> int:
-        """Number of the steps that made no update; raises UserError as `read_metrics`."""
+        """Count the steps that made no update; raise UserError as `read_metrics` does."""
         return sum("skipped" in row for row in self.read_metrics())
 
     def drop_rows_after(self, step: int) -> None:
-        """Forget rows of steps that the saved state does not have, which will be taken again, and half rows."""
+        """Remove the rows and kept checkpoints of later steps, which will be taken again, and incomplete rows."""
         self._write_rows("metrics.jsonl", [row for row in self.read_metrics() if row["step"] <= step])
         self._write_rows("samples.jsonl", [row for row in self.read_samples().values() if row["step"] <= step])
         self.drop_best_but(range(step + 1))
@@ -167,7 +167,7 @@ class RunFolder:
         self._append("samples.jsonl", {"step": step, "prompt": prompt, "text": text})
 
     def read_samples(self) -> dict[int, dict[str, Any]]:
-        """Samples by the step they were taken at; raises UserError as `read_metrics`."""
+        """Read the samples by step; raise UserError as `read_metrics` does."""
         rows = _complete_rows(self.path / "samples.jsonl", {"prompt": (str,), "text": (str,)}, all_there=True)
         return {row["step"]: row for row in rows}
 
@@ -178,7 +178,7 @@ class RunFolder:
         self._write(self.loss_curve.name, lambda path: draw_loss_curve(rows, title, path))
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
-        with _named(str(self.path / name)), (self.path / name).open("a", encoding="utf-8") as file:
+        with _naming(str(self.path / name)), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row)) + "\n")
 
     def _write_rows(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -186,18 +186,18 @@ class RunFolder:
         self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
-        with _named(str(self.path / name)):
+        with _naming(str(self.path / name)):
             write_atomically(self.path / name, write)
 
 
 def run_of(path: Path) -> RunFolder:
-    """The run folder at a path, or that which keeps the checkpoint at the path among its best."""
+    """Return the run folder at a path, or the run folder whose `best` holds the checkpoint at the path."""
     is_kept = path.absolute().parent.name == "best" and not RunFolder(path).config_file.is_file()
     return RunFolder(path.absolute().parents[1] if is_kept else path)
 
 
 def checkpoint_in(path: Path) -> Path:
-    """The checkpoint that a path means: a run folder's own, or the path itself.
+    """Return the checkpoint in a run folder, or the path itself if it is not a run folder.
 
     Raises:
         UserError: a run folder without a checkpoint.
@@ -207,14 +207,9 @@ def checkpoint_in(path: Path) -> Path:
         return path
     if os.path.lexists(folder.checkpoint) or previous_of(folder.checkpoint).exists():
         return folder.checkpoint
-    if (path / "state.pt").exists():
-        raise UserError(
-            f"{path}: found state.pt and no checkpoint, the folder of a run that an earlier version of dora_fx saved; "
-            "go on with that version, or start a new run"
-        )
     raise UserError(
-        f"{path}: there is no checkpoint, the run was stopped before it saved one, or is still going on; wait for its "
-        "end, where it saves (--save-every N saves before), or start it anew"
+        f"{path}: there is no checkpoint, the run was stopped before it saved one or is not finished; wait for its "
+        "end, start it anew, or let it save earlier with --save-every N"
     )
 
 
@@ -222,13 +217,13 @@ def _check_no_link(path: Path) -> None:
     if path.is_symlink():
         raise UserError(
             f"{path}: found a symbolic link to {os.readlink(path)}, expected a folder of the run, in which files are "
-            "written and removed; copy what it leads to in its place if you know it"
+            "written and removed; if you trust it, replace the link by a copy of its target"
         )
 
 
 @contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Raise UserError with the name of what could not be read or written; many errors of a full disk have none."""
+def _naming(what: str) -> Iterator[None]:
+    """Convert OSError in the block to a UserError that names the file; many errors of a full disk do not name it."""
     try:
         yield
     except OSError as error:
@@ -238,33 +233,33 @@ def _named(what: str) -> Iterator[None]:
 def _complete_rows(
     path: Path, kinds: Mapping[str, tuple[type, ...]], *, all_there: bool = False
 ) -> list[dict[str, Any]]:
-    """The rows of a file, each with its step; none where there is no file.
+    """Read the rows of a file, each with its step; return none if there is no file.
 
     Args:
         path: of the file.
-        kinds: of the values by their names.
-        all_there: whether every row has all of them, and not only some.
+        kinds: types of the values by their names.
+        all_there: whether every row must have all of the values, and not only some.
     """
-    with _named(str(path)):
+    with _naming(str(path)):
         if not path.exists():
             return []
         try:
             with open_regular(path, follow_link=True) as file:
                 lines = file.read().split(b"\n")[:-1]
         except UnsafeFileError as error:
-            raise UserError(f"{error}; remove it, the training itself does not need it") from error
+            raise UserError(f"{error}; remove it, as training does not need it") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = parse_json(line, str(path))
-            found = {name: row[name] for name in ("step", *kinds) if all_there or name in row or name == "step"}
-            is_whole = all(isinstance(value, kinds.get(name, (int,))) for name, value in found.items())
+            values = {name: row[name] for name in ("step", *kinds) if all_there or name in row or name == "step"}
+            is_whole = all(isinstance(value, kinds.get(name, (int,))) for name, value in values.items())
         except (ValueError, TypeError, KeyError):
             is_whole = False
         if not is_whole:
             raise UserError(
                 f"{path}, line {number}: the line is damaged, expected an object with {', '.join(('step', *kinds))}; "
-                "remove the line, or the file, which the training itself does not need"
+                "remove the line or the file, as training does not need it"
             )
         rows.append(row)
     return rows

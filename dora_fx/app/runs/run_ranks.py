@@ -1,4 +1,4 @@
-"""The processes of one run: who this one is, what rank 0 does for all, and whether all of them want the same."""
+"""The processes of a run: this process's rank, work that rank 0 does for all, and agreement on settings."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _MOST_DIGITS = 9
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that torchrun started, or the only one.
+    """This process's place among those that torchrun started; by default the only process.
 
-    Every method that communicates must be called by all of them; with one process each is a plain call.
+    All processes must call a method that communicates. With one process such a method just calls its function.
     """
 
     global_rank: int = 0
@@ -34,26 +34,26 @@ class Ranks:
 
     @cached_property
     def meeting(self) -> Meeting:
-        """Where the processes meet."""
+        """The exchange through torchrun's store, before there is a process group."""
         return Meeting(self.global_rank, self.world_size)
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """The process that torchrun's RANK, WORLD_SIZE and LOCAL_RANK describe, or the only one without them.
+        """Read torchrun's RANK, WORLD_SIZE and LOCAL_RANK; without them this is the only process.
 
         Raises:
-            UserError: one of them is no number, or there is no such rank among so many.
+            UserError: one of them is not a number, or the rank is not below the world size.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if not all(name in os.environ for name in names):
             return cls()
-        found = cls(*map(_number_in_environment, names))
-        if found.global_rank >= found.world_size:
+        ranks = cls(*map(_number_in_environment, names))
+        if ranks.global_rank >= ranks.world_size:
             raise UserError(
-                f"RANK: found {found.global_rank} in the environment, expected a number below WORLD_SIZE, which is "
-                f"{found.world_size}; {START}"
+                f"RANK: found {ranks.global_rank} in the environment, expected a number below WORLD_SIZE, which is "
+                f"{ranks.world_size}; {START}"
             )
-        return found
+        return ranks
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +64,7 @@ class Ranks:
     def world(
         self, device: str, seed: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int
     ) -> Iterator[None]:
-        """Megatron's world of these processes, on "cpu" or "cuda"; raises UserError if they do not find each other."""
+        """Start Megatron's world of these processes, on "cpu" or "cuda"; raise UserError if they cannot connect."""
         store = self.meeting.store() if self.world_size > 1 else None
         if device == "cuda":
             self.together(torch.cuda.set_device, self.local_rank)
@@ -80,7 +80,7 @@ class Ranks:
             yield
 
     def together(self, function: Callable[..., T], *args: Any) -> T:
-        """Call `function` on every rank, before the world is there or in it; all return or all raise.
+        """Call `function` on every rank, before or after the world starts; all return or all raise.
 
         Raises:
             UserError: it raised on another rank.
@@ -88,7 +88,7 @@ class Ranks:
         return self.meeting.together(function, *args)
 
     def from_main(self, function: Callable[..., T], *args: Any) -> T:
-        """Call `function` on rank 0 alone; every rank gets its result, or raises the UserError it raised."""
+        """Call `function` on rank 0 alone; every rank returns its result or raises its UserError."""
         if self.world_size == 1:
             return function(*args)
         result, problem = None, None
@@ -103,25 +103,26 @@ class Ranks:
         return cast(T, result)
 
     def main_first(self, function: Callable[..., T], *args: Any) -> T:
-        """Call `function` on rank 0, then on the others, which find what it left in a cache.
+        """Call `function` on rank 0, and then on the others, which find the cache that it filled.
 
         Raises:
             UserError: on every rank, if it raises on one.
         """
-        found = self.from_main(function, *args)
-        return self.together(lambda: found if self.is_main else function(*args))
+        result = self.from_main(function, *args)
+        return self.together(lambda: result if self.is_main else function(*args))
 
     def largest(self, value: int) -> int:
-        """The largest of the ranks' values, on every rank."""
+        """Return the largest of the ranks' values on every rank."""
         return max(gather_objects(value, world_group()))
 
     def check_agreement(self, settings: Mapping[str, object]) -> None:
-        """Raise UserError on every rank if the settings of one differ from rank 0's, naming them and the rank."""
-        found = gather_objects({name: repr(value) for name, value in settings.items()}, world_group())
-        for global_rank, theirs in enumerate(found):
-            differing = [name for name in settings if theirs.get(name) != found[0].get(name)]
+        """Raise UserError on every rank if a rank's settings differ from rank 0's, naming the settings and the rank."""
+        of_ranks = gather_objects({name: repr(value) for name, value in settings.items()}, world_group())
+        first = of_ranks[0]
+        for global_rank, own in enumerate(of_ranks):
+            differing = [name for name in settings if own.get(name) != first.get(name)]
             if differing:
-                listed = ", ".join(f"{name} is {theirs.get(name)} and {found[0].get(name)}" for name in differing)
+                listed = ", ".join(f"{name} is {own.get(name)} and {first.get(name)}" for name in differing)
                 raise UserError(f"rank {global_rank} differs from rank 0: {listed}; expected the same on every rank")
 
 

@@ -1,4 +1,4 @@
-"""A run folder that each node has for itself would take a part of every checkpoint: found before the first step."""
+"""Checks before the first step that all nodes share the run folder; each would save a part of every checkpoint."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from dora_fx.checkpoint import CheckpointError, check_visible
 
 
 def check_shared(ranks: Ranks, folder: Path, flag: str) -> None:
-    """Have rank 0 make a directory in a folder, look for it on every rank, and remove it. Every rank calls it.
+    """Make a directory on rank 0, check that every rank sees it, and remove it. Every rank calls it.
 
     Args:
-        folder: it exists on rank 0, whose path it is.
+        ranks: of the run.
+        folder: the run folder, which exists on rank 0.
         flag: the option that named it, for messages.
 
     Raises:
-        UserError: on every rank, naming the folder and the host that does not see it, or rank 0 cannot write there.
+        UserError: on every rank: a host, which the message names, does not see the folder, or rank 0 cannot write.
     """
     if ranks.world_size == 1:
         return
-    made = ranks.from_main(_make, folder, flag)
+    marker = ranks.from_main(_make_marker, folder, flag)
     try:
-        ranks.together(_look_for, made, flag)
+        ranks.together(_check_marker, marker, flag)
     finally:
         if ranks.is_main:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(marker, ignore_errors=True)
 
 
-def _make(folder: Path, flag: str) -> Path:
+def _make_marker(folder: Path, flag: str) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=".seen-by-all-ranks-", dir=folder.absolute()))
     except OSError as error:
         raise UserError(f"{flag} {folder}: {error.strerror or error}") from error
 
 
-def _look_for(made: Path, flag: str) -> None:
+def _check_marker(marker: Path, flag: str) -> None:
     try:
-        check_visible(made)
+        check_visible(marker)
     except CheckpointError as error:
-        raise UserError(f"{flag} {made.parent}: {error}") from error
+        raise UserError(f"{flag} {marker.parent}: {error}") from error

@@ -1,4 +1,4 @@
-"""What one training step is measured by, for whoever shows it or keeps it."""
+"""Measurements of a training step, for the display and the logs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Of one optimizer step.
+    """Measurements of one optimizer step.
 
-    `loss` is the mean over the tokens that are learned, in nats; `grad_norm` is before clipping; `tokens` are all but
-    padding. `problem` says why the step made no update; the loss or the norm is not finite then.
+    Attributes:
+        loss: mean over the learned tokens, in nats.
+        grad_norm: before clipping.
+        tokens: number of tokens without padding.
+        problem: why the step made no update; then the loss or the norm is not finite.
     """
 
     step: int

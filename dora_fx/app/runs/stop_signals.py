@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: end at once before training, after the step under way during it."""
+"""Handles Ctrl-C and SIGTERM: before training they stop the command at once, during it after the current step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Remembers the signal that asked to stop while `deferred`, and raises `Interrupted` at any other time.
+    """Raises `Interrupted` on a signal; within `deferred`, only remembers the first signal.
 
-    A second signal raises in any case: whoever asks twice does not want to wait.
+    A second signal always raises, so that the user can stop without waiting.
     """
 
     def __init__(self, agree: Callable[[int], int] = lambda received: received) -> None:
-        """`agree` turns what this process received (0 for nothing) into what any process of the run received."""
+        """Take `agree`, which maps this process's signal (0 for none) to the signal that any process received."""
         self._agree = agree
         self._received: int | None = None
         self._deferring = False
@@ -32,14 +32,14 @@ class StopSignals:
         return self._received is not None
 
     def raise_if_requested(self) -> None:
-        """Raise `Interrupted` if a signal came while deferred, to any process: every one must call this."""
+        """Raise `Interrupted` if any process received a signal while deferred; every process must call it."""
         received = self._agree(self._received or 0)
         if received:
             raise Interrupted(received, on_every_process=True)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Handle both signals; outside the main thread, where Python cannot, do nothing."""
+        """Handle both signals within the block; do nothing outside the main thread, where Python cannot."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -52,7 +52,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only remember the first signal while the block runs; the block looks at `requested`."""
+        """Within the block, only remember the first signal; the block checks `requested`."""
         self._deferring = True
         try:
             yield
@@ -62,7 +62,7 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._deferring and self._received is None:
             self._received = number
-            # Straight to the descriptor: a handler may run in the middle of a buffered write.
+            # Directly to the descriptor, since the handler may interrupt a buffered write.
             os.write(2, b"\nfinishing the step, then saving; once more to stop at once\n")
         else:
             raise Interrupted(number)

@@ -1,4 +1,4 @@
-"""The training loop: micro-batches through a pipeline, the optimizer, the course of a run."""
+"""The training loop: sequences, micro-batches through pipeline stages, the optimizer, and the course of a run."""
 
 from dora_fx.app.training.recompute import recompute_layers
 from dora_fx.app.training.text_sequences import TrainingText, training_text, with_steps

@@ -16,7 +16,7 @@ from dora_fx.megatron import cuda_means_cpu
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:
-    """Of optimizer step number `step`, counted from 0: linear warm-up, then the schedule down to zero."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule down to zero."""
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps
     progress = (step - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)
@@ -28,15 +28,14 @@ def learning_rate(step: int, options: TrainingOptions) -> float:
 
 
 class AdapterOptimizer:
-    """Megatron's AdamW on what a model trains, with Megatron's gradient buffers.
+    """Megatron's AdamW for a model's trainable parameters, with Megatron's gradient buffers.
 
-    Gradients of all backward passes since `clear_gradients` add up in float32. A bfloat16 parameter has a float32
-    main copy that takes the updates: bfloat16 holds three digits, and an update smaller than the last of them would
-    be lost.
+    Gradients of all backward passes since `clear_gradients` add up in float32. Updates of a bfloat16 parameter go to a
+    float32 main copy: bfloat16 holds three digits, and smaller updates would be lost.
 
     Args:
-        model: a Megatron model after `DoRA` ran on it; it is called as before.
-        options: dtype of the model, learning rates, weight decay and the norm that gradients are clipped to.
+        model: a Megatron model that `DoRA` was called on; it is still called directly.
+        options: dtype of the model, learning rates, weight decay and the norm to clip gradients to.
         device: "cpu" or "cuda".
 
     Attributes:
@@ -50,7 +49,7 @@ class AdapterOptimizer:
             optimizer="adam",
             lr=options.lr,
             weight_decay=options.weight_decay,
-            # Megatron computes no norm for zero, and an infinite one leaves gradients alone.
+            # For zero Megatron would not compute the norm; clipping to infinity changes nothing.
             clip_grad=options.max_grad_norm or math.inf,
             params_dtype=DTYPES[options.dtype],
             bf16=options.dtype == "bf16",
@@ -66,27 +65,28 @@ class AdapterOptimizer:
             self.megatron = get_megatron_optimizer(settings, [self._wrapped], config_overrides=overrides)
 
     def clear_gradients(self) -> None:
-        """Forget all gradients, also those of a step that was given up."""
+        """Clear all gradients, also those of an abandoned step."""
         self._wrapped.zero_grad_buffer()
         self.megatron.zero_grad()
 
     def reduce_gradients(self) -> None:
-        """Complete the gradients over the ranks."""
+        """Reduce the gradients over the ranks."""
         with self._megatron_runs():
             finalize_model_grads([self._wrapped])
 
     def complete_gradients(self) -> float:
-        """Reduce the gradients over the ranks; return their norm over all of the model, before clipping."""
+        """Reduce the gradients over the ranks; return their norm over the whole model, before clipping."""
         self.reduce_gradients()
         with self._megatron_runs():
             self.megatron.prepare_grads()
             return float(self.megatron.get_grad_norm())
 
     def step(self, lr: float) -> None:
-        """Clip and update; the gradients are complete."""
+        """Clip the gradients, which are complete, and update the parameters."""
         for group in self.megatron.param_groups:
             group["lr"] = lr * group["lr_mult"]
-            # The multiplier is zero for magnitudes, as for all that has one dimension; nobody else applies it.
+            # The multiplier is zero for magnitudes, as for all one-dimensional parameters; Megatron's scheduler, which
+            # would apply it, is not used.
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
         with self._megatron_runs():
             self.megatron.step()

@@ -1,4 +1,4 @@
-"""Forward and backward passes of a model that may be one stage of a pipeline."""
+"""Forward and backward passes of a model that may be a pipeline stage."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dora_fx.megatron import cuda_means_cpu
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass. What a model takes, masks of `[b, 1, s, s]` among it, is made when the pass runs.
+    """The input of one forward pass. Tensors such as masks `[b, 1, s, s]` are made when the pass runs.
 
     Attributes:
         sequences: `[b, s + 1]`.
         device: of the model.
-        seed: of the dropout of the pass; stages of a pipeline make seeds of their own of it.
-        share: of a learned token in the loss of a step.
+        seed: of the dropout in the pass; each pipeline stage derives its own seed from it.
+        share: weight of a learned token in the loss of a step.
     """
 
     sequences: Sequences
@@ -35,32 +35,32 @@ class MicroBatch:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the labels: b and s."""
+        """Shape of the labels: b and s."""
         rows, length = self.sequences.tokens.shape
         return rows, length - 1
 
     def run(self, model: Any) -> Tensor:
-        """The losses of the tokens, or the hidden states that a stage hands on."""
+        """Run the model; return the losses of the tokens, or the hidden states for the next stage."""
         torch.manual_seed((self.seed + _PRIME * parallel_state.get_pipeline_model_parallel_rank()) % 2**63)
         batch = self.sequences.batch(self.device)
         output: Tensor = model(batch.tokens, batch.position_ids, batch.attention_mask, labels=batch.labels)
         return output
 
     def loss_of(self, losses: Tensor) -> Tensor:
-        """From the losses of the tokens `[b, s]` to this pass's share of the loss of a step."""
-        # Not by indexing, whose shape would depend on the data.
+        """Reduce the losses of the tokens `[b, s]` to this pass's share of the step's loss."""
+        # Without indexing, which has a shape that depends on the data.
         return torch.where(self.sequences.loss_mask().to(losses.device), losses, 0.0).sum() * self.share
 
 
-# Far from the distances of seeds of micro-batches.
+# Larger than the differences between seeds of micro-batches, so that no two passes share a seed.
 _PRIME = 998_244_353_987
 
 
 class Passes:
-    """Passes through all stages of a pipeline, by Megatron's schedule, or through a model that has one.
+    """Runs passes through all pipeline stages with Megatron's schedule, or directly through a model without stages.
 
-    Every rank calls every method, with the same sizes; the data-parallel ranks with batches of their own. It stands in
-    for the model where logits are asked for.
+    Every rank calls every method with the same sizes; data-parallel ranks pass their own batches. Called like the
+    model, it returns logits on every rank.
     """
 
     def __init__(self, model: Any, device: str) -> None:
@@ -74,7 +74,7 @@ class Passes:
         self._model.eval()
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Accumulate the gradients of the passes; return the sum of their losses, a scalar, on every rank."""
+        """Accumulate the gradients of the passes; return the sum of their losses on every rank."""
         total = torch.zeros((), device=self._device)
         if not self._is_pipeline:
             for micro_batch in micro_batches:
@@ -88,7 +88,7 @@ class Passes:
 
             def loss_of(losses: Tensor) -> tuple[Tensor, Tensor]:
                 loss = micro_batch.loss_of(losses)
-                # The schedule divides what it propagates back by the number of passes.
+                # The schedule divides the loss that it propagates back by the number of passes.
                 return loss * len(micro_batches), loss.detach()
 
             return micro_batch.run(model), loss_of
@@ -99,14 +99,14 @@ class Passes:
 
     @torch.no_grad()
     def token_losses(self, micro_batch: MicroBatch) -> Tensor:
-        """The losses `[b, s]` of one batch, on every rank."""
+        """Compute the losses `[b, s]` of one batch, on every rank."""
         if not self._is_pipeline:
             return micro_batch.run(self._model)
         return self._forward(micro_batch.run, micro_batch.shape, torch.float32)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Logits `[b, s, vocab/tp]`, on every rank."""
+        """Compute the logits `[b, s, vocab/tp]`, on every rank."""
         if not self._is_pipeline:
             logits: Tensor = self._model(tokens, positions, mask)
             return logits
@@ -114,20 +114,20 @@ class Passes:
         return self._forward(lambda model: model(tokens, positions, mask), shape, self.config.params_dtype)
 
     def _forward(self, run: Callable[[Any], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """What a pass returns on the last stage, `[b, s, ...]`, on every rank."""
+        """Run a pass; return the last stage's output, `[b, s, ...]`, on every rank."""
 
         def step(batches: Iterator[Any], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
             return run(model), lambda output: (output.mean(), output)
 
-        found = self._scheduled(step, [None], shape, forward_only=True)
-        output = found[0].to(dtype).contiguous() if found else torch.empty(shape, dtype=dtype, device=self._device)
+        outputs = self._scheduled(step, [None], shape, forward_only=True)
+        output = outputs[0].to(dtype).contiguous() if outputs else torch.empty(shape, dtype=dtype, device=self._device)
         return self._from_last_stage(output)
 
     def _scheduled(self, step: Any, batches: Sequence[Any], shape: tuple[int, ...], *, forward_only: bool) -> list[Any]:
-        """What the loss functions return beside the loss; an empty list but on the last stage."""
+        """Run the schedule; return the second values of the loss functions, which only the last stage has."""
         rows, length = shape[:2]
         with self._runs_on_cpu():
-            found: list[Any] = get_forward_backward_func()(
+            results: list[Any] = get_forward_backward_func()(
                 forward_step_func=step,
                 data_iterator=iter(batches),
                 model=self._model,
@@ -136,7 +136,7 @@ class Passes:
                 micro_batch_size=rows,
                 forward_only=forward_only,
             )
-        return found
+        return results
 
     def _from_last_stage(self, tensor: Tensor) -> Tensor:
         source = parallel_state.get_pipeline_model_parallel_last_rank()

@@ -1,4 +1,4 @@
-"""Where a step's loss or gradients are not finite first, for the message of a step that makes no update."""
+"""Finds the layer where a step's loss or gradients first are not finite, for the message of a skipped step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dora_fx.ranks import gather_objects, world_group
 
 
 def problem_of_step_maybe(model: nn.Module, loss: float, grad_norm: float, run: Callable[[], object]) -> str | None:
-    """What forbids the update of a step, the same on every rank; None where all is finite. Every rank calls it.
+    """Return why a step must not update, the same on every rank; None if all is finite. Every rank calls it.
 
     Args:
-        model: with the gradients of the step, complete.
+        model: with the complete gradients of the step.
         loss, grad_norm: of the step.
-        run: passes the step's batches through the model again, forward alone; called where a loss is not finite.
+        run: runs the forward passes of the step again; called only if a loss is not finite.
     """
     losses, norms = zip(*gather_objects((loss, grad_norm), world_group()), strict=True)
     if not all(map(_is_finite, losses)):
@@ -43,16 +43,16 @@ def _first_not_finite(values: tuple[float, ...]) -> float:
     return next(value for value in values if not _is_finite(value))
 
 
-# A layer's number and the stage before it, to tell which comes first in the whole model, and the path to name.
+# Pipeline stage and index of a layer, by which layers are ordered in the whole model, and its path for the message.
 _Place = tuple[int, int, str]
 
 
 def _first_of_ranks(own: _Place | None, *, backward: bool = False) -> str | None:
-    """The path that comes first over all ranks, in the order of the forward or the backward pass."""
-    found = [place for place in gather_objects(own, world_group()) if place is not None]
-    if not found:
+    """Return the first path over all ranks, in the order of the forward or the backward pass."""
+    places = [place for place in gather_objects(own, world_group()) if place is not None]
+    if not places:
         return None
-    return (max if backward else min)(found, key=lambda place: place[:2])[2]
+    return (max if backward else min)(places, key=lambda place: place[:2])[2]
 
 
 def _numbered_layers(model: nn.Module) -> Iterator[tuple[int, int, Any]]:
@@ -62,7 +62,7 @@ def _numbered_layers(model: nn.Module) -> Iterator[tuple[int, int, Any]]:
 
 
 def _first_gradient_maybe(model: nn.Module) -> _Place | None:
-    """The last layer, which is the first that the backward pass comes to, with a gradient that is not finite."""
+    """Return the last layer with a gradient that is not finite; the backward pass reaches it first."""
     for stage, index, named in reversed(list(_numbered_layers(model))):
         for name, parameter in named.module.adapter.named_parameters():
             gradient = getattr(parameter, "main_grad", parameter.grad)
@@ -73,17 +73,19 @@ def _first_gradient_maybe(model: nn.Module) -> _Place | None:
 
 @torch.no_grad()
 def _first_output_maybe(model: nn.Module, run: Callable[[], object]) -> _Place | None:
-    """The first layer whose output is not finite when the batches are run again; nothing is compiled for it."""
-    found: list[_Place] = []
+    """Run the batches again without compiling; return the first layer whose output is not finite."""
+    places: list[_Place] = []
     with ExitStack() as hooks:
         for stage, index, named in _numbered_layers(model):
 
-            def look(_: object, __: object, output: Any, place: _Place = (stage, index, named.whole_path)) -> None:
+            def check_output(
+                _: object, __: object, output: Any, place: _Place = (stage, index, named.whole_path)
+            ) -> None:
                 tensor = output[0] if isinstance(output, tuple) else output
                 if isinstance(tensor, Tensor) and not torch.isfinite(tensor).all():
-                    found.append(place)
+                    places.append(place)
 
-            hooks.callback(named.module.register_forward_hook(look).remove)
+            hooks.callback(named.module.register_forward_hook(check_output).remove)
         with torch.compiler.set_stance("force_eager"):
             run()
-    return min(found, default=None, key=lambda place: place[:2])
+    return min(places, default=None, key=lambda place: place[:2])

@@ -1,4 +1,4 @@
-"""Recomputation of activations in the backward pass."""
+"""Activation checkpointing of whole layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 
 def recompute_layers(model: Any) -> None:
-    """Have every transformer layer of a GPTModel keep its input alone for the backward pass, with the same dropout."""
+    """Wrap every transformer layer of a GPTModel so that only its input is kept for the backward pass.
+
+    The recomputation draws the same dropout masks.
+    """
     layers = model.decoder.layers
     for index, layer in enumerate(layers):
         layers[index] = checkpoint_wrapper(layer)

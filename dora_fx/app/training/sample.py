@@ -1,4 +1,4 @@
-"""Greedy text generation, for a look at what the model writes."""
+"""Greedy text generation, for the samples of a run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def generate_greedily(
     device: str,
     between: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Up to `num_tokens` most probable tokens after a prompt `[n]`; it ends early at `stop_token`.
+    """Generate up to `num_tokens` most probable tokens after a prompt `[n]`; stop early at `stop_token`.
 
-    Every token is a forward pass over all before it, of a length that comes once, so nothing is compiled for it.
+    Every token takes a forward pass over all tokens before it, whose length occurs once, so nothing is compiled.
     `between` is called after each token and may raise.
     """
     model.eval()
@@ -32,7 +32,7 @@ def generate_greedily(
     multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
     with torch.compiler.set_stance("force_eager"):
         for _ in range(num_tokens):
-            # Sequence parallelism needs a length that divides; what comes after the last token does not reach it.
+            # Sequence parallelism needs a length that it divides. Padding after the last token does not affect it.
             length = tokens.shape[1]
             filled = F.pad(tokens, (0, -length % multiple))
             positions = torch.arange(filled.shape[1], device=device)[None]

@@ -1,4 +1,4 @@
-"""The data of a run as sequences of tokens, and its sizes checked against the base model's and the machine's."""
+"""Turns the data of a run into sequences of tokens, and checks its sizes against the base model and the memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _PROMPT_TOKENS = 16
 
 @dataclass(frozen=True)
 class TrainingText:
-    """The sequences of a run, the tokens that its samples start with, and what there is to say of them.
+    """The sequences of a run, the prompt of its generated samples, and notes for the user.
 
-    `samples` are those that the sequences were made of; a text is cut as it comes, and has none.
+    `samples` are the samples that the sequences were made of; a plain text is cut into sequences and has none.
     """
 
     sequences: TrainingSequences
@@ -47,8 +47,8 @@ def training_text(
     """Tokenize the data into sequences, and check that a model of `config` can be trained on them with the options.
 
     Raises:
-        UserError: a token that the model does not have, a sample that the tokenizer's chat template does not take, too
-            little text, or a sequence, sample or batch that is longer or larger than the model, the text or the memory.
+        UserError: the model lacks a token, the chat template refuses a sample, there is too little text, or a sequence,
+            sample or batch is too large for the model, the text or the memory.
     """
     longest = config.max_position_embeddings
     if options.sequence_length > longest:
@@ -62,22 +62,22 @@ def training_text(
     check_batch_fits(
         options.batch_size, options.sequence_length, config, options.tp, device, DTYPES[options.dtype].itemsize
     )
-    found = (_of_text if data.format.name == "text" else _of_samples)(options, data, tokenizer)
-    if options.batch_size > len(found.sequences.train):
+    text = (_of_text if data.format.name == "text" else _of_samples)(options, data, tokenizer)
+    if options.batch_size > len(text.sequences.train):
         raise UserError(
-            f"--batch-size: found {options.batch_size}, expected at most {len(found.sequences.train)}, the sequences "
+            f"--batch-size: found {options.batch_size}, expected at most {len(text.sequences.train)}, the sequences "
             "to train on; give more text, or --gradient-accumulation in place of a larger batch"
         )
-    if options.sample_tokens and len(found.prompt) + options.sample_tokens > longest:
+    if options.sample_tokens and len(text.prompt) + options.sample_tokens > longest:
         raise UserError(
-            f"--sample-tokens: found {options.sample_tokens} after {len(found.prompt)} of the prompt, expected at most "
+            f"--sample-tokens: found {options.sample_tokens} after {len(text.prompt)} of the prompt, expected at most "
             f"{longest} in all, the base model's"
         )
-    return found
+    return text
 
 
 def with_steps(options: FinetuneOptions, num_sequences: int) -> FinetuneOptions:
-    """Options whose `steps` are so many that every sequence to train on is seen `epochs` times, rounded up."""
+    """Return options with `steps` instead of `epochs`: every training sequence is seen `epochs` times, rounded up."""
     if options.epochs is None:
         return options
     of_a_step = options.batch_size * options.gradient_accumulation
@@ -87,7 +87,7 @@ def with_steps(options: FinetuneOptions, num_sequences: int) -> FinetuneOptions:
 def _of_text(options: FinetuneOptions, data: TrainingData, tokenizer: BaseTokenizer) -> TrainingText:
     for flag, is_given in (("--no-packing", options.no_packing), ("--too-long", options.too_long != "drop")):
         if is_given:
-            raise UserError(f"{flag}: found texts, which are cut into sequences; it is for samples of another format")
+            raise UserError(f"{flag}: found texts, which are cut into sequences; expected samples of another format")
     texts = [sample.text for sample in data.samples if isinstance(sample, Text)]
     tokens = tokenizer.documents(texts)
     try:
@@ -135,8 +135,8 @@ def _of_samples(options: FinetuneOptions, data: TrainingData, tokenizer: BaseTok
         notes.append(f"fields of turns that the chat template leaves out: {', '.join(unused_of_turns)}")
     if len(encoded) > len(data.samples):
         notes.append(
-            "the chat template writes earlier turns otherwise than the last: each answer is a sample of its own, after "
-            f"the turns before it ({len(encoded):,} samples of {len(data.samples):,} conversations)"
+            "the chat template writes earlier turns differently from the last: each answer is a sample of its own, "
+            f"after the turns before it ({len(encoded):,} samples of {len(data.samples):,} conversations)"
         )
     return TrainingText(sequences, _prompt_of_samples(options, data, tokenizer, samples), samples, notes)
 
@@ -145,7 +145,7 @@ def _prompt_of_samples(
     options: FinetuneOptions, data: TrainingData, tokenizer: BaseTokenizer, samples: Sequence[TokenSample]
 ) -> Tensor:
     if options.prompt is None:
-        # A held-out sample, the first of them, up to what is learned.
+        # The first held-out sample, up to the first learned token.
         first = samples[int(held_out_indices(len(samples), options.held_out_fraction)[0])]
         return torch.tensor(first.ids[: first.is_target.index(True, 1)])
     if any(isinstance(sample, Conversation) for sample in data.samples) and tokenizer.has_chat_template:
@@ -154,7 +154,7 @@ def _prompt_of_samples(
 
 
 def _of_length(samples: Sequence[TokenSample], options: FinetuneOptions) -> tuple[Sequence[TokenSample], list[str]]:
-    """The samples that a sequence has room for, as `--too-long` says, and a line on the others."""
+    """Drop, cut or refuse samples longer than a sequence, as `--too-long` says; return the rest and a note."""
     limit = options.sequence_length
     longer = [sample for sample in samples if len(sample.ids) > limit]
     if not longer:

@@ -1,4 +1,4 @@
-"""One model, one optimizer: training steps, the held-out loss, and the state that a resumed run needs."""
+"""Training steps, the held-out loss, the preflight, and saving and loading of the training state."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Trainer:
     """Trains the adapters of `model` on `sequences`.
 
     Attributes:
-        step: the number of steps done.
+        step: number of finished steps.
         last_update: the last step that made an update since this object was made; None before.
-        passes: the model as it is called, whatever the pipeline.
-        is_updating: whether the optimizer is in the middle of a step, or failed there, so that parameters and
-            moments belong together no more.
+        passes: runs the model, with or without pipeline stages.
+        is_updating: whether the optimizer is in the middle of a step, or failed there; then parameters and moments may
+            be inconsistent.
     """
 
     def __init__(self, model: Any, sequences: TrainingSequences, options: FinetuneOptions, device: str) -> None:
@@ -45,18 +45,19 @@ class Trainer:
         self.passes = Passes(model, device)
 
     def train_step(self) -> StepMetrics:
-        """Forward, backward and update on the next sequences.
+        """Run forward, backward and update on the next sequences.
 
-        The data-parallel ranks share the micro-batches of the step. Where the loss or the gradients are not finite,
-        parameters and moments stay as they are on every rank; the step counts, so that the next takes other sequences.
+        The data-parallel ranks share the micro-batches of the step. If the loss or the gradients are not finite,
+        parameters and moments stay unchanged on every rank; the step counts, so that the next one takes other
+        sequences.
         """
         options, start = self._options, time.perf_counter()
         self.model.train()
         self._optimizer.clear_gradients()
         first, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         batches = [self._sequences_of(index) for index in self._indices_of_step()]
-        # Batches have more or fewer tokens that are learned, and each token counts alike. Gradients and losses are
-        # averaged over the replicas.
+        # Batches have different numbers of learned tokens, and every token has the same weight. Gradients and losses
+        # are averaged over the replicas, hence the factor.
         share = replicas / sum(int(batch.loss_mask().sum()) for batch in batches)
         own = list(zip(self._indices_of_step(), batches, strict=True))[first::replicas]
         total = self.passes.forward_backward([self._micro_batch(batch, index, share) for index, batch in own])
@@ -75,23 +76,23 @@ class Trainer:
         return StepMetrics(self.step, loss, lr, grad_norm, tokens, time.perf_counter() - start, problem)
 
     def go_back_to_last_update(self) -> None:
-        """Take back the steps since the last update, none of which made one."""
+        """Set the step count back to the last update; the steps since then changed nothing."""
         assert self.last_update is not None
         self.step = self.last_update
 
     def _run_again(self, batches: Sequence[tuple[int, Sequences]]) -> None:
-        """The forward passes of a step, with the same dropout."""
+        """Run the forward passes of a step again, with the same dropout masks."""
         for index, batch in batches:
             self.passes.token_losses(self._micro_batch(batch, index))
 
     @torch.no_grad()
     def held_out_loss(self, between: Callable[[], None] = lambda: None) -> float:
-        """Mean loss of the held-out tokens that are learned; `between` is called after each batch and may raise."""
+        """Compute the mean loss of the learned held-out tokens; `between` is called after each batch and may raise."""
         self.model.eval()
         size, total, count = self._options.batch_size, 0.0, 0
         held_out = self._sequences.held_out
         for first in range(0, len(held_out), size):
-            # The last batch is filled up, so that every batch has the shape that was compiled.
+            # The last batch is padded with rows that do not count, so that every batch has the compiled shape.
             rows = torch.arange(first, first + size)
             batch = held_out[torch.where(rows < len(held_out), rows, first)]
             is_counted = (batch.loss_mask() & (rows < len(held_out))[:, None]).to(self._device)
@@ -102,10 +103,10 @@ class Trainer:
 
     @torch.no_grad()
     def allocate_buffers(self) -> None:
-        """Run one batch uncompiled.
+        """Run one batch without compiling.
 
-        Megatron allocates its buffer for attention scores in the first forward pass. A graph compiled then would
-        hold the allocation, and be of no use ever after.
+        Megatron allocates its buffer for attention scores in the first forward pass. A graph that is compiled in that
+        pass would contain the allocation and be recompiled in the next one.
         """
         self.model.eval()
         with torch.compiler.set_stance("force_eager"):
@@ -134,27 +135,27 @@ class Trainer:
         )
 
     def save(self, checkpoint: Path, *, with_optimizer: bool = True) -> None:
-        """Save the state after the last complete step; every rank calls it. Raises CheckpointError."""
+        """Save the state after the last complete step; every rank calls it. It may raise CheckpointError."""
         extra = {"step": self.step, "text": self._sequences.fingerprint}
         save_checkpoint(self.model, checkpoint, self._optimizer.megatron if with_optimizer else None, extra=extra)
 
     def load(self, checkpoint: Path) -> None:
-        """Go on where `save` was called, at any parallel size; every rank calls it.
+        """Load the state that `save` saved, at any parallel size; every rank calls it.
 
         Raises:
             CheckpointError: the checkpoint is damaged or of another model.
-            ValueError: the data are others, or the checkpoint is not of a training run.
+            ValueError: the data is not that of the run, or the checkpoint is not that of a training run.
         """
         extra = load_checkpoint(self.model, checkpoint, self._optimizer.megatron)
-        # Earlier versions saved the states of generators, too, that dropout went on with.
+        # Earlier versions also saved the states of generators, which dropout no longer needs.
         if not isinstance(extra, dict) or extra.keys() - {"generators"} != {"step", "text"}:
-            raise ValueError(f"{checkpoint}: has no step and text in its extra, expected what a run saves")
+            raise ValueError(f"{checkpoint}: found no step and text in its extra, expected the checkpoint of a run")
         if extra["text"] != self._sequences.fingerprint:
-            raise ValueError("the text is not the one the run was started with")
+            raise ValueError("the text is not the one that the run was started with")
         self.step = extra["step"]
 
     def _indices_of_step(self) -> range:
-        """Numbers of the micro-batches of the next step in the whole run."""
+        """Return the indices, within the whole run, of the next step's micro-batches."""
         first = self.step * self._options.gradient_accumulation
         return range(first, first + self._options.gradient_accumulation)
 
@@ -163,6 +164,6 @@ class Trainer:
         return training_batch(self._sequences.train, options.batch_size, index, options.seed)
 
     def _micro_batch(self, sequences: Sequences, index: int = 0, share: float = 1.0) -> MicroBatch:
-        """A micro-batch by its number in the run; its dropout is the same whoever takes it."""
+        """Make a micro-batch by its index in the run; its dropout masks are the same on any rank."""
         seed = (self._options.seed * 1_000_003 + index) % 2**63
         return MicroBatch(sequences, self._device, seed, share)

@@ -1,4 +1,4 @@
-"""The course of one run: measure, train, save, measure again; and what happens when it is stopped or resumed."""
+"""The course of a run: measure, train, save, measure again; also when it is stopped or resumed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from dora_fx.checkpoint import CheckpointError
 logger = logging.getLogger(__name__)
 
 _ROW = ("step", "loss", "lr", "grad_norm", "tokens", "seconds")
-# So many steps in a row without an update end a run: a single one may be a sample's fault, the next ones are not.
+# This many steps in a row without an update end a run: one may be due to a sample, several are not.
 _MOST_SKIPPED = 3
 _SMALLER_BATCH = "take a smaller --batch-size, with --gradient-accumulation in its place, or --sequence-length"
 
-# Commands for a finished run, with what each does.
+# Commands to run after a finished run, with what each does.
 _NEXT = (
-    ("chat {run}", "talk to the trained model; --raw goes on with a text"),
+    ("chat {run}", "talk to the trained model; --raw continues a text"),
     ("export {run} --to adapter", "the adapter, for Hugging Face PEFT"),
     ("merge {run} --to merged", "the whole model, for transformers and inference engines"),
     ("finetune --resume {run} --steps {more}", "train on"),
@@ -39,9 +39,9 @@ _NEXT = (
 
 @dataclass
 class TrainingRun:
-    """Everything one run works with; `run` does it. Rank 0 keeps the folder, and the others follow it.
+    """Runs the training of one run. Rank 0 reads and writes the folder, and the other ranks get its results.
 
-    `saved_step` is the step of the checkpoint in the folder, None before this run saved or resumed one.
+    `saved_step` is the step of the checkpoint in the folder; None before this run saved or resumed one.
     """
 
     options: FinetuneOptions
@@ -60,10 +60,10 @@ class TrainingRun:
         """Train to the last step, or until a signal; return the exit code.
 
         Raises:
-            UserError: a checkpoint cannot be loaded or saved, or losses or gradients of several steps in a row are not
-                finite; the state after the last update is saved then.
-            Interrupted: by a second signal to one of several ranks, or in the middle of an update, with nothing saved
-                since the last save.
+            UserError: a checkpoint cannot be loaded or saved, or the losses or gradients of several steps in a row are
+                not finite. In the second case the state after the last update is saved.
+            Interrupted: a second signal came to one of several ranks, or a signal came during an update; the state
+                since the last save is lost.
         """
         if self.options.resume is not None:
             self._restore()
@@ -85,7 +85,7 @@ class TrainingRun:
             self._save()
             self.display.say(f"{interrupted} at step {self.trainer.step} of {self.options.steps}; saved")
             if self.trainer.step == self.options.steps and self.trainer.step in self._held_out_losses():
-                # The sample alone was stopped, and there is nothing to go on with.
+                # Only the sample was interrupted, so the run is complete.
                 self._say_results()
             else:
                 self.display.say(f"go on with: dora-fx finetune --resume {self.folder.path}")
@@ -95,7 +95,7 @@ class TrainingRun:
         return 0
 
     def _can_save_after(self, interrupted: Interrupted) -> bool:
-        # Every rank takes part in a save, and after a second signal nobody knows where the others are.
+        # A save needs every rank, and after a second signal the others may be anywhere.
         ranks_are_here = self.ranks.world_size == 1 or interrupted.on_every_process
         return ranks_are_here and not self.trainer.is_updating
 
@@ -137,7 +137,7 @@ class TrainingRun:
         self._save()
 
     def _is_measured(self, step: int) -> bool:
-        """Return whether the held-out loss is measured after a step that is not the last."""
+        """Return whether the held-out loss is measured after this step, apart from the last one."""
         options = self.options
         return step < options.steps and bool(options.measuring_interval) and step % options.measuring_interval == 0
 
@@ -145,10 +145,10 @@ class TrainingRun:
         try:
             metrics = self.trainer.train_step()
         except Exception:
-            # Ctrl-C on a terminal also reaches a C++ compiler that Inductor runs, and its failure ends the step.
+            # Ctrl-C on a terminal also reaches a C++ compiler that Inductor runs, whose failure makes the step fail.
             if not self.stop.requested:
                 raise
-            logger.debug("the step under way failed after a signal", exc_info=True)
+            logger.debug("the current step failed after a signal", exc_info=True)
             return
         row = {name: getattr(metrics, name) for name in _ROW}
         if metrics.problem is None:
@@ -160,9 +160,9 @@ class TrainingRun:
         self._give_up_maybe(metrics.problem)
 
     def _give_up_maybe(self, problem: str) -> None:
-        """Save the state after the last update and raise UserError where too many steps in a row made none.
+        """Save the state after the last update and raise UserError if too many steps in a row made no update.
 
-        That is the state that is saved, and not that of the last step: whoever goes on takes these steps again.
+        The saved step count is that of the last update, so that a resumed run takes the failed steps again.
         """
         trainer, last = self.trainer, self.trainer.step
         since = self._first_step if trainer.last_update is None else trainer.last_update
@@ -187,7 +187,7 @@ class TrainingRun:
             raise UserError(f"--check: {report.failed[0].name}: {report.failed[0].text}")
 
     def _measure(self) -> None:
-        """Held-out loss and sample, before the first step and after the last; whatever is there is not redone."""
+        """Measure the held-out loss and generate a sample, before the first step and after the last, unless done."""
         step = self.trainer.step
         if step not in self._held_out_losses():
             once = " (and compiling for it, once)" if step == 0 and self.options.compile != "none" else ""
@@ -217,7 +217,7 @@ class TrainingRun:
             self._log(row)
 
     def _keep_best(self) -> None:
-        """Keep the adapters if they are among the best measured, and those of no worse measurement."""
+        """Keep the adapters if their held-out loss is among the lowest, and remove those that no longer are."""
         step, losses = self.trainer.step, self._held_out_losses()
         losses.pop(0, None)
         best = _best_first(losses)[: self.options.keep]
@@ -250,7 +250,7 @@ class TrainingRun:
         return {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
 
     def _save(self) -> None:
-        """Save the state unless it is saved already, and draw the curve; every rank calls it."""
+        """Save the state unless it is saved already, and draw the loss curve; every rank calls it."""
         if self.saved_step != self.trainer.step:
             with _saving():
                 self.trainer.save(self.folder.checkpoint)
@@ -262,7 +262,7 @@ class TrainingRun:
         losses, samples = self._held_out_losses(), self.ranks.from_main(folder.read_samples)
         step = self.trainer.step
         after, last = losses[step], samples.get(step)
-        # A run whose files were removed in between knows nothing of its start.
+        # If files were removed during the run, the values at its start are missing.
         before, first = losses.get(0), samples.get(0)
         compared = "" if before is None else f"{before:.4f} before, "
         say(f"\nheld-out loss: {compared}{after:.4f} after" + ("" if before is None else f" ({after - before:+.4f})"))
@@ -283,20 +283,21 @@ class TrainingRun:
             say(f"  # {meaning}\n  dora-fx {command.format(run=path, more=2 * self.options.steps)}")
 
     def _title(self) -> str:
-        """What was trained on what, for the picture."""
+        """Return the title of the loss curve: the base, the data and the rank."""
         options, text = self.options, "Python's language reference" if self.options.data is None else None
         base = "SmolLM2-135M" if options.base == "smollm2" else Path(options.base).name
         return f"{base} on {text or Path(str(options.data)).name}: DoRA of rank {options.dim}"
 
 
 def _best_first(losses: dict[int, float]) -> list[int]:
-    """The steps of held-out losses that are finite, the lowest first, and the earlier of two that are alike."""
+    """Return the steps with finite held-out losses, the lowest loss first; of equal losses, the earlier step first."""
     measured = [step for step, loss in losses.items() if math.isfinite(loss)]
     return sorted(measured, key=lambda step: (losses[step], step))
 
 
 @contextmanager
 def _saving() -> Iterator[None]:
+    """Convert CheckpointError in the block to UserError."""
     try:
         yield
     except CheckpointError as error:
