@@ -46,8 +46,7 @@ def check_parquet_size(path: Path, file: BufferedReader, metadata: Any, at_most:
                 needed += _Pages(path, file, start, start + chunk.total_compressed_size).size(width)
     if needed > at_most:
         raise UnsafeFileError(
-            f"{path}: found {metadata.num_rows:,} rows of more than {at_most:,} bytes in memory, expected fewer for a "
-            "file of its size"
+            f"{path}: found {metadata.num_rows:,} rows of more than {at_most:,} bytes in it, expected fewer by its size"
         )
 
 

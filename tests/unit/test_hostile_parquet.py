@@ -60,10 +60,10 @@ def with_a_false_footer(path: Path) -> None:
 
 
 TABLES: dict[str, tuple[Callable[[], pa.Table], str]] = {
-    "nulls": (nulls, "found 3,000,000 rows of more than 67,108,864 bytes in memory"),
-    "long": (long_text, "found 1 rows of more than 67,108,864 bytes in memory"),
-    "false": (long_text, "found 1 rows of more than 67,108,864 bytes in memory"),
-    "lists": (lists_of_nulls, "found 100 rows of more than 67,108,864 bytes in memory"),
+    "nulls": (nulls, "found 3,000,000 rows of more than 67,108,864 bytes in it"),
+    "long": (long_text, "found 1 rows of more than 67,108,864 bytes in it"),
+    "false": (long_text, "found 1 rows of more than 67,108,864 bytes in it"),
+    "lists": (lists_of_nulls, "found 100 rows of more than 67,108,864 bytes in it"),
     "messages": (texts_in_one_row, "found more than 67,108,864 bytes of rows in it"),
 }
 
@@ -77,9 +77,7 @@ def test_rows_of_few_bytes(name: str, tmp_path: Path) -> None:
         with_a_false_footer(path)
     assert path.stat().st_size < 20_000
     assert is_endless(ROWS, path, mebibytes=60, seconds=10)
-    with pytest.raises(
-        ValueError, match=rf"^{path}: {message}, expected fewer for a file of its size; write or download it"
-    ):
+    with pytest.raises(ValueError, match=rf"^{path}: {message}, expected fewer by its size; write or download it"):
         read_records(path)
     assert not is_endless(READ, path, mebibytes=60, seconds=10)
 

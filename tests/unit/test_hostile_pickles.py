@@ -174,5 +174,5 @@ def test_weights_of_a_base(tmp_path: Path) -> None:
     with pytest.raises(UnsafeFileError, match=r"pytorch_model\.bin: found values nested too deeply .*; download"):
         load_hf_checkpoint(base)
     path.write_bytes(archive_with(pickled(tensor(storage(4), 1, (4,), (1,))), **{"0": bytes(16)}))
-    with pytest.raises(UnsafeFileError, match=r"found a tensor of shape \(4\), strides \(1\) and offset 1, for which"):
+    with pytest.raises(UnsafeFileError, match=r"found a tensor of shape \(4\), strides \(1\) and offset 1, expected"):
         check_torch_file(path)

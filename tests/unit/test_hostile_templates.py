@@ -47,7 +47,7 @@ def test_endless_templates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
-    with pytest.raises(UnsafeFileError, match=rf"the chat template {message}"):
+    with pytest.raises(UnsafeFileError, match=rf"the chat template:? {message}"):
         apply_chat_template(tokenizer, MESSAGES, tokenize=True)
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

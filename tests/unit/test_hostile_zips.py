@@ -137,7 +137,7 @@ ARCHIVES = {
     "comment": (lambda: saved({})[:-2] + b"\4\0more", "its last 22 bytes are not an end record"),
     "gap": (with_a_gap, "expected the directory there"),
     "same name": (lambda: zipped("a/data.pkl", "a/DATA.pkl"), "two records named 'a/DATA.pkl'"),
-    "folders": (lambda: zipped("a/data.pkl", "b/data.pkl"), "of 2 folders"),
+    "folders": (lambda: zipped("a/data.pkl", "b/data.pkl"), "with 2 folders"),
     "NUL": (lambda: zipped("a/data.pkl", "a/data.plk").replace(b"data.plk", b"data.p\0k"), "a record named"),
     "backslash": (lambda: zipped("a/data.pkl", "a/b").replace(b"a/b", b"a\\b"), "a record named"),
     "unicode": (lambda: zipped("a/data.pkl", "a/\xfc"), "a record named"),
