@@ -23,6 +23,7 @@ from dora_fx.checkpoint.manifest import (
     read_manifest,
 )
 from dora_fx.checkpoint.rank_steps import CheckpointError
+from dora_fx.files import listed
 from dora_fx.modules import not_finite_maybe
 
 logger = logging.getLogger(__name__)
@@ -32,16 +33,16 @@ _OPTIMIZER_PREFIX = "optimizer."
 
 def check_sites(directory: Path, manifest: Manifest, found: Mapping[str, SiteSettings]) -> None:
     """Raise CheckpointError unless the model's adapted layers are the checkpoint's, with its dim and scaling."""
-    missing = sorted(manifest.sites.keys() - found.keys())
+    missing = manifest.sites.keys() - found.keys()
     if missing:
         raise CheckpointError(
-            f"{directory}: found adapters for {_listed(missing)}, which the model has not adapted; attach DoRA to them "
+            f"{directory}: found adapters for {listed(missing)}, which the model has not adapted; attach DoRA to them "
             "too"
         )
-    unexpected = sorted(found.keys() - manifest.sites.keys())
+    unexpected = found.keys() - manifest.sites.keys()
     if unexpected:
         raise CheckpointError(
-            f"{directory}: found no adapters for {_listed(unexpected)}, which the model has adapted; leave them out of "
+            f"{directory}: found no adapters for {listed(unexpected)}, which the model has adapted; leave them out of "
             "DoRA.target_modules"
         )
     for key, settings in manifest.sites.items():
@@ -65,10 +66,10 @@ def check_base(directory: Path, manifest: Manifest, found: Mapping[str, str], *,
     # manifest of an earlier version has no digests of norms at all.
     norms = {key.split(NORM_OF_INPUT)[0] for key in manifest.base if NORM_OF_INPUT in key}
     unexpected = {key for key in found if NORM_OF_INPUT in key and key.split(NORM_OF_INPUT)[0] in norms}
-    differing = sorted(key for key in manifest.base.keys() | unexpected if found.get(key) != manifest.base.get(key))
+    differing = {key for key in manifest.base.keys() | unexpected if found.get(key) != manifest.base.get(key)}
     if not differing:
         return
-    message = f"{directory}: was trained on another base model than this one: {_listed(differing)} differ"
+    message = f"{directory}: was trained on another base model than this one: {listed(differing)} differ"
     if not any_base:
         raise CheckpointError(f"{message}; load the base that it was trained on")
     if dist.get_rank() == 0:
@@ -105,13 +106,11 @@ def check_tensors(
         for key, tensor in manifest.tensors.items()
         if with_optimizer or not key.startswith(_OPTIMIZER_PREFIX)
     }
-    missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    missing, unexpected = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
     if missing or unexpected:
         raise CheckpointError(
-            f"{directory}: its tensors are not the model's: {_listed(missing) or 'none'} missing, "
-            f"{_listed(unexpected) or 'none'} unexpected"
-            + "; expected the optimizer it was saved with"
-            * with_optimizer
+            f"{directory}: its tensors are not the model's: {listed(missing)} missing, "
+            f"{listed(unexpected)} unexpected" + "; expected the optimizer it was saved with" * with_optimizer
         )
     for key, tensor in saved.items():
         if wanted[key] != tensor:
@@ -143,9 +142,3 @@ def check_finite(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None
 
 def _shown(value: float) -> str:
     return str(value) if isinstance(value, bool) or value != round(value) else str(round(value))
-
-
-def _listed(keys: Iterable[str], most: int = 3) -> str:
-    keys = list(keys)
-    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + rest

@@ -10,6 +10,7 @@ from dora_fx.files.dcp_metadata import StoredPiece, read_dcp_metadata
 from dora_fx.files.durable import give_default_mode, sync
 from dora_fx.files.gguf_header import check_gguf_file
 from dora_fx.files.json_file import parse_json, read_json
+from dora_fx.files.message_text import listed, reason_of, shortened
 from dora_fx.files.model_sizes import check_elements, check_sizes
 from dora_fx.files.parquet_pages import check_parquet_size
 from dora_fx.files.regular_file import (
@@ -18,8 +19,6 @@ from dora_fx.files.regular_file import (
     named_beside,
     open_regular,
     read_regular,
-    reason_of,
-    shortened,
     size_of,
 )
 from dora_fx.files.third_party import (
@@ -52,6 +51,7 @@ __all__ = [
     "check_torch_file",
     "give_default_mode",
     "is_out_of_memory",
+    "listed",
     "load_torch_bytes",
     "named_beside",
     "new_folder",

@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from dora_fx.files.message_text import reason_of, shortened
 from dora_fx.files.pickle_machine import AbstractValue, PickleMachine
-from dora_fx.files.regular_file import UnsafeFileError, reason_of, shortened
+from dora_fx.files.regular_file import UnsafeFileError
 
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dora_fx.files.regular_file import UnsafeFileError, read_regular, reason_of
+from dora_fx.files.message_text import reason_of
+from dora_fx.files.regular_file import UnsafeFileError, read_regular
 
 # Far above what any file of a checkpoint, an adapter or a model has.
 _MOST_BYTES = 64 << 20

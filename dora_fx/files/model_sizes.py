@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dora_fx.files.regular_file import UnsafeFileError, shortened
+from dora_fx.files.message_text import shortened
+from dora_fx.files.regular_file import UnsafeFileError
 
 # Configurations make lists as long as these numbers; the deepest models have some hundred layers.
 _COUNTS, _LARGEST_COUNT = ("num_hidden_layers", "num_labels"), 10_000

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dora_fx.files.message_text import shortened
 from dora_fx.files.pickle_opcodes import opcodes
-from dora_fx.files.regular_file import UnsafeFileError, shortened
+from dora_fx.files.regular_file import UnsafeFileError
 
 _DEEPEST = 100
 # A pickler writes a value once and refers to it after that. In real files a reference of a few bytes stands for some

@@ -1,7 +1,4 @@
-"""Opens regular files alone: reading a named pipe can block, a device has no end, and a link leads elsewhere.
-
-Also the helpers that shorten untrusted values for messages.
-"""
+"""Opens regular files alone: reading a named pipe can block, a device has no end, and a link leads elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +8,8 @@ from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 
+from dora_fx.files.message_text import shortened
+
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISDIR, "directory"),
     (stat.S_ISFIFO, "named pipe"),
@@ -18,8 +17,6 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISBLK, "device"),
     (stat.S_ISSOCK, "socket"),
 )
-
-_MOST_SHOWN, _LONGEST_REASON = 80, 300
 
 
 class UnsafeFileError(ValueError):
@@ -94,24 +91,6 @@ def check_no_special_files(folder: Path) -> None:
 def size_of(file: BufferedReader) -> int:
     """Return the size of an open file in bytes."""
     return os.fstat(file.fileno()).st_size
-
-
-def shortened(value: object) -> str:
-    """Format an untrusted value for a message; long texts are cut, and containers are shown by their type alone."""
-    if isinstance(value, str):
-        return repr(value) if len(value) <= _MOST_SHOWN else f"{value[:_MOST_SHOWN]!r}..."
-    is_short = value is None or isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
-    return repr(value) if is_short else f"a value of type {type(value).__name__}"
-
-
-def reason_of(error: BaseException) -> str:
-    """Format an error for a message: class and first line, cut in length; for an OSError the system's text."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else ""
-    kind = type(error).__name__
-    return f"{kind}: {line[:_LONGEST_REASON]}" if line else kind
 
 
 def _not_regular(path: Path, mode: int) -> UnsafeFileError:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from dora_fx.files.json_file import read_json
-from dora_fx.files.regular_file import UnsafeFileError, open_regular, reason_of
+from dora_fx.files.message_text import reason_of
+from dora_fx.files.regular_file import UnsafeFileError, open_regular
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _WEB_PAGE = (b"<!doctype html", b"<html")

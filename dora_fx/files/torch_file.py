@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from dora_fx.files.message_text import reason_of, shortened
 from dora_fx.files.model_sizes import check_elements
-from dora_fx.files.regular_file import UnsafeFileError, open_regular, reason_of, shortened, size_of
+from dora_fx.files.regular_file import UnsafeFileError, open_regular, size_of
 from dora_fx.files.torch_pickle import TorchPickle
 from dora_fx.files.zip_layout import ZipRecord, zip_records
 

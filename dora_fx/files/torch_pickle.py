@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from dora_fx.files.message_text import shortened
 from dora_fx.files.pickle_machine import AbstractValue, PickleMachine
-from dora_fx.files.regular_file import UnsafeFileError, shortened
+from dora_fx.files.regular_file import UnsafeFileError
 
 # Opcodes that torch's pickler writes and its unpickler of weights knows. GLOBAL has the name of the class as its
 # argument; STACK_GLOBAL, which takes names that other opcodes compute, is not among them.

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from dora_fx.files.regular_file import UnsafeFileError, shortened
+from dora_fx.files.message_text import shortened
+from dora_fx.files.regular_file import UnsafeFileError
 
 _HEADER, _ENTRY = struct.Struct("<4s5H3L2H"), struct.Struct("<4s6H3L5H2L")
 _RECORD64, _LOCATOR, _END = struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL"), struct.Struct("<4s4H2LH")

@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from dora_fx.files import listed
 from dora_fx.models.architecture import GPTArchitecture, architecture_of, with_query_groups
 from dora_fx.models.decoder_names import parameters_by_gpt_name
 from dora_fx.models.hf_architectures import (
@@ -23,7 +24,7 @@ from dora_fx.models.hf_architectures import (
     HFArchitecture,
 )
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
-from dora_fx.models.model_tensors import listed, raise_for_names
+from dora_fx.models.model_tensors import raise_for_names
 from dora_fx.models.specs import Spec, check_spec, default_spec, empty_model
 
 logger = logging.getLogger(__name__)

@@ -62,7 +62,8 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
     _check_exists(path)
     if path.is_dir():
         config, stored = _read_directory(path)
-        tokenizer = _directory_tokenizer(path)
+        # The first of the tokenizer's files stands for all in messages.
+        tokenizer = _tokenizer(next(iter(sorted(path.glob("tokenizer*"))), path), path)
         tensors = read_weights(stored, dtype)
     else:
         opened = open_gguf(path)
@@ -102,10 +103,6 @@ def _read_directory(folder: Path) -> tuple[Any, Mapping[str, StoredWeight]]:
     stored = weights_by_name(folder, config, headers)
     config.tie_word_embeddings = is_tied(config, stored)
     return config, stored
-
-
-def _directory_tokenizer(folder: Path) -> Any:
-    return _tokenizer(next(iter(sorted(folder.glob("tokenizer*"))), folder), folder)
 
 
 def _gguf_tokenizer(path: Path) -> Any:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
+from dora_fx.files import listed
 from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, OUTPUT_WEIGHT
-
-_MOST_LISTED = 5
 
 
 def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -52,9 +51,3 @@ def check_shape(source: Path, name: str, found: tuple[int, ...], expected: tuple
     """Raise ValueError unless a tensor has the shape that its config gives it."""
     if found != expected:
         raise ValueError(f"{source}: {name} has shape {found}, expected {expected} by the model's config")
-
-
-def listed(names: Collection[str]) -> str:
-    """List the first names for a message."""
-    more = len(names) - _MOST_LISTED
-    return (", ".join(sorted(names)[:_MOST_LISTED]) or "none") + (f" and {more} more" if more > 0 else "")

@@ -30,7 +30,7 @@ def check_spec(spec: Spec) -> None:
     """Raise ValueError, naming what is missing, unless models of the spec can be built in this environment."""
     if spec not in SPECS:
         raise ValueError(f"spec: found {spec!r}, expected one of {', '.join(SPECS)}")
-    if spec == "hybrid" and not _has_hybrid_model():
+    if spec == "hybrid" and importlib.util.find_spec("megatron.core.models.hybrid") is None:
         import megatron.core
 
         raise ValueError(
@@ -56,8 +56,8 @@ def empty_model(
 ) -> Any:
     """Build a model whose parameters are allocated but not initialised."""
     settings = _transformer_settings(architecture, dtype, device, sequence_parallel)
-    build = _hybrid_model if spec == "hybrid" else _gpt_model
-    model = build(architecture, spec, settings)
+    is_hybrid = spec == "hybrid"
+    model = _hybrid_model(architecture, settings) if is_hybrid else _gpt_model(architecture, spec, settings)
     # The local spec builds its norms on the CPU, wherever the other layers are.
     return model.to(device=device, dtype=dtype)
 
@@ -118,7 +118,7 @@ def _te_layers(architecture: GPTArchitecture) -> Any:
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.hf.qk_layernorm)
 
 
-def _hybrid_model(architecture: GPTArchitecture, spec: Spec, settings: dict[str, Any]) -> Any:
+def _hybrid_model(architecture: GPTArchitecture, settings: dict[str, Any]) -> Any:
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer import TransformerConfig
@@ -210,7 +210,3 @@ def _keep_as_allocated(weight: Tensor) -> Tensor:
     `perform_initialization=False` would skip the attributes of the shards as well.
     """
     return weight
-
-
-def _has_hybrid_model() -> bool:
-    return importlib.util.find_spec("megatron.core.models.hybrid") is not None

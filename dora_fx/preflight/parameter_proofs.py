@@ -44,7 +44,8 @@ def optimizer_trains_adapters(setup: SetUp) -> Finding:
     groups = [group for each in torch_optimizers(setup.optimizer) for group in each.param_groups]
     rates = sorted({float(group["lr"]) for group in groups})
     decays = sorted({float(group.get("weight_decay", 0.0)) for group in groups})
-    figures = f"lr {_listed(map('{:g}'.format, rates))}, weight decay {_listed(map('{:g}'.format, decays))}"
+    lr, decay = (" and ".join(f"{value:g}" for value in values) for values in (rates, decays))
+    figures = f"lr {lr}, weight decay {decay}"
     return Finding(name, "ok", f"all {number} adapter tensors and nothing else; {figures}")
 
 
@@ -143,7 +144,3 @@ def _all_parameters(setup: SetUp) -> dict[str, nn.Parameter]:
 def _number_in_model(parameters: Iterable[str]) -> int:
     """Count the distinct names over all ranks; every rank calls it."""
     return len(set().union(*over_all_ranks(list(parameters))))
-
-
-def _listed(texts: Iterable[str]) -> str:
-    return " and ".join(texts)
