@@ -125,7 +125,7 @@ class CheckedReader(FileSystemReader):
     def _check_chunks(self, key: str, stored: TensorStorageMetadata) -> int:
         """Check that the files hold all of a tensor; return the number of bytes that its pieces take."""
         pieces = [self._piece(key, stored, chunk) for chunk in stored.chunks]
-        # Chunks that overlap can hide a gap; whoever reads into new memory of one process fills it with zeros first.
+        # Chunks that overlap can hide a gap, so `read_adapters` reads into tensors that are filled with zeros.
         covered = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
         if covered < math.prod(stored.size):
             raise UnsafeFileError(

@@ -229,7 +229,7 @@ def _check_values(directory: Path, manifest: Manifest) -> None:
     lacking = {"tp", "pp", "vpp", "cp", "dp", "sequence_parallel"} - manifest.layout.keys()
     if lacking:
         raise ValueError(f"layout has no {min(lacking)}")
-    # Whoever reads the manifest alone may trust its sizes.
+    # Readers of the manifest alone, such as `inspect`, print these sizes.
     in_tensors = sum(tensor.num_bytes for tensor in manifest.tensors.values())
     in_files = sum(file.size for file in manifest.files.values())
     if in_tensors > in_files:

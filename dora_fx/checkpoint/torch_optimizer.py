@@ -67,7 +67,7 @@ def state_to_save(
             if parameter.requires_grad or state:
                 raise CheckpointError(
                     f"{_name_of(parameter, chunks)}: found it in {type(optimizer).__name__}, expected adapters alone; "
-                    "nothing else is saved, give other parameters an optimizer of their own"
+                    "give other parameters an optimizer of their own"
                 )
             continue
         of = known[parameter]

@@ -41,7 +41,9 @@ def _limited_memory(count: int) -> Iterator[None]:
         return
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(_MEMORY.read_text().split()[0]) * resource.getpagesize()
+    # The limit is on the whole address space, most of which libraries and the model have already taken.
     most = min(limit for limit in (used + count, *before) if limit != resource.RLIM_INFINITY)
+    # The hard limit stays, or the soft one could not be raised again.
     resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
     try:
         yield

@@ -17,6 +17,7 @@ def sync(path: Path) -> None:
 
 def give_default_mode(path: Path) -> None:
     """Set the permissions that the umask allows; `tempfile` lets only the owner read what it makes."""
+    # The umask can only be read by setting it.
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

@@ -15,6 +15,7 @@ from pathlib import Path
 from dora_fx.files.model_sizes import check_elements, check_sizes
 from dora_fx.files.regular_file import UnsafeFileError, open_regular
 
+# Version 1 has counts and lengths of 32 bits.
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

@@ -39,9 +39,12 @@ def check_parquet_size(path: Path, file: BufferedReader, metadata: Any, at_most:
     needed = metadata.num_rows * _ROW
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
+            # No further pages are read once the limit is passed.
             if needed <= at_most:
                 chunk = metadata.row_group(group).column(index)
                 start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)), default=0)
+                # Values of a fixed length can repeat one entry of a dictionary, and each becomes an object of that
+                # length.
                 width = max(_VALUE, metadata.schema.column(index).length)
                 needed += _Pages(path, file, start, start + chunk.total_compressed_size).size(width)
     if needed > at_most:

@@ -196,6 +196,7 @@ class PickleMachine(ABC):
         function, arguments = self._popped(2)
         if function.kind != "class" or arguments.kind != "tuple":
             raise self.unexpected(function, "a class to call, with a tuple of arguments")
+        # Each call may copy its arguments, so their sizes add up over the whole pickle.
         self._called += arguments.span
         self._at_most(self._called)
         result = self.called(function.content, arguments.content)

@@ -52,6 +52,7 @@ def open_regular(path: Path, *, follow_link: bool = False) -> BufferedReader:
         raise UnsafeFileError(
             f"{path}: found a symbolic link, expected a regular file; copy the folder with `cp -rL` if you know it"
         )
+    # O_NOFOLLOW also refuses a link that took the file's place after the check above.
     handle = os.open(path, flags if follow_link else flags | os.O_NOFOLLOW)
     try:
         mode = os.fstat(handle).st_mode

@@ -27,6 +27,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     check_new_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, since a rename is atomic only within one file system.
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
@@ -34,6 +35,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             give_default_mode(file)
             sync(file)
         give_default_mode(temporary)
+        # It replaces an empty folder, and raises if the folder has got a file meanwhile.
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -112,7 +112,7 @@ def _zip64_fields(file: BinaryIO, locator: int, at: int, fields: tuple[int, ...]
 
 
 def _entries(directory: bytes) -> list[_Entry]:
-    found, at = [], 0
+    entries, at = [], 0
     while at < len(directory):
         if len(directory) - at < _ENTRY.size:
             raise _differs("a directory that is cut")
@@ -122,9 +122,9 @@ def _entries(directory: bytes) -> list[_Entry]:
         if fields[0] != b"PK\1\2" or end > len(directory):
             raise _differs("a directory that is cut, or whose entries do not fit its size")
         name = directory[at + _ENTRY.size : end - extra]
-        found.append(_entry(fields, name, directory[end - extra : end]))
+        entries.append(_entry(fields, name, directory[end - extra : end]))
         at = end
-    return found
+    return entries
 
 
 def _entry(fields: tuple[int, ...], name: bytes, extra: bytes) -> _Entry:

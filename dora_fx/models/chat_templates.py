@@ -36,6 +36,7 @@ def apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]], **option
         text = tokenizer.apply_chat_template(messages, tokenize=False, **plain)
     if len(text) > _MOST_CHARACTERS:
         raise UnsafeFileError(f"{what} makes {len(text):,} characters, expected at most {_MOST_CHARACTERS:,}")
+    # The text is rendered once more for the options that concern tokens; now its size is known.
     return tokenizer.apply_chat_template(messages, **options) if options.get("tokenize", True) else text
 
 

@@ -85,6 +85,7 @@ class DecoderNames:
             if within.startswith(f"{norm}."):
                 within = f"{linear}.{_FUSED}{within.removeprefix(f'{norm}.')}"
         if self.pattern is not None:
+            # An attention and an MLP are two layers in a HybridModel.
             index = 2 * index + within.startswith("mlp.")
         return f"decoder.layers.{index}.{within}"
 

@@ -133,13 +133,13 @@ def _llama3_factor(opened: GGUFFile, base: float, head_dim: int) -> float | None
     """Return the factor of Llama 3's rotary scaling, of which a GGUF file holds a divisor per frequency."""
     if ROPE_FREQS not in opened.tensors:
         return None
-    found = opened.values(ROPE_FREQS).astype(np.float64)
-    if found.shape == (head_dim // 2,):
+    divisors = opened.values(ROPE_FREQS).astype(np.float64)
+    if divisors.shape == (head_dim // 2,):
         # The lowest frequencies are divided by the factor itself, and the highest by one.
-        factor = float(found.max())
-        if np.all(found == 1.0):
+        factor = float(divisors.max())
+        if np.all(divisors == 1.0):
             return None
-        if np.allclose(found, llama3_divisors(base, head_dim, factor), rtol=1e-5, atol=0.0):
+        if np.allclose(divisors, llama3_divisors(base, head_dim, factor), rtol=1e-5, atol=0.0):
             return factor
     constants = ", ".join(f"{name} {value:g}" for name, value in LLAMA3_CONSTANTS.items())
     raise UnsupportedModelError(

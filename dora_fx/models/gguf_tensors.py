@@ -60,6 +60,8 @@ def open_gguf(path: Path) -> GGUFFile:
     with reading(path, DOWNLOAD):
         check_gguf_file(path)
         reader = GGUFReader(path)
+        # Without the tokenizer's lists of tokens and merges, which take long to decode and which transformers reads
+        # itself.
         metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
         metadata |= {key: field.contents() for key, field in reader.fields.items() if key.endswith("_token_id")}
         return GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})

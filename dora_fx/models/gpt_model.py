@@ -68,6 +68,7 @@ def build_gpt_model(
     unpadded = architecture_with_tensors(config, state_dict)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     _check_stages(unpadded)
+    # Megatron shards linear_qkv by whole query groups.
     if num_query_groups is None:
         num_query_groups = math.ceil(unpadded.num_query_groups / tp_size) * tp_size
     architecture = with_query_groups(unpadded, num_query_groups)
@@ -184,6 +185,7 @@ def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor
     layers = sorted({int(name.split(".")[2]) for name in parameters if name.startswith("decoder.layers.")})
     for name, full in full_tensors(architecture, state_dict, layers):
         if name not in parameters and name in _ENDS and not (model.pre_process and model.post_process):
+            # It belongs to another pipeline stage.
             continue
         parameter = parameters.pop(name)
         if getattr(parameter, "tensor_model_parallel", False):

@@ -50,7 +50,7 @@ class HFArchitecture:
 
     @property
     def qk_layernorm(self) -> bool:
-        """Whether each head of query and key is normalised."""
+        """True if each head of query and key is normalised."""
         return _Q_LAYERNORM in self.norms
 
 

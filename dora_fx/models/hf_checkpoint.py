@@ -68,6 +68,7 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
     else:
         opened = open_gguf(path)
         config = gguf_config(opened)
+        # Raises for unsupported features before the tensors are dequantised, which takes long.
         architecture_of(config)
         tokenizer = _gguf_tokenizer(path)
         tensors = gguf_state_dict(opened, config, dtype)

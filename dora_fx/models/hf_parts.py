@@ -86,6 +86,7 @@ class HFParts:
             ValueError: the rows are not those of such a layer.
         """
         blocks = self._blocks(path, out_features)
+        # A single Hugging Face layer, such as Phi-3's qkv_proj, has all blocks one after another.
         num_parts = len(self.hf.linears.get(_within_layer(path), (LM_HEAD,)))
         return blocks if num_parts == len(blocks) else (torch.cat(blocks),)
 

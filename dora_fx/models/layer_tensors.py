@@ -95,6 +95,7 @@ def _joined(parts: HFParts, linear: str, tensors: Mapping[str, Tensor]) -> Tenso
         if tensor.shape[0] != len(own):
             raise ValueError(f"{name}: found {tensor.shape[0]} rows, expected {len(own)} of {linear}'s {len(stacked)}")
     order = torch.cat(rows)
+    # No copy if the order is the same, as in all layers but linear_qkv.
     if torch.equal(order, torch.arange(len(order))):
         return stacked
     return torch.empty_like(stacked).index_copy_(0, order.to(stacked.device), stacked)

@@ -71,7 +71,7 @@ _KNOWN = {
     *("hetereogenous_dist_checkpoint", "experimental_attention_variant_loss_scale_func", "use_mamba_mem_eff_path"),
     *("mlp_chunks_for_prefill", "mlp_chunks_for_training"),
 }
-# Of layers and functions that no model here has, and ways to compute what is computed.
+# Beginnings of the names of settings for layers that no model here has, and for ways to compute the same.
 _KNOWN_STARTS = (
     *("moe_", "mamba_", "dsa_", "linear_", "mtp_", "mup_", "fp8", "fp4", "init_", "embedding_init_method"),
     *("cuda_graph_", "inference_", "recompute_"),

@@ -155,17 +155,20 @@ def _header(file: Path) -> list[StoredWeight]:
     with reading(file, _cure(file)):
         if _is_archive(file):
             check_torch_file(file)
+            # On the meta device torch reads the pickle and no data.
             tensors = _tensors_of(file, torch.load(file, map_location="meta", weights_only=True))
-            found = [StoredWeight(file, key, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors.items()]
+            weights = [
+                StoredWeight(file, key, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in tensors.items()
+            ]
         else:
             from safetensors import safe_open
 
             with safe_open(file, framework="pt") as opened:
                 parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118  a file is no dict
-                found = [StoredWeight(file, key, tuple(p.get_shape()), p.get_dtype()) for key, p in parts.items()]
+                weights = [StoredWeight(file, key, tuple(p.get_shape()), p.get_dtype()) for key, p in parts.items()]
         # With strides of zero, a tensor of any shape in an archive can consist of one number.
-        check_elements(file, sum(math.prod(weight.shape) for weight in found), file.stat().st_size)
-    return found
+        check_elements(file, sum(math.prod(weight.shape) for weight in weights), file.stat().st_size)
+    return weights
 
 
 @contextmanager

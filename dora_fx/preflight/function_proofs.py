@@ -108,6 +108,7 @@ def magnitudes_are_lengths(setup: SetUp) -> Finding:
         adapter = site.adapter
         squares = merged_weight(site).square().sum(1)
         if adapter.tp_group and adapter.layout.shards_input_features:
+            # Each rank has the squares of its own input features.
             dist.all_reduce(squares, group=resolve_group(adapter.tp_group))
         errors[path] = _error(squares.sqrt(), adapter.weight_magnitude.detach().abs())
     worst = max(errors, key=lambda path: errors[path], default="none here")

@@ -157,6 +157,7 @@ def _through_stages(chunks: Sequence[nn.Module], batch: Any, weight: float) -> f
 def _run_schedule(chunks: Sequence[nn.Module], batch: Any, loss_function: Any, *, forward_only: bool) -> None:
     """Run Megatron's pipeline schedule with one copy of the micro-batch per stage."""
     rows, length = _token_shape(batch)
+    # Megatron's interleaved schedule needs a multiple of the number of stages.
     number = parallel_state.get_pipeline_model_parallel_world_size()
 
     def step(batches: Iterator[Any], model: Any) -> tuple[Any, Any]:

@@ -24,6 +24,7 @@ def single_optimizers(optimizer: Any) -> list[Any]:
     """Return the optimizers within an optimizer: Megatron chains several, accelerate wraps one; none for None."""
     if is_megatron(optimizer):
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
+        # A rank without parameters has a stub, which holds no state.
         return [single for single in chained if not getattr(single, "is_stub_optimizer", False)]
     wrapped = getattr(optimizer, "optimizer", optimizer)
     return [] if optimizer is None else [wrapped]

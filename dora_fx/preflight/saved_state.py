@@ -23,6 +23,7 @@ class RandomState:
         self._python = random.getstate()
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        # Megatron's own generators of tensor-parallel regions.
         self._tracker = copy.copy(megatron_random.get_cuda_rng_tracker().get_states())
 
     def restore(self) -> None:

@@ -23,7 +23,7 @@ from dora_fx.ranks import gather_objects, resolve_group, world_group
 
 # Learning rate for groups whose rate is zero and that name no other, as at the start of a warm-up.
 _SOME_LEARNING_RATE = 1e-3
-# What low-rank products are of the length of W0's rows, and magnitudes off it, in a model of one adapted layer.
+# In a model of one adapted layer: length of the rows of s B A relative to W0's, and relative change of the magnitudes.
 _SHARE = 0.3
 
 

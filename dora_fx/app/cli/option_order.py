@@ -18,8 +18,8 @@ def options_in_order(argv: list[str]) -> list[str]:
         UserError: a file of options cannot be read, or one source gives both `--steps` and `--epochs`.
     """
     resumed, configs, others = [], [], []
-    given = {argument.partition("=")[0] for argument in argv}
-    _check_one_length("the command line", {"--steps", "--epochs"} <= given)
+    names = {argument.partition("=")[0] for argument in argv}
+    _check_one_length("the command line", {"--steps", "--epochs"} <= names)
     arguments = iter(argv)
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -28,7 +28,7 @@ def options_in_order(argv: list[str]) -> list[str]:
             continue
         value = value if equals else next(arguments, "")
         if name == "--config":
-            others += _overridden_in_file(value, given)
+            others += _overridden_in_file(value, names)
             configs.append(f"--config={value}")
         else:
             resumed.append(f"--config={_config_of_run(value)}")
@@ -36,7 +36,7 @@ def options_in_order(argv: list[str]) -> list[str]:
     return [*resumed, *configs, *others]
 
 
-def _overridden_in_file(file: str, given: Collection[str]) -> list[str]:
+def _overridden_in_file(file: str, names: Collection[str]) -> list[str]:
     """Return `--epochs=null` if a file sets epochs and the command line sets steps, which excludes epochs."""
     # The parser reports a missing file. Files that exist are read here first, for errors that name them.
     if not os.path.exists(file):
@@ -46,7 +46,7 @@ def _overridden_in_file(file: str, given: Collection[str]) -> list[str]:
     options = read_options_file(Path(file), "--config")
     has_epochs = options.get("epochs") is not None
     _check_one_length(f"--config {file}", has_epochs and options.get("steps") is not None)
-    return ["--epochs=null"] if has_epochs and "--steps" in given else []
+    return ["--epochs=null"] if has_epochs and "--steps" in names else []
 
 
 def _config_of_run(run: str) -> Path:

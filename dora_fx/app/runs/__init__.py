@@ -1,4 +1,4 @@
-"""What surrounds the training of a run: its folder, its processes, its output, its logs, and signals to stop it."""
+"""The surroundings of training: run folder, processes, output, logs, and signals to stop."""
 
 from dora_fx.app.runs.metric_logs import check_logs, training_log
 from dora_fx.app.runs.options_file import read_options_file

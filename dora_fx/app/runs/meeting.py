@@ -19,9 +19,9 @@ from dora_fx.files import reason_of
 T = TypeVar("T")
 
 START = "start the command with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK"
-# How long a process that has failed waits for the others, to tell them.
+# Time that a process that has failed waits for the others, so that they get its error.
 _TELLING = datetime.timedelta(seconds=60)
-# How long rank 0, which may host the store, stays so that the others can read why the run ends.
+# Time that rank 0, which may host the store, stays so that the others can read the error.
 _LEAVING = datetime.timedelta(seconds=10)
 
 
@@ -77,6 +77,7 @@ class Meeting:
     def _exchange(self, problem: str | None, timeout: datetime.timedelta) -> list[tuple[str | None, str]]:
         """Exchange problems; return the problem and the host of every process."""
         store, self._exchanges = self.store(timeout), self._exchanges + 1
+        # New keys for each exchange, which a late process cannot confuse with the next one's.
         keys = [f"dora_fx/meeting {self._exchanges}/{rank}" for rank in range(self.world_size)]
         try:
             store.set(keys[self.global_rank], json.dumps([problem, socket.gethostname()]))

@@ -245,6 +245,7 @@ def _complete_rows(
             return []
         try:
             with open_regular(path, follow_link=True) as file:
+                # What follows the last line break is a row that a crash cut off.
                 lines = file.read().split(b"\n")[:-1]
         except UnsafeFileError as error:
             raise UserError(f"{error}; remove it, as training does not need it") from error

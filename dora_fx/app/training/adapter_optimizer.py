@@ -55,6 +55,7 @@ class AdapterOptimizer:
             bf16=options.dtype == "bf16",
         )
         with self._megatron_runs():
+            # Also on one rank, for its float32 gradient buffers.
             buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
             self._wrapped = DistributedDataParallel(model.config, buffers, model)
             overrides = config_overrides(

@@ -66,6 +66,7 @@ class Trainer:
             total /= replicas
         loss, grad_norm, lr = total.item(), self._optimizer.complete_gradients(), learning_rate(self.step, options)
         problem = problem_of_step_maybe(self.model, loss, grad_norm, lambda: self._run_again(own))
+        # A signal in the middle of the update would leave parameters and moments of different steps.
         self.is_updating = True
         if problem is None:
             self._optimizer.step(lr)
