@@ -185,7 +185,7 @@ def test_what_cannot_be_loaded_is_one_line(
         (["--prompt", "\udcff"], "--prompt: found bytes that are not UTF-8"),
         (["--system", "x"], "--system: found a tokenizer without a chat template"),
         (["--raw", "--system", "x"], "--system: found --raw beside it"),
-        (["--base", "x"], "is a model by itself, expected a run or a checkpoint"),
+        (["--base", "x"], "a model by itself, expected a run or a checkpoint"),
     ],
     ids=str,
 )
