@@ -16,7 +16,7 @@ from dora_fx.attach.attached import tell_of_adapters
 from dora_fx.attach.matching import find_targets, nearest_names
 from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
-from dora_fx.cache import is_recorded
+from dora_fx.cache import is_traced
 from dora_fx.megatron import NamedModule, TorchDDP, check_unsharded, data_parallel_around, replace_modules, unwrap, walk
 from dora_fx.modules import DoRALinear, LinearSpec, ParallelLinearDoRAAdapter, bypasses_its_linears, describe_linear
 from dora_fx.ranks import of_all_stages
@@ -264,7 +264,7 @@ def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:
 def _check_weight(path: str, weight: torch.Tensor) -> None:
     if weight.is_meta:
         raise ValueError(f"{path}: the base weight is on the meta device; load it before attaching DoRA")
-    if is_recorded(weight):
+    if is_traced(weight):
         raise ValueError(
             f"{path}: found a fake base weight, or a tracer or FakeTensorMode around this call, expected neither: "
             "norms are computed of the weight's values"

@@ -1,12 +1,13 @@
-"""Numbers that change when the bits of tensors do, cheap enough to be computed before every forward pass.
+"""Compute fingerprints of tensors: numbers that change with their bits, cheap enough for every forward pass.
 
-On a CPU it is XXH3 of the bytes where they lie. On an accelerator, where nothing may wait for the device,
+On a CPU it is XXH3 of the tensors' memory. On an accelerator, where nothing may wait for the device, it is
 
     fingerprint = sum over 64-bit words of  (word ^ word >> 32) * mix(position)      modulo 2^64
 
-`mix` gives odd numbers, so a change of one word always shows, and chance hides a change of many in one case of 2^32 at
-most. Without the shift, flipping the sign of an even number of float64 would: a top bit times any odd number is that
-bit. Integer sums do not depend on the order of their terms, hence not on threads or vector units either.
+`mix` gives odd numbers, so a change of one word always changes the sum, and a change of many words leaves it the same
+by chance in one case of 2^32 at most. The shift is there for changes of signs: a top bit times any odd number is that
+bit, so without it the sum would stay the same if the signs of an even number of float64 changed. Integer sums do not
+depend on the order of their terms, so neither on threads nor on vector units.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import xxhash
 
-# 8 MiB, of which there are three copies at most: the adapters of a whole model would take hundreds.
+# 8 MiB, of which there are three copies at most. All adapters of a model at once would take hundreds of MiB.
 _WORDS_AT_ONCE = 2**20
 _SAMPLED_ROWS = 8
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# The results of `mix` from index 0, by device: the same for all tensors.
 _factors: dict[torch.device, torch.Tensor] = {}
 
 
 def mix(start: int, count: int, device: torch.device) -> torch.Tensor:
-    """Odd 64-bit numbers without visible order for the indices from `start`, int64 `[count]`."""
+    """Return odd 64-bit numbers without visible order for the indices from `start`, int64 `[count]`."""
     index = torch.arange(start + 1, start + count + 1, dtype=torch.int64, device=device)
     mixed = index * -7046029254386353131
     mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687
@@ -34,14 +36,14 @@ def mix(start: int, count: int, device: torch.device) -> torch.Tensor:
 
 
 def sampled_rows(weight: torch.Tensor) -> torch.Tensor:
-    """Some rows of a weight, evenly apart, as a view of it."""
+    """Return some rows of a weight, evenly apart, as a view of it."""
     return weight[:: _step_of_sample(weight)]
 
 
 def digest(tensors: Iterable[torch.Tensor], *, sampled: bool = False) -> int:
-    """XXH3 of the bits of tensors in host memory, or of their `sampled_rows`, in their order; strided ones are copied.
+    """Return XXH3 of the bits of tensors in host memory, or of their `sampled_rows`, in their order.
 
-    One whose memory was freed counts as empty.
+    Strided tensors are copied. A tensor whose memory was freed counts as empty.
     """
     state = xxhash.xxh3_64()
     for tensor in tensors:
@@ -51,7 +53,10 @@ def digest(tensors: Iterable[torch.Tensor], *, sampled: bool = False) -> int:
 
 
 def _memory(tensor: torch.Tensor, sampled: bool) -> Iterator[ctypes.Array[ctypes.c_char]]:
-    """The bytes where they lie, found without operators: one called once in a while takes longer than the bytes."""
+    """Yield the bytes of a tensor as views of its memory, without a call of torch's operators.
+
+    This runs before every forward pass, and an operator that is called only now and then takes longer than the hash.
+    """
     if sampled and not tensor.is_contiguous():
         tensor, sampled = sampled_rows(tensor), False
     tensor = tensor.contiguous()
@@ -71,23 +76,23 @@ def _step_of_sample(weight: torch.Tensor) -> int:
 
 
 def fingerprint(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Fingerprint of the tensors' bits in their order, int64 `[]` on their device."""
+    """Return the fingerprint of the tensors' bits in their order, int64 `[]` on their device."""
     return fingerprints([tensors])[0]
 
 
 @torch.no_grad()
 def fingerprints(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Fingerprints of several groups of tensors, int64 `[len(groups)]` on the one device where all of them are.
+    """Return the fingerprints of several groups of tensors, int64 `[len(groups)]` on the one device of all of them.
 
-    Nothing waits for the device. Most of it is one launch for many groups, as tensors are small and many; strided ones
-    are copied.
+    Nothing waits for the device. Tensors are small and many, so most of the work is one launch for many groups. Strided
+    tensors are copied.
     """
     words = [[_words(tensor) for tensor in group] for group in groups]
     return torch.cat([_weighted_sums(run) for run in _runs(words)])
 
 
 def _runs(groups: Iterable[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
-    """Consecutive groups, as many as take no more memory together than `_WORDS_AT_ONCE`, but one at least."""
+    """Yield consecutive groups: as many as have `_WORDS_AT_ONCE` words together, but at least one."""
     run: list[list[torch.Tensor]] = []
     num_words = 0
     for group in groups:
@@ -112,9 +117,10 @@ def _weighted_sums(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor as int64 `[n]`: eight bytes to a word where that fits, else one element."""
+    """Return the bits of a tensor as int64 `[n]`: eight bytes to a word where that fits, else one element."""
     flat = tensor.reshape(-1)
     size = flat.element_size()
+    # A view as int64 has to begin and end at a multiple of eight bytes.
     if (flat.numel() * size) % 8 or (flat.storage_offset() * size) % 8:
         return flat.view(_INTEGERS[size]).to(torch.int64)
     return flat.view(torch.int64)

@@ -1,15 +1,16 @@
-"""Tell whether a value that was computed from tensors is still theirs.
+"""Tell whether a cached value is up to date: whether the tensors that it was computed from are what they were.
 
-A source that moved, or was written in a way that PyTorch counts, shows at once; its bits then say whether it changed
-at all. Writes through `.data`, NCCL and other ways past the counter show in the bits alone (`fingerprint.py`):
+A tensor that moved, or that was written in a way that PyTorch counts, shows in its address and version counter; its
+bits then say whether a value changed at all. Writes through `.data`, by NCCL and in other ways past the counter show in
+the bits alone (`fingerprint.py`):
 
-    on a CPU            compared at every look, before the value is used
-    on an accelerator   compared without waiting for the device; the answer is read at a later look, and a change
-                        that was missed raises StaleParametersError
+    on a CPU            the bits are compared at every check, before the value is used
+    on an accelerator   they are compared without waiting for the device. A later check reads the answer, and raises
+                        StaleParametersError where a value was used that was out of date
 
-An optimizer's step changes what it trains, through copies or flat buffers too, so it is not looked for: every value is
-recorded with `num_optimizer_steps`, and the first look after a step calls it stale. That is so on all ranks alike,
-which bits are not.
+After an optimizer's step the values of everything that it trains are out of date, whatever it writes through. So no
+tensor is compared then: each value is recorded with the number of optimizer steps, and is out of date after the next
+one. Every rank counts the same steps, and so all ranks invalidate the same values. Bits may change on one rank alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dora_fx.cache.fingerprint import digest, fingerprint, fingerprints, sampled
 
 
 class StaleParametersError(RuntimeError):
-    """A cached norm or factor is not what the parameters give, and was used."""
+    """A cached norm or factor that was used does not follow from the parameters."""
 
 
 _optimizer_steps = 0
@@ -37,16 +38,16 @@ def _count_optimizer_step(*_: object) -> None:
     _optimizer_steps += 1
 
 
+# Steps of any optimizer count, those of others' parameters too: which parameters a step changes is not known, since
+# Megatron's optimizers step copies or parts of flat buffers. A step too many costs one refresh.
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
-def num_optimizer_steps() -> int:
-    """Return the number of steps that all optimizers of this process took."""
-    return _optimizer_steps
-
-
 class _Memory(NamedTuple):
-    """A tensor's memory and its version there, not to be mistaken for later memory at the same address."""
+    """A tensor's memory and the number of writes into it that PyTorch counted.
+
+    The weak reference to the storage tells later memory at the same address from this.
+    """
 
     storage: StorageWeakRef
     address: int
@@ -54,20 +55,23 @@ class _Memory(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Memory:
-        # Tensors made in inference mode count no versions.
-        version = -1 if tensor.is_inference() else tensor._version
-        return cls(StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr(), version)
+        return cls(StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr(), _version(tensor))
 
     def is_still(self, tensor: torch.Tensor) -> bool:
         return (
             tensor.data_ptr() == self.address
-            and self.version == (-1 if tensor.is_inference() else tensor._version)
+            and self.version == _version(tensor)
             and tensor.untyped_storage()._cdata == self.storage.cdata
         )
 
 
+def _version(tensor: torch.Tensor) -> int:
+    """Return a tensor's version counter; -1 for one that was made in inference mode, where reading it raises."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 class Snapshot(NamedTuple):
-    """Tensors as they were: their memory, shapes and bits.
+    """Tensors at one time: their memory, shapes and bits.
 
     Attributes:
         bits: their `digest` on a CPU, their `fingerprint` on an accelerator.
@@ -86,7 +90,7 @@ class Snapshot(NamedTuple):
         if all(tensor.is_cpu for tensor in tensors):
             bits = digest(tensors, sampled=sampled)
         else:
-            bits = fingerprint(_looked_at(tensors, sampled))
+            bits = fingerprint(_compared(tensors, sampled))
         return cls(tuple(map(_Memory.of, tensors)), _kinds(tensors), bits, sampled)
 
     def in_same_memory(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -94,30 +98,32 @@ class Snapshot(NamedTuple):
         return len(tensors) == len(self.memory) and all(map(_Memory.is_still, self.memory, tensors))
 
     def has_same_bits(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Return whether these tensors hold what those did, wherever; waits for the device."""
+        """Return whether these tensors, wherever they are, hold the same bits; waits for the device."""
         if self.kinds != _kinds(tensors):
             return False
         if isinstance(self.bits, int):
             return self.bits == digest((tensor.cpu() for tensor in tensors), sampled=self.sampled)
-        return bool(self.bits.to(tensors[0].device) == fingerprint(_looked_at(tensors, self.sampled)))
+        return bool(self.bits.to(tensors[0].device) == fingerprint(_compared(tensors, self.sampled)))
 
 
 def _kinds(tensors: Sequence[torch.Tensor]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
     return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
-def _looked_at(tensors: Sequence[torch.Tensor], sampled: bool) -> Sequence[torch.Tensor]:
+def _compared(tensors: Sequence[torch.Tensor], sampled: bool) -> Sequence[torch.Tensor]:
+    """Return the tensors, or the rows of them, whose bits are compared."""
     return [sampled_rows(tensor) for tensor in tensors] if sampled else tensors
 
 
-class Claim(NamedTuple):
-    """The claim that a value, and others that are kept with it, hold what follows from the sources as they are.
+class CacheEntry(NamedTuple):
+    """A cached value, and others that are computed with it, with the tensors that they are computed from.
 
     Attributes:
         path: of the site, for messages.
-        value, sources, others: tensors.
+        value, sources, others: tensors. The entry is known by `value`.
         frozen: the sources are weights that no optimizer trains. They are large, so only a sample of their rows is
-            looked at, and equal bits do not make up for a write that PyTorch counted.
+            compared. A sample that did not change says nothing of the other rows, so after a write that PyTorch counted
+            the value is computed again.
     """
 
     path: str
@@ -132,11 +138,13 @@ class Claim(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """The tensors of a claim when it was true. The values are among them, as somebody may write into them.
+    """The tensors of an entry when it was up to date.
+
+    The values are recorded too, since somebody may write into a buffer: a load, a cast, a user.
 
     Attributes:
-        steps: `num_optimizer_steps` then; None for frozen sources.
-        sources, values: as they were.
+        steps: the number of optimizer steps at that time; None for frozen sources.
+        sources, values: snapshots of the tensors.
     """
 
     steps: int | None
@@ -144,23 +152,23 @@ class _Record(NamedTuple):
     values: Snapshot
 
     @classmethod
-    def of(cls, claim: Claim) -> _Record:
-        steps = None if claim.frozen else _optimizer_steps
-        return cls(steps, Snapshot.of(claim.sources, sampled=claim.frozen), Snapshot.of(claim.values))
+    def of(cls, entry: CacheEntry) -> _Record:
+        steps = None if entry.frozen else _optimizer_steps
+        return cls(steps, Snapshot.of(entry.sources, sampled=entry.frozen), Snapshot.of(entry.values))
 
     def is_from_earlier_step(self) -> bool:
         return self.steps not in (None, _optimizer_steps)
 
-    def is_untouched(self, claim: Claim) -> bool:
-        """Return whether PyTorch counted no write since; of sources only where not all bits are compared anyway."""
-        if not self.values.in_same_memory(claim.values):
+    def is_untouched(self, entry: CacheEntry) -> bool:
+        """Return whether PyTorch counted no write into the values, nor into sources whose bits are not all compared."""
+        if not self.values.in_same_memory(entry.values):
             return False
         all_are_compared = isinstance(self.sources.bits, int) and not self.sources.sampled
-        return all_are_compared or self.sources.in_same_memory(claim.sources)
+        return all_are_compared or self.sources.in_same_memory(entry.sources)
 
 
-class _Question(NamedTuple):
-    """The question whether the bits of sources on an accelerator are as recorded; answered when the device gets there.
+class _PendingComparison(NamedTuple):
+    """A comparison of sources on an accelerator with what is recorded, whose result the device has yet to write.
 
     Attributes:
         paths: of the sites, for messages.
@@ -173,75 +181,79 @@ class _Question(NamedTuple):
     event: torch.Event
 
 
+# By the entries' values. Weak, so that a model that is deleted frees its buffers.
 _records = WeakTensorKeyDictionary()
-_questions: list[_Question] = []
+_pending: list[_PendingComparison] = []
 
 
-def record_fresh(claim: Claim) -> None:
-    """Note that a claim is true."""
-    _records[claim.value] = _Record.of(claim)
+def record(entry: CacheEntry) -> None:
+    """Record that an entry is up to date."""
+    _records[entry.value] = _Record.of(entry)
 
 
 def is_from_earlier_step(value: torch.Tensor) -> bool:
     """Return whether an optimizer stepped since `value` was recorded; the same on every rank that steps alike."""
-    record = _records.get(value)
-    return record is not None and record.is_from_earlier_step()
+    known = _records.get(value)
+    return known is not None and known.is_from_earlier_step()
 
 
-def are_fresh(claims: Sequence[Claim]) -> list[bool]:
-    """Return which values were recorded with their sources and hold what follows from them.
+def are_up_to_date(entries: Sequence[CacheEntry]) -> list[bool]:
+    """Return which values were recorded and follow from their sources as these are.
 
-    On an accelerator True may be an answer that a later look takes back; see `raise_if_answered_stale`.
+    On an accelerator True is given before the device has compared; see `raise_if_found_stale`.
     """
-    answers = [False] * len(claims)
-    asked: dict[torch.device, list[tuple[Claim, torch.Tensor]]] = {}
-    for index, claim in enumerate(claims):
-        record = _records.get(claim.value)
-        if record is None or record.is_from_earlier_step():
+    answers = [False] * len(entries)
+    on_device: dict[torch.device, list[tuple[CacheEntry, torch.Tensor]]] = {}
+    for index, entry in enumerate(entries):
+        known = _records.get(entry.value)
+        if known is None or known.is_from_earlier_step():
             continue
-        if record.is_untouched(claim):
-            bits = record.sources.bits
+        if known.is_untouched(entry):
+            bits = known.sources.bits
             if isinstance(bits, int):
-                answers[index] = record.sources.has_same_bits(claim.sources)
-            elif record.sources.kinds == _kinds(claim.sources):
-                asked.setdefault(bits.device, []).append((claim, bits))
+                answers[index] = known.sources.has_same_bits(entry.sources)
+            elif known.sources.kinds == _kinds(entry.sources):
+                on_device.setdefault(bits.device, []).append((entry, bits))
                 answers[index] = True
-        elif not claim.frozen and all(
-            then.has_same_bits(now) for then, now in ((record.values, claim.values), (record.sources, claim.sources))
+        elif not entry.frozen and all(
+            then.has_same_bits(now) for then, now in ((known.values, entry.values), (known.sources, entry.sources))
         ):
-            # Moved, or written with what was there already.
-            record_fresh(claim)
+            # The tensors moved, or were written with the values that they had. To compute again would communicate, and
+            # a rank that alone moved its parameters would hang there.
+            record(entry)
             answers[index] = True
-    for questions in asked.values():
-        _ask(questions)
+    for compared in on_device.values():
+        _start_comparison(compared)
     return answers
 
 
-def _ask(asked: Sequence[tuple[Claim, torch.Tensor]]) -> None:
-    """Ask the device whether the fingerprints of claims' sources are those they are with."""
+def _start_comparison(compared: Sequence[tuple[CacheEntry, torch.Tensor]]) -> None:
+    """Have the device compare the fingerprints of entries' sources with the recorded ones, without waiting for it."""
+    # Everything that a captured CUDA graph does is done again at each replay, where nobody reads this answer.
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
-    claims, known = zip(*asked, strict=True)
-    found = fingerprints([_looked_at(claim.sources, claim.frozen) for claim in claims])
-    differ = torch.empty(len(claims), dtype=torch.bool, pin_memory=True)
+    entries, known = zip(*compared, strict=True)
+    found = fingerprints([_compared(entry.sources, entry.frozen) for entry in entries])
+    # A copy to pageable memory would wait for the device.
+    differ = torch.empty(len(entries), dtype=torch.bool, pin_memory=True)
     differ.copy_(torch.stack(known) != found, non_blocking=True)
     event = torch.Event(found.device.type)
     event.record()
-    _questions.append(_Question(tuple(claim.path for claim in claims), differ, event))
+    _pending.append(_PendingComparison(tuple(entry.path for entry in entries), differ, event))
 
 
-def raise_if_answered_stale() -> None:
-    """Read the answers that came in since; never waits.
+def raise_if_found_stale() -> None:
+    """Read the results of comparisons that the device has finished; never waits.
 
     Raises:
         StaleParametersError: the bits of a site's parameters were not what its cached norm was computed from.
     """
-    answered = [question for question in _questions if question.event.query()]
-    for question in answered:
-        _questions.remove(question)
-    for question in answered:
-        if question.differ.any():
-            path = question.paths[int(question.differ.nonzero()[0])]
+    finished = [comparison for comparison in _pending if comparison.event.query()]
+    for comparison in finished:
+        _pending.remove(comparison)
+    for comparison in finished:
+        if comparison.differ.any():
+            path = comparison.paths[int(comparison.differ.nonzero()[0])]
             raise StaleParametersError(
                 f"{path}: its parameters were written past PyTorch's version counter and outside an "
                 "optimizer's step (through .data, say), so earlier calls used the norms of the values before; call "

@@ -1,13 +1,14 @@
-"""Values that follow from DoRA's parameters alone are computed once per optimizer step, not once per call.
+"""Compute the values that follow from DoRA's parameters alone once per optimizer step, and not once per call.
 
-The scales of rows, and the factors that a layout gathers, are buffers of each site. `refresh` fills those that are
-stale, for all sites of a graph together: one gather and one reduction per process group, whatever the number of sites.
-Micro-batches, recomputation, evaluation and generation then read them. A buffer that was never filled is NaN, so a
-forgotten refresh shows at once.
+The scales of rows, and the factors that a layout gathers, are in buffers of each site. `refresh` computes those that
+are out of date, for all sites of a graph together: one gather and one reduction per process group, whatever the number
+of sites. Micro-batches, recomputation, evaluation and generation then read them. A buffer that was never computed holds
+NaN, so a forgotten refresh shows in the first output.
 
-A stale site makes its group communicate. After an optimizer's step all ranks of a group have the same stale sites, as
-each of them must step alike. In all other cases ranks agree first: one that alone moved its parameters finds the same
-bits and has nothing to do, and one that alone changed them is told so where it would hang.
+A refresh communicates, so all ranks of a group have to refresh the same sites. After an optimizer's step they do, as
+every rank steps. In all other cases they first agree on the sites that are out of date on any of them. A rank that
+alone moved its parameters finds the same bits and has nothing to refresh; one that alone changed them gets an error in
+place of a collective that the others never join.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import NamedTuple
 import torch
 
 from dora_fx.cache.freshness import (
-    Claim,
+    CacheEntry,
     StaleParametersError,
-    are_fresh,
+    are_up_to_date,
     is_from_earlier_step,
-    raise_if_answered_stale,
-    record_fresh,
+    raise_if_found_stale,
+    record,
 )
 from dora_fx.function import (
     CachedParameters,
@@ -37,11 +38,12 @@ from dora_fx.function import (
 )
 from dora_fx.ranks import group_size, stale_on_any_rank
 
+# Seconds. Ranks come to a refresh apart by as much as their earlier work differs, compilation included.
 _RANK_TIMEOUT = 300.0
 
 
 class CachedSite(NamedTuple):
-    """One site at run time: its parameters and the buffers to keep in step with them.
+    """One site at run time: its parameters and the buffers that are computed from them.
 
     Attributes:
         path: module path, for messages.
@@ -54,14 +56,17 @@ class CachedSite(NamedTuple):
 
 
 def empty_base_norm(weight: torch.Tensor) -> torch.Tensor:
-    """Allocate the buffer of `measure_base`, `[out]` or this rank's `[out/tp]`, NaN until it is filled."""
+    """Allocate the buffer of `measure_base`, `[out]` or this rank's `[out/tp]`, NaN until it is computed."""
     return torch.full((weight.shape[0],), torch.nan, dtype=norm_dtype(weight.dtype), device=weight.device)
 
 
 def empty_cache(
     base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, layout: Layout, tp_group: str
 ) -> CachedParameters:
-    """Allocate one site's buffers, NaN until they are refreshed."""
+    """Allocate one site's buffers, NaN until a refresh computes them.
+
+    A factor that its layout does not gather, or a group of one rank has whole, needs no buffer.
+    """
     tp_size = group_size(tp_group)
 
     def gathered(factor: torch.Tensor, is_gathered: bool) -> torch.Tensor | None:
@@ -86,7 +91,7 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
         rank_timeout: how long other ranks may take to agree, in seconds.
 
     Raises:
-        StaleParametersError: an earlier call on an accelerator used what was stale.
+        StaleParametersError: an earlier call on an accelerator used a value that was out of date.
         RuntimeError: the parameters of this rank changed outside an optimizer's step, and another rank's did not.
         RuntimeError: the memory of a parameter was freed.
         ValueError: adapters are about to be trained beside tensors that were made in inference mode.
@@ -105,24 +110,26 @@ def _refuse_inference_tensors(sites: Sequence[CachedSite]) -> None:
                 if tensor.is_inference():
                     raise ValueError(
                         f"{path}: found a {name} that was made under torch.inference_mode(), expected an ordinary "
-                        "tensor, as autograd takes no other; make the model outside, or put a clone in its place"
+                        "tensor, since autograd refuses others; make the model outside, or put a clone in its place"
                     )
 
 
 def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> None:
-    raise_if_answered_stale()
-    bases, claims = [_claim_of_base(site) for site in sites], [_claim(site) for site in sites]
-    # All at once: on an accelerator a look at many small tensors costs what a look at few does.
-    base_and_site = are_fresh([*bases, *claims])
-    is_stale = [not fresh for fresh in base_and_site[len(sites) :]]
-    for index, base_is_fresh in enumerate(base_and_site[: len(sites)]):
-        if not base_is_fresh:
-            _measure(bases[index])
-            [is_fresh] = are_fresh([claims[index]])
-            is_stale[index] = not is_fresh
-    for claim, flag in zip(claims, is_stale, strict=True):
+    raise_if_found_stale()
+    bases, entries = [_base_entry(site) for site in sites], [_entry(site) for site in sites]
+    # All at once, since on an accelerator a comparison of many small tensors costs what a comparison of few does.
+    up_to_date = are_up_to_date([*bases, *entries])
+    is_stale = [not flag for flag in up_to_date[len(sites) :]]
+    for index, base_is_up_to_date in enumerate(up_to_date[: len(sites)]):
+        if not base_is_up_to_date:
+            _compute_base_norm(bases[index])
+            # The base's norm is a source of the scales, which were compared with the norm as it was before.
+            [flag] = are_up_to_date([entries[index]])
+            is_stale[index] = not flag
+    for entry, flag in zip(entries, is_stale, strict=True):
         if flag:
-            _raise_if_freed(claim)
+            _raise_if_freed(entry)
+    # After a step every rank has the same stale sites, and they need not ask each other.
     if any(is_stale) and not any(is_from_earlier_step(site.cached.delta) for site in sites):
         is_stale = _agree(sites, is_stale, rank_timeout)
     stale = [site for site, flag in zip(sites, is_stale, strict=True) if flag]
@@ -130,8 +137,9 @@ def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> None:
         return
     for site, complete in zip(stale, complete_parameters([site.stored for site in stale]), strict=True):
         for buffer, value in _buffers_and_values(site.cached, complete):
+            # In place: compiled graphs, and CUDA graphs of them, read the buffer at its address.
             buffer.copy_(value)
-        record_fresh(_claim(site))
+        record(_entry(site))
 
 
 @torch.no_grad()
@@ -147,66 +155,73 @@ def check(sites: Sequence[CachedSite]) -> None:
             if not torch.equal(buffer, value):
                 raise StaleParametersError(
                     f"{site.path}: its cached scales or factors are off by up to {(buffer - value).abs().max():.3e}; "
-                    "its parameters were written in a way that nothing tells: call dora_fx.invalidate_norms(model) "
-                    "after writing"
+                    "its parameters were written in a way that the cache does not notice: call "
+                    "dora_fx.invalidate_norms(model) after writing"
                 )
 
 
 @torch.no_grad()
 def measure_base(site: CachedSite) -> None:
-    """Bring the frozen weight's squared norms up to date, in place, if they were measured of other values.
+    """Bring the frozen weight's squared norms up to date, in place, if the weight is not what they were computed from.
 
-    No rank needs another one for that. Writes past PyTorch's version counter are told by a sample of rows, as the
-    whole weight would cost more to look at than the rest of DoRA: one into the whole weight shows, one into a few rows
-    need not.
+    It takes no communication: each rank has the norms of its own shard. Writes past PyTorch's version counter are
+    noticed in a sample of rows, since to compare the whole weight would cost more than the rest of DoRA. So a write
+    into the whole weight is noticed, and one into a few rows may not be.
 
     Raises:
         RuntimeError: the weight's memory was freed.
     """
-    claim = _claim_of_base(site)
-    [is_fresh] = are_fresh([claim])
-    if not is_fresh:
-        _measure(claim)
+    entry = _base_entry(site)
+    [is_up_to_date] = are_up_to_date([entry])
+    if not is_up_to_date:
+        _compute_base_norm(entry)
 
 
-def _measure(claim: Claim) -> None:
-    _raise_if_freed(claim)
-    [weight] = claim.sources
-    base_norm_sq, squares = claim.value, base_norm_squared(weight)
+def _compute_base_norm(entry: CacheEntry) -> None:
+    _raise_if_freed(entry)
+    [weight] = entry.sources
+    base_norm_sq, squares = entry.value, base_norm_squared(weight)
+    # Equal norms are not written: the write would count as one into a source of the scales.
     if not torch.equal(squares, base_norm_sq):
         base_norm_sq.copy_(squares)
-    record_fresh(claim)
+    record(entry)
 
 
-def _claim_of_base(site: CachedSite) -> Claim:
+def _base_entry(site: CachedSite) -> CacheEntry:
     weight, base_norm_sq = site.stored.weight, site.stored.base_norm_sq
     assert base_norm_sq is not None
-    return Claim(site.path, base_norm_sq, (weight,), frozen=True)
+    return CacheEntry(site.path, base_norm_sq, (weight,), frozen=True)
 
 
-def _claim(site: CachedSite) -> Claim:
+def _entry(site: CachedSite) -> CacheEntry:
     stored, (delta, *others) = site.stored, site.cached
     assert stored.base_norm_sq is not None
+    # The base weight itself is left out: it is large, and enters through its norms alone.
     sources = [stored.lora_a, stored.lora_b, stored.magnitude, stored.base_norm_sq, stored.scaling]
-    return Claim(site.path, delta, sources, [buffer for buffer in others if buffer is not None])
+    return CacheEntry(site.path, delta, sources, [buffer for buffer in others if buffer is not None])
 
 
-def _raise_if_freed(claim: Claim) -> None:
-    """Raise an error where reading would end the process, as after weights were offloaded."""
-    for tensor in (*claim.sources, *claim.values):
+def _raise_if_freed(entry: CacheEntry) -> None:
+    """Raise RuntimeError where reading a tensor would end the process, as after weights were offloaded."""
+    for tensor in (*entry.sources, *entry.values):
         if tensor.numel() and not tensor.untyped_storage().nbytes():
             found = f"found a tensor {tuple(tensor.shape)} of it whose memory was freed"
-            raise RuntimeError(f"{claim.path}: {found}, expected parameters that hold their values")
+            raise RuntimeError(f"{entry.path}: {found}, expected parameters that hold their values")
 
 
 def _agree(sites: Sequence[CachedSite], is_stale: list[bool], rank_timeout: float) -> list[bool]:
-    """Add the sites that are stale on other ranks; every rank that finds a stale site waits for its whole group."""
+    """Add the sites that are stale on other ranks; every rank that finds a stale site waits for its whole group.
+
+    A group without a stale site on this rank exchanges nothing, so a call whose cache is up to date never waits. If
+    another rank of the group has a stale site, that rank gets an error after `rank_timeout` seconds.
+    """
     is_stale = list(is_stale)
+    # Sorted, so that ranks of several groups take part in the exchanges in the same order.
     for tp_group in sorted({site.stored.tp_group for site in sites} - {""}):
         own = [index for index, site in enumerate(sites) if site.stored.tp_group == tp_group]
         if any(is_stale[index] for index in own):
-            described = {index: sites[index].path for index in own}
-            for index in stale_on_any_rank(described, [i for i in own if is_stale[i]], tp_group, rank_timeout):
+            paths = {index: sites[index].path for index in own}
+            for index in stale_on_any_rank(paths, [i for i in own if is_stale[i]], tp_group, rank_timeout):
                 is_stale[index] = True
     return is_stale
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dora_fx.cache import CachedSite, is_recorded, refresh
+from dora_fx.cache import CachedSite, is_traced, refresh
 from dora_fx.function import (
     CachedParameters,
     CompleteParameters,
@@ -52,7 +52,7 @@ def mark(site: MarkedSite) -> torch.Tensor:
 
     Whatever else records operations gets those that compute the norms: a cached one would be a constant of the record.
     """
-    if torch.compiler.is_compiling() or is_recorded(site.x, site.stored.lora_a):
+    if torch.compiler.is_compiling() or is_traced(site.x, site.stored.lora_a):
         return dora_linear(site.base_output, site.x, site.bias, *site.stored, *site.cached, *(site.input_norm or ()))
     refresh([CachedSite(path_of(site.stored.lora_a), site.stored, site.cached)])
     [complete] = complete_parameters([site.stored], [site.cached])

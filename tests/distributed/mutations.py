@@ -42,8 +42,8 @@ WRONG_GROUP = Mutation(
 )
 BITS_ARE_NOT_COMPARED = Mutation(
     "stale norm",
-    freshness.are_fresh,
-    "answers[index] = record.sources.has_same_bits(claim.sources)",
+    freshness.are_up_to_date,
+    "answers[index] = known.sources.has_same_bits(entry.sources)",
     "answers[index] = True",
 )
 MUTATIONS = [
