@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_fx.attach.attach_report import DoRAReport, report_on
 from dora_fx.attach.first_step import watch_first_step
-from dora_fx.attach.latent_attention import warn_of_partial_gradients
+from dora_fx.attach.latent_attention import warn_of_approximate_backward
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.plan import AttachPlan, attach, check_targets_matched, plan_attachment
 from dora_fx.attach.probe import try_layers
@@ -103,7 +103,7 @@ class DoRA(DoRASettings):
             if not training:
                 chunk.requires_grad_(False)
         rebuild_gradient_buffers(chunks)
-        warn_of_partial_gradients(chunks)
+        warn_of_approximate_backward(chunks)
         if plan.new:
             watch_first_step({named.whole_path: named.module for _, named in adapted_layers(chunks)})
         self.report = report_on(chunks, plan.unmatched_linears)

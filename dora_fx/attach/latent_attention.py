@@ -1,8 +1,8 @@
-"""Multi-latent attention whose backward pass is Megatron's own approximation on several tensor-parallel ranks.
+"""Warn of multi-latent attention whose backward pass Megatron approximates on several tensor-parallel ranks.
 
-The part of the keys that turns with positions is one for all heads, and each rank has some of the heads. Megatron
-(0.16 to 0.19) sums the parts of its gradient over the ranks in one case alone: a duplicated down-projection, which is
-Transformer Engine's, under sequence parallelism. Elsewhere a rank goes on with its own heads' part, with adapters or
+All heads share the part of the keys that is rotated by positions, and each rank has some of the heads. Megatron (0.16
+to 0.19) sums this part's gradient over the ranks in one case alone: a duplicated down-projection, which is Transformer
+Engine's, under sequence parallelism. In all other cases a rank continues with its own heads' share, with adapters or
 without, and everything before that attention gets a wrong gradient. The forward pass is right.
 """
 
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 _DOWN_PROJECTIONS = ("linear_kv_down_proj", "linear_qkv_down_proj")
 
 
-def warn_of_partial_gradients(chunks: Sequence[nn.Module]) -> None:
-    """Log the attentions through which a model's gradients are incomplete, with what makes them whole."""
+def warn_of_approximate_backward(chunks: Sequence[nn.Module]) -> None:
+    """Log a warning for attentions whose backward pass is approximate, with the settings under which it is exact."""
     paths = [
         f"{named.whole_path}.{name}"
         for chunk in chunks
         for named in walk(chunk, DoRALinear)
         for name in _DOWN_PROJECTIONS
-        if _has_partial_gradient(named.module, name)
+        if _is_approximate(named.module, name)
     ]
     if paths:
         logger.warning(
@@ -42,7 +42,7 @@ def warn_of_partial_gradients(chunks: Sequence[nn.Module]) -> None:
         )
 
 
-def _has_partial_gradient(attention: Any, name: str) -> bool:
+def _is_approximate(attention: Any, name: str) -> bool:
     projection = getattr(attention, name, None)
     config = getattr(attention, "config", None)
     if not isinstance(projection, nn.Module) or config is None or config.tensor_model_parallel_size == 1:

@@ -1,4 +1,4 @@
-"""The settings of a DoRA configuration, and what they may be."""
+"""The settings of a DoRA configuration, with the checks of their values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from dora_fx.attach.matching import ALL_LINEAR, matches
-from dora_fx.modules import INIT_METHODS, CompleteGradients
+from dora_fx.modules import INIT_METHODS, GradientCompletion
 
 
 @dataclass
 class DoRASettings:
-    """The choice of layers to adapt and how to adapt them; see `DoRA`, which has them."""
+    """The fields of `DoRA`, which documents them: the layers to adapt, and how to adapt them."""
 
     target_modules: Sequence[str] | Literal["all-linear"] = field(
         default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
@@ -29,13 +29,13 @@ class DoRASettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
-    complete_gradients: CompleteGradients = "auto"
+    complete_gradients: GradientCompletion = "auto"
 
     def __post_init__(self) -> None:
         self._check()
 
     def dim_of(self, path: str) -> int:
-        """The rank at a path of the whole model: of the first pattern that names it, or `dim`."""
+        """Return the rank at a path of the whole model: of the first pattern that names it, or `dim`."""
         return _by_pattern(self.rank_pattern, path, self.dim)
 
     def alpha_of(self, path: str) -> float:
@@ -43,7 +43,7 @@ class DoRASettings:
         return _by_pattern(self.alpha_pattern, path, self.alpha)
 
     def idle_patterns(self, paths: Sequence[str]) -> list[tuple[str, str]]:
-        """The patterns that decide for none of the paths, each after the name of its field."""
+        """Return the patterns that decide for none of the paths, as pairs of field name and pattern."""
         idle = []
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name)
@@ -73,10 +73,10 @@ class DoRASettings:
             raise ValueError(f"DoRA.dropout: found {self.dropout!r}, expected a probability in [0, 1)")
         if self.dropout_position != "pre":
             raise ValueError(f"DoRA.dropout_position: found {self.dropout_position!r}, expected 'pre'")
-        if self.complete_gradients not in get_args(CompleteGradients):
+        if self.complete_gradients not in get_args(GradientCompletion):
             raise ValueError(
                 f"DoRA.complete_gradients: found {self.complete_gradients!r}, "
-                f"expected one of {list(get_args(CompleteGradients))}"
+                f"expected one of {list(get_args(GradientCompletion))}"
             )
         for name in ("lora_A_init_method", "lora_B_init_method"):
             if getattr(self, name) not in INIT_METHODS:

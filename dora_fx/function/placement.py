@@ -176,7 +176,15 @@ def shard(tensor: torch.Tensor, dim: int | None, tp_rank: int, tp_size: int, blo
         dim: the sharded dimension, or None for a replicated tensor.
         blocks: how many equal blocks `dim` is made of, each sharded on its own; 2 for a gated
             linear_fc1, whose ranks hold `[gate_i; up_i]`.
+
+    Raises:
+        ValueError: the sharded dimension cannot be cut into equal parts, one of each block for each rank.
     """
+    if dim is not None and tensor.shape[dim] % (blocks * tp_size):
+        raise ValueError(
+            f"shard: found a tensor of shape {tuple(tensor.shape)}, expected a multiple of {blocks * tp_size} in "
+            f"dimension {dim}: {blocks} blocks, each in equal parts on {tp_size} ranks"
+        )
     if dim is None or tp_size == 1:
         return tensor.clone()
     return torch.cat([block.chunk(tp_size, dim)[tp_rank] for block in tensor.chunk(blocks, dim)], dim)

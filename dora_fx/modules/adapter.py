@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,13 +22,22 @@ INIT_METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _initialisation(argument: str, name: str) -> Callable[..., Any]:
+    if name not in INIT_METHODS:
+        raise ValueError(f"{argument}: found {name!r}, expected one of {sorted(INIT_METHODS)}")
+    return INIT_METHODS[name]
+
+
 def low_rank_scaling(alpha: float, dim: int, use_rslora: bool) -> float:
-    """The factor of the low-rank product: alpha / dim, or alpha / sqrt(dim) (rsLoRA, arXiv 2312.03732)."""
+    """Return the factor of the low-rank product: alpha / dim, or alpha / sqrt(dim) (rsLoRA, arXiv 2312.03732)."""
     return alpha / math.sqrt(dim) if use_rslora else alpha / dim
 
 
 class LowRankFactor(nn.Module):
-    """One factor of the low-rank product, or this rank's shard of it. It holds a weight and computes nothing."""
+    """One factor of the low-rank product, or this rank's shard of it.
+
+    It computes nothing, and is a module for the sake of its key: `linear_in.weight` is what Megatron-Bridge calls A.
+    """
 
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
@@ -73,12 +83,17 @@ class ParallelLinearDoRAAdapter(nn.Module):
         use_rslora: see `low_rank_scaling`.
         dtype, device: of A and B.
 
+    Raises:
+        ValueError: for an argument out of its range, or a size that the ranks cannot share equally.
+
     Attributes:
+        weight_magnitude: m; None until `init_weight_magnitude` sets it, as it starts as a norm of the base weight.
         scaling_factor: `scaling` as a tensor `[1]`, of the magnitude's dtype.
         dropout_threshold, dropout_rescale: see `dropout.DropoutFactors`.
         has_dropout: whether `dropout` is above zero.
     """
 
+    weight_magnitude: nn.Parameter
     scaling_factor: torch.Tensor
     dropout_threshold: torch.Tensor
     dropout_rescale: torch.Tensor
@@ -104,9 +119,12 @@ class ParallelLinearDoRAAdapter(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
+        if dim <= 0:
+            raise ValueError(f"dim: found {dim!r}, expected a positive integer")
+        if layout_name not in LAYOUTS:
+            raise ValueError(f"layout_name: found {layout_name!r}, expected one of {sorted(LAYOUTS)}")
         self.in_features, self.out_features = in_features, out_features
-        self.dim, self._alpha, self._dropout = dim, alpha, dropout
-        self.use_rslora = use_rslora
+        self.dim, self.use_rslora = dim, use_rslora
         self.layout_name, self.tp_group, self.row_blocks = layout_name, tp_group, row_blocks
         self.placements = self.layout.adapter_parameters(
             in_features,
@@ -117,40 +135,44 @@ class ParallelLinearDoRAAdapter(nn.Module):
             padded_out_features=padded_out_features,
         )
         self.tp_size, self.tp_rank = group_size(tp_group), group_rank(tp_group)
+        # One generator for both, so that B does not start with the numbers of A.
         generator = torch.Generator().manual_seed(seed)
-
-        def draw(name: str, method: str) -> LowRankFactor:
-            placement = self.placements[name]
-            whole = torch.empty(placement.shape, dtype=torch.float32)
-            INIT_METHODS[method](whole, generator=generator)
-            part = placement.pad_and_shard(whole, self.tp_rank, self.tp_size)
-            return LowRankFactor(part.to(dtype=dtype, device=device))
-
-        self.linear_in = draw("linear_in.weight", column_init_method)
-        self.linear_out = draw("linear_out.weight", row_init_method)
-        self.weight_magnitude: nn.Parameter
+        init_a = functools.partial(_initialisation("column_init_method", column_init_method), generator=generator)
+        init_b = functools.partial(_initialisation("row_init_method", row_init_method), generator=generator)
+        self.linear_in = LowRankFactor(self._draw("linear_in.weight", init_a).to(dtype=dtype, device=device))
+        self.linear_out = LowRankFactor(self._draw("linear_out.weight", init_b).to(dtype=dtype, device=device))
+        self.register_parameter("weight_magnitude", None)
         for name in ("scaling_factor", "dropout_threshold", "dropout_rescale"):
             self.register_buffer(name, None, persistent=False)
-        self.set_factors()
+        self.alpha, self.dropout = alpha, dropout
+
+    def _draw(self, name: str, init: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+        """Draw a whole factor and return this rank's shard of it, in float32."""
+        placement = self.placements[name]
+        whole = torch.empty(placement.shape, dtype=torch.float32)
+        init(whole)
+        return placement.pad_and_shard(whole, self.tp_rank, self.tp_size)
 
     @property
     def layout(self) -> Layout:
-        """The layer's row in the layout table."""
+        """Return the layer's row in the layout table."""
         return LAYOUTS[self.layout_name]
 
     @property
     def alpha(self) -> float:
-        """Numerator of `scaling`."""
+        """Return the numerator of `scaling`."""
         return self._alpha
 
     @alpha.setter
     def alpha(self, value: float) -> None:
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"alpha: found {value!r}, expected a positive finite number")
         self._alpha = value
-        self.set_factors()
+        self._set_scaling_factor()
 
     @property
     def dropout(self) -> float:
-        """Probability of dropping an element of the input in training."""
+        """Return the probability of dropping an element of the input in training."""
         return self._dropout
 
     @dropout.setter
@@ -158,20 +180,28 @@ class ParallelLinearDoRAAdapter(nn.Module):
         if not 0.0 <= value < 1.0:
             raise ValueError(f"dropout: found {value!r}, expected a probability in [0, 1)")
         self._dropout = value
-        self.set_factors()
+        self._set_dropout_factors()
 
     @property
     def scaling(self) -> float:
-        """The factor of the low-rank product, see `low_rank_scaling`."""
+        """Return the factor of the low-rank product, see `low_rank_scaling`."""
         return low_rank_scaling(self.alpha, self.dim, self.use_rslora)
 
-    @torch.inference_mode(False)
     def set_factors(self) -> None:
-        """Make the buffers of alpha and dropout anew, beside A and in the dtype of norms and magnitudes."""
+        """Write the buffers of alpha and dropout, on the device of A and in the dtype of norms and magnitudes."""
+        self._set_scaling_factor()
+        self._set_dropout_factors()
+
+    @torch.inference_mode(False)
+    def _set_scaling_factor(self) -> None:
         lora_a = self.linear_in.weight
-        dtype = norm_dtype(lora_a.dtype)
-        self.scaling_factor = torch.tensor([self.scaling], dtype=dtype, device=lora_a.device)
-        self.dropout_threshold, self.dropout_rescale = DropoutFactors.of(self.dropout, dtype, lora_a.device)
+        self.scaling_factor = torch.tensor([self.scaling], dtype=norm_dtype(lora_a.dtype), device=lora_a.device)
+
+    @torch.inference_mode(False)
+    def _set_dropout_factors(self) -> None:
+        lora_a = self.linear_in.weight
+        factors = DropoutFactors.of(self.dropout, norm_dtype(lora_a.dtype), lora_a.device)
+        self.dropout_threshold, self.dropout_rescale = factors
         self.has_dropout = self.dropout > 0
 
     def init_weight_magnitude(self, value: torch.Tensor) -> None:
@@ -194,9 +224,18 @@ class ParallelLinearDoRAAdapter(nn.Module):
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        # A detached alias keeps the values: the cast below replaces the data of the same parameter. It would do so with
-        # a gradient's, too, which may be Megatron's `main_grad`, in a buffer.
+        if self.weight_magnitude is None:
+            super()._apply(fn, recurse)
+        else:
+            self._apply_but_keep_precision(fn, recurse)
+        self.set_factors()
+        return self
+
+    def _apply_but_keep_precision(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool) -> None:
+        """Cast and move all parameters, but leave the magnitude in float32 at least."""
+        # A cast replaces the data of the same parameter, so the values before it are kept through a detached alias.
         precise, grad = self.weight_magnitude.detach(), self.weight_magnitude.grad
+        # It would replace the data of the gradient too, which may be Megatron's `main_grad`, in a buffer.
         self.weight_magnitude.grad = None
         super()._apply(fn, recurse)
         magnitude = self.weight_magnitude
@@ -206,13 +245,11 @@ class ParallelLinearDoRAAdapter(nn.Module):
         if grad is not None:
             is_same = grad.device == magnitude.device and grad.dtype == magnitude.dtype
             magnitude.grad = grad if is_same else grad.detach().to(magnitude)
-        self.set_factors()
-        return self
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """A, B and m as shards of global tensors; see `sharded_state_dict.py`."""
+        """Return A, B and m as shards of global tensors; see `sharded_state_dict.py`."""
         own = self.state_dict(prefix="", keep_vars=True)
         return adapter_sharded_state_dict(own, self.placements, self.tp_group, prefix, sharded_offsets, metadata)
 

@@ -1,8 +1,9 @@
-"""Attributes of a linear layer that code without knowledge of adapters reads and sets.
+"""Attributes and state-dict keys by which code that knows no adapters takes an adapted layer for its base layer.
 
 transformers ties and resizes embeddings, Megatron switches an output layer's sequence parallelism off for one call:
 an adapted layer answers with its base layer's attributes and hands new values on to it. A value that would change the
-adapted function, or part the adapter from its layer, is refused.
+adapted function, or part the adapter from its layer, is refused. A base checkpoint loads into an adapted model, and an
+adapted model's state dict holds the base's entries under the keys that they have without adapters.
 """
 
 from __future__ import annotations
@@ -39,17 +40,25 @@ def _fixed_attribute(name: str) -> Any:
 
 
 class BaseAttributes(nn.Module):
-    """A module that stands in for the layer `to_wrap` and has its attributes.
+    """A module that stands in for the layer `to_wrap`, with its attributes and its state-dict keys.
 
-    Attributes:
+    Args:
         to_wrap: a layer of one of `kinds.KINDS`.
         path: of the module, for error messages.
+        base_weight: the weight of a layer that has none of its own.
     """
 
     to_wrap: Any
-    path: str
-    # In a tuple, so that a borrowed parameter is not registered twice.
-    _borrowed_weight: tuple[nn.Parameter | None]
+
+    def __init__(self, to_wrap: nn.Module, path: str, base_weight: nn.Parameter | None) -> None:
+        super().__init__()
+        self.to_wrap = to_wrap
+        self.path = path
+        # The embedding owns this parameter. nn.Module registers a parameter that is set as an attribute, but not one
+        # inside a tuple; registered here too, it would be in the state dict and in the optimizer twice.
+        self._borrowed_weight = (base_weight,)
+        self._register_load_state_dict_pre_hook(self._add_wrapper_to_keys)
+        self.register_load_state_dict_post_hook(_take_wrapper_from_keys)
 
     in_features, out_features = _fixed_attribute("in_features"), _fixed_attribute("out_features")
     input_size, output_size = _fixed_attribute("input_size"), _fixed_attribute("output_size")
@@ -73,7 +82,7 @@ class BaseAttributes(nn.Module):
 
     @property
     def ub_name(self) -> Any:
-        """The base layer's `ub_name` is read to build another layer in its place: ValueError where it has one."""
+        """Raise ValueError: Megatron reads the base layer's `ub_name` to build another layer in its place."""
         self.to_wrap.ub_name  # noqa: B018
         raise ValueError(
             f"{self.path}: found an adapted layer where another one is built of its weights, as Megatron splits one "
@@ -82,7 +91,7 @@ class BaseAttributes(nn.Module):
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """W0, or this rank's shard of it; the borrowed one where the layer has none of its own."""
+        """Return W0, or this rank's shard of it; the borrowed one where the layer has none of its own."""
         weight = self.to_wrap.weight if self.to_wrap.weight is not None else self._borrowed_weight[0]
         if weight is None:
             raise ValueError(f"{self.path}: the layer has no weight of its own and none was passed")
@@ -90,7 +99,7 @@ class BaseAttributes(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter | None:
-        """The base layer's own weight, None where the layer borrows one.
+        """Return the base layer's own weight, None where the layer borrows one.
 
         It may be set to a parameter of the same values, as tying does. Raises ValueError for others.
         """
@@ -109,7 +118,7 @@ class BaseAttributes(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The base layer's bias, None without one. It is added unscaled, so any may be set."""
+        """Return the base layer's bias, None without one. It is added unscaled, so any may be set."""
         return self.to_wrap.bias
 
     @bias.setter
@@ -117,11 +126,39 @@ class BaseAttributes(nn.Module):
         self.to_wrap.bias = value
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter; those of the layer itself, as `layer.weight = parameter` comes here, are the base's."""
+        """Register a parameter, in the base layer if it is one of a linear layer's.
+
+        `layer.weight = parameter` comes here before it comes to the property.
+        """
         if name in ("weight", "bias", "layer_norm_weight", "layer_norm_bias"):
             getattr(BaseAttributes, name).fset(self, param)
         else:
             super().register_parameter(name, param)
+
+    def backward_dw(self) -> None:
+        """Compute delayed weight gradients of the base layer. Megatron calls it though a frozen layer has none."""
+        if self.base_weight.requires_grad:
+            self.to_wrap.backward_dw()
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return the base layer's entries under the keys it has without an adapter, and the adapter's."""
+        destination = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        wrapped = f"{prefix}to_wrap."
+        for key in [key for key in destination if key.startswith(wrapped)]:
+            destination[prefix + key.removeprefix(wrapped)] = destination.pop(key)
+        return destination
+
+    def _add_wrapper_to_keys(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Rename the base layer's entries to where `load_state_dict` looks for them; a load pre-hook."""
+        children = (f"{prefix}adapter.", f"{prefix}to_wrap.")
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(children)]:
+            state_dict[f"{prefix}to_wrap.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def _take_wrapper_from_keys(module: nn.Module, incompatible_keys: Any) -> None:
+    """Report missing and unexpected keys by the names that users know; a load post-hook."""
+    for keys in incompatible_keys:
+        keys[:] = [key.replace(".to_wrap.", ".").removeprefix("to_wrap.") for key in keys]
 
 
 def _is_same(value: torch.Tensor, base: torch.Tensor) -> bool:

@@ -10,18 +10,18 @@ _paths = WeakTensorKeyDictionary()
 
 
 def note_path(adapter: nn.Module, path: str) -> None:
-    """Remember the path of the layer that the adapter, with the parameters it has, is of."""
+    """Note the path of an adapted layer for the parameters that its adapter has at present."""
     for name, parameter in adapter.named_parameters():
         _paths[parameter] = (path, name)
 
 
 def path_of(parameter: torch.Tensor) -> str:
-    """The path of the layer that the parameter adapts; "" if it adapts none."""
+    """Return the path of the layer that the parameter adapts; "" if it adapts none."""
     path: str = _paths.get(parameter, ("", ""))[0]
     return path
 
 
 def name_of(parameter: torch.Tensor) -> str:
-    """The name in the model of a parameter of an adapter; "" if it is none's."""
+    """Return an adapter parameter's name in the model; "" for a parameter of no adapter."""
     path, name = _paths.get(parameter, ("", ""))
     return f"{path}.adapter.{name}" if path else ""

@@ -143,7 +143,7 @@ MUTATIONS = [
     Mutation("weight gradients reduced twice", collectives.reduce_scatter_rows, "(ranks, -1)", "(ranks, -1) * 2"),
     Mutation(
         "sum of the last micro-batch alone",
-        partial_gradients.PartialGradient._collect,
+        partial_gradients.GradientAccumulator._collect,
         "self.total.add_(grad)",
         "self.total.copy_(grad)",
     ),

@@ -31,7 +31,7 @@ def train(layout: Layout, kind: Kind, overlap_grad_reduce: bool, folder: Path) -
     training = Training(layout, kind, overlap_grad_reduce=overlap_grad_reduce)
     losses = [training.train(number) for number in range(STEPS)]
     sites = [site for chunk in map(unwrapped, training.chunks) for site in sites_of(chunk).values()]
-    partials = [partial for site in sites for partial in site._partial_gradients[:2] if partial is not None]
+    partials = [partial for site in sites for partial in site._accumulators[:2] if partial is not None]
     assert len(partials) == (len(sites) if layout.tp > 1 else 0)
     assert all(partial._bucket is not None and partial.total is None for partial in partials)
     if dist.get_rank() == 0:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_fx.attach.latent_attention import warn_of_partial_gradients
+from dora_fx.attach.latent_attention import warn_of_approximate_backward
 from tests.closeness import assert_apart, assert_close, rounding
 from tests.distributed.launch import run_ranks
 from tests.distributed.mla_models import (
@@ -85,7 +85,7 @@ def warned(spec: str, sequence_parallel: bool) -> list[str]:
         def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())
 
-    logger = logging.getLogger(warn_of_partial_gradients.__module__)
+    logger = logging.getLogger(warn_of_approximate_backward.__module__)
     logger.addHandler(Keeper())
     adapted_mla(spec, sequence_parallel)
     return messages

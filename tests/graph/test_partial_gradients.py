@@ -56,7 +56,7 @@ def lora_a_of(model: OneLinear) -> Any:
 
 
 def pending_sum(model: OneLinear) -> torch.Tensor | None:
-    return model.linear._partial_gradients.lora_a.total
+    return model.linear._accumulators.lora_a.total
 
 
 def test_an_unknown_value_is_refused():
@@ -193,7 +193,7 @@ def test_the_number_of_elements_of_all_sums(tensor_parallel, dropout):
         ddp = data_parallel(model)
         output, _ = ddp(torch.ones(3, 2, features))
         output.sum().backward()
-        totals = [partial.total for partial in model.linear._partial_gradients if partial is not None]
+        totals = [partial.total for partial in model.linear._accumulators if partial is not None]
         assert model.linear.num_partial_sums == sum(total.numel() for total in totals if total is not None) > 0
         finish(ddp)
 

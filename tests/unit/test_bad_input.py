@@ -85,6 +85,48 @@ def test_field_set_out_of_range_after_construction() -> None:
         dora(model)
 
 
+def test_an_adapter_built_by_hand_out_of_range() -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        (dict(dropout=1.0), r"dropout: found 1.0, expected a probability in \[0, 1\)"),
+        (dict(dropout=float("nan")), "dropout: found nan, expected a probability"),
+        (dict(alpha=0), "alpha: found 0, expected a positive finite number"),
+        (dict(alpha=float("inf")), "alpha: found inf, expected a positive finite number"),
+        (dict(dim=0), "dim: found 0, expected a positive integer"),
+        (dict(column_init_method="gauss"), r"column_init_method: found 'gauss', expected one of \['kaiming'"),
+        (dict(row_init_method="ones"), r"row_init_method: found 'ones', expected one of \['kaiming'"),
+        (dict(layout_name="columns"), r"layout_name: found 'columns', expected one of \['column'"),
+        (dict(row_blocks=4), r"shard: found a tensor of shape \(6, 2\), expected a multiple of 4 in dimension 0"),
+    ]
+    for settings, message in refused:
+        layout = {"layout_name": "column"} if "row_blocks" in settings else {}
+        with pytest.raises(ValueError, match=f"^{message}"):
+            dora_fx.ParallelLinearDoRAAdapter(8, 6, **{"dim": 2, **layout, **settings})
+    adapter = dora_fx.ParallelLinearDoRAAdapter(8, 6, 2, alpha=4, dropout=0.5)
+    for name, value in (("alpha", -1.0), ("dropout", 1.0)):
+        with pytest.raises(ValueError, match=f"^{name}: found {value}"):
+            setattr(adapter, name, value)
+    assert (adapter.alpha, adapter.dropout) == (4, 0.5)
+
+
+def test_an_adapter_built_by_hand_for_another_layer() -> None:
+    layer = nn.Linear(8, 6).requires_grad_(False)
+    for settings, message in (
+        (dict(in_features=6, out_features=8), "with in_features = 6, expected the layer's 8"),
+        (dict(out_features=12), "with out_features = 12, expected the layer's 6"),
+        (dict(layout_name="row"), "with layout_name = 'row', expected the layer's 'replicated'"),
+        (dict(row_blocks=2), "with row_blocks = 2, expected the layer's 1"),
+    ):
+        adapter = dora_fx.ParallelLinearDoRAAdapter(**{"in_features": 8, "out_features": 6, "dim": 2, **settings})
+        with unchanged(adapter), refuses(ValueError, f"a.layer: found an adapter {message}"):
+            dora_fx.DoRALinear(layer, adapter, path="a.layer")
+    adapter = dora_fx.ParallelLinearDoRAAdapter(8, 6, 2)
+    with (
+        unchanged(adapter),
+        refuses(ValueError, "a.layer: found complete_gradients = 'never', expected one of ['auto'"),
+    ):
+        dora_fx.DoRALinear(layer, adapter, path="a.layer", complete_gradients="never")  # type: ignore[arg-type]
+
+
 @every_case("targets", [["linear_qvk"], ["decoder.*.linear_qvk"], []])
 def test_no_target_matched(targets: list[str]) -> None:
     model = tiny_gpt()

@@ -216,6 +216,17 @@ def test_built_by_hand() -> None:
     assert_close(doubled - linear.bias, 2 * (linear(x) - linear.bias), rounding(torch.float32, 8 + 2))
 
 
+def test_an_adapter_may_be_moved_before_it_has_a_magnitude() -> None:
+    adapter = ParallelLinearDoRAAdapter(8, 6, 2).to(torch.bfloat16)
+    assert adapter.weight_magnitude is None
+    assert list(adapter.state_dict()) == ["linear_in.weight", "linear_out.weight"]
+    linear = nn.Linear(8, 6).bfloat16().requires_grad_(False)
+    layer, x = DoRALinear(linear, adapter), torch.randn(3, 8, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), linear(x))
+    assert adapter.weight_magnitude.dtype == torch.float32
+    assert list(adapter.state_dict()) == ["weight_magnitude", "linear_in.weight", "linear_out.weight"]
+
+
 def test_copies_are_independent() -> None:
     zoo = adapt_zoo(LinearZoo(["linear_bias"]))
     twin = copy.deepcopy(zoo)

@@ -77,6 +77,14 @@ def test_gated_shard_holds_gate_and_up_rows() -> None:
     assert shard(rows, 0, 1, 2).tolist() == [4, 5, 6, 7]
 
 
+def test_a_tensor_that_does_not_divide_is_not_cut() -> None:
+    rows = torch.arange(10)
+    assert shard(rows, None, 1, 4).tolist() == rows.tolist()
+    for tp_size, blocks in ((4, 1), (2, 2), (1, 3), (20, 1)):
+        with pytest.raises(ValueError, match=rf"found a tensor of shape \(10,\), .* multiple of {tp_size * blocks} in"):
+            shard(rows, 0, 0, tp_size, blocks)
+
+
 def test_shard_is_a_copy() -> None:
     whole = torch.zeros(4, 4)
     for dim in (None, 0, 1):

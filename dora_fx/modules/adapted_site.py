@@ -1,0 +1,169 @@
+"""The state of one adapted layer: its base layer, its adapter, and the buffers that are computed from both.
+
+The parameters are the adapter's (`adapter.py`). What follows from them and from the base weight is in buffers of the
+wrapper, which `cache/parameter_cache.py` fills and `freshness.py` checks. Gradients that are completed once per step
+are added up by the accumulators of `partial_gradients.py`. A call takes all of it as two records, `StoredParameters`
+and `CachedParameters`, which are all that the formula, the marker and the cache know of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
+from torch import nn
+
+from dora_fx.cache import CachedSite, empty_base_norm, empty_cache, measure_base
+from dora_fx.function import CachedParameters, StoredParameters, norm_dtype, row_norms
+from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+from dora_fx.modules.base_attributes import BaseAttributes
+from dora_fx.modules.partial_gradients import GradientCompletion, SiteAccumulators, leaves_for, make_accumulators
+from dora_fx.modules.site_paths import note_path
+from dora_fx.modules.written_parameters import guard_optimizers, note_loaded
+
+_CACHE_BUFFERS = tuple(f"cached_{name}" for name in CachedParameters._fields)
+
+
+class AdaptedSite(BaseAttributes):
+    """A linear layer with an adapter and everything that is kept for it; `DoRALinear` adds the call.
+
+    Args:
+        to_wrap, path, base_weight: see `BaseAttributes`.
+        adapter: a missing magnitude is set to the norm.
+        complete_gradients: see `DoRA`.
+    """
+
+    base_norm_sq: torch.Tensor
+
+    def __init__(
+        self,
+        to_wrap: nn.Module,
+        adapter: ParallelLinearDoRAAdapter,
+        path: str,
+        base_weight: nn.Parameter | None,
+        complete_gradients: GradientCompletion,
+    ) -> None:
+        super().__init__(to_wrap, path, base_weight)
+        self.adapter = adapter
+        for name in ("base_norm_sq", *_CACHE_BUFFERS):
+            self.register_buffer(name, None, persistent=False)
+        self.invalidate_norm()
+        # An accumulator has the shape and dtype of its parameter, and the magnitude's first value takes a norm.
+        self._accumulators, self.complete_gradients = SiteAccumulators(), complete_gradients
+        if adapter.weight_magnitude is None:
+            adapter.init_weight_magnitude(self._get_weight_norm())
+            note_path(adapter, path)
+        self._accumulators = make_accumulators(adapter, path, complete_gradients)
+        guard_optimizers()
+        self.register_load_state_dict_post_hook(_after_load_state_dict)
+
+    @property
+    def num_partial_sums(self) -> int:
+        """Return how many numbers this rank adds up within a step where Megatron's wrapper reduces the gradients."""
+        lora_a, lora_b, magnitude = self._accumulators
+        if not self.adapter.layout.magnitude_grad_is_partial(dropout=self.adapter.has_dropout):
+            magnitude = None
+        return sum(each.leaf.numel() for each in (lora_a, lora_b, magnitude) if each is not None)
+
+    @torch.inference_mode(False)
+    def invalidate_norm(self) -> None:
+        """Forget the norms of the base weight and all that is cached of the adapter, on this rank alone.
+
+        The next forward pass, where all ranks are, computes them.
+        """
+        adapter, weight = self.adapter, self.base_weight
+        adapter.set_factors()
+        self.base_norm_sq = empty_base_norm(weight)
+        cached = empty_cache(
+            self.base_norm_sq, adapter.linear_in.weight, adapter.linear_out.weight, adapter.layout, adapter.tp_group
+        )
+        for name, buffer in zip(_CACHE_BUFFERS, cached, strict=True):
+            setattr(self, name, buffer)
+        note_path(adapter, self.path)
+
+    @torch.inference_mode(False)
+    def _fit_to_parameters(self) -> None:
+        """Allocate buffers and accumulators anew where parameters have got another dtype or device than these.
+
+        Values are not compared here: buffers are cast and moved with the module, and the next refresh compares the
+        bits.
+        """
+        weight = self.base_weight
+        # A load or a move may have put other parameters in the place of those whose path is known.
+        note_path(self.adapter, self.path)
+        if self.base_norm_sq.dtype != norm_dtype(weight.dtype) or self.base_norm_sq.device != weight.device:
+            self.invalidate_norm()
+        if not self._accumulators.fit_parameters():
+            self._accumulators = make_accumulators(self.adapter, self.path, self.complete_gradients)
+
+    @torch.no_grad()
+    def _get_weight_norm(self) -> torch.Tensor:
+        """Return the row norms of W0 + scaling * B A, `[out]` or this rank's `[out/tp]`, float32 at least, detached.
+
+        Every rank of the layer's tensor-parallel group calls it.
+        """
+        site = self.cached_site()
+        measure_base(site)
+        return row_norms([site.stored])[0]
+
+    def cached_site(self) -> CachedSite:
+        """Return the parameters outside any call and the buffers made of them, for `parameter_cache.refresh`."""
+        stored = self.stored_parameters(self.base_weight, self.adapter.layout_name, drops=False)
+        return CachedSite(self.path, stored, self.cached_parameters())
+
+    def stored_parameters(self, weight: torch.Tensor, layout_name: str, *, drops: bool) -> StoredParameters:
+        """Return what a call reads of the parameters.
+
+        Args:
+            weight: W0 of the call, `[out, in]` or this rank's shard.
+            layout_name: of the call; Megatron switches an output layer's collectives for single calls.
+            drops: the call is one with dropout.
+        """
+        adapter = self.adapter
+        lora_a_leaf, lora_b_leaf, magnitude_leaf = leaves_for(self._accumulators, adapter)
+        magnitude = adapter.weight_magnitude
+        return StoredParameters(
+            weight=weight,
+            base_norm_sq=self.base_norm_sq,
+            lora_a=adapter.linear_in.weight,
+            lora_b=adapter.linear_out.weight,
+            # The norm that a magnitude starts as is computed before there is one, and does not depend on it.
+            magnitude=self.base_norm_sq if magnitude is None else magnitude,
+            scaling=adapter.scaling_factor,
+            dropout_threshold=adapter.dropout_threshold if drops else None,
+            dropout_rescale=adapter.dropout_rescale if drops else None,
+            layout_name=layout_name,
+            tp_group=adapter.tp_group,
+            dtype=weight.dtype,
+            lora_a_leaf=lora_a_leaf,
+            lora_b_leaf=lora_b_leaf,
+            magnitude_leaf=magnitude_leaf,
+        )
+
+    def cached_parameters(self) -> CachedParameters:
+        """Return the buffers of what follows from the parameters; they may be out of date until a refresh."""
+        return CachedParameters(*(getattr(self, name) for name in _CACHE_BUFFERS))
+
+    @torch.inference_mode(False)
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self._fit_to_parameters()
+        return self
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the base layer's sharded tensors under its own keys, and the adapter's under `adapter.`."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return {
+            **sharded_state_dict_default(self.to_wrap, prefix, sharded_offsets, metadata),
+            **self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata),
+        }
+
+
+def _after_load_state_dict(site: AdaptedSite, incompatible_keys: Any) -> None:
+    site._fit_to_parameters()
+    # torch loads the parameters alone. An optimizer's float32 copies would overwrite them at its next step.
+    note_loaded(site.adapter.parameters())
