@@ -76,9 +76,10 @@ def compile_model(
 
 
 def _layers(chunk: nn.Module) -> list[nn.Module]:
-    """The transformer layers, each with the activation checkpointing around it, which is a part of its graph then.
+    """Return the transformer layers, each inside its activation checkpointing if it has one.
 
-    Around a compiled layer it would compare what two calls save, and a graph of another kind saves something else.
+    The checkpointing is compiled with the layer. Around a compiled layer it would compare the tensors that the two
+    calls save, and the graphs of the forward pass and of the recomputation save different ones.
     """
     wrappers = {
         unwrap(module): module for module in reversed(list(chunk.modules())) if isinstance(module, ActivationWrapper)
@@ -109,7 +110,7 @@ def _compile_chunk(chunk: nn.Module, scope: Scope, settings: dict[str, Any]) -> 
         if isinstance(named.module, LanguageModelEmbedding):
             named.module.register_forward_hook(embedding_hook)
     if scope == "model":
-        # Growing buffers are part of the graph then, at no more recompilations.
+        # Buffers that grow are part of this graph, and cause no further recompilations.
         chunk.compile(**settings)
         return
     chunk.register_forward_pre_hook(_allocate_buffers, with_kwargs=True)

@@ -59,7 +59,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def report_on(chunks: Sequence[nn.Module], unmatched_linears: Sequence[str]) -> DoRAReport:
-    """Describe every DoRA site of the chunks."""
+    """Return the report on every DoRA site of the chunks."""
     sites = []
     for _, (_, path, site) in adapted_layers(chunks):
         adapter = site.adapter

@@ -1,7 +1,8 @@
-"""A warning, at the first step of an optimizer, for adapted layers that no gradient reached.
+"""Warn at the first step of an optimizer of adapted layers that no gradient reached.
 
-A checkpoint that keeps no graph, a detached output or a layer that is never called train a part of the model without
-an error. B and m have gradients that are not zero from the first backward pass on; A has none while B is zero.
+With a checkpoint that keeps no graph, a detached output or a layer that is never called, only a part of the model is
+trained, and nothing raises. B and m have gradients other than zero from the first backward pass on, A once B is not
+zero, so a layer without any is one that the loss does not depend on.
 """
 
 from __future__ import annotations
@@ -23,31 +24,31 @@ logger = logging.getLogger(__name__)
 
 _MOST_NAMES = 3
 # Each model's layers by their paths, until an optimizer that has a part of them steps.
-_watched: list[weakref.WeakValueDictionary[str, DoRALinear]] = []
+_sites_before_first_step: list[weakref.WeakValueDictionary[str, DoRALinear]] = []
 
 
 def watch_first_step(sites: Mapping[str, DoRALinear]) -> None:
-    """Look at these layers when an optimizer first trains one of them; the layers of one model, by their paths."""
+    """Check these layers at the first step of an optimizer that trains one; the layers of one model, by their paths."""
     if sites:
-        _watched.append(weakref.WeakValueDictionary(sites))
+        _sites_before_first_step.append(weakref.WeakValueDictionary(sites))
         _watch_optimizers()
 
 
 @functools.cache
 def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(_look)
+    register_optimizer_step_pre_hook(_check_gradients)
 
 
-def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
-    # `args` has the optimizer first. Within a closure the gradients are yet to come.
+def _check_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Mapping[str, Any]) -> None:
+    # `args` has the optimizer first. A closure computes the gradients inside the step, after this hook.
     if any(callable(argument) for argument in (*args[1:], *kwargs.values())):
         return
-    for sites in list(_watched):
+    for sites in list(_sites_before_first_step):
         alive = dict(sites)
         if not alive:
-            _watched.remove(sites)
+            _sites_before_first_step.remove(sites)
         elif _trains_any(optimizer, alive.values()):
-            _watched.remove(sites)
+            _sites_before_first_step.remove(sites)
             _warn_of(alive)
 
 
@@ -78,11 +79,11 @@ def _warn_of(sites: Mapping[str, DoRALinear]) -> None:
 def _has_gradient(site: DoRALinear) -> bool:
     trained = [parameter for parameter in site.adapter.parameters() if parameter.requires_grad]
     gradients = [gradient for parameter in trained if (gradient := _gradient_maybe(parameter)) is not None]
-    # Of a DTensor a rank has a part, which may be empty.
+    # A rank has a part of a DTensor, which may be empty.
     return not trained or any(isinstance(gradient, DTensor) or bool(gradient.any()) for gradient in gradients)
 
 
 def _gradient_maybe(parameter: Any) -> torch.Tensor | None:
-    """A parameter's gradient, wherever Megatron has moved it by the time that its optimizer steps."""
+    """Return a parameter's gradient, which Megatron keeps in `main_grad`."""
     main_grad: torch.Tensor | None = getattr(parameter, "main_grad", None)
     return parameter.grad if main_grad is None else main_grad

@@ -31,15 +31,15 @@ def parameter_groups(
     loraplus_lr_ratio: float = 1.0,
     magnitude_lr_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a model's adapters as groups for a torch optimizer: A, B and the magnitudes.
+    """Return the trainable parameters of a model's adapters as groups for a torch optimizer: A, B and the magnitudes.
 
         groups = dora_fx.parameter_groups(model, lr=1e-4, loraplus_lr_ratio=16)
         torch.optim.AdamW(groups, weight_decay=0.1)
 
-    What is None here is left to the optimizer's own arguments (AdamW decays by 0.01 unless told otherwise); what is
-    given here counts, as in any group of torch's. Magnitudes are not decayed by either: W0 is in them, and decay would
-    pull the adapted weight to zero and not to the base. PEFT decays them like A and B, Megatron decays nothing that has
-    one dimension.
+    An argument that is None is left to the optimizer (AdamW decays by 0.01 by default); one that is given overrides the
+    optimizer's, as in any group of torch's. Magnitudes are never decayed: W0 is in them, and decay would pull the
+    adapted weight to zero and not to the base. PEFT decays them like A and B, Megatron decays nothing that has one
+    dimension.
 
     Every rank gets its own shards, and the same three groups, of which some may be empty on a pipeline stage. A warning
     names trainable parameters outside adapters, which are in none of them.
@@ -96,7 +96,7 @@ def _warn_of_others(chunks: Sequence[nn.Module], in_groups: set[int]) -> None:
 def config_overrides(
     config: OptimizerConfig, *, loraplus_lr_ratio: float = 1.0, magnitude_lr_ratio: float = 1.0
 ) -> dict[ParamKey, ParamGroupOverride]:
-    """The same for Megatron's optimizers: its standard overrides, and the groups' learning rates with their bounds.
+    """Return such groups for Megatron's optimizers: its standard overrides, with learning rates and their bounds.
 
         overrides = dora_fx.config_overrides(config, loraplus_lr_ratio=16)
         optimizer = get_megatron_optimizer(config, chunks, config_overrides=overrides)
@@ -122,7 +122,7 @@ def config_overrides(
     for name, ratio in ratios.items():
         if ratio == 1.0:
             continue
-        # Megatron multiplies by no `lr_mult`, but tells the groups of a checkpoint apart by it.
+        # Megatron does not multiply by `lr_mult`, but distinguishes the groups of a checkpoint by it.
         override = {"lr": config.lr * ratio, "max_lr": config.lr * ratio, "lr_mult": ratio}
         if config.min_lr is not None:
             override["min_lr"] = config.min_lr * ratio
@@ -131,7 +131,7 @@ def config_overrides(
 
 
 def _ratios(loraplus_lr_ratio: float, magnitude_lr_ratio: float) -> dict[str, float]:
-    """The ratio of each tensor of an adapter."""
+    """Return the ratio of each tensor of an adapter."""
     for name, found in (("loraplus_lr_ratio", loraplus_lr_ratio), ("magnitude_lr_ratio", magnitude_lr_ratio)):
         if not math.isfinite(found) or found <= 0:
             raise ValueError(f"{name}: found {found!r}, expected a positive finite number")

@@ -12,7 +12,7 @@ from torch import nn
 from dora_fx.megatron import NamedModule, unwrap, walk
 from dora_fx.modules import DoRALinear, looks_like_linear
 
-# A target that stands for all linear layers but those that put out logits, by PEFT's name for it.
+# PEFT's name for all linear layers but those that put out logits.
 ALL_LINEAR = "all-linear"
 _MEGATRON_OUTPUT_LAYER = "output_layer"
 # The heads that PEFT leaves out of a sequence classifier.
@@ -37,7 +37,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def adapted_layers(chunks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, NamedModule]]:
-    """Every `DoRALinear` of chunks, bare or wrapped, with its chunk as it was given."""
+    """Yield every `DoRALinear` of chunks, bare or wrapped, with its chunk as it was given."""
     for chunk in chunks:
         for named in walk(chunk, DoRALinear):
             if isinstance(named.module, DoRALinear):
@@ -91,7 +91,7 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
 
 
 def _output_layers(chunk: nn.Module) -> set[nn.Module]:
-    """The layers of a Megatron or transformers model that put out logits."""
+    """Return the layers of a Megatron or transformers model that put out logits."""
     model: Any = unwrap(chunk)
     output_layer = getattr(model, _MEGATRON_OUTPUT_LAYER, None)
     if output_layer is None and hasattr(model, "get_output_embeddings"):
@@ -104,7 +104,7 @@ def _output_layers(chunk: nn.Module) -> set[nn.Module]:
 
 
 def nearest_names(chunks: Sequence[nn.Module], pattern: str, count: int = 3) -> list[str]:
-    """Names of the model's linear layers that are spelled most like `pattern`."""
+    """Return the names of the model's linear layers that are spelled most like `pattern`."""
     linears = [named for chunk in chunks for named in walk(chunk, DoRALinear) if looks_like_linear(named.module)]
     names = {named.path.rpartition(".")[2] for named in linears}
     close = difflib.get_close_matches(pattern.rpartition(".")[2], sorted(names), n=count, cutoff=0.0)

@@ -46,7 +46,9 @@ _KEPT_TWICE = (
 
 @dataclass(frozen=True)
 class KeptAdapter:
-    """The data that `unmerge` needs, kept on the merged layer; not a module, so that the model does not contain it.
+    """The data that `unmerge` needs, kept as an attribute of the merged layer.
+
+    It is not a module, so the model's state dict and parameters do not contain the adapter while it is merged.
 
     Attributes:
         site: the adapted layer that the merged one stands in for.
@@ -82,19 +84,20 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
     chunks = chunks_of(model)
     sites = [(named.whole_path, named.module) for _, named in adapted_layers(chunks)]
     _check_mergeable(chunks, sites, keep_adapter=keep_adapter)
-    merged: dict[nn.Module, nn.Module] = {}
+    plain_layers: dict[nn.Module, nn.Module] = {}
     try:
         for _, site in sites:
             _merge_site(site, keep_adapter=keep_adapter)
-            merged[site] = site.to_wrap
+            plain_layers[site] = site.to_wrap
     except BaseException:
-        # Out of memory, say. What is merged so far is undone, or else the function stays that of the whole model.
+        # Out of memory, say. An adapter beside a weight that it is merged into would be applied twice. So the layers
+        # that are merged already are restored, or, where nothing is kept to restore them, lose their adapters.
         if keep_adapter:
-            _restore(merged.values())
+            _restore(plain_layers.values())
         else:
-            _replace(chunks, merged)
+            _replace(chunks, plain_layers)
         raise
-    _replace(chunks, merged)
+    _replace(chunks, plain_layers)
     if not keep_adapter:
         rebuild_gradient_buffers(chunks)
     logger.info("merged %d layers", len(sites))
@@ -114,13 +117,13 @@ def unmerge(model: ModelT) -> ModelT:
             in the memory of another module's, which would change too.
     """
     chunks = chunks_of(model)
-    merged = [named for chunk in chunks for named in walk(chunk) if hasattr(named.module, _KEPT)]
-    problem = _unmerge_problem_maybe(chunks, merged)
-    _raise_together(problem, {getattr(named.module, _KEPT).site.adapter.tp_group for named in merged})
-    if not _on_any_stage(bool(merged)):
+    layers = [named for chunk in chunks for named in walk(chunk) if hasattr(named.module, _KEPT)]
+    problem = _unmerge_problem_maybe(chunks, layers)
+    _raise_together(problem, {getattr(named.module, _KEPT).site.adapter.tp_group for named in layers})
+    if not _on_any_stage(bool(layers)):
         raise ValueError("found no merged layer, expected a model after merge(model, keep_adapter=True)")
-    _replace(chunks, _restore(named.module for named in merged))
-    logger.info("unmerged %d layers", len(merged))
+    _replace(chunks, _restore(named.module for named in layers))
+    logger.info("unmerged %d layers", len(layers))
     return model
 
 
@@ -170,7 +173,7 @@ def _replace(chunks: Iterable[nn.Module], replacements: Mapping[nn.Module, nn.Mo
 
 @torch.no_grad()
 def merged_weight(site: DoRALinear) -> torch.Tensor:
-    """g * (W0 + s B A), `[out, in]` or this rank's shard; float32, or float64 in a float64 model.
+    """Return g * (W0 + s B A), `[out, in]` or this rank's shard; float32, or float64 in a float64 model.
 
     Every rank of the layer's tensor-parallel group calls it.
     """
@@ -189,7 +192,7 @@ def merged_weight(site: DoRALinear) -> torch.Tensor:
 def merge_tensors(
     weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, delta: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """(1 + delta) * (W0 + scaling * B A) in float32 at least.
+    """Return (1 + delta) * (W0 + scaling * B A) in float32 at least.
 
     Args:
         weight: W0 `[out, in]`.
@@ -216,11 +219,12 @@ def _check_mergeable(
 
 
 def _raise_together(problem: str | None, tp_groups: Iterable[str]) -> None:
-    """Raise what this rank found, or another one of the model, on all of its ranks; each of them calls it."""
+    """Raise ValueError on all ranks of the model if one of them found a problem; every rank calls it."""
     groups = [resolve_group(tp_group) for tp_group in sorted(set(tp_groups) - {""})]
     if parallel_state.model_parallel_is_initialized():
         groups.append(parallel_state.get_pipeline_model_parallel_group())
-    # Every rank takes part in every exchange before it raises: those of another stage hear of it in the last one.
+    # Every rank takes part in every exchange before it raises, since ranks of another stage wait for it in the last
+    # one.
     for group in groups:
         problem = problem_of_any_rank_maybe(problem, group)
     if problem is not None:
@@ -238,9 +242,9 @@ def _nothing_adapted(chunks: Sequence[nn.Module]) -> str:
     return NOTHING_ADAPTED if path is None else f"{path}: found a layer that is merged already; unmerge it first"
 
 
-def _unmerge_problem_maybe(chunks: Sequence[nn.Module], merged: Sequence[NamedModule]) -> str | None:
-    """The first reason why a merged layer cannot become what it was."""
-    for named in merged:
+def _unmerge_problem_maybe(chunks: Sequence[nn.Module], layers: Sequence[NamedModule]) -> str | None:
+    """Return the first reason why a merged layer cannot become what it was."""
+    for named in layers:
         kept: KeptAdapter = getattr(named.module, _KEPT)
         if named.path.endswith(".to_wrap") or kept.merged_again:
             path = named.whole_path.removesuffix(".to_wrap")
@@ -253,11 +257,11 @@ def _unmerge_problem_maybe(chunks: Sequence[nn.Module], merged: Sequence[NamedMo
                 f"{named.whole_path}.weight: found {found}, expected one of shape {tuple(kept.weight.shape)} with "
                 "memory, for the base weight of before the merge"
             )
-    return sharing_problem_maybe(chunks, {named.whole_path: named.module for named in merged})
+    return sharing_problem_maybe(chunks, {named.whole_path: named.module for named in layers})
 
 
 def merge_problem_maybe(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> str | None:
-    """The first reason why a site of this rank cannot be merged; `sites` by their paths in the whole model."""
+    """Return the first reason why a site of this rank cannot be merged; `sites` by their paths in the whole model."""
     users = _users_of_weights(chunks)
     return next((problem for path, site in sites if (problem := _problem_maybe(path, site, users)) is not None), None)
 
@@ -284,7 +288,7 @@ def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> 
 
 
 def _users_of_weights(chunks: Sequence[nn.Module]) -> dict[int, list[str]]:
-    """Paths of the modules that own each parameter, by the parameter's id."""
+    """Return the paths of the modules that own each parameter, by the parameter's id."""
     users: dict[int, list[str]] = {}
     for chunk in chunks:
         for _, path, module in walk(chunk):
@@ -294,6 +298,6 @@ def _users_of_weights(chunks: Sequence[nn.Module]) -> dict[int, list[str]]:
 
 
 def _write_weight(weight: torch.Tensor, value: torch.Tensor) -> None:
-    # One that a user made in inference mode can be written there alone.
+    # A weight that a user made in inference mode can be written in inference mode alone.
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         weight.copy_(value)

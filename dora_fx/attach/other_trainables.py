@@ -1,4 +1,4 @@
-"""Say what a model trains beside its adapters, where a writer keeps the adapters alone."""
+"""Warn of parameters that a model trains beside its adapters, where only the adapters are saved."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dora_fx.megatron import walk
 logger = logging.getLogger(__name__)
 
 _NUM_LISTED = 3
-# What was said of a model. Adapters are written at every step of some trainings.
-_said: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+# The warnings about a model so far. Some trainings save adapters at every step.
+_warnings: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def other_trainables(chunks: Sequence[nn.Module]) -> list[str]:
-    """The names in the whole model of this rank's parameters that require a gradient and are no adapter's."""
+    """Return the names in the whole model of this rank's parameters that require a gradient and are no adapter's."""
     sites = [named.module for _, named in adapted_layers(chunks)]
     seen = {parameter for site in sites for parameter in site.adapter.parameters()}
     found = []
@@ -35,11 +35,11 @@ def other_trainables(chunks: Sequence[nn.Module]) -> list[str]:
 
 
 def warn_of_other_trainables(chunks: Sequence[nn.Module], writer: str) -> None:
-    """Log once what a writer does not keep of a model: on the first rank of each pipeline stage, its own parameters.
+    """Log once which trained parameters a function does not save; each pipeline stage's first rank names its own.
 
     Args:
         chunks: the model's, bare or wrapped.
-        writer: the name of the function that keeps adapters alone.
+        writer: the name of the function, which saves adapters alone.
     """
     found = other_trainables(chunks) if _is_first_replica() else []
     if not found:
@@ -50,9 +50,9 @@ def warn_of_other_trainables(chunks: Sequence[nn.Module], writer: str) -> None:
         f"{writer} keeps adapters alone: found {len(found)} other trainable parameters ({listed}{more}), of which "
         "nothing is written; freeze them, or save them by themselves"
     )
-    said = _said.setdefault(chunks[0], set())
-    if message not in said:
-        said.add(message)
+    earlier = _warnings.setdefault(chunks[0], set())
+    if message not in earlier:
+        earlier.add(message)
         logger.warning("%s", message)
 
 

@@ -46,13 +46,15 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class AttachPlan:
-    """The plan of a call of `DoRA`.
+    """The changes that a call of `DoRA` is going to make.
 
     Attributes:
         new: layers to wrap.
-        existing: sites that are there already.
-        unmatched_targets, unmatched_linears: targets and linear layers that have no counterpart.
-        idle_patterns: patterns of ranks and alphas that decide for no layer here, each after the name of its field.
+        existing: sites that are adapted already.
+        unmatched_targets: targets that name no layer of this rank.
+        unmatched_linears: linear layers that no target names.
+        idle_patterns: patterns of ranks and alphas that decide for no layer of this rank, as pairs of field name and
+            pattern.
     """
 
     new: list[PlannedSite]
@@ -232,10 +234,10 @@ def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> 
 
 
 def _check_rows(path: str, linear: nn.Module, spec: LinearSpec) -> None:
-    """Raise ValueError for layers of which Megatron's checkpoints hold the parts of the rows each by itself.
+    """Raise ValueError for layers whose rows Megatron's checkpoints hold in several parts.
 
-    On several ranks such parts are sharded one by one, and adapters are not: loaded at another size, their rows would
-    belong to others.
+    On several ranks each part is sharded by itself, but an adapter's rows are sharded as one. Loaded at another
+    tensor-parallel size, the adapter's rows would be applied to other rows of the layer.
     """
     name = path.rpartition(".")[2]
     if name == "linear_qkv_down_proj":
@@ -253,7 +255,7 @@ def _check_rows(path: str, linear: nn.Module, spec: LinearSpec) -> None:
 
 
 def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:
-    """The embedding that a Megatron output layer without a weight of its own multiplies by."""
+    """Return the embedding that a Megatron output layer without a weight of its own multiplies by."""
     tied = getattr(chunk, "shared_embedding_or_output_weight", None)
     weight = tied() if path == "output_layer" and tied is not None else None
     if weight is None:
@@ -267,7 +269,7 @@ def _check_weight(path: str, weight: torch.Tensor) -> None:
     if is_traced(weight):
         raise ValueError(
             f"{path}: found a fake base weight, or a tracer or FakeTensorMode around this call, expected neither: "
-            "norms are computed of the weight's values"
+            "norms are computed from the weight's values"
         )
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dim() != 2:
         raise ValueError(
@@ -275,7 +277,7 @@ def _check_weight(path: str, weight: torch.Tensor) -> None:
             "matrix of 16, 32 or 64 bits; quantised base weights are not supported"
         )
     if hasattr(weight, "__tensor_flatten__"):
-        # Libraries that quantise keep the layer's class and give it a tensor of a class of theirs.
+        # Quantisation libraries keep the layer's class and replace its weight by a tensor subclass.
         raise ValueError(
             f"{path}: found a base weight of class {type(weight).__module__}.{type(weight).__name__}, expected a plain "
             "tensor; quantised base weights are not supported"

@@ -1,10 +1,10 @@
-"""Each layer is tried when it is attached: does it compute what its kind describes?
+"""Run each layer on a few rows when it is attached, and compare its output with what its `LinearSpec` describes.
 
     layer(x)    compared with    W0 x + bias, behind the norm and between the collectives of its layout
 
-DoRA's norms, merging and export take W0 for all that a layer does to its input. A class that does more, a forward that
-somebody replaced, or a kind that describes its layers wrongly would train another function without a word. A few rows
-through the layer and through the formula, which runs without a low-rank product here, tell before anything is changed.
+DoRA's norms, merging and export assume that W0 is all that a layer does to its input. With a class that does more, a
+replaced forward, or a kind that describes its layers wrongly, another function would be trained without an error. The
+comparison with the formula, run without a low-rank product, shows that before anything is changed.
 
 The layer's forward is run on a copy of its attributes and buffers, without its hooks. Hooks are the user's: what they
 make of an output stays as it is, since a layer with hooks is called with them while its adapter is on.
@@ -72,14 +72,14 @@ def _problem_maybe(site: PlannedSite) -> str | None:
             _say_once(name, f"{type(error).__name__}: {error}")
             return None
         try:
-            described = _described(site, x)
+            expected = _run_formula(site, x)
         except RuntimeError as error:
             return f"{site.path}: found a {name} that runs and cannot be computed as its kind describes it: {error}"
-        return _difference_maybe(site, found, described)
+        return _difference_maybe(site, found, expected)
 
 
 def _rows(site: PlannedSite) -> torch.Tensor:
-    """Normally distributed input `[tp, _TOKENS, in]`; other values on each rank only where the layout shards it."""
+    """Return normally distributed input `[tp, _TOKENS, in]`, which differs between ranks where the layout shards it."""
     layout, tp_group = site.spec.layout, site.spec.tp_group
     features = site.weight.shape[1] * (site.spec.tp_size if layout.enter == "split_features" else 1)
     is_whole = layout.enter in ("copy", "split_features")
@@ -95,7 +95,7 @@ def _call(site: PlannedSite, x: torch.Tensor) -> Any:
 
 
 def _without_hooks(linear: nn.Module) -> nn.Module:
-    """A copy of a layer whose attributes and buffers its forward may change; it has the layer's own parameters."""
+    """Return a copy of a layer with the same parameters, but attributes and buffers that its forward may change."""
     copied = copy.copy(linear)
     for name, value in vars(copied).items():
         if isinstance(value, (list, dict, set)):
@@ -105,8 +105,8 @@ def _without_hooks(linear: nn.Module) -> nn.Module:
     return copied
 
 
-def _described(site: PlannedSite, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Run the formula with factors of rank zero and a scale of one; what the layer returns beside comes after it."""
+def _run_formula(site: PlannedSite, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Run the formula with factors of rank zero and a scale of one; return all that the layer should return."""
     spec, weight = site.spec, site.weight
     lora_a, lora_b = weight.new_zeros(0, weight.shape[1]), weight.new_zeros(weight.shape[0], 0)
     one = torch.ones(1, dtype=norm_dtype(weight.dtype), device=weight.device)
@@ -135,15 +135,15 @@ def _described(site: PlannedSite, x: torch.Tensor) -> tuple[torch.Tensor | None,
     return (output, *(spec.kind.returned_beside_output(site.linear) or ()))
 
 
-def _difference_maybe(site: PlannedSite, found: Any, described: tuple[torch.Tensor | None, ...]) -> str | None:
-    """Say where what a layer returns is not what is described, but for rounding."""
+def _difference_maybe(site: PlannedSite, found: Any, expected: tuple[torch.Tensor | None, ...]) -> str | None:
+    """Return a message where a layer's output differs from the formula's by more than rounding, else None."""
     name = type(site.linear).__name__
     returned = found if isinstance(found, tuple) else (found,)
     beside = site.spec.kind.returned_beside_output(site.linear)
-    shapes, expected = [[_shape(value) for value in values] for values in (returned, described)]
-    if isinstance(found, tuple) != (beside is not None) or shapes != expected:
-        return f"{site.path}: found a {name} that returns {shapes}, expected {expected} as its kind describes it"
-    pairs = zip(returned, described, strict=True)
+    shapes, expected_shapes = [[_shape(value) for value in values] for values in (returned, expected)]
+    if isinstance(found, tuple) != (beside is not None) or shapes != expected_shapes:
+        return f"{site.path}: found a {name} that returns {shapes}, expected {expected_shapes} as its kind describes it"
+    pairs = zip(returned, expected, strict=True)
     errors = [_relative_error(value, other) for value, other in pairs if value is not None and other is not None]
     bound = _rounding(site)
     if max(errors) <= bound:
@@ -160,7 +160,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference of an output feature, over the largest value that it has for any token.
+    """Return the largest difference of an output feature, over the largest value that it has for any token.
 
     What overflows counts as zero, on both sides.
     """
@@ -175,7 +175,7 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _rounding(site: PlannedSite) -> float:
-    """The relative error of an output, at most: random walks of roundings with room for both sides to be off.
+    """Return a bound of an output's relative error: random walks of roundings, with room for both sides to be off.
 
     Sums over the input are accumulated in float32 at least. In 16 bits the norm's output, the product, the sum over the
     ranks and that with the bias are each rounded to the dtype.
@@ -187,7 +187,7 @@ def _rounding(site: PlannedSite) -> float:
 
 
 def _product_eps(weight: torch.Tensor) -> float:
-    """The rounding of the operands of a product, where it is coarser than their dtype's."""
+    """Return the rounding of the operands of a product, where it is coarser than their dtype's."""
     if weight.dtype != torch.float32:
         return 0.0
     precision = torch.get_float32_matmul_precision()

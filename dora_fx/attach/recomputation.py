@@ -1,8 +1,8 @@
-"""Let adapters train in layers that are recomputed in the backward pass, though what comes before them is frozen.
+"""Let adapters train in layers that are recomputed in the backward pass, though everything before them is frozen.
 
 A reentrant checkpoint, of Megatron or torch, is an autograd function around layers that run without gradients. Autograd
 leaves it out of the graph unless one of its inputs needs a gradient, and the output of a frozen embedding needs none.
-The adapters inside would then get no gradient, and nothing would say so.
+The adapters inside would then get no gradient, without an error.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class _NeedGradient(torch.autograd.Function):
 def train_through_recomputation(chunk: nn.Module) -> None:
     """Have the input of every module of a chunk that recomputes adapted layers need a gradient, at each such call.
 
-    That costs one layer's gradient of its input, and is added in no call that recomputes nothing or that runs without
-    gradients; a module is asked anew in each call, since settings may change. Checkpoints that are put around modules
-    later are noticed where they are around Megatron's layers.
+    That costs one layer's gradient of its input. Calls that recompute nothing, or that run without gradients, are left
+    alone; each call reads the module's settings, since these may change. Checkpoints that are put around modules later
+    are noticed where they are around Megatron's layers.
 
     Args:
         chunk: bare or wrapped, with adapters. Further calls change nothing.
@@ -107,7 +107,7 @@ def before_transformers_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _is_reentrant(checkpoint: Any) -> bool:
-    """Return whether a checkpoint may be reentrant, which functions other than torch's do not tell."""
+    """Return whether a checkpoint may be reentrant; True for functions other than torch's, of which it is not known."""
     return not (isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant") is False)
 
 

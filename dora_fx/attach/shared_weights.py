@@ -1,8 +1,8 @@
 """Find modules of this process whose tensors lie in the memory of weights that are about to be written.
 
 A policy and its reference may have one base between them, as one parameter or as two over the same memory. Writing a
-merged weight for one of them then changes the other, which nothing in either model tells. No model knows of the
-others, so all modules of the process are looked at; nothing is kept of them.
+merged weight for one of them then changes the other, and neither model has a reference to the other. So all modules of
+the process are searched; no reference to them is kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class _Memory(NamedTuple):
 
 
 def sharing_problem_maybe(chunks: Sequence[nn.Module], linears: Mapping[str, nn.Module]) -> str | None:
-    """The first layer whose weight another module of this process uses too, and that module; None if there is none.
+    """Return a message that names the first layer whose weight another module uses too, and that module.
+
+    It is None if there is none in this process.
 
     Args:
         chunks: of the model that the layers are in.
@@ -44,11 +46,12 @@ def sharing_problem_maybe(chunks: Sequence[nn.Module], linears: Mapping[str, nn.
     written = set(linears.values())
     if next(_sharing(own, written), None) is None:
         return None
-    # Models that nobody uses any more live on in cycles until they are collected.
+    # A model without users may still be there: reference cycles keep it until the collector runs.
     gc.collect()
     for path, other, name in _sharing(own, written):
+        user = _path_anywhere(chunks, other, name)
         return (
-            f"{path}: found its base weight in the memory of {_describe(chunks, other, name)} too, which would change "
+            f"{path}: found its base weight in the memory of {user} too, which would change "
             "with it; expected a weight that no other module uses: give one of them a copy"
         )
     return None
@@ -57,10 +60,11 @@ def sharing_problem_maybe(chunks: Sequence[nn.Module], linears: Mapping[str, nn.
 def _sharing(
     own: Sequence[tuple[_Memory, str]], written: Collection[nn.Module]
 ) -> Iterator[tuple[str, nn.Module, str]]:
-    """The path of a layer, a module that is not written itself with a tensor in that memory, and the tensor's name.
+    """Yield layers' paths, each with another module that has a tensor in the layer's memory, and that tensor's name.
 
     Args:
         own: memory of the weights, none of which overlap, in order, and the layers' paths.
+        written: the modules of the layers themselves.
     """
     for module in _modules_of_process():
         if module in written:
@@ -77,7 +81,7 @@ def _sharing(
 
 
 def _modules_of_process() -> list[nn.Module]:
-    """All modules but traced graphs, which hold what their model does."""
+    """Return all modules but traced graphs, which hold the tensors of the model that they were traced from."""
     objects = gc.get_objects()
     # A process has millions of objects, of some thousand classes.
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, nn.Module)}
@@ -94,7 +98,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _memory_maybe(tensor: torch.Tensor) -> _Memory | None:
-    """Where a tensor lies; None for one without memory of its own."""
+    """Return the memory of a tensor; None for one without memory of its own."""
     if tensor.is_meta or tensor.layout != torch.strided or isinstance(tensor, FakeTensor):
         return None
     if nn.parameter.is_lazy(tensor) or is_traceable_wrapper_subclass(tensor) or not tensor.numel():
@@ -104,8 +108,8 @@ def _memory_maybe(tensor: torch.Tensor) -> _Memory | None:
     return _Memory(str(tensor.device), start, start + (last + 1) * tensor.element_size()) if start else None
 
 
-def _describe(chunks: Sequence[nn.Module], module: nn.Module, name: str) -> str:
-    """The path of a module's tensor in the model, or the longest that it has in another one."""
+def _path_anywhere(chunks: Sequence[nn.Module], module: nn.Module, name: str) -> str:
+    """Return the path of a module's tensor in the model, or the longest that it has in another one."""
     for chunk in chunks:
         for named in walk(chunk):
             if named.module is module:

@@ -30,8 +30,9 @@ def rebuild_gradient_buffers(chunks: Iterable[nn.Module]) -> None:
 def _construct_again(wrapper: Any) -> None:
     """Call the constructor of Megatron's wrapper with what it was called with, in place.
 
-    Nothing of its own makes buffers anew (read in megatron-core 0.16 to 0.19). It does not keep its arguments, but what
-    it made of them: groups under these names, and no bucket size where buckets were turned off.
+    It has no method that allocates its buffers again (read in megatron-core 0.16 to 0.19). It does not keep its
+    arguments, but attributes that follow from them: groups under these names, and no bucket size where buckets were
+    turned off.
     """
     groups = ProcessGroupCollection()
     for name in ("dp", "dp_cp", "intra_dp_cp", "expt_dp", "intra_expt_dp", "inter_dist_opt", "tp", "pp", "ep"):
@@ -56,8 +57,8 @@ def is_parameter_gather_hook(hook: object) -> bool:
 def data_parallel_around(chunks: Iterable[nn.Module]) -> list[nn.Module]:
     """Megatron's and torch's DistributedDataParallel objects of this process that hold a part of one of the chunks.
 
-    A caller may pass the model inside such a wrapper, which the model has no reference to, and train through the
-    wrapper all the same. So where there are ranks to drift apart they are looked for among all objects.
+    A caller may pass a model out of such a wrapper and train through the wrapper, to which the model has no reference.
+    So where there is more than one rank, wrappers are searched among all objects of the process.
     """
     parts = dict.fromkeys(module for chunk in chunks for module in chunk.modules())
     everywhere = data_parallel_objects() if dist.is_initialized() and dist.get_world_size() > 1 else []
@@ -69,6 +70,6 @@ def data_parallel_objects() -> list[nn.Module]:
     """Megatron's and torch's DistributedDataParallel objects of this process."""
     if not live_objects(_DATA_PARALLEL):
         return []
-    # Wrappers that nobody uses any more live on in cycles until they are collected.
+    # A wrapper without users may still be there: reference cycles keep it until the collector runs.
     gc.collect()
     return live_objects(_DATA_PARALLEL)

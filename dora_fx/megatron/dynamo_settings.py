@@ -1,7 +1,8 @@
-"""The Dynamo settings that Megatron-Core needs to be captured as a whole.
+"""Set Dynamo up to capture Megatron-Core's layers without graph breaks.
 
-They hold for the whole process, so nothing sets them before something is compiled: importing `dora_fx.backend` does,
-which torch does for `backend="dora_fx"`, and another compiler's Dynamo when it comes to an adapted layer.
+The settings hold for the whole process, so they are made only when something is compiled: by the import of
+`dora_fx.backend`, which torch imports for `backend="dora_fx"`, and for another backend when Dynamo traces the first
+adapted layer.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def _trace_checkpoints_of_megatron() -> None:
 
 
 def allow_many_graphs() -> None:
-    """Let one function have as many graphs as a model has kinds of adapted layers, times the ways of running them.
+    """Raise Dynamo's limit of graphs per function, by default 8, to what a model with adapters needs.
 
-    A graph is of one rank of the low-rank product, and Dynamo gives up at 8 graphs of a function by default. Layers
-    compiled one by one are all the same function.
+    Layers that are compiled one by one are calls of the same function. It has a graph for each kind of layer and rank
+    of the low-rank product, and for each way of running them, such as training and evaluation.
     """
     config.recompile_limit = max(config.recompile_limit, 64)

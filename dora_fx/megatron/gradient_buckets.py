@@ -16,8 +16,8 @@ from torch import nn
 
 from dora_fx.megatron.data_parallel import data_parallel_objects
 
-# A look for them among all objects of the process takes a while, and every parameter asks.
-_found: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The wrappers found so far. Every parameter asks for its own, and a search among all objects of the process is slow.
+_wrappers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 ParametersHook = Callable[[Sequence[nn.Parameter]], None]
 
@@ -36,7 +36,7 @@ class GradientBucket(NamedTuple):
         return self.wrapper() is None
 
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters whose gradients the wrapper reduces."""
+        """Return all parameters whose gradients the wrapper reduces."""
         wrapper = self.wrapper()
         return [] if wrapper is None else list(wrapper.param_to_bucket_group)
 
@@ -55,16 +55,16 @@ def find_bucket_maybe(
     Args:
         before_reduction: called with the group's parameters, in an order that is the same on all ranks, before their
             gradients are read.
-        after_reset: called with them after their gradients were given up for a new step.
+        after_reset: called with them after their gradients were set to zero for a new step.
     """
     main_grad = getattr(parameter, "main_grad", None)
     if main_grad is None:
         return None
     reduced = getattr(parameter, "main_grad_copy_in_grad_buffer", main_grad)
-    known = _group_of_maybe(_found, parameter, reduced)
+    known = _group_of_maybe(_wrappers, parameter, reduced)
     if known is None:
-        _found.update(data_parallel_objects())
-        known = _group_of_maybe(_found, parameter, reduced)
+        _wrappers.update(data_parallel_objects())
+        known = _group_of_maybe(_wrappers, parameter, reduced)
     if known is None:
         return None
     wrapper, group = known
@@ -75,7 +75,10 @@ def find_bucket_maybe(
 def _group_of_maybe(
     wrappers: Iterable[nn.Module], parameter: nn.Parameter, reduced: torch.Tensor
 ) -> tuple[Any, Any] | None:
-    """The wrapper and its bucket group in whose memory a gradient is; other wrappers may have had the parameter."""
+    """Return the wrapper and the bucket group in whose memory a gradient is.
+
+    The memory decides, since wrappers that were around the model before may still hold the parameter.
+    """
     for wrapper in list(wrappers):
         group: Any = getattr(wrapper, "param_to_bucket_group", {}).get(parameter)
         if group is not None:
@@ -86,6 +89,7 @@ def _group_of_maybe(
 
 
 def _hook(group: Any, before_reduction: ParametersHook, after_reset: ParametersHook) -> None:
+    # Every parameter of the group comes here, and one hook serves them all.
     if hasattr(group.start_grad_sync, "dora_fx_hook"):
         return
     start_grad_sync, reset = group.start_grad_sync, group.reset

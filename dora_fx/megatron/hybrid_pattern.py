@@ -11,7 +11,7 @@ _STAGE_BOUNDARY = "|"
 
 
 def hybrid_pattern_maybe(chunk: nn.Module) -> str | None:
-    """The pattern of the whole model of a chunk, bare or wrapped, without boundaries of stages; None for a GPTModel."""
+    """Return the layer pattern of a chunk's whole model, without boundaries of pipeline stages; None for a GPTModel."""
     pattern: str | None = getattr(unwrap(chunk), "hybrid_layer_pattern", None)
     return None if pattern is None else pattern.replace(_STAGE_BOUNDARY, "")
 

@@ -1,4 +1,4 @@
-"""Objects of this process that nothing at hand refers to."""
+"""Find objects by class among all objects of this process, where there is no reference to follow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def live_objects(classes: type | tuple[type, ...]) -> list[Any]:
-    """All objects of these classes and their subclasses, also those that only cycles keep alive."""
+    """Return all objects of these classes and their subclasses, also those that only cycles keep alive."""
     objects = gc.get_objects()
     # A process has millions of objects, of some thousand classes.
     kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, classes)}

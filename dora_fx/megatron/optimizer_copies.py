@@ -4,9 +4,9 @@
     DistributedOptimizer                copies of this rank's parts of 16-bit parameters, and views of its parts of
                                         float32 parameters
 
-A step ends with the copies rounded into the parameters, or into the buffer that the parameters lie in. So it takes back
-what was written into parameters alone, and changes nothing of a parameter that has left the buffer. Read in
-megatron-core 0.16 to 0.19.
+A step ends with the copies rounded into the parameters, or into the buffer that the parameters are views of. So it
+overwrites what was written into parameters alone, and does not change a parameter that is no view of the buffer any
+more. Read in megatron-core 0.16 to 0.19.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class MainCopy(NamedTuple):
-    """A parameter, or a part of it, and what an optimizer steps in its place.
+    """A parameter, or a part of it, with the tensor that an optimizer steps in its place.
 
     Attributes:
         parameter: of the model.
@@ -42,7 +42,7 @@ class MainCopy(NamedTuple):
     buffer: torch.Tensor | None = None
 
     def own_part(self) -> torch.Tensor:
-        """The part of the parameter, flat."""
+        """Return the part of the parameter, flattened."""
         return self.parameter.detach().reshape(-1)[self.part]
 
     def is_reached(self) -> bool:
@@ -51,7 +51,7 @@ class MainCopy(NamedTuple):
 
 
 def main_copies(optimizer: Any) -> list[MainCopy]:
-    """What one of Megatron's optimizers, not a chain of them, steps in place of parameters on this rank."""
+    """Return the copies that one of Megatron's optimizers, not a chain of them, steps on this rank."""
     if getattr(optimizer, "is_stub_optimizer", True) or _keeps_weights_itself(optimizer):
         return []
     if isinstance(optimizer, Float16OptimizerWithFloat16Params):
@@ -65,17 +65,17 @@ def main_copies(optimizer: Any) -> list[MainCopy]:
 
 
 def copies_stepped_by(inner: torch.optim.Optimizer) -> list[MainCopy]:
-    """What an optimizer of torch's steps in place of parameters, for the optimizer of Megatron's that has it."""
+    """Return the copies that an optimizer of torch's steps, which is inside one of Megatron's."""
     outer = [found for found in live_objects(MixedPrecisionOptimizer) if getattr(found, "optimizer", None) is inner]
     return [copy for optimizer in outer for copy in main_copies(optimizer)]
 
 
 @torch.no_grad()
 def update_main_copies(parameters: Iterable[nn.Parameter]) -> None:
-    """Write what these parameters hold into all main copies of them; whatever loads parameters calls it.
+    """Write the values of these parameters into all main copies of them; every loader of parameters calls it.
 
-    A copy that rounds to the parameter stays, with the digits that the parameter has not. An optimizer that keeps
-    float32 weights where they cannot be written is named in a warning.
+    A copy that rounds to the parameter is left alone, as it has more digits. A warning names an optimizer that keeps
+    its float32 weights where they cannot be written.
     """
     written = {parameter for parameter in parameters if hasattr(parameter, "main_param")}
     if not written:
@@ -93,14 +93,14 @@ def update_main_copies(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def write(copies: Iterable[MainCopy]) -> None:
-    """Write what the parameters hold into their main copies."""
+    """Write the values of the parameters into their main copies."""
     for copy in copies:
         copy.main.data.view(-1).copy_(copy.own_part())
 
 
 @torch.no_grad()
 def differing(copies: Sequence[MainCopy]) -> list[MainCopy]:
-    """Those of 16-bit parameters that are not what their main copies round to; waits for the device once."""
+    """Return the copies that do not round to their 16-bit parameters; waits for the device once."""
     copies = [copy for copy in copies if copy.main.dtype != copy.parameter.dtype]
     if not copies:
         return []
@@ -116,14 +116,14 @@ def differing(copies: Sequence[MainCopy]) -> list[MainCopy]:
 
 
 def _equal(parts: list[torch.Tensor], others: list[torch.Tensor]) -> list[bool]:
-    """Whether each equals the other; False for what is NaN in both."""
+    """Compare tensors pairwise; NaN in both counts as a difference."""
     if all(part.is_cpu for part in parts):
         return list(map(torch.equal, parts, others))
     return _equal_by_norms(parts, others)
 
 
 def _equal_by_norms(parts: list[torch.Tensor], others: list[torch.Tensor]) -> list[bool]:
-    """The same, where a comparison of each would wait for the device as often; False for what is infinite in both."""
+    """Compare tensors pairwise on a device, waiting for it once; infinity in both counts as a difference."""
     differences = torch._foreach_norm(torch._foreach_sub(parts, others), ord=math.inf)
     found: list[bool] = (torch.stack([difference.float() for difference in differences]) == 0).tolist()
     return found
@@ -152,5 +152,5 @@ def _keeps_weights_itself(optimizer: Any) -> bool:
 
 
 def memory_of(tensor: torch.Tensor) -> int:
-    """What is the same for a parameter and for Megatron's views of it."""
+    """Return an identity of a tensor's memory: the same for a parameter and for Megatron's views of it."""
     return tensor.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""Megatron's classes over Transformer Engine, told by their names: the package need not be installed."""
+"""Recognise Megatron's classes over Transformer Engine by their names, since the package need not be installed."""
 
 from __future__ import annotations
 

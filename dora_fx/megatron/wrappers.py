@@ -1,8 +1,8 @@
 """See through the modules that people put around a model, or around parts of it.
 
 A wrapper holds one module and hands calls on to it: torch.compile's, activation checkpointing's, mixed precision's,
-data parallelism's. It is no part of what the model computes, so no path, pattern, seed or key has a trace of it, and
-attaching before or after wrapping is the same.
+data parallelism's. It does not change what the model computes, so paths, patterns, seeds and keys leave it out, and
+attaching before or after wrapping gives the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HELD_AS: dict[type[nn.Module], str] = {
 
 
 def chunks_of(model: Model) -> list[nn.Module]:
-    """The chunks of what a caller passed, as they are: a model by itself, a list or a tuple of pipeline chunks.
+    """Return the chunks of a caller's model, without unwrapping them; the caller passes a model, or a list or a tuple.
 
     Raises:
         TypeError: it is something else, or none of its parts is a module.
@@ -75,7 +75,7 @@ def check_unsharded(path: str, module: nn.Module) -> None:
 
 
 def held_module(module: nn.Module) -> nn.Module | None:
-    """The module that a wrapper holds; None for a module that is no wrapper."""
+    """Return the module that a wrapper holds; None for a module that is no wrapper."""
     for kind, name in _HELD_AS.items():
         if isinstance(module, kind):
             held: nn.Module = getattr(module, name)
@@ -84,7 +84,7 @@ def held_module(module: nn.Module) -> nn.Module | None:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside any number of wrappers."""
+    """Return the module inside any number of wrappers."""
     while (held := held_module(module)) is not None:
         module = held
     return module
@@ -141,7 +141,7 @@ def _children(parent: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """Children by their names in the parent and in the whole model, where Megatron numbers layers from one."""
     children = [(name, unwrap(child)) for name, child in parent.named_children()]
     numbers: list[Any] = [getattr(child, "layer_number", None) for _, child in children]
-    # Layers of a list that number otherwise, or not at all, keep their names.
+    # Layers that have no numbers, or other numbers than one after the other, keep their names in the list.
     in_order = [number - index for index, number in enumerate(numbers) if isinstance(number, int)]
     is_numbered = isinstance(parent, nn.ModuleList) and len(in_order) == len(numbers) and len(set(in_order)) == 1
     for (name, child), number in zip(children, numbers, strict=True):

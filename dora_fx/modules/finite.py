@@ -11,7 +11,7 @@ from dora_fx.modules.linear_wrapper import DoRALinear
 
 
 def not_finite_maybe(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The problem of the first tensor that has NaN or inf, by its name; None where all of them are finite."""
+    """Return a message that names the first tensor with NaN or inf; None where all of them are finite."""
     for name, tensor in tensors:
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             return f"{name}: found NaN or inf, expected finite values"
@@ -19,7 +19,7 @@ def not_finite_maybe(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def adapter_not_finite_maybe(sites: Iterable[tuple[str, DoRALinear]]) -> str | None:
-    """The problem of the first A, B or magnitude that has NaN or inf in this rank's part of it.
+    """Return a message that names the first A, B or magnitude with NaN or inf on this rank; None if there is none.
 
     Args:
         sites: adapted layers with their paths in the whole model.

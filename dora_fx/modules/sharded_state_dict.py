@@ -28,7 +28,7 @@ def adapter_sharded_state_dict(
     sharded_offsets: tuple[tuple[int, int, int], ...],
     metadata: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Describe A, B and m, or tensors that lie as they do, as shards of global tensors.
+    """Return A, B and m, or tensors that are sharded as they are, as Megatron's shards of global tensors.
 
     Args:
         tensors: of this rank, by the parameters' names in the adapter.

@@ -1,7 +1,8 @@
-"""Checks that the tensors of an adapted layer have the dtypes and devices that their base weight asks for.
+"""Check that the tensors of an adapted layer have dtypes and devices that go with the base weight's.
 
-A call looks at nothing but dtypes, devices and shapes, which compiled code guards on anyway, so that it costs nothing
-there; a tensor that was replaced, or cast through `.data`, is traced again and raises then.
+Each call checks dtypes, devices and shapes alone. Compiled code guards on these anyway, so the checks cost nothing
+there: a tensor that was replaced, or cast through `.data`, fails a guard, and the check raises when the call is traced
+again.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def check_magnitude(path: str, magnitude: torch.Tensor, weight: torch.Tensor, no
 
 
 def check_buffers(path: str, stored: StoredParameters, cached: CachedParameters) -> None:
-    """Raise ValueError, naming the buffer, unless what follows from parameters has the dtype and device it has to.
+    """Raise ValueError, naming the buffer, unless every buffer has the dtype and device that the base weight asks for.
 
     Args:
         path: of the adapted layer.

@@ -1,7 +1,7 @@
-"""Whole adapter tensors out of the ranks' shards.
+"""Join the ranks' shards of adapter tensors to whole tensors.
 
-A whole tensor does not depend on the tensor-parallel size: shards are joined as the layout table says, and what
-pads the base model to a size that divides (see `ParallelLinearDoRAAdapter`) is cut off.
+A whole tensor does not depend on the tensor-parallel size: shards are joined as the layout table says, and the padding
+that makes the base model's sizes divisible (see `ParallelLinearDoRAAdapter`) is cut off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dora_fx.ranks import group_size, resolve_group
 
 
 class AdapterShards:
-    """The adapter parameters of a model on this rank, by name, with anything of their shape (gradients, moments).
+    """Gathers a model's adapter parameters by name, and tensors that are sharded alike (gradients, moments).
 
     Args:
         model: after `DoRA` ran on it, bare or wrapped.
@@ -36,13 +36,13 @@ class AdapterShards:
                     self.parameters[f"{path}.{name}"] = parameter
 
     def gather(self, name: str, local: torch.Tensor) -> torch.Tensor:
-        """The whole of a tensor that is sharded as parameter `name` is. Every rank of the group calls it."""
+        """Return the whole of a tensor that is sharded as the parameter `name`. Every rank of the group calls it."""
         adapter, placement = self._owners[name]
         return gather_whole(local, placement, adapter.tp_group)
 
 
 def gather_whole(local: torch.Tensor, placement: ParameterPlacement, tp_group: str) -> torch.Tensor:
-    """The whole of a tensor, without padding, on every rank of the group, all of which call it.
+    """Return the whole of a tensor, without padding, on every rank of the group, all of which call it.
 
     Args:
         local: this rank's shard.

@@ -1,12 +1,13 @@
-"""Notice at an optimizer's step that somebody wrote into adapters of which it steps float32 copies.
+"""Raise at an optimizer's step if an adapter was written to while the optimizer steps a float32 copy of it.
 
-Loaders of this package write the copies as well (`update_main_copies`). `load_state_dict` is torch's, so its values are
-taken over at the next step. Whatever else wrote, through `.data` or not, is an error before the step takes it back.
-Looked at are all adapters that the optimizer trains, or this rank's parts of them, at each of its steps:
+The step would overwrite the adapter with the copy. Loaders of this package write the copies as well
+(`update_main_copies`). `load_state_dict` is torch's and does not, so what it loaded is copied into the float32 copies
+at the next step. After any other write, through `.data` or not, the step raises before it changes anything. Each step
+of an optimizer compares all adapters that it trains, or this rank's parts of them, with the copies:
 
     step of Megatron's optimizer    gradients are ready
-      step of torch's inside it     compare, raise; then the copies are stepped
-      copies into parameters        the values before the step are gone
+      step of torch's inside it     compare, raise; then step the copies
+      copies into parameters        what was written before the step is overwritten
 """
 
 from __future__ import annotations
@@ -23,30 +24,33 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dora_fx.megatron import MainCopy, copies_stepped_by, differing, write
 from dora_fx.modules.site_paths import name_of
 
-# Found once for each optimizer. A copy refers to no optimizer, which would live on otherwise.
+# The search walks all objects of the process, so it is done once for each optimizer. A `MainCopy` does not refer to its
+# optimizer: this dictionary would keep the optimizer alive otherwise.
 _copies: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[MainCopy]] = weakref.WeakKeyDictionary()
-_loaded = WeakTensorKeyDictionary()
+# Parameters that `load_state_dict` wrote since the last step.
+_loaded_parameters = WeakTensorKeyDictionary()
 
 
 class OverwrittenParametersError(RuntimeError):
-    """An optimizer is about to take back what was written into an adapter, or to change nothing of it."""
+    """An optimizer's step would overwrite what was written into an adapter, or would not change the adapter."""
 
 
 def note_loaded(parameters: Iterable[nn.Parameter]) -> None:
-    """Let the next step go on from what these parameters hold, and not from the float32 copies."""
+    """Have the next step continue from the values of these parameters, and not from their float32 copies."""
     for parameter in parameters:
-        _loaded[parameter] = True
+        _loaded_parameters[parameter] = True
 
 
 @functools.cache
 def guard_optimizers() -> None:
-    """From the first adapter of a process on, refuse steps that would undo a write or miss the adapter."""
+    """Refuse steps that would overwrite a write or miss the adapter, from the first adapter of a process on."""
     register_optimizer_step_pre_hook(_take_over_or_refuse)
 
 
 @torch.no_grad()
 def _take_over_or_refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
     copies = _adapters_stepped_by(optimizer)
+    # A comparison waits for the device, which the capture of a CUDA graph forbids.
     if not copies or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
     for copy in copies:
@@ -58,7 +62,7 @@ def _take_over_or_refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
             )
     written = differing(copies)
     for copy in written:
-        if copy.parameter not in _loaded:
+        if copy.parameter not in _loaded_parameters:
             raise OverwrittenParametersError(
                 f"{name_of(copy.parameter)}: found other values than the optimizer's float32 copy has ({len(written)} "
                 "such parameters), and this step would write the copy back; expected reload_model_params() of "
@@ -66,14 +70,14 @@ def _take_over_or_refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
             )
     write(written)
     for copy in copies:
-        _loaded.pop(copy.parameter, None)
+        _loaded_parameters.pop(copy.parameter, None)
 
 
 def _adapters_stepped_by(optimizer: torch.optim.Optimizer) -> list[MainCopy]:
-    """The adapters' parameters, or parts of them, that an optimizer steps copies or views of."""
+    """Return the copies or views of adapter parameters, or of parts of them, that an optimizer steps."""
     found = _copies.get(optimizer)
     if found is None:
-        # Megatron's groups say whether they are of experts. A look among all objects takes a while.
+        # Megatron alone writes this key into groups. The search among all objects is too slow for others' optimizers.
         is_megatrons = any("is_expert_parallel" in group for group in optimizer.param_groups)
         found = [copy for copy in copies_stepped_by(optimizer) if name_of(copy.parameter)] if is_megatrons else []
         _copies[optimizer] = found

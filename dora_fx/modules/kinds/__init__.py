@@ -27,7 +27,7 @@ KINDS: tuple[type[LinearKind], ...] = (
 
 
 def describe_linear(path: str, module: nn.Module) -> LinearSpec:
-    """Describe a linear layer, or say why it cannot be adapted.
+    """Describe a linear layer, or refuse one that cannot be adapted.
 
     Args:
         path: of the module in its model; kinds go by its last name where Megatron does.

@@ -1,4 +1,4 @@
-"""One description of a linear layer, and what a kind of them has to say to get one."""
+"""`LinearSpec` describes a linear layer, and a `LinearKind` makes the spec and knows how such layers are called."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dora_fx.function import InputNorm, Layout, ParameterPlacement
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear layer that DoRA can adapt, described once for everybody who has to know it.
+    """The description of a linear layer that DoRA can adapt; everything outside the kinds reads the layer through it.
 
     Attributes:
         kind: of the layer; computes with it.
@@ -48,38 +48,38 @@ class LinearSpec:
 
     @property
     def tp_group_name(self) -> str:
-        """Name of the tensor-parallel group; "" where it has one rank, which needs no collectives."""
+        """Return the name of the tensor-parallel group; "" where it has one rank, which needs no collectives."""
         return self.tp_group.group_name if self.tp_group is not None and self.tp_size > 1 else ""
 
     @property
     def dim_multiple(self) -> int:
-        """The adapter's rank is a multiple of it."""
+        """Return the number that an adapter's rank must be a multiple of."""
         return self.tp_size if self.layout.gathers_lora_a else 1
 
     @property
     def weight_placement(self) -> ParameterPlacement:
-        """How the weight lies on the ranks."""
+        """Return the placement of the weight on the ranks."""
         shape = (self.true_sizes[1], self.true_sizes[0])
         dim = self.layout.weight_shard_dim
         return ParameterPlacement(dim, self.row_blocks if dim == 0 else 1, shape, (self.out_features, self.in_features))
 
     @property
     def row_placement(self) -> ParameterPlacement:
-        """How a tensor of one value per output row, such as a bias, lies on the ranks."""
+        """Return the placement of a tensor of one value per output row, such as a bias."""
         dim = 0 if self.layout.weight_shard_dim == 0 else None
         return ParameterPlacement(dim, self.row_blocks, (self.true_sizes[1],), (self.out_features,))
 
     @property
     def true_sizes(self) -> tuple[int, int]:
-        """Input and output features of the whole layer, without padding."""
+        """Return the input and output features of the whole layer, without padding."""
         return self.in_features - self.padded_in_features, self.out_features - self.padded_out_features
 
 
 class LinearKind(ABC):
     """One kind of linear layer: a class of modules, and how such a module is described and called.
 
-    Kinds are classes without instances; nothing in the package but they reads attributes of a linear layer. They are
-    read while Dynamo traces too, so what a caller may switch between two calls is asked for at each call.
+    Kinds are classes without instances. Nothing else in the package reads attributes of a linear layer. Dynamo traces
+    their methods as well, and callers may switch settings between two calls, so every call asks for them.
 
     Attributes:
         class_module, class_name: of the one class of layers that the kind is of. Names serve for classes of packages
@@ -107,11 +107,11 @@ class LinearKind(ABC):
     @staticmethod
     @abstractmethod
     def layout_name(linear: Any) -> str:
-        """The layout of a call now. A kind whose calls take more than the input takes it here too."""
+        """Return the name of a call's layout; the call's further arguments are passed to it."""
 
     @staticmethod
     def added_bias(linear: Any) -> torch.Tensor | None:
-        """The bias that a call adds itself, `[out]` or this rank's `[out/tp]`."""
+        """Return the bias that a call adds itself, `[out]` or this rank's `[out/tp]`."""
         return linear.bias
 
     @staticmethod
@@ -138,17 +138,17 @@ class LinearKind(ABC):
 
     @staticmethod
     def call_problem_maybe(linear: Any) -> str | None:
-        """Say what was found, and expected, where the adapted layer would not compute now what the layer does."""
+        """Return what was found and expected if the adapted layer would not compute what the layer does, else None."""
         return None
 
     @staticmethod
     def input_norm(linear: Any) -> InputNorm | None:
-        """The norm that a call applies to its input."""
+        """Return the norm that a call applies to its input."""
         return None
 
     @staticmethod
     def trial_problem_maybe(linear: Any) -> str | None:
-        """Say why the layer cannot be called with a few rows when it is attached; None where it can be."""
+        """Return why the layer cannot be called with a few rows when it is attached; None where it can be."""
         return None
 
 

@@ -45,7 +45,7 @@ class _MegatronLinear(LinearKind):
     @classmethod
     def is_product_alone(cls, linear: Any) -> bool:
         config = linear.config
-        # A private name of Megatron's (0.16 to 0.19): its own layers look at it to offload what they save.
+        # A private name of Megatron's (0.16 to 0.19), which its own layers read to offload what they save.
         offloading = getattr(config, "_cpu_offloading_context", None)
         offloads = offloading is not None and offloading.inside_context
         defers = getattr(config, "defer_embedding_wgrad_compute", False)
@@ -60,7 +60,7 @@ class ColumnParallel(_MegatronLinear):
 
     @staticmethod
     def layout_name(linear: Any, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None) -> str:
-        # Megatron switches sequence parallelism and gathering of an output layer for a call; parameters stay.
+        # Megatron switches sequence parallelism and gathering of an output layer for single calls.
         gathers = linear.gather_output if runtime_gather_output is None else runtime_gather_output
         return f"column{'_sequence_parallel' * linear.sequence_parallel}{'_gather_output' * gathers}"
 
@@ -78,5 +78,5 @@ class RowParallel(_MegatronLinear):
 
 
 def row_blocks(path: str, linear: Any) -> int:
-    """Blocks of output rows that Megatron shards each on its own: gate and up of a gated linear_fc1."""
+    """Return the number of blocks of output rows that Megatron shards one by one: gate and up of a gated linear_fc1."""
     return 2 if linear.config.gated_linear_unit and path.rpartition(".")[2] == "linear_fc1" else 1

@@ -1,9 +1,9 @@
-"""Megatron's layers over Transformer Engine, told by their names: the package need not be installed.
+"""Megatron's layers over Transformer Engine, recognised by class names, since the package need not be installed.
 
 While its adapter is on, such a layer is never called: norm, collectives and products are computed in plain ops from the
-layer's parameters, so that they lie in the same graph as DoRA and share its collective. With the adapter off the layer
-runs its own kernels. That holds for weights in the dtype of the activations alone; a layer that computes in FP8 or FP4
-is refused, for it would silently become another one.
+layer's parameters, so that they are in the same graph as DoRA and share its collective. With the adapter off the layer
+runs its own kernels. Both compute the same for weights in the dtype of the activations. A layer that computes in FP8 or
+FP4 is refused, since plain ops would compute it in another precision without an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _TELinear(LinearKind):
 
     @classmethod
     def describe(cls, path: str, linear: Any) -> LinearSpec:
-        # The layer itself does not know.
+        # The layer has no attribute that tells an expert's, so its path does.
         if "experts" in path.split("."):
             raise TypeError(f"{path}: {cls.class_name} of an expert is not supported")
         _check_precision(path, linear)
@@ -144,15 +144,15 @@ class TEDuplicated(_TELinear):
         return "replicated_sequence_parallel" if linear.config.sequence_parallel else "replicated"
 
 
-# Transformer Engine's own records of what it computes in, found when a layer of it is first looked at. Dynamo reads
-# them as it reads any global, and guards on them, so compiled code that meets another state is traced anew. It would
-# guard on `sys.modules` as well, and trace everything anew after any import.
+# Transformer Engine's own records of the precision it computes in, found at the first check of one of its layers.
+# Dynamo guards on them as on any global, so compiled code is traced again when the precision changes. A look-up in
+# `sys.modules` at each call would be guarded on as well, and any import would have everything traced again.
 _fp8_states: list[Any] = []
 
 
 @torch.compiler.assume_constant_result
 def _find_fp8_states() -> None:
-    # Where its versions keep it.
+    # Versions of Transformer Engine keep the record in one or the other module.
     modules = [sys.modules.get(f"transformer_engine.pytorch.{name}") for name in ("quantization", "fp8")]
     found = [getattr(module, "FP8GlobalStateManager", None) for module in modules]
     _fp8_states.extend(state for state in dict.fromkeys(found) if state is not None and state not in _fp8_states)
@@ -210,7 +210,7 @@ def _check_parallelism(path: str, linear: Any, parallel_mode: str | None) -> Non
     if linear.parallel_mode != parallel_mode:
         raise ValueError(
             f"{path}: found a {name} with parallel_mode = {linear.parallel_mode!r}, expected {parallel_mode!r}: its "
-            "collectives are left to somebody else, such as the dispatcher of an expert's tokens"
+            "collectives are left to other code, such as the dispatcher of an expert's tokens"
         )
     if parallel_mode is not None and linear.tp_size != group.size():
         raise ValueError(
