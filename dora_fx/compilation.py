@@ -34,11 +34,13 @@ def compile_model(
     """Have a Megatron model compiled through `backend="dora_fx"` at its next calls; return the model that was given.
 
     It is compiled in place, so names, state dicts and checkpoints stay as they are. Adapters may be attached before or
-    after. All layers of a kind share a graph, and lengths that change take at most one more:
+    after. All layers of a kind share a graph, and sequence lengths that change cause at most one more. Hooks see to
+    that:
 
-    - the embedding's output is copied, for with one sequence in the batch it is a view, which Megatron copies in a way
-      that Dynamo does not trace; with `scope="layer"` it also gets a gradient, as the input of all other layers has
-      one, at the price of one layer's gradient of its input;
+    - the embedding's output is copied, since with one sequence in the batch it is a view, which Megatron copies in a
+    way
+      that Dynamo does not trace; with `scope="layer"` it also requires a gradient, as the input of all other layers
+      does, at the price of one layer's gradient of its input;
     - with `scope="layer"`, Megatron's buffer for attention scores is allocated before compiled code writes into it;
       rotary positions that Megatron keeps from a call in inference mode are copied for training.
 

@@ -1,7 +1,7 @@
 """Adapters onto a model and off again: configuration, matching, plan, probe, report and merge."""
 
+from dora_fx.attach.attach_listeners import on_attach
 from dora_fx.attach.attach_report import DoRAReport
-from dora_fx.attach.attached import when_attached
 from dora_fx.attach.config import DoRA
 from dora_fx.attach.learning_rates import config_overrides, parameter_groups
 from dora_fx.attach.matching import adapted_layers
@@ -31,10 +31,10 @@ __all__ = [
     "merge_tensors",
     "merged",
     "merged_weight",
+    "on_attach",
     "parameter_groups",
     "plan_attachment",
     "try_layers",
     "unmerge",
     "warn_of_other_trainables",
-    "when_attached",
 ]

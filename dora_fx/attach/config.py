@@ -35,28 +35,28 @@ class DoRA(DoRASettings):
     Args:
         target_modules: module names (`linear_qkv`), full paths, or patterns over full paths in which `*`
             stands for any text (`*.layers.0.*.linear_qkv`). A name or path must be a linear layer; a
-            pattern adapts the linear layers among what it matches. Layers have their numbers in the whole model,
-            whatever the pipeline size. "all-linear" is, as in PEFT, every linear layer but the output layer and the
+            pattern adapts the linear layers among what it matches. Layers are numbered as in the whole model, at every
+            pipeline size. "all-linear" is, as in PEFT, every linear layer but the output layer and the
             head of a sequence classifier.
         exclude_modules: names, paths or patterns that are never adapted.
         dim: rank of the low-rank product.
         alpha: the product is scaled by alpha / dim, or by alpha / sqrt(dim) with `use_rslora`.
         dropout: probability of dropping an element of a layer's input, in [0, 1), in training.
-        dropout_position: "pre"; the reference accepts no other for DoRA either.
+        dropout_position: "pre"; the reference refuses others for DoRA too.
         lora_A_init_method, lora_B_init_method: "xavier", "normal" (std 0.2), "kaiming" or "zero".
         allow_unmatched: log a warning for a target that matches nothing, or a pattern that decides for no layer, in
             place of an error.
         rank_pattern, alpha_pattern: other ranks and alphas by names, paths or patterns as in `target_modules`; of
-            several that name a layer the first counts, as in PEFT.
+            several that match a layer the first is used, as in PEFT.
         use_rslora: scale by alpha / sqrt(dim) (rsLoRA, arXiv 2312.03732).
         complete_gradients: when gradients that are partial sums on each tensor-parallel rank are completed.
             "every_backward": each backward pass leaves complete ones. "once_per_step": they are added up over
             micro-batches, and completed when Megatron's DistributedDataParallel, which must be around the model, starts
-            to reduce them over data-parallel ranks, in `finalize_model_grads` at the latest. That sends one message in
-            place of one per micro-batch, and takes memory for the sums, r * in numbers of a column layer and out * r of
-            a row layer. Layers that are whole on every rank keep "every_backward". An optimizer that steps before the
-            sums are complete raises PartialGradientsError. "auto", by default: "once_per_step" where that wrapper is,
-            "every_backward" elsewhere.
+            to reduce them over data-parallel ranks, in `finalize_model_grads` at the latest. That sends one message a
+            step in place of one per micro-batch, and takes memory for the sums: dim * in numbers for a column layer,
+            out * dim for a row layer. Layers that are whole on every rank keep "every_backward". If an optimizer steps
+            before the sums are complete, PartialGradientsError is raised. "auto" is "once_per_step" under that wrapper
+            and "every_backward" elsewhere.
 
     Raises:
         ValueError: for a field out of its range, naming the value found and the values expected.
@@ -82,14 +82,14 @@ class DoRA(DoRASettings):
                 puts the model in evaluation mode.
 
         Raises:
-            ValueError: no module matched a target, a base weight is not finite or not floating point, a layer computes
-                another function than its kind and weight say (`attach/probe.py`), a rank is not a multiple of the
+            ValueError: no module matched a target, a base weight is not finite or not floating point, a layer does not
+                compute what its kind and weight describe (`attach/probe.py`), a rank is not a multiple of the
                 tensor-parallel size, the model was adapted with other settings, the tensor-parallel ranks differ in
                 settings or sites, data parallelism overlaps its parameter gather with the forward pass, torch's
                 DistributedDataParallel is around the model already, or FSDP shards it.
             TypeError: a target is not a linear layer or is of a class that is not supported.
         """
-        # Fields may have been set since construction.
+        # Fields may have been set since the constructor checked them.
         self._check()
         chunks = chunks_of(model)
         plan = plan_attachment(self, chunks)
@@ -111,7 +111,7 @@ class DoRA(DoRASettings):
         return model
 
     def _freeze(self, chunks: Iterable[nn.Module]) -> None:
-        """Freeze all but adapters; those of an earlier call, perhaps with other targets, train on."""
+        """Freeze all parameters but adapters'; those of an earlier call, perhaps with other targets, stay trainable."""
         for chunk in chunks:
             sites = [module for module in chunk.modules() if isinstance(module, DoRALinear)]
             adapters = {id(parameter) for site in sites for parameter in site.adapter.parameters()}

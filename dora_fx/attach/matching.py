@@ -24,7 +24,7 @@ def matches(pattern: str, path: str) -> bool:
     if "*" not in pattern:
         return pattern in (path, path.rpartition(".")[2])
     start, *middle, end = pattern.split("*")
-    # Each part at the first place that it has leaves the most for the others, so nothing is ever tried again.
+    # A part at the first place where it is found leaves the most text for the others, so no other place is tried.
     position, stop = len(start), len(path) - len(end)
     if position > stop or not path.startswith(start) or not path.endswith(end):
         return False

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed._composable.replicate import DDP as ComposableDDP
 
-from dora_fx.attach.attached import tell_of_adapters
+from dora_fx.attach.attach_listeners import call_attach_listeners
 from dora_fx.attach.matching import find_targets, nearest_names
 from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
@@ -154,7 +154,7 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
     for chunk, of_chunk in replacements.items():
         replace_modules(chunk, of_chunk)
         train_through_recomputation(chunk)
-        tell_of_adapters(chunk)
+        call_attach_listeners(chunk)
 
 
 def seed_for(path: str, seed: int) -> int:

@@ -193,7 +193,7 @@ def _product_eps(weight: torch.Tensor) -> float:
     precision = torch.get_float32_matmul_precision()
     if precision == "medium":
         return torch.finfo(torch.bfloat16).eps
-    # TF32 has 10 bits; Transformer Engine takes it whatever torch was told.
+    # TF32 has 10 bits, and Transformer Engine uses it whatever torch's setting is.
     return 2.0**-10 if weight.is_cuda or precision == "high" else 0.0
 
 

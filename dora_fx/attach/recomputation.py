@@ -20,7 +20,7 @@ from dora_fx.modules import DoRALinear
 # their names, since no version of Megatron has all of them.
 _STACKS = {"TransformerBlock", "MambaStack", "HybridStack", "MultiTokenPredictionBlock"}
 
-# The one input of `_NeedGradient` that needs a gradient, which it never gets. Its device does not matter.
+# The input by which the output of `_NeedGradient` needs a gradient. It gets none itself, and may be on any device.
 _LEAF = torch.zeros((), requires_grad=True)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,7 +29,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class _NeedGradient(torch.autograd.Function):
     """Return a value that needs a gradient.
 
-    Unlike `requires_grad_`, Dynamo traces it where what follows from the value leaves the graph.
+    Dynamo does not trace `requires_grad_` where a result that depends on the value leaves the graph; it traces this.
     """
 
     @staticmethod
@@ -43,7 +43,7 @@ class _NeedGradient(torch.autograd.Function):
 
 
 def train_through_recomputation(chunk: nn.Module) -> None:
-    """Have the input of every module of a chunk that recomputes adapted layers need a gradient, at each such call.
+    """Make inputs require a gradient in every call of a module of a chunk that recomputes adapted layers.
 
     That costs one layer's gradient of its input. Calls that recompute nothing, or that run without gradients, are left
     alone; each call reads the module's settings, since these may change. Checkpoints that are put around modules later
@@ -65,7 +65,7 @@ def _hook_maybe(module: nn.Module) -> Any:
         return before_stack
     if isinstance(module, CheckpointWrapper):
         return before_wrapper
-    # The name that every layer of transformers has which can be recomputed.
+    # Every layer of transformers that can be recomputed has an attribute of this name.
     return before_transformers_layer if hasattr(type(module), "gradient_checkpointing") else None
 
 
@@ -74,7 +74,7 @@ def before_stack(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if not torch.is_grad_enabled() or not _recomputes(stack):
         return None
     if not getattr(stack, "pre_process", True):
-        # The stage takes this tensor and leaves its argument alone.
+        # A later pipeline stage computes with this attribute, and not with its argument.
         if isinstance(stack.input_tensor, torch.Tensor) and not stack.input_tensor.requires_grad:
             stack.input_tensor = _NeedGradient.apply(stack.input_tensor, _LEAF)
         return None

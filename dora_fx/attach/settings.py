@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from dora_fx.attach.matching import ALL_LINEAR, matches
-from dora_fx.modules import INIT_METHODS, GradientCompletion
+from dora_fx.modules import GradientCompletion, check_alpha, check_dim, check_dropout, check_init_method
 
 
 @dataclass
@@ -57,20 +56,23 @@ class DoRASettings:
             self.target_modules = [ALL_LINEAR]
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            if (
+                isinstance(value, str)
+                or not isinstance(value, Collection)
+                or not all(isinstance(v, str) for v in value)
+            ):
                 raise TypeError(f"DoRA.{name}: found {value!r}, expected a list of names")
-        _check_dim("dim", self.dim)
-        _check_alpha("alpha", self.alpha)
-        for name, check in (("rank_pattern", _check_dim), ("alpha_pattern", _check_alpha)):
+        check_dim("DoRA.dim", self.dim)
+        check_alpha("DoRA.alpha", self.alpha)
+        for name, check in (("rank_pattern", check_dim), ("alpha_pattern", check_alpha)):
             patterns = getattr(self, name)
             if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
                 raise TypeError(f"DoRA.{name}: found {patterns!r}, expected numbers by names, paths or patterns")
             for pattern, value in patterns.items():
-                check(f"{name}[{pattern!r}]", value)
+                check(f"DoRA.{name}[{pattern!r}]", value)
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"DoRA.use_rslora: found {self.use_rslora!r}, expected True or False")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"DoRA.dropout: found {self.dropout!r}, expected a probability in [0, 1)")
+        check_dropout("DoRA.dropout", self.dropout)
         if self.dropout_position != "pre":
             raise ValueError(f"DoRA.dropout_position: found {self.dropout_position!r}, expected 'pre'")
         if self.complete_gradients not in get_args(GradientCompletion):
@@ -79,8 +81,7 @@ class DoRASettings:
                 f"expected one of {list(get_args(GradientCompletion))}"
             )
         for name in ("lora_A_init_method", "lora_B_init_method"):
-            if getattr(self, name) not in INIT_METHODS:
-                raise ValueError(f"DoRA.{name}: found {getattr(self, name)!r}, expected one of {sorted(INIT_METHODS)}")
+            check_init_method(f"DoRA.{name}", getattr(self, name))
 
 
 def _first_maybe(patterns: Mapping[str, Any], path: str) -> str | None:
@@ -90,13 +91,3 @@ def _first_maybe(patterns: Mapping[str, Any], path: str) -> str | None:
 def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     first = _first_maybe(patterns, path)
     return default if first is None else patterns[first]
-
-
-def _check_dim(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"DoRA.{name}: found {value!r}, expected a positive integer")
-
-
-def _check_alpha(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"DoRA.{name}: found {value!r}, expected a positive finite number")

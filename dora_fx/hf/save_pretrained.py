@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_fx.attach import adapted_layers, warn_of_other_trainables, when_attached
+from dora_fx.attach import adapted_layers, on_attach, warn_of_other_trainables
 from dora_fx.hf.adapter_source import adapter_source
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
 from dora_fx.hf.transformers_model import is_transformers_model
@@ -83,7 +83,7 @@ class AdapterSaver:
 _REFUSED = {"push_to_hub": False, "variant": None, "save_peft_format": True, "distributed_checkpoint": False}
 
 
-@when_attached
+@on_attach
 def save_adapters_with(chunk: nn.Module) -> None:
     """Give `AdapterSaver` to every transformers model in a chunk that has adapters."""
     for module in chunk.modules():

@@ -1,11 +1,11 @@
-"""Stand-ins for what Megatron-Core needs of CUDA, on a machine without it. The command, examples and tests call it.
+"""Replace the functions of CUDA that Megatron-Core calls, on a machine without it, for the command, examples and tests.
 
-Building a model and running it: `torch.cuda.current_device()` must answer, for Megatron asks it where to put rotary
-frequencies and the buffers of its collectives. Everything else on a CPU is an ordinary option (gloo,
-`use_cpu_initialization=True`, the inference RNG tracker).
+To build a model and to run it, Megatron calls `torch.cuda.current_device()` for the device of rotary frequencies and of
+its collectives' buffers. Everything else on a CPU is an ordinary option (gloo, `use_cpu_initialization=True`, the
+inference RNG tracker).
 
-Data parallelism and the optimizer: they name CUDA in their code, in the device of small tensors and in the types they
-expect of parameters.
+Its data parallelism and its optimizers name CUDA in their code, as the device of small tensors and in the types that
+they expect of parameters.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def cuda_current_device_is_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cuda_means_cpu() -> Iterator[None]:
-    """Let Megatron's data parallelism and optimizer run on a CPU, and its pipeline schedule.
+    """Let Megatron's data parallelism, optimizers and pipeline schedules run on a CPU.
 
-    Tensors asked for on "cuda" come on the CPU, and those on the CPU say that their type is a CUDA one. Code that was
-    compiled outside is compiled once more where it is called inside.
+    Tensors that are asked for on "cuda" are made on the CPU, and `type()` of a CPU tensor names a CUDA one. Code that
+    was compiled outside the context is compiled once more when it is called inside.
     """
     original = torch.cuda.current_stream
     no_stream = types.SimpleNamespace(wait_stream=lambda stream: None, wait_event=lambda event: None)

@@ -3,7 +3,8 @@
 `kinds/` describes the linear layers that can be wrapped, and is a room of this room's own.
 """
 
-from dora_fx.modules.adapter import INIT_METHODS, ParallelLinearDoRAAdapter, low_rank_scaling
+from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+from dora_fx.modules.adapter_settings import check_alpha, check_dim, check_dropout, check_init_method, low_rank_scaling
 from dora_fx.modules.finite import adapter_not_finite_maybe, not_finite_maybe
 from dora_fx.modules.kinds import LinearSpec, bypasses_its_linears, describe_linear, looks_like_linear
 from dora_fx.modules.kinds.torch_linear import TorchLinear
@@ -16,7 +17,6 @@ from dora_fx.modules.site_paths import path_of
 from dora_fx.modules.whole_tensors import AdapterShards, gather_whole
 
 __all__ = [
-    "INIT_METHODS",
     "AdapterShards",
     "DoRALinear",
     "GradientCompletion",
@@ -27,6 +27,10 @@ __all__ = [
     "adapter_not_finite_maybe",
     "adapter_sharded_state_dict",
     "bypasses_its_linears",
+    "check_alpha",
+    "check_dim",
+    "check_dropout",
+    "check_init_method",
     "describe_linear",
     "disable_adapter",
     "dora_linear",

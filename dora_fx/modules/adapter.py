@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,26 +9,16 @@ import torch
 from torch import nn
 
 from dora_fx.function import LAYOUTS, DropoutFactors, Layout, norm_dtype
+from dora_fx.modules.adapter_settings import (
+    INIT_METHODS,
+    check_alpha,
+    check_dim,
+    check_dropout,
+    check_init_method,
+    low_rank_scaling,
+)
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.ranks import group_rank, group_size
-
-INIT_METHODS: dict[str, Callable[..., Any]] = {
-    "xavier": nn.init.xavier_normal_,
-    "normal": lambda tensor, generator: nn.init.normal_(tensor, mean=0.0, std=0.2, generator=generator),
-    "kaiming": lambda tensor, generator: nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator),
-    "zero": lambda tensor, generator: nn.init.zeros_(tensor),
-}
-
-
-def _initialisation(argument: str, name: str) -> Callable[..., Any]:
-    if name not in INIT_METHODS:
-        raise ValueError(f"{argument}: found {name!r}, expected one of {sorted(INIT_METHODS)}")
-    return INIT_METHODS[name]
-
-
-def low_rank_scaling(alpha: float, dim: int, use_rslora: bool) -> float:
-    """Return the factor of the low-rank product: alpha / dim, or alpha / sqrt(dim) (rsLoRA, arXiv 2312.03732)."""
-    return alpha / math.sqrt(dim) if use_rslora else alpha / dim
 
 
 class LowRankFactor(nn.Module):
@@ -53,7 +41,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
 
     State-dict keys are `linear_in.weight` (A), `linear_out.weight` (B) and `weight_magnitude` (m). A and B
     have the base weight's dtype. m is float32, or float64 in a float64 model, and stays so under
-    `.bfloat16()` and `.half()`: a bfloat16 step of m is larger than what training moves it by.
+    `.bfloat16()` and `.half()`: bfloat16 rounds m by more than a training step changes it.
 
     Shapes of the stored shards, with tp the tensor-parallel size:
 
@@ -62,8 +50,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
         nn.Linear        A [dim, in]       B [out, dim]       m [out]
 
     Scaling and dropout are tensors too, in buffers that are not saved. Compiled code takes tensors as inputs and
-    numbers as constants, so layers that differ in alpha or dropout share a graph. The tensors have a dimension because
-    Dynamo reads a symbol out of a float64 without one, and compiles twice.
+    numbers as constants, so layers that differ in alpha or dropout share a graph. The tensors have one dimension, since
+    Dynamo makes a symbol of a float64 tensor without dimensions, and compiles twice.
 
     Args:
         in_features, out_features: sizes of the whole layer.
@@ -119,8 +107,9 @@ class ParallelLinearDoRAAdapter(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        if dim <= 0:
-            raise ValueError(f"dim: found {dim!r}, expected a positive integer")
+        check_dim("dim", dim)
+        check_init_method("column_init_method", column_init_method)
+        check_init_method("row_init_method", row_init_method)
         if layout_name not in LAYOUTS:
             raise ValueError(f"layout_name: found {layout_name!r}, expected one of {sorted(LAYOUTS)}")
         self.in_features, self.out_features = in_features, out_features
@@ -137,20 +126,20 @@ class ParallelLinearDoRAAdapter(nn.Module):
         self.tp_size, self.tp_rank = group_size(tp_group), group_rank(tp_group)
         # One generator for both, so that B does not start with the numbers of A.
         generator = torch.Generator().manual_seed(seed)
-        init_a = functools.partial(_initialisation("column_init_method", column_init_method), generator=generator)
-        init_b = functools.partial(_initialisation("row_init_method", row_init_method), generator=generator)
-        self.linear_in = LowRankFactor(self._draw("linear_in.weight", init_a).to(dtype=dtype, device=device))
-        self.linear_out = LowRankFactor(self._draw("linear_out.weight", init_b).to(dtype=dtype, device=device))
+        lora_a = self._draw("linear_in.weight", column_init_method, generator)
+        lora_b = self._draw("linear_out.weight", row_init_method, generator)
+        self.linear_in = LowRankFactor(lora_a.to(dtype=dtype, device=device))
+        self.linear_out = LowRankFactor(lora_b.to(dtype=dtype, device=device))
         self.register_parameter("weight_magnitude", None)
         for name in ("scaling_factor", "dropout_threshold", "dropout_rescale"):
             self.register_buffer(name, None, persistent=False)
         self.alpha, self.dropout = alpha, dropout
 
-    def _draw(self, name: str, init: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    def _draw(self, name: str, method: str, generator: torch.Generator) -> torch.Tensor:
         """Draw a whole factor and return this rank's shard of it, in float32."""
         placement = self.placements[name]
         whole = torch.empty(placement.shape, dtype=torch.float32)
-        init(whole)
+        INIT_METHODS[method](whole, generator=generator)
         return placement.pad_and_shard(whole, self.tp_rank, self.tp_size)
 
     @property
@@ -165,8 +154,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"alpha: found {value!r}, expected a positive finite number")
+        check_alpha("alpha", value)
         self._alpha = value
         self._set_scaling_factor()
 
@@ -177,8 +165,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
 
     @dropout.setter
     def dropout(self, value: float) -> None:
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"dropout: found {value!r}, expected a probability in [0, 1)")
+        check_dropout("dropout", value)
         self._dropout = value
         self._set_dropout_factors()
 

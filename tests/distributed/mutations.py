@@ -20,7 +20,7 @@ from dora_fx.cache import freshness
 from dora_fx.function import collectives, dropout, formula, row_scale, site_parameters, weight_norm
 from dora_fx.modules import partial_gradients
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter as Adapter
-from dora_fx.modules.adapter import low_rank_scaling
+from dora_fx.modules.adapter_settings import low_rank_scaling
 from dora_fx.modules.kinds import LinearSpec, megatron_linear
 
 

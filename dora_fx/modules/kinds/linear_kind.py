@@ -123,8 +123,9 @@ class LinearKind(ABC):
     def is_product_alone(cls, linear: Any) -> bool:
         """Return whether calling the layer now would do nothing but its product, bias and collective.
 
-        Then they need not be the layer's own, and the low-rank product goes through the same collective. Only a kind
-        whose class of layers is known to do no more says so, and not of the layers of kinds that derive from it.
+        The formula then computes both in the layer's place, with the low-rank product through the same collective. A
+        kind returns True only for its own class, of which the source is known, and not for the classes of kinds that
+        derive from it.
         """
         return False
 
@@ -132,7 +133,8 @@ class LinearKind(ABC):
     def calls_base(cls, linear: Any) -> bool:
         """Return whether a call of the adapted layer calls the layer itself; otherwise `formula.py` does its part.
 
-        Compiled code calls it, so that whatever it does is in the graph; passes take out what is the product alone.
+        Under a compiler it is always called, so that the graph has everything that it does; the passes take the product
+        out where it is known to be no more.
         """
         return torch.compiler.is_compiling() or not cls.is_product_alone(linear)
 
