@@ -46,9 +46,7 @@ _KEPT_TWICE = (
 
 @dataclass(frozen=True)
 class KeptAdapter:
-    """The data that `unmerge` needs, kept as an attribute of the merged layer.
-
-    It is not a module, so the model's state dict and parameters do not contain the adapter while it is merged.
+    """The data that `unmerge` needs, an attribute of the merged layer. No module, so the model does not contain it.
 
     Attributes:
         site: the adapted layer that the merged one stands in for.
@@ -223,8 +221,7 @@ def _raise_together(problem: str | None, tp_groups: Iterable[str]) -> None:
     groups = [resolve_group(tp_group) for tp_group in sorted(set(tp_groups) - {""})]
     if parallel_state.model_parallel_is_initialized():
         groups.append(parallel_state.get_pipeline_model_parallel_group())
-    # Every rank takes part in every exchange before it raises, since ranks of another stage wait for it in the last
-    # one.
+    # Every rank takes part in every exchange before it raises: ranks of another stage wait for it in the last one.
     for group in groups:
         problem = problem_of_any_rank_maybe(problem, group)
     if problem is not None:

@@ -37,7 +37,13 @@ def adapter_sharded_state_dict(
         prefix: of the keys, ending in `adapter.`.
         sharded_offsets: offsets that Megatron prepends, such as the layer's place among all layers.
         metadata: Megatron's; its `dp_cp_group` is filled in where it is missing.
+
+    Raises:
+        ValueError: a tensor has more blocks of rows than two, which Megatron's factory would save as if it had one.
     """
+    for name, placement in placements.items():
+        if placement.blocks not in (1, 2):
+            raise ValueError(f"{prefix}{name}: found {placement.blocks} blocks of rows, expected 1 or 2")
     metadata = ensure_metadata_has_dp_cp_group(metadata)
     dp_cp_group = metadata["dp_cp_group"]
     tp_group = resolve_group(tp_group_name) if tp_group_name else parallel_state.get_tensor_model_parallel_group()

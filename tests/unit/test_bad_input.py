@@ -115,6 +115,13 @@ def test_an_adapter_built_by_hand_out_of_range() -> None:
     assert (adapter.alpha, adapter.dropout) == (4, 0.5)
 
 
+def test_blocks_of_rows_that_megatron_saves_as_one() -> None:
+    adapter = dora_fx.ParallelLinearDoRAAdapter(8, 6, 2, row_blocks=3)
+    adapter.init_weight_magnitude(torch.ones(6))
+    with refuses(ValueError, "layer.adapter.linear_out.weight: found 3 blocks of rows, expected 1 or 2"):
+        adapter.sharded_state_dict("layer.adapter.")
+
+
 def test_an_adapter_built_by_hand_for_another_layer() -> None:
     layer = nn.Linear(8, 6).requires_grad_(False)
     for settings, message in (
