@@ -26,6 +26,9 @@ SAMPLES: dict[str, Callable[[str, str], dict[str, Any]]] = {
     "sharegpt": lambda ask, say: {"conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": say}]},
     "prompt-completion": lambda ask, say: {"prompt": f"{ask}: ", "completion": say},
     "alpaca": lambda ask, say: {"instruction": ask, "input": "", "output": say},
+    "instruction-response": lambda ask, say: {"instruction": ask, "response": say},
+    "question-answer": lambda ask, say: {"question": ask, "answer": say},
+    "input-output": lambda ask, say: {"input": ask, "output": say},
 }
 
 

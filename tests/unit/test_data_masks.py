@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from dora_fx.app.data.encoding import SampleEncoder, TokenSample
-from dora_fx.app.data.formats import Completion, Conversation, format_of
+from dora_fx.app.data.format_choice import format_of, unused_fields
+from dora_fx.app.data.formats import Completion, Conversation
 from dora_fx.app.data.records import Record
 from tests.chat_templates import BRACKETS, HEADERS, REASONING, chat_tokenizer, unmarked
 from tests.hf_models import tiny_tokenizer
 from tests.tables import every_case
+from tests.sample_files import SAMPLES
 
 
 def conversation(*turns: str) -> Conversation:
@@ -131,6 +133,43 @@ def test_alpaca_takes_the_chat_template_or_its_own_words() -> None:
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nadd\n\n### Input:\nb and c\n\n### Response:\n"
     )
+
+
+def test_the_same_question_is_the_same_tokens_in_every_format() -> None:
+    """Under a chat template; without one, questions and conversations are refused with a way out."""
+    ask, say = {"role": "user", "content": "say dog"}, {"role": "assistant", "content": "dog dog"}
+    part = {"type": "text", "text": "say dog"}
+    tokenizer = chat_tokenizer(unmarked(HEADERS))
+    (expected,) = encode(tokenizer, Conversation("file, line 1", [ask, say]))
+    for value in (
+        *(SAMPLES[name](ask["content"], say["content"]) for name in SAMPLES if name != "prompt-completion"),
+        {"prompt": [ask], "completion": [say]},
+        {"messages": [ask | {"content": [part]}, say | {"content": [part | {"text": "dog"}, part | {"text": " dog"}]}]},
+        {"conversations": [{"from": "human", "value": [part]}, {"from": "gpt", "value": "dog dog"}]},
+        {"instruction": "say dog", "context": "", "response": "dog dog"},
+    ):
+        record = Record("file, line 1", value)
+        assert encode(tokenizer, format_of([record]).sample(record)) == [expected]
+    for name in ("question-answer", "input-output"):
+        record = Record("file, line 1", SAMPLES[name]("a", "b"))
+        with pytest.raises(ValueError, match=r"no chat template; .* with --columns prompt=question completion=answer"):
+            encode(tiny_tokenizer(), format_of([record]).sample(record))
+
+
+def test_what_the_assistant_says_in_a_prompt_of_messages_is_given() -> None:
+    sample = conversation("a", "b", "c", "d")
+    record = Record("file, line 1", {"prompt": sample.messages[:3], "completion": sample.messages[3:]})
+    for template in (HEADERS, unmarked(HEADERS)):
+        (found,) = encode(chat_tokenizer(template), format_of([record]).sample(record))
+        (whole,) = encode(chat_tokenizer(template), sample)
+        assert found.ids == whole.ids and found.num_targets == whole.num_targets // 2 == 2
+        assert found.is_target[-3:] == whole.is_target[-3:]
+    with_tools = record.value | {"tools": [{"name": "f"}]}
+    read = format_of([record]).sample(Record("file, line 1", with_tools))
+    assert isinstance(read, Conversation) and read.tools == [{"name": "f"}]
+    # Beside texts nothing writes tools, and a run says that they are not used.
+    texts = Record("file, line 1", {"prompt": "a", "completion": "b", "tools": []})
+    assert unused_fields([texts], format_of([texts])) == ["tools"]
 
 
 @every_case(

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dora_fx.app.data.formats import Conversation, format_of, unused_fields
+from dora_fx.app.data.format_choice import format_of, unused_fields
+from dora_fx.app.data.formats import Conversation
 from dora_fx.app.data.records import Record, read_records
 from tests.tables import every_case
 
@@ -24,6 +25,9 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     "prompt-completion": {"prompt": "a", "completion": "b"},
     "alpaca": {"instruction": "a", "input": "", "output": "b"},
+    "instruction-response": {"instruction": "a", "response": "b"},
+    "question-answer": {"question": "a", "answer": "b"},
+    "input-output": {"input": "a", "output": "b"},
 }
 
 
@@ -98,10 +102,18 @@ def test_names_that_only_look_like_a_test_set_are_taken(name: str, tmp_path: Pat
     [
         ({"txt": "a"}, r"found the fields 'txt', expected those of a format; the nearest is text \(text\)"),
         ({"prompt": "a", "response": "b"}, "'prompt', 'response'.* the nearest is prompt-completion"),
-        ({"instruction": "a", "context": "", "response": "b"}, "the nearest is alpaca"),
+        ({"instruction": "a", "context": "", "reply": "b"}, "the nearest is alpaca"),
         ({"message": [], "id": 1}, "the nearest is messages"),
         ({"conversation": []}, "the nearest is sharegpt"),
-        ({"question": "a", "answer": "b"}, "the nearest is prompt-completion"),
+        ({"query": "a", "reply": "b"}, "the nearest is prompt-completion"),
+        (
+            {"question": "a", "reply": "b"},
+            "nearest is question-answer .* columns with --columns answer=NAME; there are",
+        ),
+        (
+            SAMPLES["question-answer"] | SAMPLES["input-output"],
+            r"say which with --data-format question-answer or input-output",
+        ),
         ({"dialog": [{"speaker": "a"}]}, "the nearest is messages"),
         ({"body": "a"}, "the nearest is text"),
         ({}, "found no fields, expected those of a format"),
@@ -140,6 +152,9 @@ def test_mixed_formats_are_named(first: str, second: str, suffix: str, tmp_path:
         format_of(read_records(path))
 
 
+PART = {"type": "text", "text": "a"}
+
+
 def turns(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in pairs]
 
@@ -156,7 +171,50 @@ def turns(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
         ({"messages": turns(("user", "a"), ("assistant", ""))}, "turn 2: found an empty turn of the assistant"),
         ({"messages": turns(("user", "a"), ("assistant", " \n"))}, "turn 2: found an empty turn of the assistant"),
         ({"messages": turns(("user", "a"), ("assistant", None))}, "turn 2: found no content, expected a string"),
-        ({"messages": turns(("user", ["a"]), ("assistant", "b"))}, "turn 1: found a value of type list as content"),
+        (
+            {"messages": turns(("user", ["a"]), ("assistant", "b"))},
+            'turn 1, part 1: found \'a\', expected {"type": "te',
+        ),
+        ({"messages": turns(("user", {"a": 1}), ("assistant", "b"))}, "turn 1: found a value of type dict as content"),
+        ({"messages": turns(("user", []), ("assistant", "b"))}, "turn 1: found an empty list as content, expected a"),
+        (
+            {"messages": turns(("user", [PART, {"type": "image_url", "image_url": {}}]), ("assistant", "b"))},
+            "turn 1, part 2: found 'image_url' as type, expected text: text alone is trained on, and no images, audio",
+        ),
+        (
+            {"messages": turns(("user", "a"), ("assistant", [{"type": "input_audio", "data": "x"}]))},
+            "turn 2, part 1: found 'input_audio' as type, expected text",
+        ),
+        ({"messages": turns(("user", [{"text": "a"}]), ("assistant", "b"))}, "turn 1, part 1: found the fields 'text'"),
+        (
+            {"messages": turns(("user", [{"type": "text", "text": 3}]), ("assistant", "b"))},
+            "turn 1, part 1: found 3 as text, expected {",
+        ),
+        (
+            {"messages": turns(("user", [PART | {"image": "x.png"}]), ("assistant", "b"))},
+            "turn 1, part 1: found 'image' in the part, expected {",
+        ),
+        ({"messages": turns(("user", "a"), ("assistant", [PART | {"text": " "}]))}, "turn 2: found an empty turn"),
+        ({"prompt": turns(("user", "a")), "completion": "b"}, "found 'b' in completion, expected a list of role and"),
+        ({"prompt": "a", "completion": turns(("assistant", "b"))}, "found 'a' in prompt, expected a list of role"),
+        ({"prompt": turns(("user", "a")), "completion": []}, "found an empty list in completion, expected a list"),
+        (
+            {"prompt": turns(("user", "a")), "completion": turns(("user", "b"))},
+            "found no turn of the assistant among 2",
+        ),
+        (
+            {"prompt": turns(("user", "a"), ("assistant", "b")), "completion": turns(("user", "b"))},
+            "found no turn of the assistant that is learned among 3, expected one .* in the completion",
+        ),
+        (
+            {"prompt": [*turns(("user", "a")), {"role": "assistant", "content": "b", "train": True}]}
+            | {"completion": turns(("assistant", "b"))},
+            "prompt, turn 2: found a mark that the turn is learned, expected none",
+        ),
+        (
+            {"prompt": turns(("user", "a")), "completion": turns(("bot", "b"))},
+            "completion, turn 1: found 'bot' as role, expected one of system",
+        ),
         ({"messages": turns(("user", "a"), ("user", "b"))}, "found no turn of the assistant among 2, expected one"),
         ({"messages": turns(("assistant", "a"), ("user", "b"))}, "found a turn of the assistant first"),
         ({"messages": []}, "found an empty list in messages, expected a list of role and content"),
@@ -170,10 +228,18 @@ def turns(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
         ({"conversations": [{"value": "a"}]}, "turn 1: found the fields 'value', expected an object with from and"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt"}]}, "turn 2: found no value, expected a"),
         ({"prompt": "a", "completion": " "}, "found nothing in the field completion, expected some text"),
-        ({"prompt": ["a"], "completion": "b"}, "found a value of type list in the field prompt, expected a string"),
+        ({"prompt": ["a"], "completion": "b"}, "prompt, turn 1: found 'a', expected an object with role and content"),
+        ({"prompt": 3, "completion": "b"}, "found 3 in the field prompt, expected a string"),
         ({"instruction": "", "output": "b"}, "found nothing in the field instruction"),
         ({"instruction": "a", "output": ""}, "found nothing in the field output"),
         ({"instruction": "a", "input": 3, "output": "b"}, "found 3 in the field input, expected a string"),
+        (
+            {"instruction": "a", "input": "b", "context": "c", "response": "d"},
+            "found texts in input and in context, expected one of them",
+        ),
+        ({"question": "a", "answer": ["b"]}, "found a value of type list in the field answer, expected a string"),
+        ({"question": " ", "answer": "b"}, "found nothing in the field question"),
+        ({"input": "a", "output": ""}, "found nothing in the field output"),
         ({"text": "a\0b"}, "found a NUL character"),
     ],
     ids=lambda value: str(value)[:60],
@@ -256,3 +322,16 @@ def test_what_a_file_names_is_neither_opened_nor_fetched(tmp_path: Path, monkeyp
     assert record.value == {"text": "a", "picture": {"path": str(secret)}}
     assert str(path) in opened and str(secret) not in opened
     assert not home.exists() and sorted(tmp_path.iterdir()) == [path, secret]
+
+
+def test_a_format_gives_way_to_one_that_says_more() -> None:
+    """Files of conversations often have a question and its answer by themselves, too."""
+    for value, name in (
+        (SAMPLES["messages"] | SAMPLES["question-answer"], "messages"),
+        (SAMPLES["text"] | SAMPLES["input-output"], "text"),
+        (SAMPLES["alpaca"] | {"response": "c"}, "alpaca"),
+        (SAMPLES["instruction-response"] | {"input": "c"}, "instruction-response"),
+        (SAMPLES["input-output"], "input-output"),
+    ):
+        assert format_of([Record("file, line 1", value)]).name == name
+    assert format_of([Record("file, line 1", SAMPLES["alpaca"])], "input-output").name == "input-output"

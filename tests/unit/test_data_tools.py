@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dora_fx.app.data.encoding import SampleEncoder, TokenSample
-from dora_fx.app.data.formats import Conversation, format_of
+from dora_fx.app.data.format_choice import format_of
+from dora_fx.app.data.formats import Conversation
 from dora_fx.app.data.records import Record
 from tests.chat_templates import HEADERS, JOINED, ONE_CALL, REASONING, TOOLS, chat_tokenizer, unmarked
 from tests.tables import every_case

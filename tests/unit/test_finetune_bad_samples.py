@@ -45,8 +45,8 @@ GOOD = chat(("user", "a"), ("assistant", "b"))
         ([{"text": "a"}, GOOD], "it is of the format messages, and a file or folder has one format"),
         ([GOOD | {"text": "a"}], "say which with --data-format text or messages"),
         (
-            [{"question": "a", "answer": "b"}],
-            "found the fields 'question', 'answer', expected those of a format; ",
+            [{"query": "a", "reply": "b"}],
+            "found the fields 'query', 'reply', expected those of a format; ",
         ),
         ([GOOD, ["a"]], "line 2: found a list, expected an object"),
     ],

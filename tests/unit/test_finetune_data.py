@@ -138,7 +138,7 @@ def test_what_is_no_file_is_named_and_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "null.txt").symlink_to("/dev/null")
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     for name, found in (
-        ("folder", "found no data file in the folder, expected some of .txt, .jsonl, .json or .parquet"),
+        ("folder", "found no data file in the folder, expected some of .txt, .jsonl, .json, .csv or .parquet"),
         ("pipe", "found a named pipe, expected a regular file"),
         ("null", "found a device, expected a regular file"),
         ("loop", "Too many levels of symbolic links"),

@@ -123,6 +123,6 @@ def _without_template(conversation: Conversation) -> Completion:
         raise ValueError(
             f"{conversation.where}: found a conversation, but the base's tokenizer has no chat template; take a base "
             "that was trained on conversations, put its chat_template.jinja into the directory of the base, or write "
-            "the data as prompt and completion"
+            "the data as prompt and completion, such as with --columns prompt=question completion=answer"
         )
     return conversation.without_template

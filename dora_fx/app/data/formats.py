@@ -1,26 +1,28 @@
-"""Formats of training data, told apart by the names of their fields, and what a record of each says.
+"""Formats of training data, by the names of their fields, and what a record of each says.
 
-text                a text, all of which is learned
-messages            a conversation of role and content; what the assistant says is learned
-sharegpt            the same under the names conversations, from and value
-prompt-completion   two texts, of which the second is learned
-alpaca              an instruction, perhaps an input, and an output, which is learned
+text                  a text, all of which is learned
+messages              a conversation of role and content; what the assistant says is learned
+sharegpt              the same under the names conversations, from and value
+prompt-completion     two texts, of which the second is learned; or two lists of messages, as TRL has them
+alpaca                an instruction, perhaps an input, and an output, which is learned
+instruction-response  the same under other names
+question-answer       a question of the user and an answer of the assistant, which is learned
+input-output          the same under other names
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dora_fx.app.data.records import Record, check_text
-from dora_fx.app.data.turns import read_tools, read_turn, turn_names
+from dora_fx.app.data.turns import is_marked_learned, read_tools, read_turn, turn_names
 from dora_fx.files import shortened
 
 _ALPACA_START = "Below is an instruction that describes a task"
 _ALPACA_END = "Write a response that appropriately completes the request.\n\n"
-_ALIKE = 0.75
 
 
 @dataclass(frozen=True)
@@ -65,92 +67,47 @@ Sample = Text | Completion | Conversation
 
 @dataclass(frozen=True)
 class DataFormat:
-    """A format: its name for `--data-format`, fields that every record has, others that are used, and its reader."""
+    """A format.
+
+    Attributes:
+        name: for `--data-format`.
+        fields: those that every record has.
+        sample: its reader.
+        also_used: other fields that are used.
+        used_beside_messages: others that are used where the first field is a list of messages.
+        gives_way: whether a record that also has the fields of another format is of that one: files of conversations
+            often have a question and its answer by themselves, too.
+    """
 
     name: str
     fields: tuple[str, ...]
     sample: Callable[[Record], Sample]
     also_used: tuple[str, ...] = field(default=())
+    used_beside_messages: tuple[str, ...] = field(default=())
+    gives_way: bool = False
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All fields that are used."""
+        return frozenset((*self.fields, *self.also_used, *self.used_beside_messages))
+
+    def used_in(self, record: Record) -> frozenset[str]:
+        """The fields of a record that are used."""
+        has_messages = isinstance(record.value.get(self.fields[0]), list)
+        return self.names if has_messages else self.names - frozenset(self.used_beside_messages)
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(self.fields)})"
 
 
-def format_of(records: Sequence[Record], name: str | None = None) -> DataFormat:
-    """The format of records: the one that is named, or the only one whose fields the first record has.
-
-    Raises:
-        ValueError: no format has the fields, or several, or a record has not those of the first; the message has the
-            fields that were found and the nearest format.
-    """
-    first = records[0]
-    fitting = [each for each in FORMATS.values() if _has(first, each)] if name is None else [FORMATS[name]]
-    if not fitting:
-        raise ValueError(
-            f"{first.where}: found {_fields(first)}, expected those of a format; the nearest is {_nearest(first)}; "
-            f"there are {', '.join(map(str, FORMATS.values()))}"
-        )
-    if len(fitting) > 1:
-        raise ValueError(
-            f"{first.where}: found {_fields(first)}, which are those of {' and of '.join(map(str, fitting))}; "
-            f"say which with --data-format {' or '.join(each.name for each in fitting)}"
-        )
-    for record in records:
-        if not _has(record, fitting[0]):
-            raise ValueError(_misfit(record, first, fitting[0], is_named=name is not None))
-    return fitting[0]
-
-
-def unused_fields(records: Sequence[Record], data_format: DataFormat) -> list[str]:
-    """Names of fields that records have and the format does not use, in the order in which they come."""
-    used = {*data_format.fields, *data_format.also_used}
-    return list(dict.fromkeys(name for record in records for name in record.value if name not in used))
-
-
-def _has(record: Record, data_format: DataFormat) -> bool:
-    return all(record.value.get(name) is not None for name in data_format.fields)
-
-
-def _misfit(record: Record, first: Record, expected: DataFormat, is_named: bool) -> str:
-    found = f"{record.where}: found {_fields(record)}, expected those of {expected}"
-    if is_named or record is first:
-        return f"{found}, which --data-format names"
-    others = [each for each in FORMATS.values() if _has(record, each)]
-    mixed = f"; it is of the format {others[0].name}, and a file or folder has one format" if others else ""
-    return f"{found}, which {first.where} has{mixed}"
-
-
-def _fields(record: Record) -> str:
-    names = [shortened(name) for name, value in record.value.items() if value is not None]
-    shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return f"the fields {shown}" if names else "no fields"
-
-
-def _nearest(record: Record) -> DataFormat:
-    """The format whose names are most like the record's, or one for values like the record's where no name is."""
-
-    def likeness(data_format: DataFormat) -> float:
-        return sum(map(best_ratio, data_format.fields)) / len(data_format.fields)
-
-    def best_ratio(name: str) -> float:
-        close = difflib.get_close_matches(name, record.value, 1, _ALIKE)
-        return difflib.SequenceMatcher(None, name, close[0]).ratio() if close else 0.0
-
-    found = max(FORMATS.values(), key=likeness)
-    if likeness(found) > 0:
-        return found
-    if any(isinstance(value, list) for value in record.value.values()):
-        return FORMATS["messages"]
-    num_texts = sum(isinstance(value, str) for value in record.value.values())
-    return FORMATS["prompt-completion" if num_texts > 1 else "text"]
-
-
 def _text(record: Record, name: str, *, may_be_empty: bool = False) -> str:
     value = record.value.get(name, "")
     if not isinstance(value, str):
-        raise ValueError(f"{record.where}: found {shortened(value)} in the field {name}, expected a string")
+        raise ValueError(
+            f"{record.where}: found {shortened(value)} in the field {record.column(name)}, expected a string"
+        )
     if not value.strip() and not may_be_empty:
-        raise ValueError(f"{record.where}: found nothing in the field {name}, expected some text")
+        raise ValueError(f"{record.where}: found nothing in the field {record.column(name)}, expected some text")
     return check_text(record.where, value)
 
 
@@ -158,13 +115,42 @@ def _text_sample(record: Record) -> Text:
     return Text(record.where, _text(record, "text", may_be_empty=True))
 
 
-def _prompt_completion_sample(record: Record) -> Completion:
-    return Completion(record.where, _text(record, "prompt", may_be_empty=True), _text(record, "completion"))
+def _prompt_completion_sample(record: Record) -> Completion | Conversation:
+    if not any(isinstance(record.value[name], list) for name in ("prompt", "completion")):
+        return Completion(record.where, _text(record, "prompt", may_be_empty=True), _text(record, "completion"))
+    given, said = _turns(record, "prompt"), _turns(record, "completion")
+    for number, turn in enumerate(record.value["prompt"], start=1):
+        if is_marked_learned(turn):
+            raise ValueError(
+                f"{record.where}, {record.column('prompt')}, turn {number}: found a mark that the turn is learned, "
+                "expected none: what the assistant says in the completion is learned"
+            )
+    # As the sample is read, what the assistant said before is given.
+    return _conversation(record, [(message, False) for message, _ in given] + said)
 
 
 def _alpaca_sample(record: Record) -> Conversation:
-    instruction, output = _text(record, "instruction"), _text(record, "output")
-    context = _text(record, "input", may_be_empty=True)
+    return _instruction(record, "output", _text(record, "input", may_be_empty=True))
+
+
+def _instruction_response_sample(record: Record) -> Conversation:
+    contexts = [_text(record, name, may_be_empty=True) for name in ("input", "context")]
+    if all(map(str.strip, contexts)):
+        raise ValueError(
+            f"{record.where}: found texts in {record.column('input')} and in {record.column('context')}, "
+            "expected one of them"
+        )
+    return _instruction(record, "response", max(contexts, key=lambda text: bool(text.strip())))
+
+
+def _pair_sample(record: Record, ask: str, say: str) -> Conversation:
+    question, answer = _text(record, ask), _text(record, say)
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation(record.where, _system(record) + messages)
+
+
+def _instruction(record: Record, say: str, context: str) -> Conversation:
+    instruction, output = _text(record, "instruction"), _text(record, say)
     with_context = bool(context.strip())
     request = f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{context}\n\n" if with_context else "")
     paired = ", paired with an input that provides further context" if with_context else ""
@@ -179,11 +165,12 @@ def _alpaca_sample(record: Record) -> Conversation:
 
 
 def _messages_sample(record: Record) -> Conversation:
-    return _conversation(record, "messages")
+    return _conversation(record, _turns(record, "messages"))
 
 
 def _sharegpt_sample(record: Record) -> Conversation:
-    return _conversation(record, "conversations")
+    turns = _turns(record, "conversations")
+    return _conversation(record, [(message, False) for message in _system(record)] + turns)
 
 
 def _system(record: Record) -> list[dict[str, Any]]:
@@ -191,30 +178,38 @@ def _system(record: Record) -> list[dict[str, Any]]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def _conversation(record: Record, name: str) -> Conversation:
+def _turns(record: Record, name: str) -> list[tuple[dict[str, Any], bool]]:
+    """The turns of a field as messages for a chat template, and whether each is learned."""
     turns = record.value[name]
     names = turn_names(name, turns)
     if not isinstance(turns, list) or not turns:
         found = "an empty list" if turns == [] else shortened(turns)
-        raise ValueError(f"{record.where}: found {found} in {name}, expected a list of {' and '.join(names)}")
-    tools = read_tools(record.where, record.value.get("tools"))
-    read = [(message, False) for message in (_system(record) if name == "conversations" else [])]
-    read += [read_turn(f"{record.where}, turn {number}", turn, *names) for number, turn in enumerate(turns, start=1)]
-    messages = [message for message, _ in read]
+        raise ValueError(
+            f"{record.where}: found {found} in {record.column(name)}, expected a list of {' and '.join(names)}"
+        )
+    # A record has one list of turns, or a prompt and a completion.
+    place = record.where if name in ("messages", "conversations") else f"{record.where}, {record.column(name)}"
+    return [read_turn(f"{place}, turn {number}", turn, *names) for number, turn in enumerate(turns, start=1)]
+
+
+def _conversation(record: Record, turns: Sequence[tuple[dict[str, Any], bool]]) -> Conversation:
+    """A conversation of messages, each with whether it is learned."""
+    messages = [message for message, _ in turns]
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(
             f"{record.where}: found no turn of the assistant among {len(turns)}, expected one: nothing else is learned"
         )
-    if not any(is_learned for _, is_learned in read):
+    if not any(is_learned for _, is_learned in turns):
         raise ValueError(
             f"{record.where}: found no turn of the assistant that is learned among {len(turns)}, expected one without "
-            "a mark that says not to"
+            "a mark that says not to, and in the completion where there is one"
         )
     if messages[0]["role"] == "assistant":
         raise ValueError(f"{record.where}: found a turn of the assistant first, expected one of the system or the user")
     given = {
-        index for index, (message, is_learned) in enumerate(read) if message["role"] == "assistant" and not is_learned
+        index for index, (message, is_learned) in enumerate(turns) if message["role"] == "assistant" and not is_learned
     }
+    tools = read_tools(record.where, record.value.get("tools"))
     return Conversation(record.where, messages, tools, given=frozenset(given))
 
 
@@ -224,7 +219,33 @@ FORMATS = {
         DataFormat("text", ("text",), _text_sample),
         DataFormat("messages", ("messages",), _messages_sample, ("tools",)),
         DataFormat("sharegpt", ("conversations",), _sharegpt_sample, ("tools", "system")),
-        DataFormat("prompt-completion", ("prompt", "completion"), _prompt_completion_sample),
+        DataFormat(
+            "prompt-completion",
+            ("prompt", "completion"),
+            _prompt_completion_sample,
+            used_beside_messages=("tools",),
+        ),
         DataFormat("alpaca", ("instruction", "output"), _alpaca_sample, ("input", "system")),
+        DataFormat(
+            "instruction-response",
+            ("instruction", "response"),
+            _instruction_response_sample,
+            ("input", "context", "system"),
+            gives_way=True,
+        ),
+        DataFormat(
+            "question-answer",
+            ("question", "answer"),
+            partial(_pair_sample, ask="question", say="answer"),
+            ("system",),
+            gives_way=True,
+        ),
+        DataFormat(
+            "input-output",
+            ("input", "output"),
+            partial(_pair_sample, ask="input", say="output"),
+            ("system",),
+            gives_way=True,
+        ),
     )
 }

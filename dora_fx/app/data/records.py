@@ -1,4 +1,4 @@
-"""Records of .txt, .jsonl, .json and .parquet files and folders of them, read and checked before anything is loaded.
+"""Records of text, JSON, CSV and Parquet files and folders of them, read and checked before anything is loaded.
 
 JSON is read by Python's json, so that a record is what was written. The readers of `datasets` and pandas turn a text
 that looks like a date into a date, fill what a record lacks with nulls, unpack what looks like an archive, and do not
@@ -9,11 +9,12 @@ image that is named by its address, is decoded or fetched. Neither writes a cach
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dora_fx.app.data.csv_rows import csv_rows
 from dora_fx.files import (
     UnreadableFileError,
     UnsafeFileError,
@@ -53,17 +54,29 @@ _ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Record:
-    """One object of a data file, and its place for messages: the path, and the line, row or number in it."""
+    """One object of a data file.
+
+    Attributes:
+        where: its place for messages: the path, and the line, row or number in it.
+        value: its fields.
+        columns: what the file calls those fields that have another name here.
+    """
 
     where: str
     value: dict[str, Any]
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def column(self, name: str) -> str:
+        """What the file calls a field."""
+        return self.columns.get(name, name)
 
 
 def read_records(path: Path) -> list[Record]:
     """The records of a file, or of the files of a folder in the order of their names.
 
     A .txt file is one record with a field `text`. A .json file has a list of objects, one object, or an object on each
-    line, as a .jsonl file has. Fields of Parquet rows that are null are left out, at any depth.
+    line, as a .jsonl file has. A .csv file has the names of its columns on the first line, and all values of it are
+    texts. Fields of Parquet rows that are null are left out, at any depth.
 
     Raises:
         ValueError: a file is missing, of another kind, not UTF-8 or damaged, or holds no record or something else than
@@ -179,6 +192,11 @@ def _json(path: Path) -> Iterator[Record]:
             yield _record(f"{path}, record {number}", element)
 
 
+def _csv(path: Path) -> Iterator[Record]:
+    for line, value in csv_rows(path, _text_of_file(path)):
+        yield Record(f"{path}, line {line}", value)
+
+
 def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow.parquet
 
@@ -249,6 +267,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".txt": _plain_text,
     ".jsonl": _json_lines,
     ".json": _json,
+    ".csv": _csv,
     ".parquet": _parquet,
 }
-_SUFFIXES = ".txt, .jsonl, .json or .parquet"
+_SUFFIXES = ".txt, .jsonl, .json, .csv or .parquet"

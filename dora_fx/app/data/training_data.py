@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dora_fx.app.data.formats import FORMATS, DataFormat, Sample, Text, format_of, unused_fields
+from dora_fx.app.data.columns import check_columns, rename
+from dora_fx.app.data.format_choice import format_of, unused_fields
+from dora_fx.app.data.formats import FORMATS, DataFormat, Sample, Text
 from dora_fx.app.data.records import read_records
 from dora_fx.app.errors import UserError
 
@@ -20,23 +22,31 @@ class TrainingData:
     unused: Sequence[str] = ()
 
 
-def read_data(path: Path, format_name: str) -> TrainingData:
-    """The samples of a file or folder; `format_name` is `auto`, or the format that the user named.
+def read_data(path: Path, format_name: str, columns: Mapping[str, str] | None = None) -> TrainingData:
+    """The samples of a file or folder.
+
+    Args:
+        path: of the file or folder.
+        format_name: `auto`, or the format that the user named.
+        columns: what the data call fields of the format, by the format's names; others have their own.
 
     Raises:
         UserError: a file cannot be read, no format or several have its fields, or a record is not of the format; the
-            message has the file and the line.
+            message has the file and the line. Or there is no such field or column.
     """
+    columns = columns or {}
+    named = None if format_name == "auto" else format_name
+    check_columns(columns, named)
     try:
-        records = read_records(path)
-        found = format_of(records, None if format_name == "auto" else format_name)
+        records, hidden = rename(path, read_records(path), columns)
+        found = format_of(records, named, columns)
         samples = [found.sample(record) for record in records]
     except ValueError as error:
         raise UserError(f"--data {error}") from error
     samples = [sample for sample in samples if not isinstance(sample, Text) or sample.text.strip()]
     if not samples:
         raise UserError(f"--data {path}: the file has no text")
-    return TrainingData(found, samples, unused_fields(records, found))
+    return TrainingData(found, samples, [*hidden, *unused_fields(records, found)])
 
 
 def demo_data() -> TrainingData:

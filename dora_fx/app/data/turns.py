@@ -1,9 +1,9 @@
 """Turns of a conversation as a chat template takes them, and whether the assistant's are learned.
 
-What files hold beside a role and a text is kept for the template: calls of tools, reasoning, names. Two things are
+What files hold beside a role and a text is kept for the template: calls of tools, reasoning, names. Three things are
 brought into one shape, because templates write the other one as something else: a call that ShareGPT's files hold as
-a text, and arguments of a call that are JSON within JSON. Marks of what is learned are read, and are not for the
-template.
+a text, arguments of a call that are JSON within JSON, and a text in parts. Marks of what is learned are read, and are
+not for the template.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def read_turn(where: str, turn: Any, role: str, content: str) -> tuple[dict[str,
     if not isinstance(turn, dict) or turn.get(role) is None:
         found = f"the fields {', '.join(map(shortened, turn))}" if isinstance(turn, dict) else shortened(turn)
         raise ValueError(f"{where}: found {found}, expected an object with {role} and {content}")
-    speaker, text = turn[role], turn.get(content)
+    speaker, text = turn[role], _joined_parts(where, turn.get(content), content)
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         raise ValueError(f"{where}: found {shortened(speaker)} as {role}, expected one of {', '.join(_SPEAKERS)}")
     # An empty list of calls, which some files give every turn, is none.
@@ -85,12 +85,43 @@ def read_turn(where: str, turn: Any, role: str, content: str) -> tuple[dict[str,
     return {"role": spoken_by, **said, **others}, is_learned
 
 
+def is_marked_learned(turn: Mapping[str, Any]) -> bool:
+    """Tell whether a turn has a mark that it is learned."""
+    return any(turn.get(name) for name in _MARKS)
+
+
 def read_tools(where: str, tools: Any) -> list[dict[str, Any]] | None:
     """The tools of a record, None where there are none; raises ValueError unless they are objects, or JSON of them."""
     read = parse_json(tools, f"{where}, tools") if isinstance(tools, str) and tools.lstrip().startswith("[") else tools
     if read and not (isinstance(read, list) and all(isinstance(tool, dict) for tool in read)):
         raise ValueError(f"{where}: found {shortened(read)} in tools, expected a list of objects")
     return read or None
+
+
+def _joined_parts(where: str, text: Any, content: str) -> Any:
+    """The text that OpenAI's parts of a content are together, with nothing between; anything else as it is."""
+    if not isinstance(text, list):
+        return text
+    if not text:
+        raise ValueError(f"{where}: found an empty list as {content}, expected a string or parts with a text")
+    return "".join(_text_of_part(f"{where}, part {number}", part) for number, part in enumerate(text, start=1))
+
+
+def _text_of_part(where: str, part: Any) -> str:
+    expected = '{"type": "text", "text": ...}'
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        found = f"the fields {', '.join(map(shortened, part))}" if isinstance(part, dict) else shortened(part)
+        raise ValueError(f"{where}: found {found}, expected {expected}")
+    if part["type"] != "text":
+        raise ValueError(
+            f"{where}: found {shortened(part['type'])} as type, expected text: text alone is trained on, "
+            "and no images, audio or files"
+        )
+    others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
+    if others or not isinstance(part.get("text"), str):
+        found = f"{shortened(others[0])} in the part" if others else f"{shortened(part.get('text'))} as text"
+        raise ValueError(f"{where}: found {found}, expected {expected}")
+    return str(part["text"])
 
 
 def _is_learned(where: str, turn: Mapping[str, Any], speaker: str) -> bool:
