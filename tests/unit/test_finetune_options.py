@@ -9,6 +9,8 @@ import yaml
 
 from dora_fx.app.cli.main import main, parse
 from dora_fx.app.cli.option_order import options_in_order
+from dora_fx.app.errors import UserError
+from dora_fx.app.options.command_line import aliases_of
 from dora_fx.app.options.finetune_options import (
     DEMO_DEFAULTS,
     FinetuneOptions,
@@ -59,7 +61,7 @@ def test_a_wrong_option_is_named(arguments: list[str], message: str, capsys: pyt
         ("a.txt", b"", "a.txt: the file has no text"),
         ("a.txt", b" \n\t", "a.txt: the file has no text"),
         ("a.txt", b"abc \xff def", "a.txt, line 1: not UTF-8 at byte 4"),
-        ("a.csv", b"abc", "a.csv: found a .csv file, expected .txt, .jsonl, .json or .parquet"),
+        ("a.tsv", b"abc", "a.tsv: found a .tsv file, expected .txt, .jsonl, .json, .csv or .parquet"),
         ("a.jsonl", b"", "a.jsonl: the file has no text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl, line 2: cannot be read (JSONDecodeError: "),
         (
@@ -241,8 +243,6 @@ def test_saved_options_are_plain_yaml_and_give_the_same_options() -> None:
 
 
 def test_a_resumed_run_cannot_become_another_one() -> None:
-    from dora_fx.app.errors import UserError
-
     saved = saved_options(FinetuneOptions(demo=True))
     with pytest.raises(UserError, match="--dim: found 4, but the run to resume was started with 16"):
         check_resumable(FinetuneOptions(demo=True, dim=4), saved)
@@ -258,6 +258,78 @@ def test_learning_rate_warms_up_and_follows_its_schedule() -> None:
     assert rates("constant") == [0.5, 1, 1, 1, 1, 1]
     assert rates("linear") == [0.5, 1, 1, 0.75, 0.5, 0.25]
     assert rates("cosine") == [0.5, 1, 1, 0.8536, 0.5, 0.1464]
+
+
+def test_names_of_other_trainers_are_taken_where_they_mean_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    of_transformers = (
+        "--model_name_or_path base --train-file a.txt --output_dir run --learning-rate 2e-4 --num_train_epochs=3 "
+        "--per_device_train_batch_size 4 --weight_decay 0.1 --max_grad_norm 0.5 --adam_beta1 0.8 --adam-beta2=0.95 "
+        "--adam_epsilon 1e-6 --eval_steps 5 --save-steps 6 --gradient_checkpointing --lora_r 8 --lora-alpha 16 "
+        "--lora_dropout 0.1 --lora_target_modules linear_qkv,linear_proj"
+    )
+    ours = (
+        "--base base --data a.txt --run run --lr 2e-4 --epochs 3 --batch-size 4 --weight-decay 0.1 --max-grad-norm 0.5 "
+        "--adam-beta1 0.8 --adam-beta2 0.95 --adam-eps 1e-6 --eval-every 5 --save-every 6 --recompute "
+        "--dim 8 --alpha 16 --dropout 0.1 --target-modules linear_qkv linear_proj"
+    )
+    of_megatron = (
+        "--train-iters 7 --micro-batch-size 2 --seq-length 64 --lr-decay-style cosine --clip-grad 0.5 --demo "
+        "--eval-interval 5 --save-interval 6 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 3"
+    )
+    ours_of_megatron = (
+        "--steps 7 --batch-size 2 --sequence-length 64 --schedule cosine --max-grad-norm 0.5 --demo "
+        "--eval-every 5 --save-every 6 --tp 2 --pp 3"
+    )
+    for written, expected in ((of_transformers, ours), (of_megatron, ours_of_megatron)):
+        found = parse(["finetune", *written.split()])
+        assert found == parse(["finetune", *expected.split()]) and found != parse(["finetune", "--demo"])
+    for given, message in (
+        (["--lr", "1", "--learning-rate=2"], "--learning-rate: found --lr beside it, the same option, expected one of"),
+        (["--lora-r", "1", "--lora_rank", "2"], "--lora_rank: found --lora-r beside it, the same option"),
+        (["--max-steps", "1", "--num-train-epochs", "2"], "--epochs: found --steps beside it in the command line"),
+        (["--adam-beta2", "1"], "--adam-beta2: found 1.0, expected a number from 0 to 1, without 1"),
+        (["--adam-epsilon", "0"], "--adam-eps: found 0.0, expected a positive number"),
+    ):
+        assert message in error_of(capsys, "--demo", *given)
+
+
+def test_every_other_name_is_of_one_option_and_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [name.replace("_", "-") for name in FinetuneOptions.__dataclass_fields__]
+    taken = [alias for name in names for alias in aliases_of(name)]
+    assert len({*names, *taken}) == len(names) + len(taken) > len(names) + 20
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    shown = capsys.readouterr().out
+    # Lines break at dashes, too.
+    assert all(f"--{alias}" in "".join(shown.split()) for alias in taken)
+
+
+def test_columns_are_taken_with_spaces_and_commas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = {"prompt": "the question", "completion": "a=b"}
+    config = tmp_path / "a.yaml"
+    config.write_text("columns: {prompt: the question, completion: a=b}")
+    for given in (
+        ["--columns", "prompt=the question", "completion=a=b", "--lr", "1"],
+        ["--columns=prompt=the question,completion=a=b"],
+        ["--columns", '{"prompt": "the question", "completion": "a=b"}'],
+        ["--config", str(config)],
+    ):
+        assert parse(["finetune", "--data", "x", *given])[1]["columns"] == expected
+    data = ["--data", "nowhere"]
+    for given, message in (
+        (["--columns"], "--columns: Expected dict"),
+        (["--columns", "prompt"], "--columns: found 'prompt', expected a name on each side of =, such as prompt=quest"),
+        (["--columns", "prompt=", "text=a"], "--columns: found prompt=, expected a field and a column, such as"),
+        (["--columns", "prompt=a", "prompt=b"], "--columns: found prompt=a and prompt=b, expected one of them"),
+        (["--columns", "prompt=a", "completion=a"], "--columns: found the column 'a' for prompt and completion, expe"),
+        (["--columns", "promt=a"], "--columns: found 'promt' in front of =, expected a field of a format: text, "),
+    ):
+        assert message in error_of(capsys, *data, *given)
+    assert "--columns: found --demo beside it" in error_of(capsys, "--demo", "--columns", "text=a")
+    saved = yaml.safe_load(yaml.safe_dump(saved_options(FinetuneOptions(data=Path("x"), columns=expected))))
+    check_resumable(FinetuneOptions(data=Path("x"), columns=expected, resume=Path("run")), saved)
+    with pytest.raises(UserError, match=r"--columns: found {}, but the run to resume was started with {'completion': "):
+        check_resumable(FinetuneOptions(data=Path("x"), resume=Path("run")), saved)
 
 
 def test_every_option_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:

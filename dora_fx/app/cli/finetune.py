@@ -201,7 +201,7 @@ def _data(options: FinetuneOptions) -> TrainingData:
     if options.data is None:
         return demo_data()
     with _saying_where(options, "data"):
-        return read_data(options.data, options.data_format)
+        return read_data(options.data, options.data_format, options.columns)
 
 
 def without_packing_beside(

@@ -17,7 +17,7 @@ from typing import Any
 from dora_fx.app.cli.commands import COMMANDS
 from dora_fx.app.cli.option_order import options_in_order
 from dora_fx.app.errors import Interrupted, UserError
-from dora_fx.app.options import DEMO_DEFAULTS, LIST_OPTIONS, with_hint, with_lists
+from dora_fx.app.options import DEMO_DEFAULTS, LIST_OPTIONS, PAIR_OPTIONS, with_hint, with_lists, with_own_names
 from dora_fx.version import __version__
 
 USER_ERROR_EXIT_CODE = 2
@@ -88,7 +88,8 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
     for name, command in COMMANDS.items():
         subcommands.add_subcommand(name, parsers[name], help=command.help)
     if argv[:1] == ["finetune"]:
-        argv = ["finetune", *options_in_order(with_lists(argv[1:], LIST_OPTIONS))]
+        own = with_own_names(argv[1:], _option_names(parsers["finetune"]))
+        argv = ["finetune", *options_in_order(with_lists(own, LIST_OPTIONS, PAIR_OPTIONS))]
     try:
         parsed = parser.parse_args(argv)
         if parsed.command == "finetune" and parsed.finetune.demo:
@@ -97,9 +98,13 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
             parsed = parser.parse_args(argv)
     except ArgumentError as error:
         message = _in_terms_of_options(str(error))
-        known = parsers[argv[0]].get_defaults().keys() if argv and argv[0] in parsers else parsers
-        raise UserError(with_hint(message, [name.replace("_", "-") for name in known])) from error
+        known = _option_names(parsers[argv[0]]) if argv and argv[0] in parsers else list(parsers)
+        raise UserError(with_hint(message, known)) from error
     return parsed.command, parsed[parsed.command].as_dict()
+
+
+def _option_names(parser: Any) -> list[str]:
+    return [name.replace("_", "-") for name in vars(parser.get_defaults())]
 
 
 def _quieten_libraries() -> None:

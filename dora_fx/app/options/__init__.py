@@ -3,10 +3,11 @@
 Nothing here imports torch, so that a misspelled option is answered at once.
 """
 
-from dora_fx.app.options.command_line import with_hint, with_lists
+from dora_fx.app.options.command_line import with_hint, with_lists, with_own_names
 from dora_fx.app.options.finetune_options import (
     DEMO_DEFAULTS,
     LIST_OPTIONS,
+    PAIR_OPTIONS,
     FinetuneOptions,
     ModelOptions,
     TrainingOptions,
@@ -19,6 +20,7 @@ from dora_fx.app.options.finetune_options import (
 __all__ = [
     "DEMO_DEFAULTS",
     "LIST_OPTIONS",
+    "PAIR_OPTIONS",
     "FinetuneOptions",
     "ModelOptions",
     "TrainingOptions",
@@ -28,4 +30,5 @@ __all__ = [
     "saved_options",
     "with_hint",
     "with_lists",
+    "with_own_names",
 ]

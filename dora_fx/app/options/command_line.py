@@ -7,67 +7,153 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 
-# Options of transformers, PEFT, TRL, Axolotl, LLaMA-Factory and Megatron-LM by what they are called here; several of
-# ours may have a name in common, and the first that the command has is meant.
-_ELSEWHERE = {
-    "lr": "learning-rate peak-lr max-lr",
-    "dim": "r rank lora-r lora-rank lora-dim adapter-dim",
+from dora_fx.app.errors import UserError
+
+# Options of transformers, PEFT, TRL, Axolotl, LLaMA-Factory and Megatron-LM that mean what ours mean, value by value:
+# they are taken in their place.
+_ALIASES = {
+    "lr": "learning-rate",
+    "adam-eps": "adam-epsilon",
+    "dim": "lora-r lora-rank lora-dim",
     "alpha": "lora-alpha",
     "dropout": "lora-dropout",
-    "target-modules": "target targets lora-target lora-target-modules modules layers",
-    "base": "model model-name model-name-or-path base-model pretrained pretrained-checkpoint model-path",
-    "data": "dataset train-file train-data data-path data-file text file input",
-    "run": "output output-dir out save-dir run-dir name",
-    "to": "output output-dir out target",
-    "steps": "max-steps num-steps train-iters iters iterations training-steps",
-    "epochs": "num-train-epochs num-epochs train-epochs",
-    "batch-size": "per-device-train-batch-size micro-batch-size mbs bs train-batch-size",
-    "gradient-accumulation": "gradient-accumulation-steps grad-accum accumulate-grad-batches",
-    "sequence-length": "seq-length seq-len max-seq-length max-length cutoff-len context-length block-size",
-    "schedule": "lr-scheduler lr-scheduler-type scheduler lr-decay-style",
-    "warmup-steps": "warmup lr-warmup-iters lr-warmup-steps",
-    "max-grad-norm": "clip-grad gradient-clipping grad-clip",
-    "eval-every": "eval-steps eval-interval evaluation-interval",
+    "target-modules": "lora-target-modules",
+    "base": "model-name-or-path base-model",
+    "data": "train-file",
+    "run": "output-dir",
+    "steps": "max-steps train-iters",
+    "epochs": "num-train-epochs num-epochs",
+    "batch-size": "per-device-train-batch-size micro-batch-size",
+    "sequence-length": "seq-length sequence-len",
+    "schedule": "lr-decay-style",
+    "max-grad-norm": "clip-grad",
+    "eval-every": "eval-steps eval-interval",
+    "patience": "early-stopping-patience",
     "save-every": "save-steps save-interval",
+    "recompute": "gradient-checkpointing",
+    "tp": "tensor-model-parallel-size tensor-parallel-size",
+    "pp": "pipeline-model-parallel-size pipeline-parallel-size",
+    "dp": "data-parallel-size",
+}
+# Others, which are answered with ours and not taken. They may mean something else (accumulation is counted on each rank
+# elsewhere, and here over all of them; samples longer than a max-length are cut elsewhere, and left out here;
+# schedulers of transformers warm up from zero, and the constant one not at all; checkpoints are no run folders), have
+# other values (a name of a data set, torch's names of dtypes), or nobody's meaning in particular. Several of ours may
+# have one in common, and the first that the command has is meant.
+_ELSEWHERE = {
+    "lr": "peak-lr max-lr",
+    "dim": "r rank adapter-dim",
+    "target-modules": "target targets lora-target modules layers",
+    "base": "model model-name pretrained pretrained-checkpoint model-path",
+    "data": "dataset train-data data-path data-file text file input",
+    "columns": "column-names text-column prompt-column dataset-text-field",
+    "run": "output out save-dir run-dir name",
+    "to": "output output-dir out target",
+    "steps": "num-steps iters iterations training-steps",
+    "epochs": "train-epochs",
+    "batch-size": "mbs bs train-batch-size",
+    "gradient-accumulation": "gradient-accumulation-steps grad-accum accumulate-grad-batches",
+    "sequence-length": "seq-len max-seq-length max-length cutoff-len context-length block-size",
+    "schedule": "lr-scheduler lr-scheduler-type scheduler",
+    "warmup-steps": "warmup lr-warmup-iters lr-warmup-steps",
+    "max-grad-norm": "gradient-clipping grad-clip",
+    "adam-beta1": "beta1 betas",
+    "adam-beta2": "beta2",
+    "adam-eps": "eps epsilon",
+    "eval-every": "evaluation-interval",
     "resume": "resume-from-checkpoint load resume-from",
     "dtype": "bf16 fp16 precision torch-dtype params-dtype",
-    "tp": "tensor-parallel-size tensor-model-parallel-size tensor-parallel",
-    "pp": "pipeline-parallel-size pipeline-model-parallel-size pipeline-parallel",
-    "dp": "data-parallel-size data-parallel",
+    "tp": "tensor-parallel",
+    "pp": "pipeline-parallel",
+    "dp": "data-parallel",
+    "recompute": "recompute-activations recompute-granularity",
     "max-new-tokens": "max-tokens max-length num-predict n-predict",
     "prompt": "message input text question",
     "raw": "no-template no-chat-template completion",
 }
 
 
-def with_lists(argv: Iterable[str], names: Collection[str]) -> list[str]:
+def aliases_of(name: str) -> list[str]:
+    """Other programs' names of an option of `finetune`; names are without dashes in front."""
+    return _ALIASES.get(name, "").split()
+
+
+def with_own_names(argv: Iterable[str], names: Collection[str]) -> list[str]:
+    """The arguments with other programs' names of options replaced by ours, and underscores in them by dashes.
+
+    Args:
+        argv: arguments of a command without positional ones.
+        names: of its options, without dashes in front.
+
+    Raises:
+        UserError: one option is given under two names.
+    """
+    own = {alias: name for name in names for alias in (name, *aliases_of(name))}
+    replaced: list[str] = []
+    given: dict[str, str] = {}
+    for argument in argv:
+        written, equals, value = argument.partition("=")
+        name = own.get(written.removeprefix("--").replace("_", "-")) if written.startswith("--") else None
+        if name is None:
+            replaced.append(argument)
+            continue
+        if given.setdefault(name, written) != written:
+            raise UserError(f"{written}: found {given[name]} beside it, the same option, expected one of them")
+        replaced.append(f"--{name}{equals}{value}")
+    return replaced
+
+
+def with_lists(argv: Iterable[str], names: Collection[str], pair_names: Collection[str] = ()) -> list[str]:
     """The arguments with `--option a,b` and `--option a b` as the parser takes them: `--option ["a", "b"]`.
 
     Args:
         argv: arguments of a command without positional ones.
         names: of the options that are lists. What is in brackets already stays as it is.
+        pair_names: of the options whose parts are `name=text`, which become `--option {"name": "text"}`.
+
+    Raises:
+        UserError: a part has no `=`, or two have the same name.
     """
     collected: list[str] = []
-    values: list[str] | None = None
+    option, values = "", list[str]()
     for argument in argv:
         name, equals, value = argument.partition("=")
-        if name in names:
-            values = [value] if equals else []
+        if name in names or name in pair_names:
+            option, values = name, [value] if equals else []
             collected += [name, ""]
-        elif values is None or argument.startswith("--"):
-            values = None
+        elif not option or argument.startswith("--"):
+            option = ""
             collected.append(argument)
             continue
         else:
             values.append(argument)
-        collected[-1] = _as_list(values)
+        collected[-1] = _as_list(values) if option in names else _as_pairs(option, values)
     return collected
 
 
 def _as_list(values: list[str]) -> str:
     if len(values) == 1 and values[0].startswith("["):
         return values[0]
-    return json.dumps([part.strip() for value in values for part in value.split(",") if part.strip()])
+    return json.dumps(_parts(values))
+
+
+def _as_pairs(option: str, values: list[str]) -> str:
+    if len(values) == 1 and values[0].startswith("{"):
+        return values[0]
+    pairs: dict[str, str] = {}
+    for part in _parts(values):
+        name, equals, text = (each.strip() for each in part.partition("="))
+        if not equals:
+            raise UserError(f"{option}: found {part!r}, expected a name on each side of =, such as prompt=question")
+        if name in pairs:
+            raise UserError(f"{option}: found {name}={pairs[name]} and {name}={text}, expected one of them")
+        pairs[name] = text
+    # The parser refuses nothing.
+    return json.dumps(pairs) if pairs else ""
+
+
+def _parts(values: list[str]) -> list[str]:
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
 def with_hint(message: str, names: Collection[str]) -> str:
@@ -92,7 +178,7 @@ def _unknown(message: str) -> Iterator[str]:
 
 
 def _nearest(found: str, names: Collection[str]) -> str | None:
-    for name, others in _ELSEWHERE.items():
+    for name, others in (*_ALIASES.items(), *_ELSEWHERE.items()):
         if name in names and found in (name, *others.split()):
             return name
     longer = [name for name in names if name.startswith(found)]

@@ -10,6 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dora_fx.app.errors import UserError
+from dora_fx.app.options.command_line import aliases_of
+
+DataFormatName = Literal[
+    "auto",
+    "text",
+    "messages",
+    "sharegpt",
+    "prompt-completion",
+    "alpaca",
+    "instruction-response",
+    "question-answer",
+    "input-output",
+]
 
 
 @dataclass(frozen=True)
@@ -67,11 +80,18 @@ class DataOptions:
     data: Path | None = field(
         default=None,
         metadata={
-            "help": "a .txt, .jsonl, .json or .parquet file, or a folder of them; see docs/data.md for the fields"
+            "help": "a .txt, .jsonl, .json, .csv or .parquet file, or a folder of them; see docs/data.md for the fields"
         },
     )
-    data_format: Literal["auto", "text", "messages", "sharegpt", "prompt-completion", "alpaca"] = field(
+    data_format: DataFormatName = field(
         default="auto", metadata={"help": "of the data; auto goes by the names of the fields"}
+    )
+    columns: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "what the data call the fields of a format, such as prompt=question completion=answer; fields "
+            "without one have their own names"
+        },
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens of one training sequence"})
     too_long: Literal["drop", "cut", "error"] = field(
@@ -139,6 +159,9 @@ class TrainingOptions:
         default="constant", metadata={"help": "of the learning rate after warm-up"}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "on the low-rank factors; magnitudes are not decayed"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "decay of AdamW's mean of gradients"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "decay of AdamW's mean of their squares"})
+    adam_eps: float = field(default=1e-8, metadata={"help": "added to the root of that mean"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 leaves them"})
     eval_every: int | None = field(
         default=None,
@@ -204,6 +227,7 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
             raise UserError("--demo brings its own text; leave out --data, or --demo")
         if not self.demo and self.data is None:
             raise UserError("no text to train on; give --data FILE, or --demo for a text that every Python has")
+        _check_columns(self)
         if self.gradient_accumulation % self.dp:
             raise UserError(
                 f"--gradient-accumulation: found {self.gradient_accumulation}, expected a multiple of --dp {self.dp}, "
@@ -237,6 +261,7 @@ _POSITIVE = (lambda value: value > 0, "a positive integer")
 _NOT_NEGATIVE = (lambda value: value >= 0, "zero or a positive integer")
 _AMOUNT = (lambda value: math.isfinite(value) and value >= 0, "zero or a positive number")
 _RATE = (lambda value: math.isfinite(value) and value > 0, "a positive number")
+_DECAY = (lambda value: 0 <= value < 1, "a number from 0 to 1, without 1")
 _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "tp": _POSITIVE,
     "pp": _POSITIVE,
@@ -253,6 +278,9 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "magnitude_lr_ratio": _RATE,
     "warmup_steps": _NOT_NEGATIVE,
     "weight_decay": _AMOUNT,
+    "adam_beta1": _DECAY,
+    "adam_beta2": _DECAY,
+    "adam_eps": _RATE,
     "max_grad_norm": _AMOUNT,
     "eval_every": (lambda value: value is None or value >= 0, "zero or a positive integer"),
     "patience": _NOT_NEGATIVE,
@@ -279,12 +307,18 @@ def add_options(parser: Any) -> None:
     for group_class in _GROUPS:
         group = parser.add_argument_group(group_class.__doc__)
         for option in dataclasses.fields(group_class):
-            help = option.metadata["help"].replace("%", "%%")
+            help = _help(option)
             default = _default(option)
             if types[option.name] is bool:
                 group.add_argument(_flag(option.name), action="store_true", help=help)
             else:
                 group.add_argument(_flag(option.name), type=types[option.name], default=default, help=help)
+
+
+def _help(option: dataclasses.Field[Any]) -> str:
+    """The help of an option, with other programs' names of it that are taken."""
+    others = ", ".join(f"--{alias}" for alias in aliases_of(option.name.replace("_", "-")))
+    return str(option.metadata["help"]).replace("%", "%%") + (f"; also {others}" if others else "")
 
 
 def _default(option: dataclasses.Field[Any]) -> Any:
@@ -322,10 +356,26 @@ def check_resumable(options: FinetuneOptions, saved: dict[str, Any]) -> None:
             )
 
 
+def _check_columns(options: FinetuneOptions) -> None:
+    if options.columns and options.demo:
+        raise UserError("--columns: found --demo beside it, whose text has no columns; leave one of them out")
+    fields: dict[str, str] = {}
+    for name, column in options.columns.items():
+        if not name or not column:
+            raise UserError(f"--columns: found {name}={column}, expected a field and a column, such as prompt=question")
+        if column in fields:
+            raise UserError(f"--columns: found the column {column!r} for {fields[column]} and {name}, expected one")
+        fields[column] = name
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-LIST_OPTIONS = frozenset(
-    _flag(option.name) for option in dataclasses.fields(FinetuneOptions) if option.type == "list[str]"
-)
+def _options_of_type(name: str) -> frozenset[str]:
+    return frozenset(_flag(option.name) for option in dataclasses.fields(FinetuneOptions) if option.type == name)
+
+
+LIST_OPTIONS = _options_of_type("list[str]")
+# Those with a name and a text in each part.
+PAIR_OPTIONS = _options_of_type("dict[str, str]")

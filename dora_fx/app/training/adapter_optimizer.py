@@ -35,7 +35,7 @@ class AdapterOptimizer:
 
     Args:
         model: a Megatron model that `DoRA` was called on; it is still called directly.
-        options: dtype of the model, learning rates, weight decay and the norm to clip gradients to.
+        options: dtype of the model, learning rates, settings of AdamW and the norm to clip gradients to.
         device: "cpu" or "cuda".
 
     Attributes:
@@ -49,6 +49,9 @@ class AdapterOptimizer:
             optimizer="adam",
             lr=options.lr,
             weight_decay=options.weight_decay,
+            adam_beta1=options.adam_beta1,
+            adam_beta2=options.adam_beta2,
+            adam_eps=options.adam_eps,
             # For zero Megatron would not compute the norm; clipping to infinity changes nothing.
             clip_grad=options.max_grad_norm or math.inf,
             params_dtype=DTYPES[options.dtype],
