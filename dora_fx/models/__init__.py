@@ -26,7 +26,7 @@ from dora_fx.models.hf_architectures import (
     SUPPORTED_MODEL_TYPES,
     HFArchitecture,
 )
-from dora_fx.models.hf_checkpoint import HFCheckpoint, load_hf_checkpoint, load_hf_config
+from dora_fx.models.hf_checkpoint import HFCheckpoint, load_hf_checkpoint, load_hf_config, load_hf_tokenizer
 from dora_fx.models.hf_parts import HFParts, check_size
 from dora_fx.models.megatron_settings import check_settings, check_states
 from dora_fx.models.model_tensors import empty_model
@@ -67,6 +67,7 @@ __all__ = [
     "full_tensors",
     "load_hf_checkpoint",
     "load_hf_config",
+    "load_hf_tokenizer",
     "noted_architecture_maybe",
     "separating_mask",
     "write_config",

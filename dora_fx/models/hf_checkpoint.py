@@ -89,6 +89,16 @@ def load_hf_config(path: Path) -> Any:
     return _read_directory(path)[0] if has_weights(path) else make_config(path, read_fields(path), None)
 
 
+def load_hf_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint that `load_hf_checkpoint` loads; nothing else is read of it.
+
+    Raises:
+        FileNotFoundError, UnsafeFileError, ValueError: as `load_hf_checkpoint`.
+    """
+    _check_exists(path)
+    return _directory_tokenizer(path) if path.is_dir() else _gguf_tokenizer(path)
+
+
 def _check_exists(path: Path) -> None:
     with reading(path, "check the permissions of the folders above it"):
         exists = path.exists()

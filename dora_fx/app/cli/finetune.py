@@ -22,6 +22,7 @@ from dora_fx.app.bases import (
     estimate_memory,
     fitting_in_memory,
     load_checkpoint,
+    load_tokenizer,
     memory_warning_maybe,
     resolve_base,
     resolve_spec,
@@ -30,7 +31,7 @@ from dora_fx.app.data import BaseTokenizer, TrainingData, demo_data, read_data
 from dora_fx.app.errors import UserError
 from dora_fx.app.options import FinetuneOptions, check_resumable, options_from, saved_options
 from dora_fx.app.runs import Display, Ranks, RunFolder, StopSignals, check_logs, check_shared
-from dora_fx.app.training import Trainer, TrainingRun, TrainingText, recompute_layers, training_text, with_steps
+from dora_fx.app.training import Trainer, TrainingRun, recompute_layers, training_text, with_steps
 from dora_fx.attach import DoRAReport
 from dora_fx.models import Spec
 
@@ -59,12 +60,12 @@ def _run(parsed: dict[str, Any], ranks: Ranks, display: Display) -> int:
         # Rank 0's: a default name has the time in it, which differs between ranks.
         folder = ranks.from_main(lambda: inputs.folder)
         path = _resolve_base(options, display, ranks)
+        if options.show_sample:
+            return _show_sample(options, inputs, path, display, ranks)
         with display.phase(f"loading {path.name}"):
             checkpoint = ranks.together(load_checkpoint, path, DTYPES[options.dtype])
         tokenizer = BaseTokenizer(path, checkpoint.tokenizer, checkpoint.config.vocab_size)
         text = ranks.together(training_text, options, inputs.data, tokenizer, checkpoint.config, device)
-        if options.show_sample:
-            return _show_sample(text, tokenizer, display)
         options = with_steps(options, len(text.sequences.train))
         ranks.check_agreement(
             saved_options(options) | {"spec": spec, "text": text.sequences.fingerprint, **_versions()}
@@ -224,8 +225,14 @@ def without_packing_beside(
     )
 
 
-def _show_sample(text: TrainingText, tokenizer: BaseTokenizer, display: Display) -> int:
-    """Print the first sample as runs of tokens that are learned or given; return the exit code."""
+def _show_sample(options: FinetuneOptions, inputs: _Inputs, path: Path, display: Display, ranks: Ranks) -> int:
+    """Print the first sample as runs of tokens that are learned or given; return the exit code.
+
+    The base's weights are not read.
+    """
+    config, loaded = ranks.together(load_tokenizer, path)
+    tokenizer = BaseTokenizer(path, loaded, config.vocab_size)
+    text = ranks.together(training_text, options, inputs.data, tokenizer, config, inputs.device)
     for note in text.notes:
         display.say(note)
     if not text.samples:
