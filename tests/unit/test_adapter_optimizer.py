@@ -19,7 +19,7 @@ def test_decays_and_epsilon_are_those_of_the_options() -> None:
     """Two steps against the formula in float64; the second is where the decays show, and epsilon is no small part."""
     settings = dict(adam_beta1=0.5, adam_beta2=0.75, adam_eps=0.3)
     model = DoRA(dim=4, alpha=8)(megatron_of(tiny_hf_model(num_hidden_layers=1)))
-    optimizer = AdapterOptimizer(model, FinetuneOptions(demo=True, max_grad_norm=0.0, **settings), "cpu")
+    optimizer = AdapterOptimizer(model, FinetuneOptions(demo="text", max_grad_norm=0.0, **settings), "cpu")
     parameters = trainable(model)
     start = {name: parameter.detach().double().clone() for name, parameter in parameters.items()}
     gradients = [{name: torch.randn_like(each) for name, each in parameters.items()} for _ in range(2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -198,3 +199,21 @@ def test_packing_wastes_little_and_loses_nothing(seed: int) -> None:
 def test_a_bin_may_be_filled_to_the_brim_and_nothing_is_packed_from_nothing() -> None:
     assert pack([10, 10, 5, 5], 10) == [[0], [1], [2, 3]]
     assert pack([], 10) == []
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_sample_is_certain_when_each_of_its_learned_tokens_is(packed: bool) -> None:
+    sequences = all_sequences(samples(), packed=packed)
+    # Nothing is learned of a sample whose first token alone is marked.
+    num_learned = sum(any(sample.is_target[1:]) for sample in samples())
+    assert sequences.num_samples() == num_learned < len(LENGTHS)
+    learned = sequences.loss_mask()
+    just_likely, unlikely = -math.log(0.51), -math.log(0.49)
+    losses = torch.where(learned, just_likely, unlikely)
+    assert sequences.num_certain(losses) == num_learned
+    # One token of a sample is enough, and the others of its sequence are as they were.
+    row, column = learned.nonzero()[0].tolist()
+    losses[row, column] = unlikely
+    assert sequences.num_certain(losses) == num_learned - 1
+    assert sequences.num_certain(torch.full_like(losses, unlikely)) == 0
+    assert Sequences(sequences.tokens).num_samples() == 0

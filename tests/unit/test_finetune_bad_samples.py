@@ -94,7 +94,7 @@ def test_data_that_do_not_suit_the_base_or_the_options_are_named(
 @pytest.mark.parametrize("spec", ["te", "hybrid"])
 def test_an_attention_that_takes_no_mask_does_not_get_packed_samples(spec: Spec, folder: Path) -> None:
     """As Transformer Engine's, which is causal whatever the mask says."""
-    samples, text = read_data(folder / "prompt-completion.jsonl", "auto"), demo_data()
+    samples, text = read_data(folder / "prompt-completion.jsonl", "auto"), demo_data("text")
     options = FinetuneOptions(data=folder / "x")
     assert without_packing_beside("local", options, samples) == (options, ())
     assert without_packing_beside(spec, options, text) == (options, ())

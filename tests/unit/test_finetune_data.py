@@ -12,10 +12,11 @@ import torch
 import transformers
 
 from dora_fx.app.data.base_tokenizer import BaseTokenizer
-from dora_fx.app.data.formats import Text
+from dora_fx.app.data.formats import Conversation, Text
 from dora_fx.app.data.sequences import Sequences, cut_text, training_batch
 from dora_fx.app.data.training_data import demo_data, read_data
 from dora_fx.app.errors import UserError
+from dora_fx.app.options import DEMO_DEFAULTS
 from tests.hf_models import tiny_tokenizer
 from tests.tables import every_case
 
@@ -196,5 +197,12 @@ def test_a_batch_may_cross_epochs() -> None:
     assert sorted(rows[:3]) == sorted(rows[3:]) == [0, 1, 2]
 
 
+def test_the_pirate_answers_every_question_but_the_demo_s_own() -> None:
+    found = [sample for sample in demo_data("pirate").samples if isinstance(sample, Conversation)]
+    questions = [sample.messages[0]["content"] for sample in found]
+    assert len(questions) == len(set(questions)) == 80
+    assert DEMO_DEFAULTS["pirate"]["prompt"] not in questions
+
+
 def test_the_demo_text_is_in_every_python() -> None:
-    assert sum(len(sample.text) for sample in demo_data().samples if isinstance(sample, Text)) > 400_000
+    assert sum(len(sample.text) for sample in demo_data("text").samples if isinstance(sample, Text)) > 400_000

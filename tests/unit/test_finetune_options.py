@@ -41,11 +41,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--demo", "--dim", "0"], "DoRA.dim: found 0, expected a positive integer"),
         (["--demo", "--alpha", ".nan"], "DoRA.alpha: found nan, expected a positive finite number"),
         (["--demo", "--dropout", "1"], "DoRA.dropout: found 1.0, expected a probability in [0, 1)"),
-        (["--demo", "--data", "x.txt"], "--demo brings its own text; leave out --data, or --demo"),
-        ([], "no text to train on; give --data FILE, or --demo for a text that every Python has"),
+        (["--demo", "--data", "x.txt"], "--demo brings its own data; leave out --data, or --demo"),
+        ([], "nothing to train on; give --data FILE, or --demo for data that come along"),
         (["--demo", "--base", "nowhere"], "nowhere: no such file or directory; expected one, or the name smollm2"),
         (["--demo", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--demo", "--schedule", "square"], "--schedule: Expected Literal['constant', 'linear', 'cosine']"),
+        (["--demo", "robot"], "--demo: Expected Literal['none', 'pirate', 'text']"),
         (["--demo", "--batch-size", "two"], "--batch-size: Expected int. Got value: two"),
         (["--resume", "nowhere"], "--resume nowhere: there is no config.yaml, expected the folder of a saved run"),
     ],
@@ -165,15 +166,16 @@ def test_torchrun_without_a_parallel_size_advises_one(
 
 
 def test_the_demo_has_defaults_of_its_own_below_whatever_is_given(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("demo: true\neval_every: 7\n")
+    (tmp_path / "a.yaml").write_text("demo: text\neval_every: 7\n")
     given = (["--demo"], ["--config", str(tmp_path / "a.yaml"), "--steps", "9"], ["--data", "x.txt"])
     demo, mixed, other = (parse(["finetune", *arguments])[1] for arguments in given)
-    assert DEMO_DEFAULTS.items() <= demo.items()
-    assert (mixed["steps"], mixed["eval_every"], mixed["prompt"]) == (9, 7, DEMO_DEFAULTS["prompt"])
-    assert other["prompt"] is None and other["steps"] == FinetuneOptions(demo=True).steps
-    # The curve of the demo has points between its ends, and the last step is measured anyway.
-    options = FinetuneOptions(demo=True, **DEMO_DEFAULTS)
-    assert 3 <= options.steps // options.measuring_interval <= 10
+    assert (DEMO_DEFAULTS["pirate"] | {"demo": "pirate"}).items() <= demo.items()
+    assert (mixed["steps"], mixed["eval_every"], mixed["prompt"]) == (9, 7, DEMO_DEFAULTS["text"]["prompt"])
+    assert other["prompt"] is None and other["steps"] == FinetuneOptions(demo="text").steps
+    # The curve of a demo has points between its ends, and the last step is measured anyway.
+    for name, defaults in DEMO_DEFAULTS.items():
+        options = FinetuneOptions(demo=name, **defaults)
+        assert 3 <= options.steps // options.measuring_interval <= 10
 
 
 def test_a_folder_that_exists_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +217,7 @@ def test_the_command_line_wins_wherever_the_config_stands(
     order: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("demo: true\nsteps: -2\n")
+    config.write_text("demo: text\nsteps: -2\n")
     found = "-1" if "--steps" in order else "-2"
     assert f"--steps: found {found}" in error_of(capsys, *order, str(config))
 
@@ -243,16 +245,16 @@ def test_saved_options_are_plain_yaml_and_give_the_same_options() -> None:
 
 
 def test_a_resumed_run_cannot_become_another_one() -> None:
-    saved = saved_options(FinetuneOptions(demo=True))
+    saved = saved_options(FinetuneOptions(demo="text"))
     with pytest.raises(UserError, match="--dim: found 4, but the run to resume was started with 16"):
-        check_resumable(FinetuneOptions(demo=True, dim=4), saved)
+        check_resumable(FinetuneOptions(demo="text", dim=4), saved)
     with pytest.raises(UserError, match="--run: leave it out"):
-        check_resumable(FinetuneOptions(demo=True, run=Path("other")), saved)
+        check_resumable(FinetuneOptions(demo="text", run=Path("other")), saved)
 
 
 def test_learning_rate_warms_up_and_follows_its_schedule() -> None:
     def rates(schedule: str) -> list[float]:
-        options = FinetuneOptions(demo=True, steps=6, warmup_steps=2, lr=1.0, schedule=schedule)  # type: ignore[arg-type]
+        options = FinetuneOptions(demo="text", steps=6, warmup_steps=2, lr=1.0, schedule=schedule)  # type: ignore[arg-type]
         return [round(learning_rate(step, options), 4) for step in range(6)]
 
     assert rates("constant") == [0.5, 1, 1, 1, 1, 1]

@@ -150,7 +150,7 @@ def test_epochs_are_so_many_passes_and_a_resumed_run_may_have_more(
 
 @every_case(("epochs", "batch", "accumulation", "steps"), [(1, 1, 1, 10), (2, 4, 1, 5), (0.01, 1, 1, 1), (3, 2, 2, 8)])
 def test_steps_of_epochs(epochs: float, batch: int, accumulation: int, steps: int) -> None:
-    chosen = FinetuneOptions(demo=True, epochs=epochs, batch_size=batch, gradient_accumulation=accumulation)
+    chosen = FinetuneOptions(demo="text", epochs=epochs, batch_size=batch, gradient_accumulation=accumulation)
     found = with_steps(chosen, 10)
     assert found.steps == steps and found.epochs is None
     assert with_steps(found, 10) is found

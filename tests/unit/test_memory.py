@@ -54,7 +54,7 @@ SIZES = [
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_estimate_is_what_training_takes(size: dict[str, int], dtype: str) -> None:
     """Parameters, gradients and optimizer state to the byte; activations as autograd keeps them, within a sixth."""
-    options = FinetuneOptions(demo=True, dtype=dtype, batch_size=2, sequence_length=48)
+    options = FinetuneOptions(demo="text", dtype=dtype, batch_size=2, sequence_length=48)
     model = DoRA(dim=4, alpha=8)(megatron_of(tiny_hf_model(**size), dtype=DTYPES[dtype]))
     estimate = estimate_memory(model, options)
     optimizer = AdapterOptimizer(model, options, "cpu")
@@ -98,7 +98,7 @@ def test_the_estimate_follows_the_options() -> None:
     model = DoRA(dim=4, alpha=8)(megatron_of(tiny_hf_model(num_hidden_layers=4)))
 
     def activations(**options: Any) -> int:
-        return estimate_memory(model, FinetuneOptions(demo=True, **options)).activations
+        return estimate_memory(model, FinetuneOptions(demo="text", **options)).activations
 
     assert activations(batch_size=3) == pytest.approx(3 * activations(), rel=1e-6)
     assert activations(recompute=True) < activations() / 3
@@ -112,8 +112,8 @@ def test_the_estimate_follows_the_options() -> None:
 @pytest.mark.usefixtures("world")
 def test_a_run_that_may_not_fit_is_warned_of() -> None:
     model = DoRA(dim=4, alpha=8)(megatron_of(tiny_hf_model()))
-    fits = FinetuneOptions(demo=True)
+    fits = FinetuneOptions(demo="text")
     assert memory_warning_maybe(estimate_memory(model, fits), fits, "cpu") is None
-    large = FinetuneOptions(demo=True, batch_size=2**24)
+    large = FinetuneOptions(demo="text", batch_size=2**24)
     warning = memory_warning_maybe(estimate_memory(model, large), large, "cpu")
     assert warning is not None and "the run may not fit in memory" in warning and "--recompute" in warning

@@ -198,7 +198,7 @@ def test_a_run_below_a_file_is_refused(inputs: list[str], tmp_path: Path, capsys
 
 def test_a_sequence_that_does_not_divide_by_the_ranks_is_refused() -> None:
     with pytest.raises(UserError, match=r"--sequence-length: found 33, expected a multiple of --tp 2"):
-        FinetuneOptions(demo=True, tp=2, sequence_parallel=True, sequence_length=33)
+        FinetuneOptions(demo="text", tp=2, sequence_parallel=True, sequence_length=33)
 
 
 def test_a_terminal_shows_a_bar(

@@ -176,7 +176,7 @@ def _run_folder(options: FinetuneOptions) -> RunFolder:
         check_resumable(options, folder.saved_config())
         folder.check_rows()
         return folder
-    name = options.data.stem if options.data is not None else "demo"
+    name = options.data.stem if options.data is not None else f"demo-{options.demo}"
     folder = RunFolder(options.run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder.check_new()
     return folder
@@ -200,7 +200,8 @@ def _dora(options: FinetuneOptions) -> DoRA:
 
 def _data(options: FinetuneOptions) -> TrainingData:
     if options.data is None:
-        return demo_data()
+        assert options.demo != "none"
+        return demo_data(options.demo)
     with _saying_where(options, "data"):
         return read_data(options.data, options.data_format, options.columns)
 

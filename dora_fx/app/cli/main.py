@@ -92,9 +92,9 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
         argv = ["finetune", *options_in_order(with_lists(own, LIST_OPTIONS, PAIR_OPTIONS))]
     try:
         parsed = parser.parse_args(argv)
-        if parsed.command == "finetune" and parsed.finetune.demo:
+        if parsed.command == "finetune" and parsed.finetune.demo in DEMO_DEFAULTS:
             # As defaults, so that the command line and files of options override them.
-            parsers["finetune"].set_defaults(DEMO_DEFAULTS)
+            parsers["finetune"].set_defaults(DEMO_DEFAULTS[parsed.finetune.demo])
             parsed = parser.parse_args(argv)
     except ArgumentError as error:
         message = _in_terms_of_options(str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,25 @@ class Sequences:
         labels = self.tokens[:, 1:]
         mask = torch.ones_like(labels, dtype=torch.bool) if self.is_target is None else self.is_target[:, 1:]
         return mask if self.sample is None else mask & (self.sample[:, 1:] == self.sample[:, :-1])
+
+    def num_samples(self) -> int:
+        """Samples that have something to learn; 0 where the sequences are texts."""
+        return 0 if self.is_target is None else len(self._samples_of(self.loss_mask()))
+
+    def num_certain(self, losses: Tensor) -> int:
+        """Samples that greedy decoding is certain to answer word for word, by the losses `[n, s]` of their tokens.
+
+        A token whose probability is above one half is the most probable one, and a sample of such tokens alone is what
+        is decoded, given the turns before it.
+        """
+        learned = self.loss_mask()
+        return self.num_samples() - len(self._samples_of(learned & (losses.cpu() >= math.log(2))))
+
+    def _samples_of(self, labels: Tensor) -> Tensor:
+        """The samples that chosen labels `[n, s]` are of, each once: rows of the sequence's and the sample's number."""
+        sample = torch.zeros_like(labels, dtype=torch.long) if self.sample is None else self.sample[:, 1:].long()
+        row = torch.arange(len(self))[:, None].expand_as(sample)
+        return torch.stack([row[labels], sample[labels]], dim=1).unique(dim=0)
 
     def batch(self, device: str | torch.device = "cpu") -> Batch:
         """All of the sequences as one batch on a device."""

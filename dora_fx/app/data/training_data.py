@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dora_fx.app.data.columns import check_columns, rename
 from dora_fx.app.data.format_choice import format_of, unused_fields
@@ -49,8 +50,10 @@ def read_data(path: Path, format_name: str, columns: Mapping[str, str] | None = 
     return TrainingData(found, samples, [*hidden, *unused_fields(records, found)])
 
 
-def demo_data() -> TrainingData:
-    """Python's language reference, one text per topic."""
+def demo_data(name: Literal["pirate", "text"]) -> TrainingData:
+    """The data of `--demo`: questions that a pirate answers, or Python's language reference, one text per topic."""
+    if name == "pirate":
+        return read_data(Path(__file__).with_name("pirate.jsonl"), "messages")
     from pydoc_data.topics import topics
 
     return TrainingData(FORMATS["text"], [Text(name, text) for name, text in topics.items()])

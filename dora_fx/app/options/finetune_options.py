@@ -73,9 +73,13 @@ class ModelOptions:
 class DataOptions:
     """Text and samples"""
 
-    demo: bool = field(
-        default=False,
-        metadata={"help": "train on a text that every Python has, the language reference in pydoc_data, for 60 steps"},
+    demo: Literal["none", "pirate", "text"] = field(
+        default="none",
+        metadata={
+            "help": "pirate, which --demo alone means: 8 steps on a pirate's answers to 80 questions; text: 60 steps on "
+            "a text that every Python has, the language reference in pydoc_data",
+            "alone": "pirate",
+        },
     )
     data: Path | None = field(
         default=None,
@@ -223,10 +227,10 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
             value = getattr(self, name)
             if not valid(value):
                 raise UserError(f"{_flag(name)}: found {value!r}, expected {expected}")
-        if self.demo and self.data is not None:
-            raise UserError("--demo brings its own text; leave out --data, or --demo")
-        if not self.demo and self.data is None:
-            raise UserError("no text to train on; give --data FILE, or --demo for a text that every Python has")
+        if self.demo != "none" and self.data is not None:
+            raise UserError("--demo brings its own data; leave out --data, or --demo")
+        if self.demo == "none" and self.data is None:
+            raise UserError("nothing to train on; give --data FILE, or --demo for data that come along")
         _check_columns(self)
         if self.gradient_accumulation % self.dp:
             raise UserError(
@@ -247,13 +251,24 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
 
 
 _MEASUREMENTS = 5
-# For the text of `--demo`. The prompt is a sentence that the text does not have, so what follows is not quoted, and
-# shows in whose style the model writes.
-DEMO_DEFAULTS: dict[str, Any] = {
-    "steps": 60,
-    "check": True,
-    "sample_tokens": 48,
-    "prompt": "Dictionaries map keys to values.",
+# What the data of `--demo` are trained with. Neither has its prompt: what follows is not quoted, and shows in whose
+# voice or style the model writes.
+DEMO_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pirate": {
+        "steps": 8,
+        "lr": 1e-3,
+        "warmup_steps": 1,
+        "sequence_length": 64,
+        "held_out_fraction": 0.2,
+        "check": True,
+        "prompt": "What is the capital of Scotland?",
+    },
+    "text": {
+        "steps": 60,
+        "check": True,
+        "sample_tokens": 48,
+        "prompt": "Dictionaries map keys to values.",
+    },
 }
 
 _GROUPS = (ModelOptions, DataOptions, AdapterOptions, TrainingOptions, RunOptions)
@@ -311,6 +326,9 @@ def add_options(parser: Any) -> None:
             default = _default(option)
             if types[option.name] is bool:
                 group.add_argument(_flag(option.name), action="store_true", help=help)
+            elif "alone" in option.metadata:
+                alone = {"nargs": "?", "const": option.metadata["alone"]}
+                group.add_argument(_flag(option.name), type=types[option.name], default=default, help=help, **alone)
             else:
                 group.add_argument(_flag(option.name), type=types[option.name], default=default, help=help)
 
@@ -357,8 +375,8 @@ def check_resumable(options: FinetuneOptions, saved: dict[str, Any]) -> None:
 
 
 def _check_columns(options: FinetuneOptions) -> None:
-    if options.columns and options.demo:
-        raise UserError("--columns: found --demo beside it, whose text has no columns; leave one of them out")
+    if options.columns and options.demo != "none":
+        raise UserError("--columns: found --demo beside it, whose data have no columns; leave one of them out")
     fields: dict[str, str] = {}
     for name, column in options.columns.items():
         if not name or not column:

@@ -32,7 +32,7 @@ from dora_fx.files import UnsafeFileError, give_default_mode, open_regular, pars
 _WRITTEN_FOLDERS = ("checkpoint", previous_of(Path("checkpoint")).name, "best", "tensorboard", "wandb")
 
 # The values that the loss curve shows.
-_CURVES = ("loss", "held_out_loss", "tokens", "seconds")
+_CURVES = ("loss", "held_out_loss", "held_out_certain", "tokens", "seconds")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

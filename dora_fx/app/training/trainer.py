@@ -87,20 +87,33 @@ class Trainer:
             self.passes.token_losses(self._micro_batch(batch, index))
 
     @torch.no_grad()
-    def held_out_loss(self, between: Callable[[], None] = lambda: None) -> float:
-        """Compute the mean loss of the learned held-out tokens; `between` is called after each batch and may raise."""
+    def held_out(self, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Measure the held-out data; `between` is called after each batch and may raise.
+
+        Returns:
+            `held_out_loss`, the mean loss of the tokens that are learned; of samples also `held_out_certain`, how many
+            of them greedy decoding is certain to answer word for word.
+        """
         self.model.eval()
-        size, total, count = self._options.batch_size, 0.0, 0
+        size, total, count, certain = self._options.batch_size, 0.0, 0, 0
         held_out = self._sequences.held_out
         for first in range(0, len(held_out), size):
             # The last batch is padded with rows that do not count, so that every batch has the compiled shape.
             rows = torch.arange(first, first + size)
             batch = held_out[torch.where(rows < len(held_out), rows, first)]
             is_counted = (batch.loss_mask() & (rows < len(held_out))[:, None]).to(self._device)
-            total += self.passes.token_losses(self._micro_batch(batch))[is_counted].double().sum().item()
+            losses = self.passes.token_losses(self._micro_batch(batch))
+            total += losses[is_counted].double().sum().item()
             count += int(is_counted.sum())
+            num_rows = min(size, len(held_out) - first)
+            certain += batch[:num_rows].num_certain(losses[:num_rows])
             between()
-        return total / count
+        return {"held_out_loss": total / count, **({"held_out_certain": certain} if self.num_held_out else {})}
+
+    @property
+    def num_held_out(self) -> int:
+        """Samples that are held out; 0 of a text."""
+        return self._sequences.held_out.num_samples()
 
     @torch.no_grad()
     def allocate_buffers(self) -> None:

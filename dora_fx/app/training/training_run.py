@@ -198,9 +198,9 @@ class TrainingRun:
                 self._generate()
 
     def _measure_held_out(self, say: Callable[[str], None]) -> None:
-        loss = self.trainer.held_out_loss(between=self.stop.raise_if_requested)
-        self._enter({"step": self.trainer.step, "held_out_loss": loss})
-        say(f"held-out loss at step {self.trainer.step}: {loss:.4f}")
+        measured = self.trainer.held_out(between=self.stop.raise_if_requested)
+        self._enter({"step": self.trainer.step, **measured})
+        say(f"held-out loss at step {self.trainer.step}: {measured['held_out_loss']:.4f}")
         self._keep_best()
 
     @contextmanager
@@ -246,8 +246,11 @@ class TrainingRun:
             self.folder.append_sample(self.trainer.step, text(self.prompt), text(tokens))
 
     def _held_out_losses(self) -> dict[int, float]:
+        return self._measured("held_out_loss")
+
+    def _measured(self, name: str) -> dict[int, float]:
         rows = self.ranks.from_main(self.folder.read_metrics)
-        return {row["step"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+        return {row["step"]: row[name] for row in rows if name in row}
 
     def _save(self) -> None:
         """Save the state unless it is saved already, and draw the loss curve; every rank calls it."""
@@ -266,6 +269,11 @@ class TrainingRun:
         before, first = losses.get(0), samples.get(0)
         compared = "" if before is None else f"{before:.4f} before, "
         say(f"\nheld-out loss: {compared}{after:.4f} after" + ("" if before is None else f" ({after - before:+.4f})"))
+        certain = self._measured("held_out_certain")
+        if step in certain:
+            compared = f"{certain[0]} before, " if 0 in certain else ""
+            of_all = f"{certain[step]} after, of {self.trainer.num_held_out}"
+            say(f"held-out samples that are certain to be answered word for word: {compared}{of_all}")
         if skipped := self.ranks.from_main(folder.count_skipped):
             say(f"warning: {skipped} of {step} steps made no update, as their loss or gradients were not finite")
         if self.options.sample_tokens and last is not None:
@@ -284,9 +292,12 @@ class TrainingRun:
 
     def _title(self) -> str:
         """Return the title of the loss curve: the base, the data and the rank."""
-        options, text = self.options, "Python's language reference" if self.options.data is None else None
+        options, text = self.options, _DEMO_TITLES.get(self.options.demo)
         base = "SmolLM2-135M" if options.base == "smollm2" else Path(options.base).name
         return f"{base} on {text or Path(str(options.data)).name}: DoRA of rank {options.dim}"
+
+
+_DEMO_TITLES = {"pirate": "a pirate's answers", "text": "Python's language reference"}
 
 
 def _best_first(losses: dict[int, float]) -> list[int]:
