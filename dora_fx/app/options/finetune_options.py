@@ -76,8 +76,8 @@ class DataOptions:
     demo: Literal["none", "pirate", "text"] = field(
         default="none",
         metadata={
-            "help": "pirate, which --demo alone means: 8 steps on a pirate's answers to 80 questions; text: 60 steps on "
-            "a text that every Python has, the language reference in pydoc_data",
+            "help": "pirate (also --demo alone): 8 steps on a pirate's answers to 80 questions; text: 60 steps on a text "
+            "that every Python has, the language reference in pydoc_data",
             "alone": "pirate",
         },
     )
@@ -260,6 +260,7 @@ DEMO_DEFAULTS: dict[str, dict[str, Any]] = {
         "warmup_steps": 1,
         "sequence_length": 64,
         "held_out_fraction": 0.2,
+        "max_held_out": 16,
         "check": True,
         "prompt": "What is the capital of Scotland?",
     },
