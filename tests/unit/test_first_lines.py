@@ -80,6 +80,10 @@ finally:
         (["finetune", "--demo", "--lr-scheduler-type", "linear"], "did you mean --schedule?"),
         (["finetune", "--demo", "--max-seq-length", "64"], "did you mean --sequence-length?"),
         (["finetune", "--demo", "--resume_from_checkpoint", "x"], "did you mean --resume?"),
+        (
+            ["finetune", "--demo", "--report_to", "wandb", "--warmup_ratio", "0.1"],
+            "did you mean --log and --warmup-steps?",
+        ),
         (["finetune", "--demo", "--adam-beta3", "1"], "did you mean --adam-beta"),
         (["finetune", "--demo", "--stepz", "3"], "--stepz 3; did you mean --steps?"),
         (["finetune", "--demo", "--step", "3"], "--step 3; did you mean --steps?"),
