@@ -148,18 +148,18 @@ class RefreshingGraph:
     ) -> None:
         self.compiled, self.site_inputs = compiled, site_inputs
         self.checked, self.rank_timeout = checked, rank_timeout
-        self.led = sorted({position for where in site_inputs for position in where.led})
+        self.to_detach = sorted({position for where in site_inputs for position in where.to_detach})
 
     def __call__(self, *inputs: Any) -> Any:
         sites = [where.site(inputs) for where in self.site_inputs]
         refresh(sites, self.rank_timeout)
         if self.checked:
             check(sites)
-        if not self.led:
+        if not self.to_detach:
             return self.compiled(*inputs)
         # Autograd would call hooks of a parameter among the inputs, Megatron's too, without any gradient.
         arguments = list(inputs)
-        for position in self.led:
+        for position in self.to_detach:
             arguments[position] = arguments[position].detach()
         return self.compiled(*arguments)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# This folder lies beside `dora_fx` in a checkout, so `import passes` would find it there too, and would load each
+# module a second time. Each copy would have errors, records and logs of its own, which the other does not know.
 if __name__ != "dora_fx.passes":
     raise ImportError(f"import this package as dora_fx.passes, not as {__name__}")
 

@@ -66,20 +66,20 @@ def source_line(node: fx.Node) -> str:
 
 
 def call_like(
-    model: fx.Node, function: Callable[..., Any], *args: Any, before: fx.Node | None = None, **kwargs: Any
+    template: fx.Node, function: Callable[..., Any], *args: Any, before: fx.Node | None = None, **kwargs: Any
 ) -> tuple[Any, list[fx.Node]]:
-    """Trace `function` into `model`'s graph, as if `model`'s source line had written it.
+    """Trace `function` into `template`'s graph, as if `template`'s source line had written it.
 
     Nodes among the arguments become FX proxies; whatever `function` calls on them becomes a node, with
-    `model`'s stack trace and module and a fake value of its own.
+    `template`'s stack trace and module and a fake value of its own.
 
     Args:
-        before: where the new nodes go, in front of `model` itself by default.
+        before: where the new nodes go, in front of `template` itself by default.
 
     Returns:
         the function's result with nodes in place of tensors, and all nodes that were made, in order.
     """
-    graph, anchor = model.graph, before or model
+    graph, anchor = template.graph, before or template
     tracer = fx.proxy.GraphAppendingTracer(graph)
     previous = anchor.prev
     args, kwargs = fx.map_arg((args, kwargs), lambda node: cast(Any, fx.Proxy(node, tracer)))
@@ -91,19 +91,19 @@ def call_like(
         made.append(node)
         node = node.next
     for node in made:
-        _describe_like(node, model)
+        _give_metadata(node, template)
     return fx.node.map_aggregate(result, lambda part: part.node if isinstance(part, fx.Proxy) else part), made
 
 
-def _describe_like(node: fx.Node, model: fx.Node) -> None:
-    """Give a new node the metadata that Dynamo gives its own."""
+def _give_metadata(node: fx.Node, template: fx.Node) -> None:
+    """Give a new node the metadata that Dynamo gives its own nodes, with the source line and modules of another one."""
     for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-        if key in model.meta:
-            node.meta[key] = model.meta[key]
+        if key in template.meta:
+            node.meta[key] = template.meta[key]
     args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
     # As Dynamo does: a checkpoint around the call would count what is saved here, and not every torch has shapes of
     # products of symbolic sizes otherwise.
-    with _mode_of(model), _disable_saved_tensors_hooks_during_tracing(), enable_python_dispatcher():
+    with _mode_of(template), _disable_saved_tensors_hooks_during_tracing(), enable_python_dispatcher():
         if node.op == "call_method":
             node.meta["example_value"] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:

@@ -2,25 +2,23 @@
 
     before                                                after
     %h = autograd_function_apply(..., x, weight)          %w = substitute_gathered_rows([lora_a, ...])   once per graph
-    %base = getitem(%h, 0)                                %delta = (magnitude - norm) / norm
-    %y = dora_linear(%base, x, weight, ...)               %p = linear(x, weight) + low_rank
-                                                          %z = reduce_from_group(%p)                   where partial
-                                                          %y = %z + %z * %delta
+    %base = getitem(%h, 0)                                %p = linear(x, weight) + low_rank
+    %y = dora_linear(base_output=%base, x=x, ...)         %z = reduce_from_group(%p)                   where partial
+                                                          %y = scale_rows(%z, bias, magnitude, scale)    z + delta z
 
 The base product and the low-rank product are both linear in x, so their sum may take the base layer's one
-collective: sum_i(W_i x_i) + sum_i(s B A_i x_i) = sum_i(W_i x_i + s B A_i x_i). AOTAutograd derives the backward
-from the new forward, where the two input gradients meet in front of one collective for the same reason. What
-depends on parameters alone comes first in the graph, for all sites together, and so its gradients take one collective
-of each kind. Norms and gathered factors are inputs of the graph, refreshed before it runs (`parameter_cache.py`). For a
-site whose parameters are themselves computed in the graph, they are computed in the graph as well.
+collective: sum_i(W_i x_i) + sum_i(s B A_i x_i) = sum_i(W_i x_i + s B A_i x_i). AOTAutograd derives the backward pass
+from the new forward pass, where the two gradients of the input meet in front of one collective for the same reason.
+Whatever depends on parameters alone is put in front of the graph, for all sites together, so their gradients need one
+collective of each kind. Norms and gathered factors are inputs of the graph, and refreshed before it runs
+(`parameter_cache.py`). A site whose parameters are themselves computed in the graph has its norms computed there too.
 
-Assumes what the finder checked: nothing outside a site uses its base call. Leaves every unmarked linear alone. Where
-the finder could not read the base call, its output is taken as it comes, as the marker itself does, and the rest is
-the same:
+Assumes what the finder checked: nothing outside a site uses its base call. Leaves alone every linear without a marker.
+Where the finder could not read the base call, the rewrite takes its output as it is, as the marker itself does:
 
-    %y = dora_linear(%base, x, weight, ...)               %y = %base + reduce_from_group(low_rank), scaled
+    %y = dora_linear(base_output=%base, x=x, ...)         %y = scale_rows(%base + reduce_from_group(low_rank), ...)
 
-That is exact, but costs what the join saves: a sum over the ranks of its own where the layer has one.
+The result is the same, and costs what the join saves: the low-rank product has a collective of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from typing import Any, Literal
 from torch import fx
 from torch._dynamo.utils import counters
 
-from dora_fx.function import CompleteParameters, adapted_linear, complete_parameters
+from dora_fx.function import SiteOperands, adapted_linear, complete_parameters
 from dora_fx.modules import path_of
 from dora_fx.passes.dora_sites import DoRASite, UnmatchedDoRASiteError, find_dora_sites
 from dora_fx.passes.graph_utils import call_like, erase_nodes, fake_value
@@ -68,29 +66,26 @@ def rewrite_dora_pass(
         sources = [replace(each, stored=None, cached=None) for each in sources]
     groups: dict[tuple[bool, object], list[DoRASite]] = {}
     for site, each in zip(sites, sources, strict=True):
-        # Sites whose parameters are inputs of one graph are completed together.
+        # The parameters of sites are completed together where they are inputs of one graph.
         together = site.marker.graph if _stores_inputs(site) else site.marker
         groups.setdefault((each.cached is not None, together), []).append(site)
     completed = [
-        (site, complete)
+        (site, operands)
         for (reads_cache, _), group in groups.items()
-        for site, complete in zip(group, complete_sites(group, reads_cache=reads_cache), strict=True)
+        for site, operands in zip(group, complete_sites(group, reads_cache=reads_cache), strict=True)
     ]
-    for site, complete in completed:
-        rewrite_dora_site(site, complete)
+    for site, operands in completed:
+        rewrite_dora_site(site, operands)
     keep_sources(gm, sources)
     for module in {site.marker.graph.owning_module for site in sites} | {gm}:
         assert module is not None
         module.graph.lint()
         module.recompile()
-    rewritten = [site.path for site in sites if site.problem is None]
-    counters["dora_fx"]["sites_rewritten"] += len(rewritten)
-    counters["dora_fx"]["sites_unmatched"] += len(sites) - len(rewritten)
-    logger.info("rewrote %d of %d DoRA sites: %s", len(rewritten), len(sites), ", ".join(rewritten))
+    _report_rewritten(sites, paths)
     return gm
 
 
-def complete_sites(sites: Sequence[DoRASite], *, reads_cache: bool) -> list[CompleteParameters]:
+def complete_sites(sites: Sequence[DoRASite], *, reads_cache: bool) -> list[SiteOperands]:
     """Insert the nodes that complete the parameters of one group of sites, in front of everything that uses them."""
     first = sites[0].marker
     anchor = _first_computation(first.graph) if _stores_inputs(sites[0]) else first
@@ -99,11 +94,11 @@ def complete_sites(sites: Sequence[DoRASite], *, reads_cache: bool) -> list[Comp
     if cached is None:
         # Nobody keeps the base's norms up to date for a graph that computes the others.
         stored = [parameters._replace(base_norm_sq=None) for parameters in stored]
-    complete, _ = call_like(first, complete_parameters, stored, cached, before=anchor)
-    return complete
+    operands, _ = call_like(first, complete_parameters, stored, cached, before=anchor)
+    return operands
 
 
-def rewrite_dora_site(site: DoRASite, complete: CompleteParameters) -> fx.Node:
+def rewrite_dora_site(site: DoRASite, operands: SiteOperands) -> fx.Node:
     """Replace one marker, and its base call if that was read, by explicit nodes; returns the node of the output."""
     marked: Any = site.marked
     output, _ = call_like(
@@ -111,7 +106,7 @@ def rewrite_dora_site(site: DoRASite, complete: CompleteParameters) -> fx.Node:
         adapted_linear,
         marked.x,
         marked.stored,
-        complete,
+        operands,
         marked.bias,
         dtype=fake_value(site.marker).dtype,
         base_output=None if site.problem is None else marked.base_output,
@@ -120,6 +115,14 @@ def rewrite_dora_site(site: DoRASite, complete: CompleteParameters) -> fx.Node:
     site.marker.replace_all_uses_with(output)
     erase_nodes([site.marker, *site.base_call])
     return output
+
+
+def _report_rewritten(sites: Sequence[DoRASite], paths: Sequence[str]) -> None:
+    beside = [path for site, path in zip(sites, paths, strict=True) if site.problem is not None]
+    counters["dora_fx"]["sites_rewritten"] += len(sites) - len(beside)
+    counters["dora_fx"]["sites_unmatched"] += len(beside)
+    apart = f"; {len(beside)} of them beside their base layers ({', '.join(beside)})" if beside else ""
+    logger.info("DoRA sites rewritten: %d (%s)%s", len(sites), ", ".join(paths), apart)
 
 
 def _report_unmatched(sites: Sequence[DoRASite], paths: Sequence[str], unmatched: Unmatched) -> None:
@@ -142,7 +145,7 @@ def _warn_once(message: str) -> None:
 
 
 def _path(gm: fx.GraphModule, site: DoRASite, example_inputs: Sequence[Any]) -> str:
-    """The site's path, from its parameters where Dynamo recorded no modules: after a graph break."""
+    """The site's path; its parameters know it where Dynamo recorded no modules, as after a graph break."""
     if site.path:
         return site.path
     lora_a: Any = site.marked.stored.lora_a

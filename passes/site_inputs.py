@@ -1,12 +1,12 @@
 """Find the inputs of a compiled graph that hold a DoRA site's parameters and buffers, for use at run time.
 
     example graph                                         its `SiteInputs`
-    placeholders  weight, x, lora_a, lora_b, ...          stored (Input(0), ..., Input(2), Input(3), ..., "row", "3")
-    %y = dora_linear(%base, x, bias, weight, ...)
+    placeholders  weight, x, lora_a, lora_b, ...          stored weight=Input(0), lora_a=Input(2), lora_b=Input(3), ...
+    %y = dora_linear(x=x, weight=weight, lora_a=..., ...)
 
-A site in the body of a checkpoint reads placeholders of the body; they are followed out to the graph's own. What was
-found is kept with the graph as nodes while passes run, and becomes positions at the end, so any pass may add or drop
-placeholders of its own.
+A site in the body of a checkpoint reads placeholders of the body, and each of them stands for a placeholder of the
+graph. While passes run, the graph keeps the sites' placeholders as nodes, so any pass may add or drop placeholders of
+its own; their positions are taken after the last pass.
 
 Looks only.
 """
@@ -58,13 +58,13 @@ class SiteInputs:
 
     Attributes:
         path: module path, for messages.
-        led: positions of parameters that the graph neither reads nor gives a gradient to, as a leaf takes it.
+        to_detach: positions of parameters that the graph does not read, and whose gradient a leaf takes.
     """
 
     path: str
     stored: StoredParameters
     cached: CachedParameters
-    led: tuple[int, ...]
+    to_detach: tuple[int, ...]
 
     def site(self, inputs: Sequence[Any]) -> CachedSite:
         """The site's tensors among the inputs of one call."""
@@ -82,7 +82,7 @@ def find_sources(gm: fx.GraphModule, site: DoRASite, path: str) -> SiteSources:
 
 
 def keep_sources(gm: fx.GraphModule, sources: Sequence[SiteSources]) -> None:
-    """Leave word of the sites that a pass rewrote for whoever runs the graph."""
+    """Keep the sites that a pass rewrote with the graph, for `site_inputs_of`."""
     gm.meta[_META] = [*gm.meta.get(_META, ()), *sources]
 
 
@@ -94,15 +94,15 @@ def site_inputs_of(gm: fx.GraphModule) -> list[SiteInputs]:
             sources.path,
             _replace_nodes(sources.stored, positions),
             _replace_nodes(sources.cached, positions),
-            tuple(positions[node].position for node in _led_nodes(sources.stored) if not _is_read(node)),
+            tuple(positions[node].position for node in _nodes_with_leaves(sources.stored) if not _is_read(node)),
         )
         for sources in gm.meta.get(_META, ())
         if sources.stored is not None and sources.cached is not None
     ]
 
 
-def _led_nodes(stored: StoredParameters) -> list[fx.Node]:
-    nodes: Any = stored.led_parameters
+def _nodes_with_leaves(stored: StoredParameters) -> list[fx.Node]:
+    nodes: Any = stored.parameters_with_leaves
     return nodes
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dora_fx.attach.plan import PlannedSite
-from dora_fx.function import CompleteParameters, RowScale, StoredParameters, adapted_linear, norm_dtype
+from dora_fx.function import RowScale, SiteOperands, StoredParameters, adapted_linear, norm_dtype
 from dora_fx.ranks import has_other_ranks, raise_on_every_rank_of_model
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def _run_formula(site: PlannedSite, x: torch.Tensor) -> tuple[torch.Tensor | Non
     output = adapted_linear(
         x,
         stored,
-        CompleteParameters(lora_a, lora_b, one, scale),
+        SiteOperands(lora_a, lora_b, one, scale),
         spec.kind.added_bias(site.linear),
         dtype=weight.dtype,
         input_norm=spec.input_norm,

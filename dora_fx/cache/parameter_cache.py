@@ -28,9 +28,9 @@ from dora_fx.cache.freshness import (
 )
 from dora_fx.function import (
     CachedParameters,
-    CompleteParameters,
     Layout,
     RowScale,
+    SiteOperands,
     StoredParameters,
     base_norm_squared,
     complete_parameters,
@@ -227,7 +227,7 @@ def _agree(sites: Sequence[CachedSite], is_stale: list[bool], rank_timeout: floa
 
 
 def _buffers_and_values(
-    cached: CachedParameters, complete: CompleteParameters
+    cached: CachedParameters, complete: SiteOperands
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     values = (*complete.scale, complete.lora_a, complete.lora_b)
     yield from ((buffer, value) for buffer, value in zip(cached, values, strict=True) if buffer is not None)

@@ -13,7 +13,7 @@ from dora_fx.function.placement import ADAPTER_TENSORS, LAYOUTS, Layout, Paramet
 from dora_fx.function.row_scale import RowScale, magnitude_delta, scale_rows
 from dora_fx.function.site_parameters import (
     CachedParameters,
-    CompleteParameters,
+    SiteOperands,
     StoredParameters,
     complete_parameters,
     row_norms,
@@ -25,12 +25,12 @@ __all__ = [
     "DEPEND_ON_RANK",
     "LAYOUTS",
     "CachedParameters",
-    "CompleteParameters",
     "DropoutFactors",
     "InputNorm",
     "Layout",
     "ParameterPlacement",
     "RowScale",
+    "SiteOperands",
     "StoredParameters",
     "adapted_linear",
     "all_reduce_coalesced",

@@ -1,4 +1,4 @@
-"""The DoRA function, written once: eager calls run it on tensors, the graph rewrite runs it on FX proxies.
+"""The DoRA function, for tensors in eager calls and for FX proxies in the graph rewrite.
 
     z = W0 x + s B A x          n = || W0 + s B A || per output row, detached          delta = (m - n) / n
     y = z + delta z + bias                                                 (DoRA, arXiv 2402.09353, eq. 5)
@@ -9,7 +9,8 @@ with dropout d(x), one mask for both terms:
 
 where a layer normalises its own input, x is what its norm makes of it.
 
-The scale of the rows and its gradient are in `row_scale.py`.
+Both run the same lines but for one product: under dropout, a compiled graph multiplies x and d(x) by the weight at
+once, and eager code multiplies twice (`_base_products`). The scale of the rows and its gradient are in `row_scale.py`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from dora_fx.function.collectives import ENTER, REDUCE, gather_features, split_f
 from dora_fx.function.dropout import draw_dropout_key, dropout
 from dora_fx.function.input_norm import InputNorm, normalise
 from dora_fx.function.row_scale import scale_rows, trained_delta
-from dora_fx.function.site_parameters import CompleteParameters, StoredParameters
+from dora_fx.function.site_parameters import SiteOperands, StoredParameters
 
 
 def adapted_linear(
     x: torch.Tensor,
     stored: StoredParameters,
-    complete: CompleteParameters,
+    operands: SiteOperands,
     bias: torch.Tensor | None,
     *,
     dtype: torch.dtype,
@@ -41,7 +42,7 @@ def adapted_linear(
         x: the layer's input as the caller passes it, `[s, b, in]` or `[tokens, in]`; `[s/tp, b, in]` with
             sequence parallelism in a column layout, `[s, b, in/tp]` in a row layout.
         stored: what the site stores; its weight and settings are read here.
-        complete: from `complete_parameters`.
+        operands: from `complete_parameters`.
         bias: the bias that the base layer adds itself, None if it returns it or has none.
         dtype: of the output.
         base_output: what the base layer returned, bias included. None to compute it here, so that the
@@ -60,31 +61,31 @@ def adapted_linear(
     if base_output is not None and layout.leave == "gather_features":
         base_output = split_features(base_output, tp_group)
     scaled = _scaled if stored.dropout is None else _scaled_under_dropout
-    output = scaled(x, stored, complete, bias, dtype, base_output)
+    output = scaled(x, stored, operands, bias, dtype, base_output)
     return gather_features(output, tp_group) if layout.leave == "gather_features" else output
 
 
 def _scaled(
     x: torch.Tensor,
     stored: StoredParameters,
-    complete: CompleteParameters,
+    operands: SiteOperands,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     base_output: torch.Tensor | None,
 ) -> torch.Tensor:
     """y = z + delta z + bias."""
-    low_rank = _low_rank_product(x, stored, complete)
+    low_rank = _low_rank_product(x, stored, operands)
     if base_output is None:
         output = _join(_base_product(x, stored, bias), low_rank, stored, bias)
     else:
         output = base_output + _reduce(low_rank, stored)
-    return scale_rows(output.to(dtype), bias, complete.magnitude, *complete.scale)
+    return scale_rows(output.to(dtype), bias=bias, magnitude=operands.magnitude, scale=operands.scale)
 
 
 def _scaled_under_dropout(
     x: torch.Tensor,
     stored: StoredParameters,
-    complete: CompleteParameters,
+    operands: SiteOperands,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     base_output: torch.Tensor | None,
@@ -94,31 +95,49 @@ def _scaled_under_dropout(
     key = draw_dropout_key(x, stored.tp_group)
     layout = stored.layout
     dropped = dropout(x, key, *stored.dropout, layout.shards_input_features, layout.shards_tokens)
-    if base_output is None and (isinstance(x, fx.Proxy) or torch.compiler.is_compiling()):
-        # One GEMM reads the weight once: 0.7 to 0.9 of the time of two, from 8 to 1024 tokens.
-        product, dropped_product = F.linear(torch.cat((x, dropped)), stored.weight).chunk(2)
-        if bias is not None and layout.adds_bias_in_product:
-            product = product + bias
-    else:
-        # Eager code rounds as the base layer itself does, which a product of twice as many rows need not.
-        product = base_output if base_output is not None else _base_product(x, stored, bias)
-        dropped_product = F.linear(dropped, stored.weight)
-    delta = trained_delta(complete.magnitude, *complete.scale)
-    change = dropped_product * delta + _low_rank_product(dropped, stored, complete) * (delta + 1.0)
+    product, dropped_product = _base_products(x, dropped, stored, bias, base_output)
+    delta = trained_delta(operands.magnitude, operands.scale)
+    change = dropped_product * delta + _low_rank_product(dropped, stored, operands) * (delta + 1.0)
     change = change.to(dtype)
     if base_output is not None:
         return base_output + _reduce(change, stored)
     return _join(product, change, stored, bias)
 
 
+def _base_products(
+    x: torch.Tensor,
+    dropped: torch.Tensor,
+    stored: StoredParameters,
+    bias: torch.Tensor | None,
+    base_output: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the base layer makes of x, and W0 d(x).
+
+    Where a graph is made, one product of both reads the weight once, and the weight is most of what a product of few
+    tokens reads. Eager code multiplies x alone: its result is then, bit by bit, that of the base layer, which a product
+    of twice as many rows may round otherwise.
+    """
+    if base_output is not None:
+        return base_output, F.linear(dropped, stored.weight)
+    if not isinstance(x, fx.Proxy) and not torch.compiler.is_compiling():
+        return _base_product(x, stored, bias), F.linear(dropped, stored.weight)
+    product, dropped_product = F.linear(torch.cat((x, dropped)), stored.weight).chunk(2)
+    if bias is not None and stored.layout.adds_bias_in_product:
+        product = product + bias
+    return product, dropped_product
+
+
 def _base_product(x: torch.Tensor, stored: StoredParameters, bias: torch.Tensor | None) -> torch.Tensor:
-    """W0 x, with the bias where the base layer adds it inside the product: rounding alike keeps an adapter silent."""
+    """W0 x, with the bias where the base layer adds it within the product.
+
+    It is rounded as the base layer's own output is, so an adapter that is not trained yet changes no bit of it.
+    """
     return F.linear(x, stored.weight, bias if stored.layout.adds_bias_in_product else None)
 
 
-def _low_rank_product(x: torch.Tensor, stored: StoredParameters, complete: CompleteParameters) -> torch.Tensor:
-    """s B A x; without a dimension the factor leaves the product's dtype alone."""
-    return F.linear(F.linear(x, complete.lora_a) * stored.scaling.view(()), complete.lora_b)
+def _low_rank_product(x: torch.Tensor, stored: StoredParameters, operands: SiteOperands) -> torch.Tensor:
+    """s B A x; s is viewed as a tensor without dimensions, which leaves the product in its own dtype."""
+    return F.linear(F.linear(x, operands.lora_a) * stored.scaling.view(()), operands.lora_b)
 
 
 def _join(

@@ -1,8 +1,8 @@
-"""Take the gradients of values from where they come from to leaves, where autograd adds them up.
+"""Send the gradients of values to other tensors, leaves, in which autograd adds them up.
 
-A factor that every rank needs whole is made of shards, and each rank's gradient of it is a partial sum. Where those
-sums are completed once per optimizer step, the gradient ends in a leaf of the whole factor's shape on each rank, and
-no collective is in the backward pass.
+A factor that every rank needs whole is gathered from shards, and each rank's gradient of it is a partial sum. Where
+those sums are completed once per optimizer step, each rank's gradient goes to a leaf of the whole factor's shape, and
+the backward pass has no collective for it.
 """
 
 from __future__ import annotations

@@ -69,6 +69,6 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _gain(weight: torch.Tensor, zero_centered: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Gamma's bfloat16 values are exact in float32; 1 + gamma is not in bfloat16."""
+    """Gamma or 1 + gamma in a wider dtype than gamma's own, in which the sum would be rounded."""
     gain = weight.to(dtype)
     return gain + 1.0 if zero_centered else gain

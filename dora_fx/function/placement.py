@@ -5,8 +5,8 @@ rewrite, parameter attributes, initialisation, norms and state dicts. Dimensions
 tensors: weight `[out, in]`, lora_a `[dim, in]`, lora_b `[out, dim]`, weight_magnitude `[out]`. `None`
 means that every tensor-parallel rank holds the whole tensor.
 
-The low-rank product joins the base product before the base layer's own output collective, so the only
-activation-sized collectives of a site are `enter` and `leave`, and both belong to the frozen base.
+The low-rank product is added to the base product before the base layer's own output collective, so the only
+collectives of an activation's size are `enter` and `leave`, and the frozen base has both without an adapter.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     y = g z = z + delta z           delta = (m - n) / n
     dz = g dy                       dm = sum_t dy z / n = sum_t dz z / (g n)
 
-delta is exactly zero where m = n, so a freshly attached adapter is bitwise the base model, and no precision is lost
-where g is near one, which is where training lives. The gradient of m is written in terms of dz, which the products need
-anyway: dy itself is never stored. That divides by g, so g is kept away from zero there, by less than rounding of the
-products' dtype can show.
+delta is exactly zero where m = n, so a model with fresh adapters gives the base model's bits. It loses no precision
+where g is near one, as it is in training. The gradient of m is computed of dz, which the products need anyway, so dy
+need not be stored. That divides by g; a g near zero is moved away from it, by less than a rounding in the products'
+dtype.
 
-All of it is constant between two steps of the optimizer but for the gradient of m, so it is cached with the norm.
+Between two steps of the optimizer a `RowScale` does not change, so it is cached with the norm.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def row_scale(magnitude: torch.Tensor, norm: torch.Tensor, dtype: torch.dtype) -
     return RowScale(delta, gain, torch.where(is_zero, 0.0, 1.0 / (gain * torch.where(is_zero, 1.0, norm))))
 
 
+# The forward functions below take a `RowScale` field by field: autograd saves no tensors out of a tuple.
 class _ScaleRows(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -81,12 +82,7 @@ class _ScaleRows(torch.autograd.Function):
 
 
 def scale_rows(
-    output: torch.Tensor,
-    bias: torch.Tensor | None,
-    magnitude: torch.Tensor,
-    delta: torch.Tensor,
-    grad_gain: torch.Tensor,
-    grad_scale: torch.Tensor,
+    output: torch.Tensor, *, bias: torch.Tensor | None, magnitude: torch.Tensor, scale: RowScale
 ) -> torch.Tensor:
     """Scale the rows of a layer's output, but not the bias that is in it: y = g (output - bias) + bias.
 
@@ -94,11 +90,11 @@ def scale_rows(
         output: `[..., out]`.
         bias: `[out]`, frozen, None if there is none in the output.
         magnitude: m, which takes the gradient; its values are not read.
-        delta, grad_gain, grad_scale: a `RowScale`.
+        scale: of each row.
     """
     if has_torch_function_unary(output):
-        return handle_torch_function(scale_rows, (output,), output, bias, magnitude, delta, grad_gain, grad_scale)
-    return _ScaleRows.apply(output, bias, magnitude, delta, grad_gain, grad_scale)
+        return handle_torch_function(scale_rows, (output,), output, bias=bias, magnitude=magnitude, scale=scale)
+    return _ScaleRows.apply(output, bias, magnitude, *scale)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -115,10 +111,8 @@ class _WithGradient(torch.autograd.Function):
         return grads[0] * (grad_gain * grad_scale), None, None, None
 
 
-def trained_delta(
-    magnitude: torch.Tensor, delta: torch.Tensor, grad_gain: torch.Tensor, grad_scale: torch.Tensor
-) -> torch.Tensor:
-    """delta `[out]` of a `RowScale`, whose gradient goes to the magnitude: d delta / dm = 1 / n."""
+def trained_delta(magnitude: torch.Tensor, scale: RowScale) -> torch.Tensor:
+    """`scale.delta` `[out]`, whose gradient goes to the magnitude: d delta / dm = 1 / n."""
     if has_torch_function_unary(magnitude):
-        return handle_torch_function(trained_delta, (magnitude,), magnitude, delta, grad_gain, grad_scale)
-    return _WithGradient.apply(magnitude, delta, grad_gain, grad_scale)
+        return handle_torch_function(trained_delta, (magnitude,), magnitude, scale)
+    return _WithGradient.apply(magnitude, *scale)

@@ -1,8 +1,8 @@
 """From the shards that DoRA sites store to the tensors that their products take, with few collectives.
 
-Which tensor is gathered or reduced is the layout table's business (`placement.py`). All sites that are handed
-over together share one collective of each kind per process group and dtype: a graph of many layers sends its
-low-rank factors in one message, not in two per layer.
+The layout table says which tensor is gathered or reduced (`placement.py`). All sites that are completed together share
+one collective of each kind per process group and dtype: a graph of many layers sends its low-rank factors in one
+message, and not in two per layer.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class StoredParameters(NamedTuple):
     dropout_threshold: torch.Tensor | None
     dropout_rescale: torch.Tensor | None
     layout_name: str
-    tp_group: str
     dtype: torch.dtype
+    tp_group: str = ""
     lora_a_leaf: torch.Tensor | None = None
     lora_b_leaf: torch.Tensor | None = None
     magnitude_leaf: torch.Tensor | None = None
@@ -75,7 +75,7 @@ class StoredParameters(NamedTuple):
         return DropoutFactors(self.dropout_threshold, self.dropout_rescale)
 
     @property
-    def led_parameters(self) -> list[torch.Tensor]:
+    def parameters_with_leaves(self) -> list[torch.Tensor]:
         """The parameters whose gradients go to a leaf, and not to them, in a call that reads what is cached."""
         pairs = [(self.lora_a, self.lora_a_leaf), (self.lora_b, self.lora_b_leaf)]
         if self.magnitude_grad_is_partial:
@@ -88,8 +88,8 @@ class StoredParameters(NamedTuple):
         return self.layout.magnitude_grad_is_partial(dropout=self.dropout is not None)
 
 
-class CompleteParameters(NamedTuple):
-    """The parameters that the products of one site take.
+class SiteOperands(NamedTuple):
+    """What one site computes with on this rank, made of what it stores.
 
     Attributes:
         lora_a: `[dim, in]`, or this rank's `[dim, in/tp]` in a row layout.
@@ -105,7 +105,7 @@ class CompleteParameters(NamedTuple):
 
 
 class CachedParameters(NamedTuple):
-    """The results of `complete_parameters` that hold for all calls until they change.
+    """The results of `complete_parameters` that are the same in all calls until a parameter changes.
 
     Attributes:
         delta, grad_gain, grad_scale: a `RowScale`.
@@ -117,6 +117,11 @@ class CachedParameters(NamedTuple):
     grad_scale: torch.Tensor
     lora_a: torch.Tensor | None
     lora_b: torch.Tensor | None
+
+    @property
+    def scale(self) -> RowScale:
+        """The scale of the output rows."""
+        return RowScale(self.delta, self.grad_gain, self.grad_scale)
 
 
 class _Request(NamedTuple):
@@ -130,7 +135,7 @@ class _Request(NamedTuple):
 
 def complete_parameters(
     sites: Sequence[StoredParameters], cached: Sequence[CachedParameters] | None = None
-) -> list[CompleteParameters]:
+) -> list[SiteOperands]:
     """Complete the parameters of several sites: gather factors, compute norms, reduce what is partial.
 
     Args:
@@ -146,9 +151,9 @@ def complete_parameters(
         norms = _row_norms(sites, lora_a, lora_b)
         scales = [row_scale(site.magnitude, n, site.dtype) for site, n in zip(sites, norms, strict=True)]
     else:
-        scales = [RowScale(cache.delta, cache.grad_gain, cache.grad_scale) for cache in cached]
+        scales = [cache.scale for cache in cached]
     lora_a, lora_b, magnitudes = _with_complete_gradients(sites, lora_a, lora_b)
-    return [CompleteParameters(*parts) for parts in zip(lora_a, lora_b, magnitudes, scales, strict=True)]
+    return [SiteOperands(*parts) for parts in zip(lora_a, lora_b, magnitudes, scales, strict=True)]
 
 
 def row_norms(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
@@ -170,16 +175,16 @@ def _whole_factors(
             request if leaf is None or at_hand is None else request._replace(tensor=at_hand, wanted=False)
             for request, at_hand, leaf in zip(requests, gathered, leaves, strict=True)
         ]
-        whole = _led_to_leaves(_together(substitute_gathered_rows, requests, gathered), leaves)
+        whole = _lead_to_leaves(_together(substitute_gathered_rows, requests, gathered), leaves)
     return whole[: len(sites)], whole[len(sites) :]
 
 
-def _led_to_leaves(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Lead the gradient of each tensor that has a leaf to that."""
-    led = {index: leaf for index, leaf in enumerate(leaves) if leaf is not None}
-    values = lead_gradients([tensors[index] for index in led], list(led.values()))
+def _lead_to_leaves(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+    """Return the tensors; the gradient of each that has a leaf goes to its leaf."""
+    leaf_of = {index: leaf for index, leaf in enumerate(leaves) if leaf is not None}
+    values = lead_gradients([tensors[index] for index in leaf_of], list(leaf_of.values()))
     result = list(tensors)
-    for position, index in enumerate(led):
+    for position, index in enumerate(leaf_of):
         result[index] = values[position]
     return result
 

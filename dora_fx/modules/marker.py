@@ -4,12 +4,13 @@ While Dynamo traces, `DoRALinear` calls the base layer as it is and then marks i
 single node, which the `dora_fx` backend rewrites. Any other backend traces into it, and eager code runs what it stands
 for, so the function is the same whoever compiles; nothing is dropped where the rewrite does not run.
 
-A node takes tensors and constants one by one: `mark` packs a site into them, and `unpack` reads them again.
+A node names each tensor and constant of its site, and leaves out those that the site has not: `mark` writes the names,
+and `read_site` reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,16 @@ import torch
 from dora_fx.cache import CachedSite, is_traced, refresh
 from dora_fx.function import (
     CachedParameters,
-    CompleteParameters,
     InputNorm,
+    SiteOperands,
     StoredParameters,
     adapted_linear,
     complete_parameters,
 )
 from dora_fx.modules.site_paths import path_of
+
+# What precedes the names of a record's fields in a marker.
+_STORED, _CACHED, _NORM = "", "cached_", "norm_"
 
 
 class MarkedSite(NamedTuple):
@@ -53,46 +57,60 @@ def mark(site: MarkedSite) -> torch.Tensor:
     Whatever else records operations gets those that compute the norms: a cached one would be a constant of the record.
     """
     if torch.compiler.is_compiling() or is_traced(site.x, site.stored.lora_a):
-        return dora_linear(site.base_output, site.x, site.bias, *site.stored, *site.cached, *(site.input_norm or ()))
+        return dora_linear(**_keywords(site))
     refresh([CachedSite(path_of(site.stored.lora_a), site.stored, site.cached)])
-    [complete] = complete_parameters([site.stored], [site.cached])
-    return _adapted(site, complete)
+    [operands] = complete_parameters([site.stored], [site.cached])
+    return _adapted(site, operands)
 
 
-def unpack(arguments: Sequence[Any]) -> MarkedSite:
-    """The site that `mark` packed into a marker's arguments."""
-    base_output, x, bias, *fields = arguments
-    num_stored = len(StoredParameters._fields)
-    stored, fields = fields[:num_stored], fields[num_stored:]
-    cached, norm = fields[: len(CachedParameters._fields)], fields[len(CachedParameters._fields) :]
+def _keywords(site: MarkedSite) -> dict[str, Any]:
+    """What a site has, by the names in a marker; what is None or an empty name, it has not."""
+    operands: dict[str, Any] = {"base_output": site.base_output, "x": site.x, "bias": site.bias}
+    for prefix, record in ((_STORED, site.stored), (_CACHED, site.cached), (_NORM, site.input_norm)):
+        if record is not None:
+            operands.update({prefix + name: value for name, value in zip(record._fields, record, strict=True)})
+    return {
+        name: value
+        for name, value in operands.items()
+        if value is not None and not (isinstance(value, str) and not value)
+    }
+
+
+def read_site(keywords: Mapping[str, Any]) -> MarkedSite:
+    """The site that `mark` wrote into a marker's keywords."""
+
+    def record(record_type: Any, prefix: str) -> Any:
+        defaults = record_type._field_defaults
+        return record_type(*(keywords.get(prefix + name, defaults.get(name)) for name in record_type._fields))
+
     return MarkedSite(
-        base_output,
-        x,
-        bias,
-        StoredParameters(*stored),
-        CachedParameters(*cached),
-        InputNorm(*norm) if norm else None,
+        base_output=keywords.get("base_output"),
+        x=keywords["x"],
+        bias=keywords.get("bias"),
+        stored=record(StoredParameters, _STORED),
+        cached=record(CachedParameters, _CACHED),
+        input_norm=record(InputNorm, _NORM) if f"{_NORM}weight" in keywords else None,
     )
 
 
 @torch.compiler.allow_in_graph
-def dora_linear(*arguments: Any) -> torch.Tensor:
+def dora_linear(**keywords: Any) -> torch.Tensor:
     """The marker; see `mark`.
 
     Where no backend rewrites it, nobody refreshes buffers in front of its graph, and to write into a graph's inputs
     would break what has saved them. So it reads parameters alone.
     """
-    site = unpack(arguments)
-    [complete] = complete_parameters([site.stored._replace(base_norm_sq=None)])
-    return _adapted(site, complete)
+    site = read_site(keywords)
+    [operands] = complete_parameters([site.stored._replace(base_norm_sq=None)])
+    return _adapted(site, operands)
 
 
-def _adapted(site: MarkedSite, complete: CompleteParameters) -> torch.Tensor:
+def _adapted(site: MarkedSite, operands: SiteOperands) -> torch.Tensor:
     dtype = site.stored.dtype if site.base_output is None else site.base_output.dtype
     return adapted_linear(
         site.x,
         site.stored,
-        complete,
+        operands,
         site.bias,
         dtype=dtype,
         base_output=site.base_output,

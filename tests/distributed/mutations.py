@@ -71,7 +71,7 @@ MUTATIONS = [
         "gain applied before the reduce, magnitude's gradient left partial",
         formula._scaled,
         "output = _join(_base_product(x, stored, bias), low_rank, stored, bias)",
-        "delta = trained_delta(complete.magnitude, *complete.scale)\n        "
+        "delta = trained_delta(operands.magnitude, operands.scale)\n        "
         "return _join(_base_product(x, stored, bias) * (delta + 1.0), low_rank * (delta + 1.0), stored, bias)",
     ),
     Mutation("no dropout correction", formula._scaled_under_dropout, "dropped_product * delta +", ""),

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
@@ -81,4 +82,13 @@ def test_counters_and_logs(model, caplog):
     with caplog.at_level(logging.INFO, logger="dora_fx"):
         run(model, options={"inner_compiler": "eager"})
     assert dict(counters["dora_fx"]) == {"sites_rewritten": 1, "sites_unmatched": 0, "graphs_compiled": 1}
-    assert "rewrote 1 of 1 DoRA sites: linear" in caplog.text
+    assert "DoRA sites rewritten: 1 (linear)" in caplog.text
+
+
+def test_the_log_names_sites_that_run_beside_their_base_layers(tensor_parallel, caplog):
+    tensor_parallel(1)
+    model = adapted(nn.Linear(IN, IN))
+    model.linear.to_wrap.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with caplog.at_level(logging.INFO, logger="dora_fx"):
+        torch.compile(model, backend="dora_fx", options={"inner_compiler": "eager"})(torch.randn(3, IN))
+    assert "DoRA sites rewritten: 1 (linear); 1 of them beside their base layers (linear)" in caplog.text

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from dora_fx.modules.marker import dora_linear
-from dora_fx.passes import dora_sites
+from dora_fx.passes import base_ops
 from dora_fx.passes.dora_sites import find_dora_sites
 from tests.closeness import assert_apart, assert_close, rounding
 from tests.distributed.mutations import Mutation, planted
@@ -134,6 +137,8 @@ linear.register_fake(torch.empty_like)
         (lambda module, args, output: linear(output), r"ops that no Megatron linear has: \['linear'\]"),
         (lambda module, args, output: output @ torch.eye(IN), "2 matrix products, expected 1"),
         (lambda module, args, output: output + module.weight.sum(), r"ops that no Megatron linear has: \['sum'\]"),
+        (lambda module, args, output: output + 1.0, "adds the product with the bias, 1.0, expected"),
+        (lambda module, args, output: output + output, "adds the product with the bias, the product with the bias"),
     ],
 )
 def test_a_base_call_that_is_not_understood(tensor_parallel, hook, problem):
@@ -142,6 +147,67 @@ def test_a_base_call_that_is_not_understood(tensor_parallel, hook, problem):
     assert re.search(problem, site.problem)
     assert "sites.py" in site.problem
     assert site.base_call == ()
+
+
+# Square layers of square inputs, whose operands could stand for each other; with what is no W0 x about them.
+FORWARDS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], str | None]] = {
+    "product": (F.linear, None),
+    "product of the transposed": (lambda x, weight: torch.matmul(x, weight.t()), None),
+    "views": (lambda x, weight: F.linear(x.view(-1, IN), weight.t().t()).view_as(weight), None),
+    "x by x": (lambda x, weight: F.linear(x, x) + weight, "linear of its base call takes x, x, expected x, weight"),
+    "weight by x": (lambda x, weight: F.linear(weight, x), "takes weight, x, expected x, weight"),
+    "not transposed": (lambda x, weight: x @ weight, r"takes x, weight, expected x, weight.t\(\)"),
+    "transposed result": (
+        lambda x, weight: F.linear(x, weight).t(),
+        r"returns the product.t\(\), expected the product",
+    ),
+    "residual": (lambda x, weight: F.linear(x, weight) + x, "adds the product, x, expected the product and"),
+    "weight as bias": (lambda x, weight: F.linear(x, weight).add(weight), "adds the product, weight, expected"),
+    "scaled addend": (lambda x, weight: torch.add(F.linear(x, weight), weight, alpha=2), "adds the product, weight, 2"),
+    "two halves": (lambda x, weight: torch.cat((x.chunk(2)[0], F.linear(x, weight).chunk(2)[0])), "joins|also used by"),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_product_of_other_operands_is_no_base_call(tensor_parallel, recompute):
+    """The layer's own function runs beside its adapter, as in eager code; none of it is left out."""
+    tensor_parallel(1)
+    model = adapted(nn.Linear(IN, IN, bias=False))
+    base = model.linear.to_wrap
+    x = torch.randn(IN, IN)
+    for name, (forward, problem) in FORWARDS.items():
+        torch._dynamo.reset()
+        base.forward = lambda x, forward=forward: forward(x, base.weight)
+        backend = RecordingBackend()
+        call = (lambda x: checkpoint(model, x, use_reentrant=False)) if recompute else model
+        output = torch.compile(call, backend=backend, fullgraph=True)(x)
+        [site] = sites_of(backend)
+        assert (site.problem is None) == (problem is None), (name, site.problem)
+        assert problem is None or re.search(problem, site.problem), (name, site.problem)
+        assert_close(output, model(x), rounding(torch.float32, IN))
+
+
+def test_a_function_without_a_body_is_declined(tensor_parallel):
+    tensor_parallel(1)
+    gm = capture(adapted(row()), IN).before[0]
+    call, *_ = gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.autograd_function_apply)
+    setattr(gm, call.args[0].target, nn.Identity())
+    (site,) = find_dora_sites(gm)
+    assert site.problem.startswith(f"the forward body of {call.name}, in its base call, is not in the graph (")
+
+
+def test_long_arithmetic_on_sizes_and_long_views_are_read_once_each():
+    graph = fx.Graph()
+    size = graph.placeholder("size")
+    view = graph.placeholder("view")
+    size.meta["example_value"] = 1
+    for _ in range(3000):
+        size = graph.call_function(operator.add, (size, size))
+        size.meta["example_value"] = 1
+        view = graph.call_method("view_as", (view, view))
+    written = graph.call_method("copy_", (view, view))
+    assert len(base_ops.size_nodes(graph)) == 3001
+    assert len(base_ops.write_nodes(graph)) == 3001 and written in base_ops.write_nodes(graph)
 
 
 @torch.library.custom_op("dora_fx_tests_of_fp8::linear", mutates_args=())
@@ -155,7 +221,7 @@ fp8_linear.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], weight.sha
 
 OPS_BY_BARE_NAME = Mutation(
     "ops matched by bare name",
-    dora_sites._op,
+    base_ops.op_of,
     "return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target",
     'by_name = {getattr(op, "__name__", op): op for op in PRODUCTS}\n'
     '    return by_name.get(getattr(node.target, "__name__", "").partition(".")[0], node.target)',

@@ -28,7 +28,7 @@ class GraphModule(torch.nn.Module):
         t: "f32[48, 80]" = weight.t()
         output: "f32[6, 2, 80]" = torch.matmul(x, t)
 
-        output_1: "f32[6, 2, 80]" = dora_fx_modules_marker_dora_linear(output, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, None, None, None, delta, grad_gain, grad_scale, None, None)
+        output_1: "f32[6, 2, 80]" = dora_fx_modules_marker_dora_linear(base_output = output, x = x, weight = weight, base_norm_sq = base_norm_sq, lora_a = lora_a, lora_b = lora_b, magnitude = magnitude, scaling = scaling, layout_name = 'column', dtype = torch.float32, cached_delta = delta, cached_grad_gain = grad_gain, cached_grad_scale = grad_scale)
         return (output_1,)
 """,
     )
@@ -48,7 +48,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[6, 2, 80]" = linear_2 + linear_1
         to: "f32[6, 2, 80]" = add.to(torch.float32)
-        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -70,7 +70,7 @@ class GraphModule(torch.nn.Module):
         add: "f32[6, 2, 80]" = linear_2 + bias
         add_1: "f32[6, 2, 80]" = add + linear_1
         to: "f32[6, 2, 80]" = add_1.to(torch.float32)
-        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = bias, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -92,7 +92,7 @@ class GraphModule(torch.nn.Module):
         add_1: "f32[6, 2, 80]" = linear_2 + bias
         add_2: "f32[6, 2, 80]" = add_1 + linear_1
         to: "f32[6, 2, 80]" = add_2.to(torch.float32)
-        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = bias, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -114,7 +114,7 @@ class GraphModule(torch.nn.Module):
         getitem: "f32[6, 2, 80]" = chunk[0]
         getitem_1: "f32[6, 2, 80]" = chunk[1]
         add: "f32[6, 2, 80]" = getitem + bias
-        trained_delta: "f32[80]" = dora_fx_function_row_scale_trained_delta(magnitude, delta, grad_gain, grad_scale)
+        trained_delta: "f32[80]" = dora_fx_function_row_scale_trained_delta(magnitude, dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         mul: "f32[6, 2, 80]" = getitem_1 * trained_delta
         linear_2: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
         view: "f32[]" = scaling.view(())
@@ -160,7 +160,7 @@ class GraphModule(torch.nn.Module):
             linear_2: "f32[6, 2, 80]" = torch._C._nn.linear(x, l_model_modules_linear_modules_to_wrap_parameters_weight_, None)
             add: "f32[6, 2, 80]" = linear_2 + linear_1
             to: "f32[6, 2, 80]" = add.to(torch.float32)
-            scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, l_model_modules_linear_buffers_cached_delta_, l_model_modules_linear_buffers_cached_grad_gain_, l_model_modules_linear_buffers_cached_grad_scale_)
+            scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = l_model_modules_linear_modules_adapter_parameters_weight_magnitude_, scale = dora_fx_function_row_scale_RowScale(l_model_modules_linear_buffers_cached_delta_, l_model_modules_linear_buffers_cached_grad_gain_, l_model_modules_linear_buffers_cached_grad_scale_))
             return (scale_rows,)
 """,
     )
@@ -197,13 +197,13 @@ add: "f32[6, 2, 80]" = linear_2 + linear_1
         getitem_6: "f32[40]" = chunk_3[0]
         getitem_7: "f32[40]" = chunk_4[0]
         getitem_8: "f32[40]" = chunk_5[0]
-        scale_rows_1: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(getitem_4, None, getitem_5, getitem_6, getitem_7, getitem_8)
+        scale_rows_1: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(getitem_4, bias = None, magnitude = getitem_5, scale = dora_fx_function_row_scale_RowScale(getitem_6, getitem_7, getitem_8))
         getitem_9: "f32[6, 2, 40]" = chunk_1[1]
         getitem_10: "f32[40]" = chunk_2[1]
         getitem_11: "f32[40]" = chunk_3[1]
         getitem_12: "f32[40]" = chunk_4[1]
         getitem_13: "f32[40]" = chunk_5[1]
-        scale_rows_2: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(getitem_9, None, getitem_10, getitem_11, getitem_12, getitem_13)
+        scale_rows_2: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(getitem_9, bias = None, magnitude = getitem_10, scale = dora_fx_function_row_scale_RowScale(getitem_11, getitem_12, getitem_13))
 
         silu: "f32[6, 2, 40]" = torch.nn.functional.silu(scale_rows_1)
         mul: "f32[6, 2, 40]" = silu * scale_rows_2

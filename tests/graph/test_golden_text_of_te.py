@@ -33,7 +33,7 @@ def test_before_emulated_kernels():
 class GraphModule(torch.nn.Module):
     def forward(self, weight: "f32[80, 48]", x: "f32[8, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", norm_weight: "f32[48]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
-        output: "f32[8, 2, 80]" = dora_fx_modules_marker_dora_linear(None, x, None, weight, base_norm_sq, lora_a, lora_b, magnitude, scaling, None, None, 'column', '', torch.float32, None, None, None, delta, grad_gain, grad_scale, None, None, norm_weight, None, 'RMSNorm', 1e-05, False)
+        output: "f32[8, 2, 80]" = dora_fx_modules_marker_dora_linear(x = x, weight = weight, base_norm_sq = base_norm_sq, lora_a = lora_a, lora_b = lora_b, magnitude = magnitude, scaling = scaling, layout_name = 'column', dtype = torch.float32, cached_delta = delta, cached_grad_gain = grad_gain, cached_grad_scale = grad_scale, norm_weight = norm_weight, norm_name = 'RMSNorm', norm_eps = 1e-05, norm_zero_centered = False)
         return (output,)
 """,
     )
@@ -54,7 +54,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[8, 2, 80]" = torch._C._nn.linear(rms_norm, weight, None)
         add: "f32[8, 2, 80]" = linear_2 + linear_1
         to: "f32[8, 2, 80]" = add.to(torch.float32)
-        scale_rows: "f32[8, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[8, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -77,7 +77,7 @@ class GraphModule(torch.nn.Module):
         add: "f32[8, 2, 80]" = linear_2 + bias
         add_1: "f32[8, 2, 80]" = add + linear_1
         to: "f32[8, 2, 80]" = add_1.to(torch.float32)
-        scale_rows: "f32[8, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[8, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = bias, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -101,7 +101,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[16, 2, 40]" = torch._C._nn.linear(gather_sequence, weight, None)
         add: "f32[16, 2, 40]" = linear_2 + linear_1
         to: "f32[16, 2, 40]" = add.to(torch.float32)
-        scale_rows: "f32[16, 2, 40]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[16, 2, 40]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -125,7 +125,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[8, 2, 10]" = torch._C._nn.linear(copy_to_group, weight, None)
         add: "f32[8, 2, 10]" = linear_2 + linear_1
         to: "f32[8, 2, 10]" = add.to(torch.float32)
-        scale_rows: "f32[8, 2, 10]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[8, 2, 10]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -149,7 +149,7 @@ class GraphModule(torch.nn.Module):
         reduce_from_group: "f32[8, 2, 80]" = dora_fx_function_collectives_reduce_from_group(add, 'tp')
         add_1: "f32[8, 2, 80]" = reduce_from_group + bias
         to: "f32[8, 2, 80]" = add_1.to(torch.float32)
-        scale_rows: "f32[8, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[8, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = bias, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -174,7 +174,7 @@ class GraphModule(torch.nn.Module):
         add: "f32[8, 2, 80]" = linear_2 + linear_1
         reduce_scatter_sequence: "f32[1, 2, 80]" = dora_fx_function_collectives_reduce_scatter_sequence(add, 'tp')
         to: "f32[1, 2, 80]" = reduce_scatter_sequence.to(torch.float32)
-        scale_rows: "f32[1, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, getitem_1, delta, grad_gain, grad_scale)
+        scale_rows: "f32[1, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = getitem_1, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -197,7 +197,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[8, 2, 40]" = torch._C._nn.linear(copy_to_group, weight, None)
         add: "f32[8, 2, 40]" = linear_2 + linear_1
         to: "f32[8, 2, 40]" = add.to(torch.float32)
-        scale_rows: "f32[8, 2, 40]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[8, 2, 40]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -217,7 +217,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[8, 2, 80]" = torch._C._nn.linear(x, weight, None)
         add: "f32[8, 2, 80]" = linear_2 + linear_1
         to: "f32[8, 2, 80]" = add.to(torch.float32)
-        scale_rows: "f32[8, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[8, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -241,7 +241,7 @@ class GraphModule(torch.nn.Module):
         chunk = linear.chunk(2)
         getitem_3: "f32[8, 2, 80]" = chunk[0]
         getitem_4: "f32[8, 2, 80]" = chunk[1]
-        trained_delta: "f32[80]" = dora_fx_function_row_scale_trained_delta(getitem_2, delta, grad_gain, grad_scale)
+        trained_delta: "f32[80]" = dora_fx_function_row_scale_trained_delta(getitem_2, dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         mul: "f32[8, 2, 80]" = getitem_4 * trained_delta
         linear_1: "f32[8, 2, 16]" = torch._C._nn.linear(dropout, getitem)
         view: "f32[]" = scaling.view(())

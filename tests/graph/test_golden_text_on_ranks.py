@@ -28,7 +28,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[6, 2, 40]" = torch._C._nn.linear(copy_to_group, weight, None)
         add: "f32[6, 2, 40]" = linear_2 + linear_1
         to: "f32[6, 2, 40]" = add.to(torch.float32)
-        scale_rows: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -53,7 +53,7 @@ class GraphModule(torch.nn.Module):
         add: "f32[6, 2, 80]" = linear_2 + linear_1
         reduce_from_group: "f32[6, 2, 80]" = dora_fx_function_collectives_reduce_from_group(add, 'tp')
         to: "f32[6, 2, 80]" = reduce_from_group.to(torch.float32)
-        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[6, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -79,7 +79,7 @@ class GraphModule(torch.nn.Module):
         chunk = linear.chunk(2)
         getitem_4: "f32[6, 2, 80]" = chunk[0]
         getitem_5: "f32[6, 2, 80]" = chunk[1]
-        trained_delta: "f32[80]" = dora_fx_function_row_scale_trained_delta(getitem_3, delta, grad_gain, grad_scale)
+        trained_delta: "f32[80]" = dora_fx_function_row_scale_trained_delta(getitem_3, dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         mul: "f32[6, 2, 80]" = getitem_5 * trained_delta
         linear_1: "f32[6, 2, 16]" = torch._C._nn.linear(dropout, lora_a)
         view: "f32[]" = scaling.view(())
@@ -115,7 +115,7 @@ class GraphModule(torch.nn.Module):
         linear_2: "f32[8, 2, 10]" = torch._C._nn.linear(gather_sequence, weight, None)
         add: "f32[8, 2, 10]" = linear_2 + linear_1
         to: "f32[8, 2, 10]" = add.to(torch.float32)
-        scale_rows: "f32[8, 2, 10]" = dora_fx_function_row_scale_scale_rows(to, None, magnitude, delta, grad_gain, grad_scale)
+        scale_rows: "f32[8, 2, 10]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )
@@ -142,7 +142,7 @@ class GraphModule(torch.nn.Module):
         add: "f32[8, 2, 80]" = linear_2 + linear_1
         reduce_scatter_sequence: "f32[1, 2, 80]" = dora_fx_function_collectives_reduce_scatter_sequence(add, 'tp')
         to: "f32[1, 2, 80]" = reduce_scatter_sequence.to(torch.float32)
-        scale_rows: "f32[1, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, None, getitem_3, delta, grad_gain, grad_scale)
+        scale_rows: "f32[1, 2, 80]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = getitem_3, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))
         return (scale_rows,)
 """,
     )

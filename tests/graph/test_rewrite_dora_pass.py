@@ -41,7 +41,7 @@ def test_marker_is_gone_and_new_nodes_are_described(recompute):
     assert len(products) == 3
     for node in products:
         assert "OneLinear" in str(node.meta["nn_module_stack"]) or "DoRALinear" in str(node.meta["nn_module_stack"])
-        assert "dora_linear.py" in node.meta["stack_trace"]
+        assert "linear_wrapper.py" in node.meta["stack_trace"]
         assert isinstance(node.meta["example_value"], torch.Tensor)
 
 

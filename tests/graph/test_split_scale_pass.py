@@ -95,6 +95,20 @@ def test_what_is_left_alone(name):
     assert gm.code == before
 
 
+def test_parts_that_are_no_numbers_are_left_alone():
+    backend = RecordingBackend([rewrite_dora_pass])
+    torch.compile(Cut(column(), gate), backend=backend, fullgraph=True)(torch.randn(6, 2, IN))
+    [gm] = backend.after
+    [split] = find_split_scales(gm)
+    (node, part), *_ = split.parts
+    for index in (slice(0, 1), "0", None):
+        node.args = (split.chunk, index)
+        assert find_split_scales(gm) == []
+    node.args = (split.chunk, part - split.num_parts)
+    [again] = find_split_scales(gm)
+    assert set(again.parts) == set(split.parts)
+
+
 def test_an_output_with_a_bias_is_left_alone():
     [gm] = capture(Cut(column(bias=True, skip_bias_add=False), gate), IN).after
     assert find_split_scales(gm) == []

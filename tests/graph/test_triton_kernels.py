@@ -18,7 +18,18 @@ TOKENS, IN, DIM = 4096, 1024, 16
 
 def dora(x, weight, lora_a, lora_b, magnitude, delta, grad_gain, grad_scale, scaling):
     """A column site on one rank, from its cache, as the rewritten graph computes it."""
-    stored = StoredParameters(weight, None, lora_a, lora_b, magnitude, scaling, None, None, "column", "", weight.dtype)
+    stored = StoredParameters(
+        weight=weight,
+        base_norm_sq=None,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        magnitude=magnitude,
+        scaling=scaling,
+        dropout_threshold=None,
+        dropout_rescale=None,
+        layout_name="column",
+        dtype=weight.dtype,
+    )
     [complete] = complete_parameters([stored], [CachedParameters(delta, grad_gain, grad_scale, None, None)])
     return adapted_linear(x, stored, complete, None, dtype=x.dtype)
 

@@ -253,7 +253,7 @@ def test_gradient_of_a_magnitude_at_and_near_zero(dtype: torch.dtype) -> None:
     magnitude = (gain * norm).requires_grad_()
     z, dy = (torch.randn(300, 9, dtype=wide).to(dtype) for _ in range(2))
     z.requires_grad_()
-    y = scale_rows(z, None, magnitude, *row_scale(magnitude, norm, dtype))
+    y = scale_rows(z, bias=None, magnitude=magnitude, scale=row_scale(magnitude, norm, dtype))
     dz, dm = torch.autograd.grad(y, [z, magnitude], dy)
     eps = torch.finfo(dtype).eps
     z, dy, gain = z.double(), dy.double(), gain.double()
@@ -272,6 +272,6 @@ def test_gradient_of_the_magnitude_of_a_row_of_zeros() -> None:
     """Such a row has no direction to scale."""
     norm, magnitude = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64, requires_grad=True)
     z = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
-    y = scale_rows(z, None, magnitude, *row_scale(magnitude, norm, torch.float64))
+    y = scale_rows(z, bias=None, magnitude=magnitude, scale=row_scale(magnitude, norm, torch.float64))
     dz, dm = torch.autograd.grad(y.sum(), [z, magnitude])
     assert torch.equal(dz, torch.ones_like(z)) and torch.equal(dm, torch.zeros(3, dtype=torch.float64))
