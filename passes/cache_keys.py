@@ -5,10 +5,11 @@
 
 torch's own functions are known by their names and its version. Those of this package do what their sources say, for
 process groups of the size that they have here, and some of them for this process's rank: all of that is in the digest
-that goes into the key. A changed source or another layout never meets an old artifact.
+that goes into the key. So nothing that was compiled of another source, or for another layout, is used again.
 
 Megatron's mappings around layers that are not adapted are higher-order ops. Their bodies are in the key, but torch
-does not look at what the bodies call, and so takes none unless it is told to. Here they are looked at.
+does not look at what the bodies call, and so caches no graph with such an op unless it is told to. Here the calls in
+the bodies are checked as all others are.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from typing import Any
 
 from torch import fx
 
-import dora_fx.version as version
 from dora_fx.function import DEPEND_ON_RANK
 from dora_fx.passes.graph_utils import subgraph_modules
 from dora_fx.ranks import group_rank, group_size
 
 # Dynamo's graphs call Python's operators too.
 _KNOWN_PACKAGES = ("torch", "_operator", "builtins", "math", "dora_fx")
+# The rooms that hold the functions that graphs call, and those that decide which of them a graph calls.
+_SHAPE_GRAPHS = ("function", "modules", "passes", "ranks", "cache", "backend.py")
 
 
 def cacheable_functions(gm: fx.GraphModule) -> dict[str, str]:
@@ -53,10 +55,23 @@ def calls_only_known_functions(gm: fx.GraphModule) -> bool:
 
 @functools.cache
 def source_digest() -> str:
-    """Digest of this package's sources, as they are when it is first asked for."""
-    folders = [Path(version.__file__).parent, Path(__file__).parent]
-    files = sorted({path.resolve() for folder in folders for path in folder.rglob("*.py")})
-    return _digest(*(path.read_text(encoding="utf-8") for path in files))
+    """Digest of the sources that shape graphs, as they are when it is first asked for."""
+    return digest_of_sources(Path(__file__).parents[1])
+
+
+def digest_of_sources(package: Path) -> str:
+    """Digest of the sources that shape graphs, in a folder that holds this package.
+
+    The rest of the package may change, and what was compiled before is used again.
+    """
+    files = [file for name in _SHAPE_GRAPHS for file in _sources(package / name)]
+    return _digest(*(f"{file.relative_to(package)}:{file.read_text(encoding='utf-8')}" for file in files))
+
+
+def _sources(path: Path) -> list[Path]:
+    found = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    assert found, f"{path} has no sources"
+    return found
 
 
 def _calls(gm: fx.GraphModule) -> Iterator[fx.Node]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dora_fx.passes.cache_keys import cacheable_functions, calls_only_known_functions
+from dora_fx.passes.cache_keys import (
+    cacheable_functions,
+    calls_only_known_functions,
+    digest_of_sources,
+    source_digest,
+)
 from tests.graph.capture import capture
 from tests.graph.conftest import fake_world
 from tests.graph.sites import IN, adapted, column, row
 
+PACKAGE = Path(__file__).parents[2] / "dora_fx"
 GATHERING = "dora_fx.function.collectives.gather_features"
 
 
@@ -80,3 +89,34 @@ def test_a_function_of_others_is_not_vouched_for(recompute: bool, tensor_paralle
     [after] = capture(Doubled(recompute=recompute), IN).after
     assert not calls_only_known_functions(after)
     assert not [name for name in cacheable_functions(after) if "double" in name]
+
+
+SHAPES_GRAPHS = {
+    "function/row_scale.py": True,
+    "modules/kinds/torch_linear.py": True,
+    "passes/split_scale_pass.py": True,
+    "ranks/groups.py": True,
+    "cache/freshness.py": True,
+    "backend.py": True,
+    "app/errors.py": False,
+    "attach/plan.py": False,
+    "checkpoint/common.py": False,
+    "files/bounds.py": False,
+    "version.py": False,
+}
+
+
+def test_sources_that_shape_no_graph_leave_the_digest(tmp_path: Path) -> None:
+    copied = tmp_path / "dora_fx"
+    shutil.copytree(PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    before = digest_of_sources(copied)
+    assert before == source_digest()
+    changed = {}
+    for name in SHAPES_GRAPHS:
+        text = (copied / name).read_text(encoding="utf-8")
+        (copied / name).write_text(f"{text}# Another line.\n", encoding="utf-8")
+        changed[name] = digest_of_sources(copied) != before
+        (copied / name).write_text(text, encoding="utf-8")
+    assert changed == SHAPES_GRAPHS
+    (copied / "function" / "more.py").touch()
+    assert digest_of_sources(copied) != before
