@@ -76,7 +76,10 @@ def test_a_run_goes_on_with_its_base_and_text_in_another_place(
         and "if it was moved since the run was started, give its new path with --data" in message
     )
     message = error_of(capsys, "--resume", run, "--steps", 3, "--data", folder / "text.txt")
-    assert "gone: no such file or directory" in message and "since the run was started is given with --base" in message
+    assert (
+        "gone: no such file or directory" in message
+        and "since the run was started, give its new path with --base" in message
+    )
     places = "--base", folder / "base", "--data", folder / "text.txt"
     assert finetune("--resume", run, "--steps", 3, *places) == 0
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -97,7 +100,10 @@ def test_export_and_merge_take_the_base_in_another_place(
     arguments = [command, run, "--to", folder / "out"]
     assert main(list(map(str, arguments))) == 2
     shown = capsys.readouterr().err
-    assert "gone: no such file or directory" in shown and "since the run was started is given with --base" in shown
+    assert (
+        "gone: no such file or directory" in shown
+        and "since the run was started, give its new path with --base" in shown
+    )
     assert main(list(map(str, [*arguments, "--base", folder / "base"]))) == 0
     if command == "export":
         config = json.loads((folder / "out" / "adapter_config.json").read_text())
