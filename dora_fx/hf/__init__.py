@@ -1,14 +1,14 @@
 """Adapters as Hugging Face PEFT knows them, and back; streams of them, and merged models."""
 
-from dora_fx.hf.adapter_source import one_dropout, split_adapter
+from dora_fx.hf.adapter_checks import one_dropout
+from dora_fx.hf.adapter_source import split_adapter
 from dora_fx.hf.digests import base_digests
-from dora_fx.hf.export_adapter import export_hf, iter_adapter, warn_of_tied_output
+from dora_fx.hf.export_adapter import export_hf, iter_adapter
 from dora_fx.hf.import_adapter import import_hf
-from dora_fx.hf.layers import every_hf_path
 from dora_fx.hf.merged_comparison import LayerGap, MergedComparison, compare_merged
 from dora_fx.hf.merged_model import merged_state_dict, save_hf_model
 from dora_fx.hf.merged_stream import iter_merged
-from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
+from dora_fx.hf.peft_files import PeftModule, warn_of_tied_output, write_peft_adapter
 from dora_fx.hf.save_pretrained import AdapterSaver
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "PeftModule",
     "base_digests",
     "compare_merged",
-    "every_hf_path",
     "export_hf",
     "import_hf",
     "iter_adapter",

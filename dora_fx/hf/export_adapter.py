@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from dora_fx.attach import warn_of_other_trainables
 from dora_fx.files import check_new_folder, new_folder
-from dora_fx.hf.adapter_source import adapter_source
-from dora_fx.hf.base_names import warn_of_assumed_names
-from dora_fx.hf.peft_files import PeftModule, peft_tensors, write_peft_adapter
-from dora_fx.hf.send import is_speaker, send_units
-from dora_fx.hf.transformers_model import speaks_for_all
+from dora_fx.hf.adapter_checks import check_adapters, dropout_of_all_ranks, named_base, warn_of_assumed_names
+from dora_fx.hf.adapter_source import AdapterSource, adapter_source
+from dora_fx.hf.counterpart import GPTCounterpart, counterpart
+from dora_fx.hf.model_record import ModelRecord, model_record
+from dora_fx.hf.peft_files import PeftModule, peft_tensors, warn_of_tied_output, write_peft_adapter
+from dora_fx.hf.send import send_units, to_first_rank
 from dora_fx.megatron import Model, chunks_of
-from dora_fx.models import LM_HEAD
-from dora_fx.ranks import gather_objects_on_first_rank, has_other_ranks, raise_on_every_rank, world_group
+from dora_fx.ranks import raise_on_every_rank
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +56,15 @@ def export_hf(
             dropout, one has NaN or inf, the folder exists or cannot be written, `model_type` is not the model's, or a
             `base_model` that is a directory has another vocabulary than the output layer has rows, or other layers.
     """
-    chunks = chunks_of(model)
-    target = Path(folder)
-    source = adapter_source(chunks, base_model, vocab_size, model_type, _folder_problem_maybe(target))
-    warn_of_other_trainables(chunks, "export_hf")
+    record, target = model_record(chunks_of(model)), Path(folder)
+    source = checked_source(
+        record, "export_hf", base_model=base_model, vocab_size=vocab_size, model_type=model_type, folder=target
+    )
     modules: dict[str, PeftModule] = {}
     for part in source.layers:
-        modules.update(_to_first_rank(part) if source.on_ranks else part)
+        modules |= to_first_rank(part, record.group)
     problem = None
-    if speaks_for_all():
+    if record.is_writer:
         try:
             with new_folder(target) as temporary:
                 write_peft_adapter(
@@ -78,11 +78,9 @@ def export_hf(
                 )
         except OSError as error:
             problem = f"{target}: {error}"
-        if source.on_ranks:
-            warn_of_assumed_names(chunks, model_type, base_model)
         warn_of_tied_output(modules, tied=source.is_tied)
         logger.info("exported %d adapters to %s", len(modules), target)
-    raise_on_every_rank(problem, world_group() if source.on_ranks else None)
+    raise_on_every_rank(problem, record.group)
 
 
 def iter_adapter(
@@ -101,42 +99,47 @@ def iter_adapter(
         ValueError: on every rank, and at once, as `export_hf`.
         RuntimeError: while it is taken: another rank is gone, or did not come within the timeout of the process group.
     """
-    chunks = chunks_of(model)
-    source = adapter_source(chunks, None, vocab_size, model_type)
-    warn_of_other_trainables(chunks, "iter_adapter")
+    record = model_record(chunks_of(model))
+    source = checked_source(record, "iter_adapter", vocab_size=vocab_size, model_type=model_type)
     units = (peft_tensors(layer) for layer in source.layers)
-    if not source.on_ranks:
-        return (item for unit in units if every_rank or speaks_for_all() for item in unit.items())
-    warn_of_assumed_names(chunks, model_type)
-    return send_units(units, every_rank=every_rank)
+    if not record.is_own:
+        return send_units(units, every_rank=every_rank)
+    return (item for unit in units for item in unit.items()) if every_rank or record.is_writer else iter(())
 
 
-def warn_of_tied_output(modules: Container[str], *, tied: bool) -> None:
-    """Log what PEFT does with the adapter of an output layer that is tied to the embedding.
+def checked_source(
+    record: ModelRecord,
+    writer: str,
+    *,
+    base_model: str | None = None,
+    vocab_size: int | None = None,
+    model_type: str | None = None,
+    folder: Path | None = None,
+) -> AdapterSource:
+    """Find the Hugging Face layers of a model, check its adapters, and say in warnings what is not written or known.
 
-    It computes with it as Megatron does, but merges it into the one weight that both have. PEFT's own option
-    `ensure_weight_tying` would adapt the embedding too, which is another function.
+    Every rank that holds a part of the model calls it.
+
+    Args:
+        record: of the model.
+        writer: the name of the function that keeps the adapters, for warnings.
+        base_model, vocab_size, model_type: as in `export_hf`.
+        folder: that is going to be written, None for none.
+
+    Raises:
+        ValueError: on every rank, as `export_hf` says.
     """
-    if tied and LM_HEAD in modules:
-        logger.warning(
-            "%s is adapted and tied to the embedding: PEFT computes with the adapter and warns about it, but its "
-            "merge_and_unload would change the embedding too; keep the adapter unmerged",
-            LM_HEAD,
-        )
-
-
-def _to_first_rank(own: dict[str, PeftModule]) -> dict[str, PeftModule]:
-    group = world_group()
-    if not has_other_ranks(group):
-        return own
-    parts = gather_objects_on_first_rank(own if is_speaker() else {}, group)
-    return {path: module for part in parts for path, module in part.items()}
-
-
-def _folder_problem_maybe(target: Path) -> str | None:
+    problem = None
     try:
-        if speaks_for_all():
-            check_new_folder(target)
+        hf, base = counterpart(record, vocab_size=vocab_size, model_type=model_type), named_base(base_model)
+        check_adapters(hf, base)
+        if folder is not None and record.is_writer:
+            check_new_folder(folder)
     except (ValueError, OSError) as error:
-        return str(error)
-    return None
+        problem = str(error)
+    raise_on_every_rank(problem, record.group)
+    source = adapter_source(record, hf, dropout_of_all_ranks(record, hf))
+    warn_of_other_trainables(record.chunks, writer)
+    if isinstance(hf, GPTCounterpart) and record.is_writer:
+        warn_of_assumed_names(hf, base)
+    return source

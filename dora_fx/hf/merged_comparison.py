@@ -14,9 +14,10 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from dora_fx.attach import NOTHING_ADAPTED, adapted_layers, merge_problem_maybe, merged, merged_weight
-from dora_fx.hf.transformers_model import transformers_model_maybe
-from dora_fx.megatron import Model, NamedModule, chunks_of, walk
+from dora_fx.attach import NOTHING_ADAPTED, merge_problem_maybe, merged, merged_weight
+from dora_fx.hf.counterpart import check_own
+from dora_fx.hf.model_record import ModelRecord, model_record
+from dora_fx.megatron import Model, chunks_of
 from dora_fx.modules import DoRALinear
 from dora_fx.ranks import gather_objects, raise_on_every_rank, world_group
 
@@ -113,53 +114,52 @@ def compare_merged(
         ValueError: on every rank: as `merge`, a weight's dtype does not hold the serving dtype, or there is no telling
             how the model is called.
     """
-    chunks = chunks_of(model)
-    sites = [named for chunk in chunks for _, named in adapted_layers([chunk])]
-    problem = _problem_maybe(chunks, sites, dtype, log_probs, inputs, kwargs)
-    raise_on_every_rank(problem, world_group())
-    if not any(gather_objects(bool(sites), world_group())):
+    record = model_record(chunks_of(model))
+    raise_on_every_rank(_problem_maybe(record, dtype, log_probs, inputs, kwargs), world_group())
+    adapted = {named.whole_path: named.module for named in record.sites}
+    if not any(gather_objects(bool(adapted), world_group())):
         raise ValueError(NOTHING_ADAPTED)
-    run = log_probs if log_probs is not None else _caller(chunks, inputs, kwargs)
-    adapted = {named.whole_path: named.module for named in sites}
-    with _evaluating(chunks), torch.compiler.set_stance("force_eager"):
+    run = log_probs if log_probs is not None else _caller(record, inputs, kwargs)
+    with _evaluating(record.chunks), torch.compiler.set_stance("force_eager"):
         weights = {path: _weight_sums(site, dtype) for path, site in adapted.items()}
         with _recorded(adapted) as outputs:
             expected = run()
         # A pipeline stage may have no adapted layer.
-        with merged(model) if sites else contextlib.nullcontext():
-            everything = {named.whole_path: named.module for chunk in chunks for named in walk(chunk)}
-            plain = {path: everything[path] for path in adapted}
+        with merged(model) if adapted else contextlib.nullcontext():
+            # What stands in the place of each adapted layer here.
+            plain = {path: site.to_wrap for path, site in adapted.items()}
             for linear in plain.values():
                 linear.weight.copy_(linear.weight.to(dtype or linear.weight.dtype))
             with _recorded(plain) as merged_outputs:
                 found = run()
     sums = {path: (weights[path], _output_sums(outputs[path], merged_outputs[path])) for path in adapted}
-    dtypes = {named.module.base_weight.dtype for named in sites}
+    dtypes = {site.base_weight.dtype for site in adapted.values()}
     return _comparison(dtypes if dtype is None else {dtype}, sums, expected, found)
 
 
 def _problem_maybe(
-    chunks: Sequence[nn.Module],
-    sites: Sequence[NamedModule],
+    record: ModelRecord,
     dtype: torch.dtype | None,
     log_probs: LogProbs | None,
     inputs: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> str | None:
-    for path, site in ((named.whole_path, named.module) for named in sites):
+    sites = [(named.whole_path, named.module) for named in record.sites]
+    for path, site in sites:
         own = site.base_weight.dtype
         if dtype is not None and dtype not in _HOLDS.get(own, ()):
             return f"{path}: found dtype={dtype} for a weight in {own}, expected None or one of {list(_HOLDS[own])}"
     if log_probs is None:
-        is_own = transformers_model_maybe(chunks) is not None
-        has_ranks = not is_own and parallel_state.model_parallel_is_initialized()
-        if len(chunks) > 1 or (has_ranks and parallel_state.get_pipeline_model_parallel_world_size() > 1):
+        if record.is_own:
+            check_own(record)
+        has_ranks = not record.is_own and parallel_state.model_parallel_is_initialized()
+        if len(record.chunks) > 1 or (has_ranks and parallel_state.get_pipeline_model_parallel_world_size() > 1):
             return "log_probs: found None for a pipeline, expected a function that runs its schedule"
-        if not is_own and kwargs.get("labels") is None:
+        if not record.is_own and kwargs.get("labels") is None:
             return "labels: found none, expected those of the tokens, for a Megatron model to return their losses"
-        if is_own and _input_ids(inputs, kwargs) is None:
+        if record.is_own and _input_ids(inputs, kwargs) is None:
             return "input_ids: found none, expected tokens [b, s] for a transformers model, or log_probs to run it"
-    return merge_problem_maybe(chunks, [(named.whole_path, named.module) for named in sites])
+    return merge_problem_maybe(record.chunks, sites)
 
 
 def _input_ids(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -167,15 +167,16 @@ def _input_ids(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | Non
     return found if isinstance(found, Tensor) and found.dim() == 2 else None
 
 
-def _caller(chunks: Sequence[Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> LogProbs:
-    if transformers_model_maybe(chunks) is None:
-        return lambda: -chunks[0](*inputs, **kwargs)
+def _caller(record: ModelRecord, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> LogProbs:
+    model = record.chunks[0]
+    if not record.is_own:
+        return lambda: -model(*inputs, **kwargs)
     tokens = _input_ids(inputs, kwargs)
     assert tokens is not None
     mask = kwargs.get("attention_mask")
 
     def run() -> Tensor:
-        logits = chunks[0](*inputs, **kwargs).logits[:, :-1]
+        logits = model(*inputs, **kwargs).logits[:, :-1]
         # The dtype of the softmax is that in which losses are computed.
         found = logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
         return found if mask is None or mask.dim() != 2 else found[mask[:, 1:].bool()]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -10,30 +11,14 @@ from torch import Tensor, nn
 
 from dora_fx.attach import NOTHING_ADAPTED, merge_problem_maybe, merged_weight
 from dora_fx.function import ParameterPlacement
-from dora_fx.hf.base_names import warn_of_assumed_names
-from dora_fx.hf.layers import (
-    NamedLinear,
-    gpt_config,
-    named_architecture,
-    named_linears,
-    num_hf_layers,
-    true_vocabulary,
-)
+from dora_fx.hf.adapter_checks import warn_of_assumed_names
+from dora_fx.hf.counterpart import GPTCounterpart, NamedLinear, check_own, gpt_counterpart
+from dora_fx.hf.model_record import ModelRecord, model_record
 from dora_fx.hf.send import send_units
-from dora_fx.hf.transformers_model import merged_tensors, speaks_for_all, transformers_model_maybe
-from dora_fx.megatron import Model, check_unsharded, chunks_of, unwrap, walk
-from dora_fx.models import (
-    EMBEDDING_WEIGHT,
-    FINAL_NORM,
-    FINAL_NORM_WEIGHT,
-    LAYERS,
-    OUTPUT_LAYER,
-    DecoderNames,
-    HFArchitecture,
-    HFParts,
-)
+from dora_fx.megatron import Model, check_unsharded, chunks_of
+from dora_fx.models import EMBEDDING_WEIGHT, FINAL_NORM, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER
 from dora_fx.modules import DoRALinear, LinearSpec, gather_whole
-from dora_fx.ranks import gather_objects, raise_on_every_rank, world_group
+from dora_fx.ranks import gather_objects, raise_on_every_rank
 
 _EMBEDDING = "embedding.word_embeddings"
 
@@ -64,91 +49,72 @@ def iter_merged(
         ValueError: on every rank, and at once: as `export_hf` and `merge`, or a parameter has no Hugging Face name.
         RuntimeError: while it is taken: another rank is gone, or did not come within the timeout of the process group.
     """
-    chunks = chunks_of(model)
-    own = transformers_model_maybe(chunks, vocab_size=vocab_size, model_type=model_type)
-    if own is not None:
-        tensors = merged_tensors(own, dtype)
-        return tensors if every_rank or speaks_for_all() else iter(())
-    linears = named_linears(chunks)
-    adapted = [(linear.whole_path, linear.module) for linear in linears if isinstance(linear.module, DoRALinear)]
+    record = model_record(chunks_of(model))
+    if record.is_own:
+        check_own(record, vocab_size=vocab_size, model_type=model_type)
+        tensors = _own_tensors(record, dtype)
+        return tensors if every_rank or record.is_writer else iter(())
+    sites = [(named.whole_path, named.module) for named in record.sites]
     try:
-        config = gpt_config(chunks)
-        if getattr(config, "layernorm_zero_centered_gamma", False):
+        hf = gpt_counterpart(record, vocab_size=vocab_size, model_type=model_type)
+        if getattr(record.model.config, "layernorm_zero_centered_gamma", False):
             raise ValueError("the model's config has layernorm_zero_centered_gamma = True, expected False")
-        hf = named_architecture(chunks, model_type)
-        vocabulary = true_vocabulary(config, linears, vocab_size)
-        units = _units(chunks, linears, HFParts.of(hf, config), vocabulary, dtype)
-        problem = merge_problem_maybe(chunks, adapted)
+        is_tied = bool(record.model.share_embeddings_and_output_weights)
+        units = _units(record, hf, dtype, is_tied=is_tied)
+        problem = merge_problem_maybe(record.chunks, sites)
     except (ValueError, TypeError) as error:
         problem = str(error)
-    raise_on_every_rank(problem, world_group())
-    found = gather_objects((len(adapted), set(units)), world_group())
+    raise_on_every_rank(problem, record.group)
+    found = gather_objects((len(sites), set(units)), record.group)
     if not any(num_adapted for num_adapted, _ in found):
         raise ValueError(NOTHING_ADAPTED)
-    names = [_EMBEDDING, *_layer_modules(hf, num_hf_layers(chunks)), FINAL_NORM]
-    names += [] if unwrap(chunks[0]).share_embeddings_and_output_weights else [OUTPUT_LAYER]
+    names = [_EMBEDDING, *_layer_modules(hf), FINAL_NORM, *([] if is_tied else [OUTPUT_LAYER])]
     missing = [name for name in names if not any(name in held for _, held in found)]
     if missing:
         raise ValueError(f"{missing[0]}: found no such layer, expected one as in models of type {hf.model_type}")
-    warn_of_assumed_names(chunks, model_type)
+    if record.is_writer:
+        warn_of_assumed_names(hf)
     return send_units((units[name]() if name in units else {} for name in names), every_rank=every_rank)
 
 
-def _layer_modules(hf: HFArchitecture, num_layers: int) -> Iterator[str]:
-    for index in range(num_layers):
-        yield from (f"decoder.layers.{index}.{name}" for name in (*hf.norms, *hf.linears))
-
-
-def _units(
-    chunks: Sequence[nn.Module],
-    linears: Sequence[NamedLinear],
-    parts: HFParts,
-    vocabulary: int | None,
-    dtype: torch.dtype | None,
-) -> dict[str, Unit]:
+def _units(record: ModelRecord, hf: GPTCounterpart, dtype: torch.dtype | None, *, is_tied: bool) -> dict[str, Unit]:
     """What this rank's stage has of the whole model, by the paths of modules in a GPTModel of the local spec.
 
     Raises:
         ValueError: naming a parameter that has no Hugging Face name.
     """
     units: dict[str, Unit] = {}
-    by_path = {linear.whole_path: linear for linear in linears}
-    for chunk in chunks:
-        tied = bool(unwrap(chunk).share_embeddings_and_output_weights)
-        names = DecoderNames.of(chunk)
-        for named in walk(chunk, DoRALinear):
-            path, module = named.whole_path, named.module
-            check_unsharded(path, module)
-            linear = by_path.get(path)
-            if path == OUTPUT_LAYER and tied:
-                # The last stage has a copy of the embedding there.
-                continue
-            if linear is not None:
-                units[linear.gpt_path] = _linear_unit(linear, parts, vocabulary, dtype)
-                module = linear.base
-            of_modules: dict[str, dict[str, nn.Parameter]] = {}
-            for name, parameter in names.gpt_parameters(path, module):
-                owner, _, kind = name.rpartition(".")
-                of_modules.setdefault(owner, {})[kind] = parameter
-            for owner, parameters in of_modules.items():
-                if owner not in units:
-                    units[owner] = _other_unit(owner, parameters, parts, vocabulary, dtype)
+    linears = {linear.module: linear for linear in hf.linears}
+    for _, (_, path, module) in record.modules:
+        check_unsharded(path, module)
+        linear = linears.get(module)
+        if path == OUTPUT_LAYER and is_tied:
+            # The last stage has a copy of the embedding there.
+            continue
+        if linear is not None:
+            units[linear.gpt_path] = _linear_unit(linear, hf, dtype)
+            module = linear.base
+        of_modules: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in hf.decoder.gpt_parameters(path, module):
+            owner, _, kind = name.rpartition(".")
+            of_modules.setdefault(owner, {})[kind] = parameter
+        for owner, parameters in of_modules.items():
+            if owner not in units:
+                units[owner] = _other_unit(owner, parameters, hf, dtype)
     return units
 
 
-def _linear_unit(linear: NamedLinear, parts: HFParts, vocabulary: int | None, dtype: torch.dtype | None) -> Unit:
+def _linear_unit(linear: NamedLinear, hf: GPTCounterpart, dtype: torch.dtype | None) -> Unit:
     spec, path = linear.describe(), linear.gpt_path
     if spec.weight is None and not isinstance(linear.module, DoRALinear):
         raise ValueError(f"{path}: the layer has no weight of its own and is not tied to the embedding")
     true_rows = spec.true_sizes[1]
-    num_rows = true_rows if path != OUTPUT_LAYER or vocabulary is None else vocabulary
-    rows = parts.rows(path, num_rows)
+    num_rows = true_rows if path != OUTPUT_LAYER or hf.vocabulary is None else hf.vocabulary
+    rows = hf.parts.rows(path, num_rows)
     bias = spec.bias
-    if (bias is not None) != parts.has_bias(path):
+    if (bias is not None) != hf.parts.has_bias(path):
         found, expected = ("a", "none") if bias is not None else ("no", "one")
-        raise ValueError(
-            f"{path}.bias: found {found} bias, expected {expected} as in models of type {parts.hf.model_type}"
-        )
+        raise ValueError(f"{path}.bias: found {found} bias, expected {expected} as in models of type {hf.model_type}")
 
     def compute() -> dict[str, Tensor]:
         tensors = {"weight": _whole_weight(linear, spec, dtype)}
@@ -174,17 +140,18 @@ def _whole_weight(linear: NamedLinear, spec: LinearSpec, dtype: torch.dtype | No
 
 
 def _other_unit(
-    path: str, parameters: Mapping[str, nn.Parameter], parts: HFParts, vocabulary: int | None, dtype: torch.dtype | None
+    path: str, parameters: Mapping[str, nn.Parameter], hf: GPTCounterpart, dtype: torch.dtype | None
 ) -> Unit:
     """The unit of an embedding or a norm: one weight, whole on every rank or sharded along its rows."""
     layer = path.removeprefix("decoder.layers.").partition(".")
     names = {_EMBEDDING: EMBEDDING_WEIGHT, FINAL_NORM: FINAL_NORM_WEIGHT}
-    if layer[0].isdigit() and layer[2] in parts.hf.norms:
-        names[path] = f"{LAYERS}.{layer[0]}.{parts.hf.norms[layer[2]]}.weight"
+    norms = hf.parts.hf.norms
+    if layer[0].isdigit() and layer[2] in norms:
+        names[path] = f"{LAYERS}.{layer[0]}.{norms[layer[2]]}.weight"
     if path not in names or parameters.keys() != {"weight"}:
         raise ValueError(
             f"{path}: found parameters {', '.join(parameters)}, which have no name in Hugging Face models of type "
-            f"{parts.hf.model_type}"
+            f"{hf.model_type}"
         )
     weight = parameters["weight"]
 
@@ -193,7 +160,7 @@ def _other_unit(
             return {names[path]: _cast(weight, dtype).clone()}
         group = parallel_state.get_tensor_model_parallel_group()
         shape = (weight.shape[0] * group.size(), weight.shape[1])
-        placement = ParameterPlacement(0, 1, (vocabulary or shape[0], shape[1]), shape)
+        placement = ParameterPlacement(0, 1, (hf.vocabulary or shape[0], shape[1]), shape)
         tp_group = group.group_name if group.size() > 1 else ""
         return {names[path]: gather_whole(_cast(weight, dtype), placement, tp_group)}
 
@@ -202,3 +169,56 @@ def _other_unit(
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.detach().to(dtype or tensor.dtype)
+
+
+def _layer_modules(hf: GPTCounterpart) -> Iterator[str]:
+    """Paths, in a GPTModel of the local spec, of the modules in its layers that have parameters."""
+    for index in range(hf.decoder.num_layers):
+        yield from (f"decoder.layers.{index}.{name}" for name in (*hf.parts.hf.norms, *hf.parts.hf.linears))
+
+
+# A transformers model
+
+
+def _own_tensors(record: ModelRecord, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the merged model's state dict in its order, those of tied weights once, in new tensors.
+
+    Args:
+        record: of an adapted transformers model; it is not changed.
+        dtype: of the floating-point ones; None for that of each.
+
+    Raises:
+        ValueError: at once: nothing is adapted, an adapter cannot be merged, or a parameter is sharded.
+    """
+    check_unsharded("model", record.model)
+    sites = [(named.path, named.module) for named in record.sites]
+    problem = merge_problem_maybe([record.model], sites) if sites else NOTHING_ADAPTED
+    if problem is not None:
+        raise ValueError(problem)
+    return _one_by_one(record, dtype)
+
+
+def _one_by_one(record: ModelRecord, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()
+    for _, (path, _, module) in record.modules:
+        prefix = f"{path}." if path else ""
+        is_adapted = isinstance(module, DoRALinear)
+        for name, tensor in _entries(module.to_wrap if is_adapted else module).items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            if is_adapted and name == "weight":
+                yield prefix + name, merged_weight(module).to(dtype or tensor.dtype)
+            else:
+                yield prefix + name, _copy(tensor, dtype)
+
+
+def _entries(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own entries of a state dict, the tensors themselves; those of its children are left out."""
+    kept: dict[str, Any] = {}
+    module._save_to_state_dict(kept, "", keep_vars=True)
+    return {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+
+
+def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=True)

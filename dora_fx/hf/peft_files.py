@@ -11,16 +11,20 @@ module has, with `.weight` at its end, alone: of PEFT's files it forgets them (s
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dora_fx.models import LM_HEAD
 from dora_fx.modules import low_rank_scaling
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -121,6 +125,20 @@ def write_peft_adapter(
         "use_rslora": use_rslora,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def warn_of_tied_output(modules: Container[str], *, tied: bool) -> None:
+    """Log what PEFT does with the adapter of an output layer that is tied to the embedding.
+
+    It computes with it as Megatron does, but merges it into the one weight that both have. PEFT's own option
+    `ensure_weight_tying` would adapt the embedding too, which is another function.
+    """
+    if tied and LM_HEAD in modules:
+        logger.warning(
+            "%s is adapted and tied to the embedding: PEFT computes with the adapter and warns about it, but its "
+            "merge_and_unload would change the embedding too; keep the adapter unmerged",
+            LM_HEAD,
+        )
 
 
 def _common_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -68,6 +68,11 @@ class PeftAdapter:
         """Return whether B A is scaled by alpha / sqrt(r)."""
         return bool(self.config.get("use_rslora"))
 
+    @property
+    def dropout(self) -> float:
+        """The dropout of all layers."""
+        return float(self.config.get("lora_dropout") or 0.0)
+
     def tensor(self, path: str, name: str) -> Tensor:
         """Read `lora_a`, `lora_b` or `magnitude` of a layer."""
         return self._file.get_tensor(self._keys[path][name])
@@ -86,13 +91,17 @@ class PeftAdapter:
         ]
 
 
-def read_peft_adapter(folder: Path) -> PeftAdapter:
+def read_peft_adapter(folder: Path, base_model: str | None = None) -> PeftAdapter:
     """Open a PEFT DoRA adapter and check everything that needs no model.
+
+    Args:
+        folder: where its two files are.
+        base_model: the name of the base that it has to be of; None for any.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: a file cannot be read; an option, or a tensor, has no equal here; a magnitude is missing, or there
-            twice.
+            twice; the adapter is of another base.
     """
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (folder / name).exists():
@@ -104,6 +113,9 @@ def read_peft_adapter(folder: Path) -> PeftAdapter:
     adapter = PeftAdapter(folder, config, shapes, keys)
     for path, found in shapes.items():
         _check_rank(adapter, path, found)
+    of = config.get("base_model_name_or_path")
+    if base_model is not None and of != base_model:
+        raise ValueError(f"{folder}: the adapter is of the base {of!r}, expected {base_model!r}")
     return adapter
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_fx.attach import adapted_layers, on_attach, warn_of_other_trainables
-from dora_fx.hf.adapter_source import adapter_source
+from dora_fx.attach import adapted_layers, on_attach
+from dora_fx.hf.adapter_source import AdapterSource
+from dora_fx.hf.export_adapter import checked_source
+from dora_fx.hf.model_record import is_transformers_model, model_record
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
-from dora_fx.hf.transformers_model import is_transformers_model
+from dora_fx.megatron import NamedModule
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,8 @@ class AdapterSaver:
             ValueError: a setting asks for what an adapter cannot be saved as, the adapters have several dropouts, or
                 one has NaN or inf.
         """
-        sites = [named for _, named in adapted_layers([self.model])]
-        if not sites or (state_dict is not None and not any(".adapter." in name for name in state_dict)):
+        record = model_record([self.model])
+        if not record.sites or (state_dict is not None and not any(".adapter." in name for name in state_dict)):
             type(self.model).save_pretrained(
                 self.model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **settings
             )
@@ -69,10 +71,9 @@ class AdapterSaver:
                     f"{_REFUSED[name]!r}; dora_fx.export_hf writes the adapter alone, and within dora_fx.merged(model) "
                     "the merged model is saved"
                 )
-        own = adapter_tensors(self.model)
+        own = _adapter_tensors(record.sites)
         _check_given(own, state_dict or {})
-        source = adapter_source([self.model], None, None, None)
-        warn_of_other_trainables([self.model], "save_pretrained")
+        source = checked_source(record, "save_pretrained")
         if is_main_process:
             modules: dict[str, PeftModule] = {}
             for layer in source.layers:
@@ -92,11 +93,11 @@ def save_adapters_with(chunk: nn.Module) -> None:
             module.save_pretrained = AdapterSaver(module)  # type: ignore[assignment]
 
 
-def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _adapter_tensors(sites: Sequence[NamedModule]) -> dict[str, Tensor]:
     """The adapters' entries of the model's state dict, without the names of wrappers."""
     return {
         f"{named.path}.adapter.{name}": parameter.detach()
-        for _, named in adapted_layers([model])
+        for named in sites
         for name, parameter in named.module.adapter.named_parameters()
     }
 
@@ -110,7 +111,7 @@ def _check_given(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None
             )
 
 
-def _write(folder: Path, own: Mapping[str, Tensor], modules: Mapping[str, PeftModule], source: Any) -> None:
+def _write(folder: Path, own: Mapping[str, Tensor], modules: Mapping[str, PeftModule], source: AdapterSource) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from dora_fx.ranks import gather_objects, has_other_ranks, world_group
+from dora_fx.ranks import gather_objects, gather_objects_on_first_rank, has_other_ranks, world_group
+
+T = TypeVar("T")
 
 
-def is_speaker() -> bool:
-    """Return whether this rank speaks for its pipeline stage, whose other ranks hold the same whole tensors."""
-    data_parallel_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return parallel_state.get_tensor_model_parallel_rank() == 0 and data_parallel_rank == 0
+def to_first_rank(own: Mapping[str, T], group: dist.ProcessGroup | None) -> dict[str, T]:
+    """Bring named values of every pipeline stage to the group's first rank; every rank of it calls it.
+
+    The other ranks get an empty dict. A process by itself, whose group is None, gets its own.
+    """
+    if not has_other_ranks(group):
+        return dict(own)
+    parts = gather_objects_on_first_rank(dict(own) if _is_speaker() else {}, group)
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def send_units(units: Iterable[Mapping[str, Tensor]], *, every_rank: bool) -> Iterator[tuple[str, Tensor]]:
@@ -35,7 +43,7 @@ def send_units(units: Iterable[Mapping[str, Tensor]], *, every_rank: bool) -> It
         if not has_other_ranks(group):
             yield from unit.items()
             continue
-        own = dict(unit) if is_speaker() else {}
+        own = dict(unit) if _is_speaker() else {}
         described = {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in own.items()}
         with _saying_where_it_broke_off(last):
             of_ranks = gather_objects(described, group)
@@ -47,6 +55,12 @@ def send_units(units: Iterable[Mapping[str, Tensor]], *, every_rank: bool) -> It
                 last = name
                 if received is not None:
                     yield name, received
+
+
+def _is_speaker() -> bool:
+    """Return whether this rank speaks for its pipeline stage, whose other ranks hold the same whole tensors."""
+    data_parallel_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and data_parallel_rank == 0
 
 
 @contextmanager

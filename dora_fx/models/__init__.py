@@ -12,7 +12,7 @@ from dora_fx.models.gpt_model import (
     build_gpt_model,
     causal_mask,
     full_tensors,
-    noted_architecture_maybe,
+    known_architecture_maybe,
     separating_mask,
 )
 from dora_fx.models.hf_architectures import (
@@ -28,7 +28,7 @@ from dora_fx.models.hf_architectures import (
 )
 from dora_fx.models.hf_checkpoint import HFCheckpoint, load_hf_checkpoint, load_hf_config, load_hf_tokenizer
 from dora_fx.models.hf_parts import HFParts, check_size
-from dora_fx.models.megatron_settings import check_settings, check_states
+from dora_fx.models.megatron_settings import check_settings
 from dora_fx.models.model_tensors import empty_model
 from dora_fx.models.specs import Spec, check_spec, default_spec
 
@@ -59,16 +59,15 @@ __all__ = [
     "check_settings",
     "check_size",
     "check_spec",
-    "check_states",
     "companion_files",
     "copy_companions",
     "default_spec",
     "empty_model",
     "full_tensors",
+    "known_architecture_maybe",
     "load_hf_checkpoint",
     "load_hf_config",
     "load_hf_tokenizer",
-    "noted_architecture_maybe",
     "separating_mask",
     "write_config",
 ]

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from dora_fx.megatron import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp, unwrap, walk
+from dora_fx.megatron import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp, walk
 from dora_fx.models.hf_architectures import LINEAR_FC1, LINEAR_QKV
 
 FINAL_NORM, INPUT_NORM, PRE_MLP_NORM = "decoder.final_layernorm", "input_layernorm", "pre_mlp_layernorm"
@@ -46,15 +46,14 @@ class DecoderNames:
     num_layers: int
 
     @classmethod
-    def of(cls, chunk: nn.Module) -> DecoderNames:
-        """Read the naming scheme from a chunk of a model, bare or wrapped.
+    def of(cls, model: Any) -> DecoderNames:
+        """Read the naming scheme from a model, or a chunk of one, without wrappers.
 
         Raises:
             ValueError: a HybridModel's layers do not alternate between attention and MLP, as a GPTModel's do.
         """
-        pattern = hybrid_pattern_maybe(chunk)
+        pattern = hybrid_pattern_maybe(model)
         if pattern is None:
-            model: Any = unwrap(chunk)
             return cls(None, model.config.num_layers)
         if not is_attention_and_mlp(pattern):
             raise ValueError(

@@ -21,10 +21,12 @@ from dora_fx.models.hf_architectures import (
     HF_ARCHITECTURES,
     LAYERS,
     OUTPUT_WEIGHT,
+    SUPPORTED_MODEL_TYPES,
     HFArchitecture,
 )
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
 from dora_fx.models.model_tensors import raise_for_names
+from dora_fx.models.megatron_settings import check_states
 from dora_fx.models.specs import Spec, check_spec, default_spec, empty_model
 
 logger = logging.getLogger(__name__)
@@ -81,14 +83,32 @@ def build_gpt_model(
     model = empty_model(architecture, spec, dtype, device, sequence_parallel)
     _copy_weights(architecture, state_dict, model)
     _note_padding(model, unpadded, architecture)
-    model.hf_model_type = architecture.hf.model_type  # read by noted_architecture_maybe
+    model.hf_model_type = architecture.hf.model_type  # read by known_architecture_maybe
     return model
 
 
-def noted_architecture_maybe(model: nn.Module) -> HFArchitecture | None:
-    """Return the Hugging Face architecture that `build_gpt_model` noted on the model; None for other models."""
-    model_type = getattr(model, "hf_model_type", None)
-    return None if model_type is None else HF_ARCHITECTURES[model_type]
+def known_architecture_maybe(model: Any, stated: str | None) -> HFArchitecture | None:
+    """Return the architecture whose names a Megatron model's layers have; None where nobody says it.
+
+    Args:
+        model: without wrappers. One of `build_gpt_model` knows the checkpoint that it was built from.
+        stated: a `model_type` by the caller, None to go by the model.
+
+    Raises:
+        ValueError: the statement is no known type, names layers otherwise than that checkpoint, or is of an
+            architecture with other norms or biases.
+    """
+    if stated is not None and stated not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(f"model_type: found {stated!r}, expected one of {', '.join(SUPPORTED_MODEL_TYPES)}")
+    noted = getattr(model, "hf_model_type", None)
+    built_from = None if noted is None else HF_ARCHITECTURES[noted]
+    if stated is None:
+        return built_from
+    hf = HF_ARCHITECTURES[stated]
+    if built_from is not None and built_from.linears != hf.linears:
+        raise ValueError(f"model_type: found {stated!r}, expected {noted!r}, which the model was built from")
+    check_states(model.config, model_type=stated, qkv_bias=hf.qkv_bias, qk_layernorm=hf.qk_layernorm)
+    return hf
 
 
 def architecture_with_tensors(config: Any, state_dict: Mapping[str, Tensor]) -> GPTArchitecture:

@@ -53,6 +53,11 @@ class HFArchitecture:
         """True if each head of query and key is normalised."""
         return _Q_LAYERNORM in self.norms
 
+    def linear_paths(self, num_layers: int) -> tuple[str, ...]:
+        """Paths of all linear layers of a model with so many layers."""
+        names = [name for parts in self.linears.values() for name in parts]
+        return (*(f"{LAYERS}.{i}.{name}" for i in range(num_layers) for name in names), LM_HEAD)
+
 
 _LLAMA = HFArchitecture(
     model_type="llama",

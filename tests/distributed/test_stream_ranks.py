@@ -18,7 +18,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 
 import dora_fx
-from dora_fx.hf.layers import named_linears
+from dora_fx.hf.counterpart import gpt_counterpart
+from dora_fx.hf.model_record import model_record
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.models import build_gpt_model, causal_mask
 from dora_fx.models.hf_architectures import HF_ARCHITECTURES
@@ -82,7 +83,7 @@ def hf_weights(chunk: Any) -> dict[str, torch.Tensor]:
     """The weights of a chunk's layers, put together from the ranks' shards, by their names in Hugging Face models."""
     parts = HFParts.of(HF_ARCHITECTURES["llama"], chunk.config)
     found = {}
-    for linear in named_linears([chunk]):
+    for linear in gpt_counterpart(model_record([chunk])).linears:
         spec = linear.describe()
         if linear.whole_path.startswith("decoder."):
             whole = gather_whole(spec.weight, spec.weight_placement, spec.tp_group_name)

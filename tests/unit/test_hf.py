@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,41 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "adapter_config.json").read_text())
+
+
+LOOKED_THROUGH = ("chunks_of", "unwrap", "walk")
+NAMED = ("check_settings", "known_architecture_maybe")
+
+
+def test_a_model_is_looked_through_and_named_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whichever file of the room asks."""
+    hf = tiny_hf_model()
+    model, another = adapted_megatron(hf), megatron_of(hf)
+    dora_fx.export_hf(model, tmp_path / "adapter")
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for path, module in list(sys.modules.items()):
+        for name in (*LOOKED_THROUGH, *NAMED):
+            if path.startswith("dora_fx.hf.") and hasattr(module, name):
+                monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    ways: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
+        "export_hf": (lambda: dora_fx.export_hf(model, tmp_path / "again"), NAMED),
+        "iter_adapter": (lambda: list(dora_fx.iter_adapter(model)), NAMED),
+        "iter_merged": (lambda: list(dora_fx.iter_merged(model)), NAMED),
+        "import_hf": (lambda: dora_fx.import_hf(another, tmp_path / "adapter"), NAMED),
+        "compare_merged": (lambda: dora_fx.compare_merged(model, log_probs=lambda: None), ()),
+    }
+    for way, (call, named) in ways.items():
+        counts.clear()
+        call()
+        assert counts == dict.fromkeys((*LOOKED_THROUGH, *named), 1), way
 
 
 # From Megatron to PEFT

@@ -21,7 +21,7 @@ from tests.tables import every_case
 
 pytestmark = [
     pytest.mark.usefixtures("world"),
-    # PEFT on an adapter of a tied lm_head; see `hf.export_adapter.warn_of_tied_output`.
+    # PEFT on an adapter of a tied lm_head; see `hf.peft_files.warn_of_tied_output`.
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 

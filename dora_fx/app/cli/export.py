@@ -7,7 +7,7 @@ from typing import Any
 
 from dora_fx.app.bases import open_saved_adapter, or_user_error, write_folder
 from dora_fx.app.runs import Display
-from dora_fx.hf import every_hf_path, one_dropout, warn_of_tied_output, write_peft_adapter
+from dora_fx.hf import one_dropout, warn_of_tied_output, write_peft_adapter
 from dora_fx.models import HF_ARCHITECTURES
 
 # The model on Hugging Face, which PEFT can load by name; this command's GGUF file is a quantised copy of it.
@@ -23,7 +23,7 @@ def run(parsed: dict[str, Any]) -> int:
     saved = open_saved_adapter(parsed)
     dropouts = [layer.settings.dropout for layer in saved.layers.values()]
     dropout = or_user_error(f"{saved.path}: ", one_dropout, dropouts)
-    all_paths = every_hf_path(HF_ARCHITECTURES[saved.config.model_type], saved.config.num_hidden_layers)
+    all_paths = HF_ARCHITECTURES[saved.config.model_type].linear_paths(saved.config.num_hidden_layers)
     base_name = parsed["base_name"] or _HF_NAMES.get(saved.base, saved.base)
 
     def write(into: Path) -> None:
