@@ -25,8 +25,8 @@ from dora_fx.models.hf_architectures import (
     HFArchitecture,
 )
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
-from dora_fx.models.model_tensors import raise_for_names
 from dora_fx.models.megatron_settings import check_states
+from dora_fx.models.model_tensors import raise_for_names
 from dora_fx.models.specs import Spec, check_spec, default_spec, empty_model
 
 logger = logging.getLogger(__name__)

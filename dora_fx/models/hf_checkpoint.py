@@ -62,8 +62,7 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
     _check_exists(path)
     if path.is_dir():
         config, stored = _read_directory(path)
-        # The first of the tokenizer's files stands for all in messages.
-        tokenizer = _tokenizer(next(iter(sorted(path.glob("tokenizer*"))), path), path)
+        tokenizer = _directory_tokenizer(path)
         tensors = read_weights(stored, dtype)
     else:
         opened = open_gguf(path)
@@ -90,10 +89,10 @@ def load_hf_config(path: Path) -> Any:
 
 
 def load_hf_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint that `load_hf_checkpoint` loads; nothing else is read of it.
+    """Load the tokenizer of a checkpoint that `load_hf_checkpoint` accepts; nothing else of it is read.
 
     Raises:
-        FileNotFoundError, UnsafeFileError, ValueError: as `load_hf_checkpoint`.
+        FileNotFoundError, UnsafeFileError, ValueError: as from `load_hf_checkpoint`.
     """
     _check_exists(path)
     return _directory_tokenizer(path) if path.is_dir() else _gguf_tokenizer(path)
@@ -114,6 +113,11 @@ def _read_directory(folder: Path) -> tuple[Any, Mapping[str, StoredWeight]]:
     stored = weights_by_name(folder, config, headers)
     config.tie_word_embeddings = is_tied(config, stored)
     return config, stored
+
+
+def _directory_tokenizer(folder: Path) -> Any:
+    # The first of the tokenizer's files stands for all in messages.
+    return _tokenizer(next(iter(sorted(folder.glob("tokenizer*"))), folder), folder)
 
 
 def _gguf_tokenizer(path: Path) -> Any:

@@ -8,15 +8,15 @@ from dora_fx.modules.adapter_settings import check_alpha, check_dim, check_dropo
 from dora_fx.modules.finite import adapter_not_finite_maybe, not_finite_maybe
 from dora_fx.modules.kinds import LinearSpec, bypasses_its_linears, describe_linear, looks_like_linear
 from dora_fx.modules.kinds.torch_linear import TorchLinear
-from dora_fx.modules.linear_wrapper import DoRALinear, disable_adapter, invalidate_norms
+from dora_fx.modules.linear_wrapper import DoRALinear
 from dora_fx.modules.marker import MarkedSite, dora_linear, read_site
+from dora_fx.modules.model_adapters import disable_adapter, invalidate_norms
 from dora_fx.modules.partial_gradients import GradientCompletion
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.modules.site_paths import path_of
-from dora_fx.modules.whole_tensors import AdapterShards, gather_whole
+from dora_fx.modules.whole_tensors import gather_whole
 
 __all__ = [
-    "AdapterShards",
     "DoRALinear",
     "GradientCompletion",
     "LinearSpec",

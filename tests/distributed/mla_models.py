@@ -20,7 +20,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx.models.specs import FrozenRMSNorm
-from dora_fx.modules.whole_tensors import AdapterShards
+from tests.adapter_shards import AdapterShards
 
 HIDDEN, SEQUENCE, BATCH, DIM = 32, 8, 2, 4
 TARGETS = ["*.linear_q_*", "*.linear_kv_*", "linear_proj", "linear_fc1", "linear_fc2"]

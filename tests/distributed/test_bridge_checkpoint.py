@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.variants import HAS_BRIDGE
 from dora_fx import load_bridge_checkpoint
-from dora_fx.modules.whole_tensors import AdapterShards
+from tests.adapter_shards import AdapterShards
 from tests.distributed.bridge import (
     TP,
     Values,

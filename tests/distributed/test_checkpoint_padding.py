@@ -10,7 +10,7 @@ import dora_fx
 from dora_fx.checkpoint import read_adapters
 from dora_fx.checkpoint.manifest import read_manifest
 from dora_fx.models import build_gpt_model
-from dora_fx.modules.whole_tensors import AdapterShards
+from tests.adapter_shards import AdapterShards
 from tests.distributed.launch import visit_worlds
 from tests.distributed.pipeline_gpt import TARGETS, Layout
 from tests.distributed.zoo import whole_values

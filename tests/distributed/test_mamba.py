@@ -18,7 +18,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx.checkpoint.directory import open_checkpoint
-from dora_fx.modules.whole_tensors import AdapterShards
+from tests.adapter_shards import AdapterShards
 from tests.distributed.launch import run_ranks
 from tests.models import randomize_adapters
 from tests.unit.test_specs import needs_hybrid_model

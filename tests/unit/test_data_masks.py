@@ -13,8 +13,8 @@ from dora_fx.app.data.formats import Completion, Conversation
 from dora_fx.app.data.records import Record
 from tests.chat_templates import BRACKETS, HEADERS, REASONING, chat_tokenizer, unmarked
 from tests.hf_models import tiny_tokenizer
-from tests.tables import every_case
 from tests.sample_files import SAMPLES
+from tests.tables import every_case
 
 
 def conversation(*turns: str) -> Conversation:

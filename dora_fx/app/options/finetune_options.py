@@ -76,8 +76,8 @@ class DataOptions:
     demo: Literal["none", "pirate", "text"] = field(
         default="none",
         metadata={
-            "help": "pirate (also --demo alone): 8 steps on a pirate's answers to 80 questions; text: 60 steps on a text "
-            "that every Python has, the language reference in pydoc_data",
+            "help": "pirate (also --demo alone): 8 steps on a pirate's answers to 80 questions; text: 60 steps on a "
+            "text that every Python has, the language reference in pydoc_data",
             "alone": "pirate",
         },
     )
