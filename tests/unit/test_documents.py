@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core import dist_checkpointing
 
 import dora_fx
 from dora_fx.app.cli.main import main
+from dora_fx.models import causal_mask
+from tests.distributed.bridge import adapter_shards, saving_on_cpu
 from tests.graph.design_graphs import DESIGN, with_current_graphs
 from tests.hf_models import save_tiny_checkpoint
+from tests.models import SEQUENCE, tiny_gpt, token_ids
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -55,6 +63,40 @@ def test_the_python_of_hugging_face_models_runs(tutorial_folder: Path) -> None:
     assert names["merged_loss"] < names["loss"]
     assert (tutorial_folder / "adapter" / "adapter_model.safetensors").is_file()
     assert (tutorial_folder / "run" / "step_5" / "dora_fx.json").is_file()
+
+
+def save_as_bridge(folder: Path, target_modules: Sequence[str], **settings: Any) -> None:
+    """Save an adapter of one rank, whose keys, shapes and order of rows are Megatron-Bridge's."""
+    model = dora_fx.DoRA(target_modules, **settings)(tiny_gpt(num_layers=1))
+    folder.mkdir()
+    with saving_on_cpu():
+        dist_checkpointing.save(adapter_shards(model), str(folder))
+
+
+def test_the_python_of_use_runs(world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    gpt_model = tiny_gpt(num_layers=1)
+    before = {name: value.clone() for name, value in gpt_model.named_parameters()}
+    dora = dora_fx.DoRA()
+    model = dora(gpt_model)
+    save_as_bridge(tmp_path / "bridge", dora.target_modules, dim=dora.dim, alpha=dora.alpha)
+    tokens = token_ids(SEQUENCE + 1)
+    batch = {
+        "input_ids": tokens[:, :-1],
+        "position_ids": torch.arange(SEQUENCE).expand(len(tokens), -1),
+        "attention_mask": causal_mask(SEQUENCE, "cpu"),
+        "labels": tokens[:, 1:],
+    }
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    model(**batch).mean().backward()
+    optimizer.step()
+    names: dict[str, Any] = {"torch": torch, "dora_fx": dora_fx, "model": model, "optimizer": optimizer, "batch": batch}
+    for number, block in enumerate(blocks("use.md", "python")):
+        exec(compile(block, f"use.md, block {number + 1}", "exec"), names)
+    assert names["extra"] == {"step": 100}
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    base = {name.replace(".to_wrap.", "."): value for name, value in model.named_parameters() if ".adapter" not in name}
+    torch.testing.assert_close(base, before, rtol=0, atol=0)
 
 
 def test_the_tutorial_s_commands_run(tutorial_folder: Path) -> None:
@@ -100,3 +142,12 @@ def test_every_public_name_is_in_the_reference() -> None:
         r"^        - (\w+)$", (DOCS / "reference" / "index.md").read_text(encoding="utf-8"), re.MULTILINE
     )
     assert sorted(listed) == sorted(set(dora_fx.__all__) - {"__version__"})
+
+
+def test_no_public_name_is_hidden_by_a_module() -> None:
+    """The reference is made from sources: a module of the same name would stand in the place of a function there."""
+    for name in set(dora_fx.__all__) - {"__version__"}:
+        value = getattr(dora_fx, name)
+        for room in {value.__module__, value.__module__.rpartition(".")[0], "dora_fx"}:
+            is_package = hasattr(import_module(room), "__path__")
+            assert not is_package or find_spec(f"{room}.{name}") is None, f"{room}.{name}"

@@ -1,4 +1,4 @@
-"""README's Python blocks run as they stand, in order, with what the text says is there."""
+"""README runs as it stands, its graphs are golden text, and its commands and length are as agreed."""
 
 from __future__ import annotations
 
@@ -6,58 +6,67 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
-import torch
-from megatron.core import dist_checkpointing
-from torch import nn
 from torch._dynamo.utils import counters
 
-import dora_fx
-from tests.distributed.bridge import adapter_shards, saving_on_cpu
-from tests.models import SEQUENCE, sites, tiny_gpt, token_ids
+from tests.models import sites
 
-README = Path(__file__).parents[2] / "README.md"
-
-
-def batch(seed: int) -> dict[str, torch.Tensor]:
-    tokens = token_ids(SEQUENCE + 1, seed=seed)
-    return {
-        "input_ids": tokens[:, :-1],
-        "position_ids": torch.arange(SEQUENCE).expand(len(tokens), -1),
-        "attention_mask": torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None],
-        "labels": tokens[:, 1:],
-    }
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def save_as_bridge(folder: Path, target_modules: list[str], **settings: Any) -> None:
-    """An adapter of one rank: its keys, shapes and order of rows are Megatron-Bridge's."""
-    model = dora_fx.DoRA(target_modules, **settings)(tiny_gpt(num_layers=1))
-    folder.mkdir()
-    with saving_on_cpu():
-        dist_checkpointing.save(adapter_shards(model), str(folder))
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
-def test_python_blocks_run_in_order(world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
-    gpt_model = tiny_gpt(num_layers=1)
-    before = {name: value.clone() for name, value in gpt_model.named_parameters()}
-    names: dict[str, Any] = {"gpt_model": gpt_model, "batches": [batch(1), batch(2)]}
+    transformers_block, megatron_block = blocks("python")
+    names: dict[str, Any] = {}
     counters.clear()
-    for number, block in enumerate(blocks):
-        if number == len(blocks) - 1:
-            dora = names["dora"]
-            save_as_bridge(tmp_path / "bridge", dora.target_modules, dim=dora.dim, alpha=dora.alpha)
-        exec(compile(block, f"README.md, block {number + 1}", "exec"), names)
-    model: nn.Module = names["model"]
-    assert model is gpt_model and counters["dora_fx"]["sites_rewritten"] >= 4
-    assert len(sites(gpt_model)) == 4
-    assert names["extra"] == {"step": 100}
-    assert len(names["optimizer"].state) == 12
-    assert (tmp_path / "run" / "step_100" / "dora_fx.json").is_file()
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    base = {
-        name.replace(".to_wrap.", "."): value for name, value in gpt_model.named_parameters() if ".adapter" not in name
-    }
-    torch.testing.assert_close(base, before, rtol=0, atol=0)
+    exec(compile(transformers_block, "README.md, block 1", "exec"), names)
+    first_loss = names["model"](input_ids=names["tokens"], labels=names["tokens"]).loss
+    # It learns: untrained, the loss is that of a guess among 64 tokens, 4.2.
+    assert first_loss < 3.5
+    # A layer has seven sites. The input of the first layer needs no gradient, so it has a graph of its own.
+    assert counters["dora_fx"]["sites_rewritten"] == 14
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    fresh = names["transformers"].LlamaForCausalLM(names["base"].config)
+    peft.PeftModel.from_pretrained(fresh, "adapter")
+
+    exec(compile(megatron_block, "README.md, block 2", "exec"), names)
+    model = names["model"]
+    assert model is names["gpt"] and counters["dora_fx"]["sites_rewritten"] >= 14 + 4
+    assert len(sites(model)) == 8
+    assert len(names["optimizer"].state) == 24
+    assert (tmp_path / "run" / "step_3" / "dora_fx.json").is_file()
+    assert names["held_out_losses"].shape == (1, 63)
+
+
+def test_the_graphs_are_golden_text() -> None:
+    golden = (ROOT / "tests" / "graph" / "test_golden_text.py").read_text(encoding="utf-8").splitlines()
+    before, after = blocks("text")
+    assert len(before.splitlines()) == 4 and len(after.splitlines()) == 9
+    for line in (before + after).splitlines():
+        # What is left out of a line stands as three dots.
+        pattern = re.escape(line).replace(re.escape("..."), ".+")
+        assert any(re.fullmatch(pattern, found.strip()) for found in golden), line
+
+
+def test_two_lines_set_up_all_they_need() -> None:
+    commands = re.findall(r"^[ \t]*\$?[ \t]*(python -m pip install -e.*)$", README, re.MULTILINE)
+    assert commands == [
+        'python -m pip install -e ".[demo]" && dora-fx finetune --demo',
+        'python -m pip install -e ".[test]" && python -m pytest',
+    ]
+
+
+def test_it_is_short() -> None:
+    assert len(README.split()) <= 1300
+
+
+def test_files_that_are_linked_are_there() -> None:
+    linked = re.findall(r"\]\(([^):#]+)(?:#[\w-]+)?\)", README)
+    assert len(linked) > 15
+    assert not [path for path in linked if not (ROOT / path).exists()]
