@@ -31,15 +31,14 @@ def compile_model(
     mode: str | None = None,
     **options: Any,
 ) -> ModelT:
-    """Have a Megatron model compiled through `backend="dora_fx"` at its next calls; return the model that was given.
+    """Compile a Megatron model in place through `backend="dora_fx"`, at its next calls; return the model.
 
     It is compiled in place, so names, state dicts and checkpoints stay as they are. Adapters may be attached before or
     after. All layers of a kind share a graph, and sequence lengths that change cause at most one more. Hooks see to
     that:
 
-    - the embedding's output is copied, since with one sequence in the batch it is a view, which Megatron copies in a
-    way
-      that Dynamo does not trace; with `scope="layer"` it also requires a gradient, as the input of all other layers
+    - the embedding's output is copied, since with one sequence in the batch it is a view, which Megatron copies in
+      a way that Dynamo does not trace; with `scope="layer"` it also requires a gradient, as the input of all other layers
       does, at the price of one layer's gradient of its input;
     - with `scope="layer"`, Megatron's buffer for attention scores is allocated before compiled code writes into it;
       rotary positions that Megatron keeps from a call in inference mode are copied for training.
