@@ -38,8 +38,8 @@ def compile_model(
     that:
 
     - the embedding's output is copied, since with one sequence in the batch it is a view, which Megatron copies in
-      a way that Dynamo does not trace; with `scope="layer"` it also requires a gradient, as the input of all other layers
-      does, at the price of one layer's gradient of its input;
+      a way that Dynamo does not trace; with `scope="layer"` it also requires a gradient, as the input of all other
+      layers does, at the price of one layer's gradient of its input;
     - with `scope="layer"`, Megatron's buffer for attention scores is allocated before compiled code writes into it;
       rotary positions that Megatron keeps from a call in inference mode are copied for training.
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from tests.costs import watch
+
 _METHOD = "forkserver"
 # What is not found here, each process imports for itself.
 PRELOADED = [
@@ -87,6 +89,7 @@ def _enter(
     os.environ.update(environment)
     torch._inductor.config.cpp.simdlen = simdlen
     torch.set_num_threads(1)
+    watch()
     function(*args)
 
 

@@ -100,7 +100,7 @@ SHAPES_GRAPHS = {
     "backend.py": True,
     "app/errors.py": False,
     "attach/plan.py": False,
-    "checkpoint/common.py": False,
+    "checkpoint/common_state.py": False,
     "files/bounds.py": False,
     "version.py": False,
 }
