@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.distributed.launch import visit_worlds
@@ -89,5 +90,6 @@ def test_sound_set_ups_pass_and_are_left_as_they_were(tmp_path):
     visit_worlds([*visits, (check_a_bare_stage, Layout(pp=2))], tmp_path)
 
 
+@pytest.mark.default
 def test_every_fault_is_found_for_what_it_is(tmp_path):
     visit_worlds([(check_faults, layout) for layout in (Layout(), Layout(tp=2), Layout(dp=2))], tmp_path)

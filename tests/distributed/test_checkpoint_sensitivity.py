@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -89,6 +90,7 @@ def catch(layout: Layout, folder: Path) -> None:
         torch.save(caught, folder / f"{layout}.pt")
 
 
+@pytest.mark.default
 def test_every_planted_fault_is_caught(tmp_path: Path) -> None:
     visit_worlds([(catch, layout) for layout in LAYOUTS], tmp_path)
     results = [torch.load(tmp_path / f"{layout}.pt") for layout in LAYOUTS]

@@ -1,4 +1,4 @@
-"""The harness notices every fault of a list that is planted in the library's own code; by default one of each kind."""
+"""The harness notices every fault of a list that is planted in the library's own code; by default a few are planted."""
 
 from __future__ import annotations
 
@@ -23,26 +23,9 @@ MODES = [
     Mode(dropout=0.3, num_steps=1),
     Mode(compiler="dora_fx_eager", num_steps=1, complete_gradients="every_backward"),
 ]
-# One of each kind: terms of the function, its collectives, the norm's terms, its gradient and its age, gradients that
-# are completed, masks, which shard is whose, what Megatron's optimizer is told, how values are drawn.
-SAMPLE = [
-    "bias scaled",
-    "low-rank product not scaled",
-    "input gradient not reduced",
-    "low-rank product not reduced",
-    "norm's terms not reduced",
-    "magnitude's gradient not scaled",
-    "stale norm",
-    "magnitude's gradient left partial",
-    "gradient of A not reduced",
-    "sum of the last micro-batch alone",
-    "two dropout masks",
-    "mask differs between replicas",
-    "factors gathered backwards",
-    "gated rows sharded as one block",
-    "shards not marked",
-    "A drawn per rank",
-]
+# In a plain run the experiments go without any fault first, and would betray each one that the slow test shows them to
+# catch. A few are planted to see that the harness does catch them: in a term, a collective, a gradient and a mask.
+SAMPLE = ["bias scaled", "norm's terms not reduced", "gradient of A not reduced", "two dropout masks"]
 # The one that is left out takes another topology.
 ALL = [mutation.name for mutation in MUTATIONS if mutation is not WRONG_GROUP]
 Answers = list[tuple[Mode, dict[str, torch.Tensor]]]
@@ -92,6 +75,7 @@ def answers() -> Answers:
     return list(zip(MODES, run_ranks(run_oracle, 1, 1, [(mode, NAMES) for mode in MODES]), strict=True))
 
 
+@pytest.mark.default
 @pytest.mark.parametrize(
     "faults", [pytest.param(SAMPLE, id="sample"), pytest.param(ALL, id="all", marks=pytest.mark.slow)]
 )
@@ -107,6 +91,7 @@ def test_every_planted_fault_is_caught(faults, answers):
     assert not survived, f"{len(survived)} of {len(plain)} planted faults went unnoticed: {survived}"
 
 
+@pytest.mark.default
 def test_the_wrong_group_is_caught(answers):
     # Only where both groups have two ranks do shapes not tell them apart. Data-parallel ranks draw masks of their own.
     without_dropout = [(mode, expected) for mode, expected in answers if not mode.dropout]

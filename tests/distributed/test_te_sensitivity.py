@@ -20,10 +20,15 @@ NAMES = ("te_norm_column_rms_centered", "te_row", "te_duplicated_bias_returned",
 MODES = [Mode(num_steps=1), Mode(compiler="dora_fx_eager", num_steps=1)]
 
 
+@pytest.mark.default
 @pytest.mark.usefixtures("emulated_te")
-def test_every_planted_fault_is_caught_emulated_kernels():
+@pytest.mark.parametrize(
+    "faults",
+    [pytest.param(TE_MUTATIONS[:2], id="sample"), pytest.param(TE_MUTATIONS, id="all", marks=pytest.mark.slow)],
+)
+def test_every_planted_fault_is_caught_emulated_kernels(faults):
     answers = list(zip(MODES, run_ranks(run_oracle, 1, 1, [(mode, NAMES) for mode in MODES]), strict=True))
-    faults = [mutation.name for mutation in TE_MUTATIONS]
+    faults = [mutation.name for mutation in faults]
     plain = run_ranks(catch, 2, 2, Topology(tp=2), answers, faults, NAMES)
     sequence_parallel = run_ranks(catch, 2, 2, Topology(tp=2, sequence_parallel=True), answers, faults, NAMES)
     assert plain.pop("none planted") is None
@@ -39,6 +44,7 @@ def text_with_the_norm_after_the_gather() -> str:
         return text_of("TELayerNormColumnParallelLinear", 2, True, 0.0, False, {})
 
 
+@pytest.mark.default
 @pytest.mark.usefixtures("emulated_te")
 def test_a_norm_after_the_gather_shows_in_the_graph_emulated_kernels():
     right = call_in_process(text_of, "TELayerNormColumnParallelLinear", 2, True, 0.0, False, {})
@@ -47,6 +53,7 @@ def test_a_norm_after_the_gather_shows_in_the_graph_emulated_kernels():
     assert 'rms_norm: "f32[16, 2, 48]"' in wrong
 
 
+@pytest.mark.default
 @pytest.mark.parametrize("mutation", ROUNDINGS, ids=lambda mutation: mutation.name)
 def test_a_rounding_too_many_shows(mutation: Mutation):
     from dora_fx.function.input_norm import normalise
