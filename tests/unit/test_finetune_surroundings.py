@@ -262,9 +262,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_said_or_refused(
     tokenizer.add_tokens(["<one>", "<two>", "<three>"])
     tokenizer.save_pretrained(folder / "base")
     assert finetune(*options_of(folder, "--steps", 1)) == 0
-    assert (
-        "tokens of the tokenizer that the model does not have: 2; the text has none of them" in capsys.readouterr().out
-    )
+    assert "tokens of the tokenizer that the model lacks: 2; the text has none of them" in capsys.readouterr().out
     shutil.rmtree(folder / "new")
     (folder / "text.txt").write_text((folder / "text.txt").read_text() + "<three>")
     message = error_of(capsys, *options_of(folder, "--steps", 1))
