@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 _SMOOTHING = 0.9
+# An average over some ten steps lags behind the loss of a shorter run, and says less than its few points.
+_FEWEST_SMOOTHED = 30
 _HEADROOM = 1.25
 
 
@@ -36,8 +38,11 @@ def _draw_losses(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     ]
     if train:
         steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
-        axes.plot(steps, _smoothed(losses), color="tab:blue", label="training, smoothed")
+        if len(steps) < _FEWEST_SMOOTHED:
+            axes.plot(steps, losses, color="tab:blue", label="training, each step")
+        else:
+            axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
+            axes.plot(steps, _smoothed(losses), color="tab:blue", label="training, smoothed")
     if held_out:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, color="tab:orange", marker="o", label="held out")
@@ -47,6 +52,8 @@ def _draw_losses(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             at = dict(textcoords="offset points", xytext=(0, 9), ha="center")
             axes.annotate(f"{loss:.3f}", (step, loss), color="tab:orange", bbox=box, **at)
     axes.set_ylabel("loss (nats per token)")
+    # Room for the number above the highest point.
+    axes.margins(y=0.1)
     axes.grid(alpha=0.3)
     if train or held_out:
         axes.legend()
