@@ -33,12 +33,16 @@ class CostsRecorder:
     def __init__(self, costs: Path) -> None:
         self._costs = costs
         self._reached = costs.with_name(f"{costs.name}.{os.getpid()}")
+        self._reached.touch()
         os.environ[REACHED] = str(self._reached)
         watch()
 
+    def pytest_unconfigure(self) -> None:
+        self._reached.unlink(missing_ok=True)
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self._reached.unlink(missing_ok=True)
+        os.truncate(self._reached, 0)
         cpu, wall = cpu_seconds_of_tree(), time.monotonic()
         result = yield
         line = {
@@ -46,11 +50,10 @@ class CostsRecorder:
             "cpu": round(cpu_seconds_of_tree() - cpu, 2),
             "wall": round(time.monotonic() - wall, 2),
             "default": item.get_closest_marker("default") is not None,
-            "reached": sorted(set(self._reached.read_text().split("\n")) - {""}) if self._reached.exists() else [],
+            "reached": sorted(set(self._reached.read_text().splitlines())),
         }
         with self._costs.open("a") as costs:
             costs.write(json.dumps(line) + "\n")
-        self._reached.unlink(missing_ok=True)
         return result
 
 
@@ -83,12 +86,11 @@ def watch() -> None:
         return
     raises, names = raise_statements(), public_functions()
 
+    # Open from the start, as a test may give up its rights. A write of few bytes at the end of a file is whole.
+    reached = os.open(os.environ[REACHED], os.O_WRONLY | os.O_APPEND)
+
     def note(what: str) -> None:
-        # Opened each time: forks and tests have a file each.
-        path = os.environ.get(REACHED)
-        if path is not None:
-            with open(path, "a") as reached:
-                reached.write(f"{what}\n")
+        os.write(reached, f"{what}\n".encode())
 
     def raised(code: CodeType, offset: int, error: BaseException) -> None:
         lines = raises.get(code.co_filename)
