@@ -215,5 +215,6 @@ def test_a_sample_is_certain_when_each_of_its_learned_tokens_is(packed: bool) ->
     row, column = learned.nonzero()[0].tolist()
     losses[row, column] = unlikely
     assert sequences.num_certain(losses) == num_learned - 1
-    assert sequences.num_certain(torch.full_like(losses, unlikely)) == 0
+    for loss in (unlikely, math.nan, math.inf):
+        assert sequences.num_certain(torch.full_like(losses, loss)) == 0
     assert Sequences(sequences.tokens).num_samples() == 0

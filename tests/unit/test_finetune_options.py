@@ -15,6 +15,7 @@ from dora_fx.app.options.finetune_options import (
     DEMO_DEFAULTS,
     FinetuneOptions,
     check_resumable,
+    options_from,
     saved_options,
 )
 from dora_fx.app.training.adapter_optimizer import learning_rate
@@ -46,7 +47,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--demo", "--base", "nowhere"], "nowhere: no such file or directory; expected one, or the name smollm2"),
         (["--demo", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--demo", "--schedule", "square"], "--schedule: Expected Literal['constant', 'linear', 'cosine']"),
-        (["--demo", "robot"], "--demo: Expected Literal['none', 'pirate', 'text']"),
+        (["--demo", "robot"], "--demo: found the demo 'robot', expected pirate or text"),
         (["--demo", "--batch-size", "two"], "--batch-size: Expected int. Got value: two"),
         (["--resume", "nowhere"], "--resume nowhere: there is no config.yaml, expected the folder of a saved run"),
     ],
@@ -176,6 +177,18 @@ def test_the_demo_has_defaults_of_its_own_below_whatever_is_given(tmp_path: Path
     for name, defaults in DEMO_DEFAULTS.items():
         options = FinetuneOptions(demo=name, **defaults)
         assert 3 <= options.steps // options.measuring_interval <= 10
+
+
+def test_files_of_options_from_before_the_pirate_are_understood(tmp_path: Path) -> None:
+    for written, name in (("true", "text"), ("false", "none")):
+        (tmp_path / "a.yaml").write_text(f"demo: {written}\ndata: {'x.txt' if written == 'false' else 'null'}\n")
+        parsed = parse(["finetune", "--config", str(tmp_path / "a.yaml")])[1]
+        options = options_from(parsed)
+        assert options.demo == name and parsed["prompt"] == DEMO_DEFAULTS.get(name, {}).get("prompt")
+        saved = saved_options(options)
+        check_resumable(options, saved | {"demo": written == "true"})
+        with pytest.raises(UserError, match="--demo: found"):
+            check_resumable(options, saved | {"demo": written != "true"})
 
 
 def test_a_folder_that_exists_is_not_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

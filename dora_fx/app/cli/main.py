@@ -17,7 +17,14 @@ from typing import Any
 from dora_fx.app.cli.commands import COMMANDS
 from dora_fx.app.cli.option_order import options_in_order
 from dora_fx.app.errors import Interrupted, UserError
-from dora_fx.app.options import DEMO_DEFAULTS, LIST_OPTIONS, PAIR_OPTIONS, with_hint, with_lists, with_own_names
+from dora_fx.app.options import (
+    DEMO_DEFAULTS,
+    LIST_OPTIONS,
+    PAIR_OPTIONS,
+    with_hint,
+    with_lists,
+    with_own_names,
+)
 from dora_fx.version import __version__
 
 USER_ERROR_EXIT_CODE = 2

@@ -81,10 +81,10 @@ class Sequences:
         """Samples that greedy decoding is certain to answer word for word, by the losses `[n, s]` of their tokens.
 
         A token whose probability is above one half is the most probable one, and a sample of such tokens alone is what
-        is decoded, given the turns before it.
+        is decoded, given the turns before it. A loss that is not a number is no certainty.
         """
         learned = self.loss_mask()
-        return self.num_samples() - len(self._samples_of(learned & (losses.cpu() >= math.log(2))))
+        return self.num_samples() - len(self._samples_of(learned & ~(losses.cpu() < math.log(2))))
 
     def _samples_of(self, labels: Tensor) -> Tensor:
         """The samples that chosen labels `[n, s]` are of, each once: rows of the sequence's and the sample's number."""

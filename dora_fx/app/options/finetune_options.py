@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +79,6 @@ class DataOptions:
         metadata={
             "help": "pirate (also --demo alone): 8 steps on a pirate's answers to 80 questions; text: 60 steps on a "
             "text that every Python has, the language reference in pydoc_data",
-            "alone": "pirate",
         },
     )
     data: Path | None = field(
@@ -327,9 +327,8 @@ def add_options(parser: Any) -> None:
             default = _default(option)
             if types[option.name] is bool:
                 group.add_argument(_flag(option.name), action="store_true", help=help)
-            elif "alone" in option.metadata:
-                alone = {"nargs": "?", "const": option.metadata["alone"]}
-                group.add_argument(_flag(option.name), type=types[option.name], default=default, help=help, **alone)
+            elif option.name == "demo":
+                group.add_argument("--demo", nargs="?", const="pirate", type=_DemoName(), default=default, help=help)
             else:
                 group.add_argument(_flag(option.name), type=types[option.name], default=default, help=help)
 
@@ -342,6 +341,20 @@ def _help(option: dataclasses.Field[Any]) -> str:
 
 def _default(option: dataclasses.Field[Any]) -> Any:
     return option.default_factory() if callable(option.default_factory) else option.default
+
+
+class _DemoName:
+    """The type of `--demo` for its parser, which prints it in the help."""
+
+    def __call__(self, value: object) -> str:
+        """Return the name of a demo; older files of options have a boolean, which was whether to train on the text."""
+        name = {True: "text", False: "none"}[value] if isinstance(value, bool) else value
+        if name not in ("none", *DEMO_DEFAULTS):
+            raise ArgumentTypeError(f"found the demo {name!r}, expected {self!r}")
+        return str(name)
+
+    def __repr__(self) -> str:
+        return " or ".join(DEMO_DEFAULTS)
 
 
 def options_from(parsed: dict[str, Any]) -> FinetuneOptions:
@@ -368,6 +381,7 @@ def check_resumable(options: FinetuneOptions, saved: dict[str, Any]) -> None:
     for name, value in saved_options(options).items():
         # A version that had no such option did what its default does.
         started = saved.get(name, defaults[name])
+        started = _DemoName()(started) if name == "demo" else started
         if name not in CHANGEABLE_ON_RESUME and value != started:
             lacks = "" if name in saved else ", the default, as its config.yaml has no such option"
             raise UserError(
