@@ -34,15 +34,18 @@ class OtherFunctionError(Exception):
     """A node computes what no linear layer computes; its text says what was found and expected."""
 
 
-def problem_of_values_maybe(nodes: Iterable[fx.Node], operands: dict[fx.Node, str], output: fx.Node) -> str | None:
+def problem_of_values_maybe(
+    nodes: Iterable[fx.Node], operands: dict[fx.Node, str], output: fx.Node, sizes: Iterable[fx.Node]
+) -> str | None:
     """Return why a base call does not compute W0 x + bias, None where it does.
 
     Args:
         nodes: of the call, in graph order.
         operands: what the marker's own operands hold: `X`, `WEIGHT` and, if the layer adds one, `BIAS`.
         output: the node that the marker takes.
+        sizes: the `size_nodes` of the graph.
     """
-    held: dict[fx.Node, Any] = dict.fromkeys(size_nodes(output.graph), _SIZE) | operands
+    held: dict[fx.Node, Any] = dict.fromkeys(sizes, _SIZE) | operands
     try:
         _follow(nodes, held)
     except OtherFunctionError as problem:
@@ -74,7 +77,8 @@ def _follow(nodes: Iterable[fx.Node], held: dict[fx.Node, Any]) -> None:
         elif op is operator.getitem:
             held[node] = _of_item(node, held)
         elif op == "copy_":
-            target, source = node.args[:2]
+            # A source that is a number, or given by name, holds nothing.
+            target, source = (*node.args, None)[:2]
             held[node] = held[target] = held.get(source)  # type: ignore[arg-type, index]
         else:
             held[node] = _of_helper(node, held)
@@ -121,7 +125,7 @@ def _of_sum(node: fx.Node, held: dict[fx.Node, Any]) -> str:
 def _of_item(node: fx.Node, held: dict[fx.Node, Any]) -> Any:
     source, index = node.args[:2]
     found = held.get(source)  # type: ignore[arg-type]
-    if not isinstance(found, tuple):
+    if not isinstance(found, (tuple, list)):
         return found
     return found[index] if isinstance(index, int) and -len(found) <= index < len(found) else None
 

@@ -102,7 +102,7 @@ def _read_site(marker: fx.Node, around: _Surroundings) -> DoRASite:
     problem = (
         _problem_of_ops_maybe(marked.base_output, ops)
         or _problem_of_edges_maybe(marker, call, set(operands), around.sizes)
-        or problem_of_values_maybe(sorted(call), operands, marked.base_output)
+        or problem_of_values_maybe(sorted(call), operands, marked.base_output, around.sizes)
     )
     if problem is not None:
         return DoRASite(marker, (), names, path, f"{problem} ({source_line(marker)})")

@@ -18,7 +18,8 @@ Where the finder could not read the base call, the rewrite takes its output as i
 
     %y = dora_linear(base_output=%base, x=x, ...)         %y = scale_rows(%base + reduce_from_group(low_rank), ...)
 
-The result is the same, and costs what the join saves: the low-rank product has a collective of its own.
+The result is the same, and costs what the join saves where the layer has a collective: the low-rank product has one of
+its own.
 """
 
 from __future__ import annotations

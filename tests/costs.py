@@ -98,7 +98,9 @@ def watch() -> None:
             return
         line = next((line for start, end, line in code.co_lines() if start <= offset < end), None)
         if line in lines:
-            note(f"{Path(code.co_filename).resolve().relative_to(ROOT)}:{lines[line]}")
+            # By its place in the function: numbers of lines change with every commit.
+            before = {first for first in lines.values() if code.co_firstlineno <= first < lines[line]}
+            note(f"{Path(code.co_filename).resolve().relative_to(ROOT)}:{code.co_qualname}:{len(before)}")
 
     def called(code: CodeType, offset: int) -> None:
         note(names[code])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 Case = tuple[str, dict[str, Any]]
 
@@ -27,8 +28,9 @@ def every_case(
     of its own that has a copy of what fixtures made there. Where it stands twice, every combination is tried.
     """
     names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-    rows = [tuple(value) if len(names) > 1 else (value,) for value in values]
+    rows = [tuple(value) if len(names) > 1 and not isinstance(value, ParameterSet) else (value,) for value in values]
     assert rows, "a table without cases tests nothing"
+    assert not any(isinstance(part, ParameterSet) for row in rows for part in row), "marks of cases would be lost"
     labels = labels_of(names, rows, ids)
     cases = [(label, dict(zip(names, row, strict=True))) for label, row in zip(labels, rows, strict=True)]
 
@@ -54,15 +56,23 @@ def labels_of(names: Sequence[str], rows: Sequence[tuple[Any, ...]], ids: Any) -
 
 def table_of(test: Callable[..., None], body: Callable[..., None], cases: list[Case]) -> Callable[..., None]:
     """One test of the cases; pytest sees the fixtures that the body takes beside them."""
+    assert not inspect.iscoroutinefunction(body), "nobody would await it"
     fixtures = [name for name in inspect.signature(body).parameters if name not in cases[0][1]]
 
     @functools.wraps(test)
     def run(subtests: pytest.Subtests, tmp_path: Path, **given: Any) -> None:
         if "tmp_path" in fixtures:
             given["tmp_path"] = tmp_path
+        num_skipped = 0
         for number, (label, values) in enumerate(cases):
             with subtests.test(label), fresh(given, tmp_path, number) as own:
-                body(**own, **values)
+                try:
+                    body(**own, **values)
+                except pytest.skip.Exception:
+                    num_skipped += 1
+                    raise
+        if num_skipped == len(cases):
+            pytest.skip("every case was skipped")
 
     names = dict.fromkeys(["subtests", "tmp_path", *fixtures])
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from dora_fx.attach.matching import ALL_LINEAR, matches
-from dora_fx.modules import GradientCompletion, check_alpha, check_dim, check_dropout, check_init_method
+from dora_fx.modules import (
+    GradientCompletion,
+    check_alpha,
+    check_dim,
+    check_dropout,
+    check_init_method,
+    check_use_rslora,
+)
 
 
 @dataclass
@@ -70,8 +77,7 @@ class DoRASettings:
                 raise TypeError(f"DoRA.{name}: found {patterns!r}, expected numbers by names, paths or patterns")
             for pattern, value in patterns.items():
                 check(f"DoRA.{name}[{pattern!r}]", value)
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"DoRA.use_rslora: found {self.use_rslora!r}, expected True or False")
+        check_use_rslora("DoRA.use_rslora", self.use_rslora)
         check_dropout("DoRA.dropout", self.dropout)
         if self.dropout_position != "pre":
             raise ValueError(f"DoRA.dropout_position: found {self.dropout_position!r}, expected 'pre'")

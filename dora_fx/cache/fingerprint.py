@@ -92,7 +92,7 @@ def fingerprints(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
 
 
 def _runs(groups: Iterable[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
-    """Yield consecutive groups: as many as have `_WORDS_AT_ONCE` words together, but at least one."""
+    """Yield consecutive groups: of at most `_WORDS_AT_ONCE` words together, but at least one."""
     run: list[list[torch.Tensor]] = []
     num_words = 0
     for group in groups:

@@ -26,7 +26,7 @@ _MODES = (
 def is_traced(*tensors: torch.Tensor) -> bool:
     """Return whether operations on these tensors are traced, or have no effect on real memory.
 
-    Dynamo is not told here; callers ask `torch.compiler.is_compiling()` first.
+    Dynamo's tracing is not noticed here; a caller that Dynamo may trace asks `torch.compiler.is_compiling()` first.
     """
     return (
         torch.jit.is_tracing()

@@ -210,9 +210,11 @@ def _with_several_values(pairs: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 def _not_covered(shards: Iterable[ShardedTensor]) -> list[str]:
-    """Return the keys whose shards together have fewer or more elements than the whole tensor."""
+    """Return the keys whose shards together have fewer or more elements than the whole tensor.
+
+    Such is a tensor of all layers of which some layers have no adapter.
+    """
     counts: dict[tuple[str, tuple[int, ...]], int] = {}
-    # Such as a tensor of all layers of which some layers have no adapter.
     for shard in shards:
         place = (shard.key, tuple(shard.global_shape))
         counts[place] = counts.get(place, 0) + is_main_replica(shard.replica_id) * math.prod(shard.local_shape)

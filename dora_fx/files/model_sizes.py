@@ -26,7 +26,7 @@ def check_sizes(path: Path, sizes: Mapping[str, Any], elements: int) -> None:
         size = sizes.get(name)
         if size is not None and (not isinstance(size, int) or not 0 < size <= elements):
             raise UnsafeFileError(
-                f"{path}: found {shortened(size)} as {name}, expected at most the elements of its weights"
+                f"{path}: found {shortened(size)} as {name}, expected an integer from 1 to the elements of its weights"
             )
     for name in _COUNTS:
         count = sizes.get(name)

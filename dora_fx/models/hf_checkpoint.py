@@ -89,7 +89,7 @@ def load_hf_config(path: Path) -> Any:
 
 
 def load_hf_tokenizer(path: Path) -> Any:
-    """Load the tokenizer of a checkpoint that `load_hf_checkpoint` accepts; nothing else of it is read.
+    """Load the tokenizer of a checkpoint whose config `load_hf_config` has checked; nothing else of it is read.
 
     Raises:
         FileNotFoundError, UnsafeFileError, ValueError: as from `load_hf_checkpoint`.

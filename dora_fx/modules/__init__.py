@@ -4,10 +4,16 @@
 """
 
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
-from dora_fx.modules.adapter_settings import check_alpha, check_dim, check_dropout, check_init_method, low_rank_scaling
+from dora_fx.modules.adapter_settings import (
+    check_alpha,
+    check_dim,
+    check_dropout,
+    check_init_method,
+    check_use_rslora,
+    low_rank_scaling,
+)
 from dora_fx.modules.finite import adapter_not_finite_maybe, not_finite_maybe
-from dora_fx.modules.kinds import LinearSpec, bypasses_its_linears, describe_linear, looks_like_linear
-from dora_fx.modules.kinds.torch_linear import TorchLinear
+from dora_fx.modules.kinds import LinearSpec, TorchLinear, bypasses_its_linears, describe_linear, looks_like_linear
 from dora_fx.modules.linear_wrapper import DoRALinear
 from dora_fx.modules.marker import MarkedSite, dora_linear, read_site
 from dora_fx.modules.model_adapters import disable_adapter, invalidate_norms
@@ -30,6 +36,7 @@ __all__ = [
     "check_dim",
     "check_dropout",
     "check_init_method",
+    "check_use_rslora",
     "describe_linear",
     "disable_adapter",
     "dora_linear",

@@ -15,6 +15,7 @@ from dora_fx.modules.adapter_settings import (
     check_dim,
     check_dropout,
     check_init_method,
+    check_use_rslora,
     low_rank_scaling,
 )
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
@@ -72,7 +73,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
         dtype, device: of A and B.
 
     Raises:
-        ValueError: for an argument out of its range, or a size that the ranks cannot share equally.
+        TypeError, ValueError: for an argument of another type or out of its range, or a size that the ranks cannot
+            share equally.
 
     Attributes:
         weight_magnitude: m; None until `init_weight_magnitude` sets it, as it starts as a norm of the base weight.
@@ -108,6 +110,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
     ) -> None:
         super().__init__()
         check_dim("dim", dim)
+        check_use_rslora("use_rslora", use_rslora)
         check_init_method("column_init_method", column_init_method)
         check_init_method("row_init_method", row_init_method)
         if layout_name not in LAYOUTS:

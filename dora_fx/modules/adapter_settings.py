@@ -39,6 +39,12 @@ def check_dropout(name: str, value: object) -> None:
         raise ValueError(f"{name}: found {value!r}, expected a probability in [0, 1)")
 
 
+def check_use_rslora(name: str, value: object) -> None:
+    """Raise TypeError, naming the setting, unless a value is True or False: other values would be taken for one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: found {value!r}, expected True or False")
+
+
 def check_init_method(name: str, value: object) -> None:
     """Raise ValueError, naming the setting, unless a way to initialise is one of `INIT_METHODS`."""
     if not isinstance(value, str) or value not in INIT_METHODS:

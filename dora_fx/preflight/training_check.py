@@ -16,6 +16,7 @@ from dora_fx.preflight.function_proofs import (
     gradients_arrive,
     is_compiled,
     loss_is_reference,
+    loss_of_reference,
     magnitudes_are_lengths,
     merged_is_adapted,
     recomputation_changes_nothing,
@@ -101,10 +102,15 @@ def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | 
     ]
     # The two steps have changed the parameters.
     values.restore()
-    has_model = isinstance(reference, nn.Module)
-    # Before the adapters move. Compiled code runs here once, so that norms it keeps by mistake show up as wrong after
-    # the move. A reference model has the values of before, too.
-    loss_before = _mean_loss(setup.training_pass()) if has_model or is_compiled(setup) else math.nan
+    # Compiled code runs once before the adapters move, so that norms it keeps by mistake show up as wrong afterwards.
+    if is_compiled(setup):
+        setup.training_pass()
+    # A reference model may share the adapters, and has the values of before the move.
+    reference_loss = loss_of_reference(setup, reference) if isinstance(reference, nn.Module) else reference
+    has_model, compared = any(over_all_ranks(isinstance(reference, nn.Module))), math.nan
+    if has_model:
+        with uncompiled():
+            compared = _mean_loss(setup.training_pass())
     setup.move_adapters()
     with uncompiled():
         eager = setup.training_pass()
@@ -117,7 +123,7 @@ def _findings(setup: SetUp, values: SavedValues, reference: float | nn.Module | 
         adapter_off_is_base(setup),
         merged_is_adapted(setup),
         magnitudes_are_lengths(setup),
-        loss_is_reference(setup, loss_before if has_model else loss, reference),
+        loss_is_reference(setup, compared if has_model else loss, reference_loss),
     ]
     return findings, loss
 

@@ -108,6 +108,8 @@ def test_an_adapter_built_by_hand_out_of_range() -> None:
         layout = {"layout_name": "column"} if "row_blocks" in settings else {}
         with pytest.raises(ValueError, match=f"^{message}"):
             dora_fx.ParallelLinearDoRAAdapter(8, 6, **{"dim": 2, **layout, **settings})
+    with pytest.raises(TypeError, match=r"^use_rslora: found 'no', expected True or False"):
+        dora_fx.ParallelLinearDoRAAdapter(8, 6, 2, use_rslora="no")  # type: ignore[arg-type]
     adapter = dora_fx.ParallelLinearDoRAAdapter(8, 6, 2, alpha=4, dropout=0.5)
     for name, value in (("alpha", -1.0), ("dropout", 1.0)):
         with pytest.raises(ValueError, match=f"^{name}: found {value}"):

@@ -47,6 +47,9 @@ def test_another_model_with_the_same_adapters_is_a_reference():
         randomize_adapters(other, seed)
         report = dora_fx.check(model, batch, reference=other, raises=False)
         assert {finding.name: finding.verdict for finding in report.findings}["reference"] == verdict
+    # A handle on the model shares its adapters, which are moved for the proofs and moved back.
+    report = dora_fx.check(model, batch, reference=torch.nn.Sequential(model)[0], raises=False)
+    assert {finding.name: finding.verdict for finding in report.findings}["reference"] == "ok"
 
 
 def test_recomputation_of_transformers_is_compared_with_none():

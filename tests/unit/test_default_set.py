@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from tests.costs import cpu_seconds_of_tree
-from tests.default_set import Cost, Rotation, choose, function_of
-
-ROOT = Path(__file__).parents[2]
+from tests.default_set import Cost, Rotation, choose, function_of, functions_of
 
 
 def cost(test: str, cpu: float, *reached: str, stays: bool = False) -> Cost:
@@ -58,8 +54,7 @@ def test_the_tests_in_the_list_are_there():
         file, _, function = function_of(test).partition("::")
         functions.setdefault(file, set()).add(function)
     for file, found in functions.items():
-        tree = ast.parse((ROOT / file).read_text())
-        missing = found - {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        missing = found - functions_of(file)
         assert not missing, f"{file}: {missing} of tests/rotation.txt; python -m tests.default_set makes it anew"
 
 

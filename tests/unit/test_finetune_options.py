@@ -47,6 +47,14 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--demo", "--base", "nowhere"], "nowhere: no such file or directory; expected one, or the name smollm2"),
         (["--demo", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--demo", "--schedule", "square"], "--schedule: Expected Literal['constant', 'linear', 'cosine']"),
+        (
+            ["--demo", "--data-format", "alpaca"],
+            "--data-format: found alpaca beside --demo, whose data have their own format",
+        ),
+        (
+            ["--target-modules", "a", "--target-modules", "b"],
+            "--target-modules: found it twice, expected all of its parts",
+        ),
         (["--demo", "robot"], "--demo: found the demo 'robot', expected pirate or text"),
         (["--demo", "--batch-size", "two"], "--batch-size: Expected int. Got value: two"),
         (["--resume", "nowhere"], "--resume nowhere: there is no config.yaml, expected the folder of a saved run"),

@@ -131,7 +131,7 @@ def test_layers_without_end(base: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert is_endless(code, base)
     refused(
         base,
-        r"config\.json: found 1000000000 as num_hidden_layers, expected at most the elements of its weights",
+        r"config\.json: found 1000000000 as num_hidden_layers, expected an integer from 1 to the elements of its weig",
         capsys,
     )
     edit_config(base, model_type="gemma3", num_hidden_layers=2, text_config={"num_hidden_layers": 10**9})
@@ -195,7 +195,7 @@ def test_sizes_that_the_weights_have_not(
     base: Path, name: str, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit_config(base, **{name: value})
-    refused(base, r"config\.json: found .* expected at most the .* of its weights", capsys)
+    refused(base, r"config\.json: found .* expected an integer .* of its weights", capsys)
 
 
 def test_code_that_a_config_names(

@@ -113,13 +113,16 @@ def with_lists(argv: Iterable[str], names: Collection[str], pair_names: Collecti
         pair_names: of the options whose parts are `name=text`, which become `--option {"name": "text"}`.
 
     Raises:
-        UserError: a part has no `=`, or two have the same name.
+        UserError: an option stands twice, of which the parser would take the last; a part has no `=`, or two have the
+            same name.
     """
     collected: list[str] = []
     option, values = "", list[str]()
     for argument in argv:
         name, equals, value = argument.partition("=")
         if name in names or name in pair_names:
+            if name in collected:
+                raise UserError(f"{name}: found it twice, expected all of its parts behind one {name}")
             option, values = name, [value] if equals else []
             collected += [name, ""]
         elif not option or argument.startswith("--"):

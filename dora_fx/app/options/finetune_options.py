@@ -77,7 +77,7 @@ class DataOptions:
     demo: Literal["none", "pirate", "text"] = field(
         default="none",
         metadata={
-            "help": "pirate (also --demo alone): 8 steps on a pirate's answers to 80 questions; text: 60 steps on a "
+            "help": "pirate (also --demo alone): 8 steps, each on an answer of a pirate's; text: 60 steps on a "
             "text that every Python has, the language reference in pydoc_data",
         },
     )
@@ -231,6 +231,8 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
             raise UserError("--demo brings its own data; leave out --data, or --demo")
         if self.demo == "none" and self.data is None:
             raise UserError("nothing to train on; give --data FILE, or --demo for data that come along")
+        if self.demo != "none" and self.data_format != "auto":
+            raise UserError(f"--data-format: found {self.data_format} beside --demo, whose data have their own format")
         _check_columns(self)
         if self.gradient_accumulation % self.dp:
             raise UserError(

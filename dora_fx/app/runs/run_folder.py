@@ -31,8 +31,8 @@ from dora_fx.files import UnsafeFileError, give_default_mode, open_regular, pars
 # Folders in which a run writes and removes files, so they must not be links. Files are replaced as a whole, links too.
 _WRITTEN_FOLDERS = ("checkpoint", previous_of(Path("checkpoint")).name, "best", "tensorboard", "wandb")
 
-# The values that the loss curve shows.
-_CURVES = ("loss", "held_out_loss", "held_out_certain", "tokens", "seconds")
+# The values that are read back.
+_NUMBERS = ("loss", "held_out_loss", "held_out_certain", "tokens", "seconds")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -151,7 +151,7 @@ class RunFolder:
         Raises:
             UserError: the file cannot be read, or a line is none that `append_metrics` wrote.
         """
-        return _complete_rows(self.path / "metrics.jsonl", {name: (int, float) for name in _CURVES})
+        return _complete_rows(self.path / "metrics.jsonl", {name: (int, float) for name in _NUMBERS})
 
     def count_skipped(self) -> int:
         """Count the steps that made no update; raise UserError as `read_metrics` does."""

@@ -118,7 +118,7 @@ def _of_samples(options: FinetuneOptions, data: TrainingData, tokenizer: BaseTok
             packed=not options.no_packing,
         )
     except ValueError as error:
-        raise UserError(f"--data {options.data}: {error}") from error
+        raise UserError(f"{_named(options)}: {error}") from error
     learned = sum(sample.num_targets for sample in samples)
     rows = sequences.train
     padding = 1 - rows.num_tokens / (len(rows) * options.sequence_length)
@@ -153,6 +153,11 @@ def _prompt_of_samples(
     return tokenizer.prompt(options.prompt)
 
 
+def _named(options: FinetuneOptions) -> str:
+    """Return how the command line named the data, for messages."""
+    return "--demo" if options.data is None else f"--data {options.data}"
+
+
 def _of_length(samples: Sequence[TokenSample], options: FinetuneOptions) -> tuple[Sequence[TokenSample], list[str]]:
     """Drop, cut or refuse samples longer than a sequence, as `--too-long` says; return the rest and a note."""
     limit = options.sequence_length
@@ -178,7 +183,7 @@ def _of_length(samples: Sequence[TokenSample], options: FinetuneOptions) -> tupl
         done = f"cut; {len(cut) - len(kept):,} of them have nothing left to learn and are left out"
     if len(kept) < 2:
         raise UserError(
-            f"--data {options.data}: {counted}; expected at least two that are not; take --sequence-length {longest}"
+            f"{_named(options)}: {counted}; expected at least two that are not; take --sequence-length {longest}"
         )
     return kept, [f"{counted}: they are {done}"]
 

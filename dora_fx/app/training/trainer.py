@@ -100,13 +100,13 @@ class Trainer:
         for first in range(0, len(held_out), size):
             # The last batch is padded with rows that do not count, so that every batch has the compiled shape.
             rows = torch.arange(first, first + size)
-            batch = held_out[torch.where(rows < len(held_out), rows, first)]
-            is_counted = (batch.loss_mask() & (rows < len(held_out))[:, None]).to(self._device)
+            is_row = rows < len(held_out)
+            batch = held_out[torch.where(is_row, rows, first)]
+            is_counted = (batch.loss_mask() & is_row[:, None]).to(self._device)
             losses = self.passes.token_losses(self._micro_batch(batch))
             total += losses[is_counted].double().sum().item()
             count += int(is_counted.sum())
-            num_rows = min(size, len(held_out) - first)
-            certain += batch[:num_rows].num_certain(losses[:num_rows])
+            certain += batch[is_row].num_certain(losses.cpu()[is_row])
             between()
         return {"held_out_loss": total / count, **({"held_out_certain": certain} if self.num_held_out else {})}
 

@@ -57,4 +57,4 @@ def looks_like_linear(module: nn.Module) -> bool:
     return is_linear and not isinstance(module, nn.Embedding)
 
 
-__all__ = ["KINDS", "LinearKind", "LinearSpec", "bypasses_its_linears", "describe_linear", "looks_like_linear"]
+__all__ = ["LinearSpec", "TorchLinear", "bypasses_its_linears", "describe_linear", "looks_like_linear"]
