@@ -25,11 +25,12 @@ def draw(curves: dict[str, dict[int, float]], path: Path) -> None:
 
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=(2, 1))
     first = next(iter(curves.values()))
+    # The curves are equal to the eye: each is drawn narrower than the one below it, so that none is hidden.
     for width, (name, losses) in zip(range(2 * len(curves), 0, -2), curves.items(), strict=True):
         above.plot(losses.keys(), losses.values(), label=name, linewidth=width, alpha=0.7)
         below.plot(losses.keys(), [abs(losses[step] - first[step]) for step in losses if step in first], label=name)
     above.set_ylabel("training loss (nats per token)")
-    above.legend()
+    above.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(curves))
     below.set_ylabel(f"distance from {next(iter(curves))}")
     below.set_xlabel("optimizer step")
     figure.tight_layout()

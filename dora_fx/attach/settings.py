@@ -21,10 +21,8 @@ from dora_fx.modules import (
 class DoRASettings:
     """The fields of `DoRA`, which documents them: the layers to adapt, and how to adapt them."""
 
-    target_modules: Sequence[str] | Literal["all-linear"] = field(
-        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
-    )
-    exclude_modules: Sequence[str] = field(default_factory=list)
+    target_modules: Sequence[str] | Literal["all-linear"] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    exclude_modules: Sequence[str] = ()
     dim: int = 32
     alpha: float = 64
     dropout: float = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import runpy
@@ -19,6 +21,7 @@ from tests.distributed.finetune_ranks import as_torchrun_does
 from tests.hf_models import save_tiny_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+DEMO_DATA = EXAMPLES.parent / "dora_fx" / "app" / "data" / "pirate.jsonl"
 # Losses are printed with four decimals.
 PRINTED = 1e-4
 # Seconds that say nothing of an example, only that it will not end: one that takes 80 took over 300 beside other work.
@@ -123,6 +126,41 @@ def test_transformers_trainer_and_its_second_run(tmp_path: Path) -> None:
                 model = peft.PeftModel.from_pretrained(base, out / f"{name}-{first_step + 4}")
                 logits.append(model(torch.arange(32)[None] % 7).logits)
         assert torch.equal(*logits)
+
+
+@pytest.mark.slow
+def test_preferences_and_their_second_run(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the example trains with TRL")
+    margins: dict[int, list[float]] = {}
+    for run in (1, 2):
+        output = output_of(EXAMPLES / "preference_dpo.py", tmp_path / "out")
+        found = re.findall(r"^step \d+: loss ([\d.]+), margin ([\d.]+), accuracy", output, re.M)
+        margins[run] = [float(margin) for _, margin in found]
+        assert len(found) == 10 and margins[run][-1] > margins[run][0] + 0.1, output
+        # The pairs' order differs between steps, so the loss is compared with the margin of its own step.
+        assert float(found[0][0]) <= math.log(2) + PRINTED
+        [change] = re.findall(r"^reference: log-probabilities changed by (\S+) of the largest", output, re.M)
+        assert float(change) < 16 * torch.finfo(torch.float32).eps
+        assert (tmp_path / "out" / f"adapter-{run}" / "adapter_model.safetensors").is_file()
+    # A fresh adapter is the reference itself. The reference of a trained one is still the base, and not where it began.
+    assert margins[1][0] == pytest.approx(0, abs=PRINTED)
+    assert margins[2][0] > margins[1][4]
+
+
+def test_preferences_prefer_the_pirate() -> None:
+    """The demo's answers are the chosen ones, and each rejected one answers the same question."""
+    demo = {
+        question["content"]: answer["content"]
+        for line in DEMO_DATA.read_text(encoding="utf-8").splitlines()
+        for question, answer in [json.loads(line)["messages"]]
+    }
+    lines = (EXAMPLES / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 12
+    for pair in map(json.loads, lines):
+        assert list(pair) == ["prompt", "chosen", "rejected"]
+        [question], [chosen], [rejected] = pair.values()
+        assert demo[question["content"]] == chosen["content"] != rejected["content"]
+        assert {question["role"], chosen["role"], rejected["role"]} == {"user", "assistant"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
