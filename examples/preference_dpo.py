@@ -3,9 +3,9 @@
     python -m pip install trl
     python examples/preference_dpo.py OUT [BASE]
 
-OUT is a folder for adapters. Each run trains the last one further, against the same reference, and adds another. BASE is
-a model's directory or its name at a hub, and has a chat template. Without one, a tiny Llama with random weights learns
-the pairs, byte by byte.
+OUT is a folder for adapters. Each run trains the last one further, against the same reference, and adds another. BASE
+is a model's directory or its name at a hub, and has a chat template. Without one, a tiny Llama with random weights
+learns the pairs, byte by byte.
 """
 
 from __future__ import annotations

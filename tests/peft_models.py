@@ -9,15 +9,27 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from torch import nn
 
 import dora_fx
 from dora_fx.models import build_gpt_model, causal_mask
 from tests.closeness import assert_close, rounding, roundings_of
+from tests.hf_models import CONFIGS, SHAPE, tiny_hf_model
 from tests.models import GPT_TARGETS, randomize_adapters
 
 HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Of a family that no Megatron model is built for: norms of its own, a scaled embedding that the output layer shares.
+_GEMMA = SHAPE | dict(head_dim=8, pad_token_id=0)
 TOKENS = torch.randint(0, 64, (2, 19), generator=torch.Generator().manual_seed(8))
+
+
+def base_model(kind: str = "llama") -> Any:
+    """A tiny transformers model of a kind in `CONFIGS`, or "gemma"."""
+    if kind in CONFIGS:
+        return tiny_hf_model(kind)
+    torch.manual_seed(3)
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**_GEMMA)).eval()
 
 
 def hf_targets(base: nn.Module) -> list[str]:
@@ -61,6 +73,26 @@ def load_with_peft(base: nn.Module, folder: Path) -> nn.Module:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing` is deprecated")
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+
+
+def beside_peft(found: nn.Module, expected: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the loss and all gradients of a transformers model adapted here, and PEFT's, by the same names.
+
+    PEFT gives the whole product's dropout a form of its own; without dropout the functions are the same.
+    """
+    parts: list[dict[str, torch.Tensor]] = []
+    for model in (found, expected):
+        loss = model.train()(TOKENS, labels=TOKENS, use_cache=False).loss
+        loss.backward()
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        parts.append({"loss": loss.detach()} | gradients)
+    names = {"lora_A.default.weight": "linear_in.weight", "lora_B.default.weight": "linear_out.weight"}
+    names["lora_magnitude_vector.default.weight"] = "weight_magnitude"
+    theirs = {}
+    for name, value in parts[1].items():
+        path, _, end = name.removeprefix("base_model.model.").partition(".lora_")
+        theirs[f"{path}.adapter.{names['lora_' + end]}" if end else path] = value
+    return parts[0], theirs
 
 
 def assert_same_logits(found: torch.Tensor, expected: torch.Tensor, *models: nn.Module) -> None:

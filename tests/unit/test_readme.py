@@ -22,10 +22,11 @@ def blocks(language: str) -> list[str]:
 
 def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    transformers_block, megatron_block = blocks("python")
+    *transformers_blocks, megatron_block = blocks("python")
+    assert len(transformers_blocks) == 2
     names: dict[str, Any] = {}
     counters.clear()
-    exec(compile(transformers_block, "README.md, block 1", "exec"), names)
+    exec(compile("".join(transformers_blocks), "README.md, blocks 1 and 2", "exec"), names)
     first_loss = names["model"](input_ids=names["tokens"], labels=names["tokens"]).loss
     # It learns: untrained, the loss is that of a guess among 64 tokens, 4.2.
     assert first_loss < 3.5
@@ -35,7 +36,7 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fresh = names["transformers"].LlamaForCausalLM(names["base"].config)
     peft.PeftModel.from_pretrained(fresh, "adapter")
 
-    exec(compile(megatron_block, "README.md, block 2", "exec"), names)
+    exec(compile(megatron_block, "README.md, block 3", "exec"), names)
     model = names["model"]
     assert model is names["gpt"] and counters["dora_fx"]["sites_rewritten"] >= 14 + 4
     assert len(sites(model)) == 8
@@ -46,9 +47,10 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_graphs_are_golden_text() -> None:
     golden = (ROOT / "tests" / "graph" / "test_golden_text.py").read_text(encoding="utf-8").splitlines()
-    before, after = blocks("text")
-    assert len(before.splitlines()) == 4 and len(after.splitlines()) == 9
-    for line in (before + after).splitlines():
+    [block] = blocks("text")
+    parts = [[line for line in part.splitlines() if not line.startswith("#")] for part in block.split("\n\n")]
+    assert [len(part) for part in parts] == [4, 9]
+    for line in [line for part in parts for line in part]:
         # What is left out of a line stands as three dots.
         pattern = re.escape(line).replace(re.escape("..."), ".+")
         assert any(re.fullmatch(pattern, found.strip()) for found in golden), line

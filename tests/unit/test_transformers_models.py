@@ -16,13 +16,15 @@ from torch import nn
 import dora_fx
 from dora_fx.checkpoint.manifest import read_manifest
 from tests.closeness import assert_apart, assert_close, rounding, roundings_of
-from tests.hf_models import CONFIGS, SHAPE, tiny_hf_model
+from tests.hf_models import tiny_hf_model
 from tests.models import randomize_adapters, sites
 from tests.peft_models import (
     TOKENS,
     adapters,
     assert_equal,
     assert_same_logits,
+    base_model,
+    beside_peft,
     hf_logits,
     load_with_peft,
     save_peft_adapter,
@@ -30,15 +32,6 @@ from tests.peft_models import (
 from tests.tables import every_case
 
 KINDS = ["llama", "llama_tied", "qwen2", "phi3"]
-# Of a family that no Megatron model is built for: norms of its own, a scaled embedding that the output layer shares.
-_GEMMA = SHAPE | dict(head_dim=8, pad_token_id=0)
-
-
-def base_model(kind: str = "llama") -> Any:
-    if kind in CONFIGS:
-        return tiny_hf_model(kind)
-    torch.manual_seed(3)
-    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**_GEMMA)).eval()
 
 
 def adapted(kind: str = "llama", seed: int = 1, **settings: Any) -> Any:
@@ -86,20 +79,9 @@ def test_loss_and_gradients_are_peft_s(kind: str, compiler: str | None, tmp_path
     if compiler is not None:
         for layer in found.model.layers:
             layer.compile(backend=compiler, options={"inner_compiler": "eager"})
-    # PEFT gives the whole product's dropout a form of its own; without dropout the functions are the same.
-    losses = [model(TOKENS, labels=TOKENS, use_cache=False).loss for model in (found, expected)]
-    for loss in losses:
-        loss.backward()
-    bound = rounding(torch.float32, 2 * roundings_of(base))
-    assert_close(*losses, bound)
-    names = {"lora_A.default.weight": "linear_in.weight", "lora_B.default.weight": "linear_out.weight"}
-    names["lora_magnitude_vector.default.weight"] = "weight_magnitude"
-    theirs = {}
-    for name, gradient in gradients(expected).items():
-        path, _, end = name.removeprefix("base_model.model.").partition(".lora_")
-        theirs[f"{path}.adapter.{names['lora_' + end]}"] = gradient
-    assert len(theirs) == 3 * len(sites(found))
-    assert_close(gradients(found), theirs, bound)
+    found_parts, expected_parts = beside_peft(found, expected)
+    assert len(found_parts) == 1 + 3 * len(sites(found))
+    assert_close(found_parts, expected_parts, rounding(torch.float32, 2 * roundings_of(base)))
 
 
 @every_case(
