@@ -120,7 +120,9 @@ class CacheEntry(NamedTuple):
 
     Attributes:
         path: of the site, for messages.
-        value, sources, others: tensors. The entry is known by `value`.
+        value: the tensor that is cached, by which the entry is known.
+        sources: the tensors that it was computed from.
+        others: further values that are computed with it.
         frozen: the sources are weights that no optimizer trains. They are large, so only a sample of their rows is
             compared. A sample that did not change says nothing of the other rows, so after a write that PyTorch counted
             the value is computed again.

@@ -47,7 +47,8 @@ class CachedSite(NamedTuple):
 
     Attributes:
         path: module path, for messages.
-        stored, cached: real tensors of this rank.
+        stored: this rank's parameters.
+        cached: this rank's buffers.
     """
 
     path: str

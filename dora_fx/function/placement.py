@@ -34,8 +34,10 @@ class Layout:
         enter: what happens to the layer's input before the products. "copy" is the identity whose
             gradient is all-reduced.
         leave: what happens to the sum of the products.
-        weight_shard_dim, lora_a_shard_dim, lora_b_shard_dim, magnitude_shard_dim: the sharded
-            dimension of each stored tensor.
+        weight_shard_dim: the sharded dimension of the stored weight; None if it is whole.
+        lora_a_shard_dim: the sharded dimension of the stored A; None if it is whole.
+        lora_b_shard_dim: the sharded dimension of the stored B; None if it is whole.
+        magnitude_shard_dim: the sharded dimension of the stored magnitude; None if it is whole.
         adds_bias_in_product: the layer adds its bias inside the product, as nn.Linear does and Megatron's do not.
         shards_tokens: every rank holds the whole layer and runs it on tokens of its own, so each has only a part of
             all gradients.

@@ -34,7 +34,8 @@ class StoredParameters(NamedTuple):
         base_norm_sq: `[out]` or this rank's `[out/tp]`, from `weight_norm.base_norm_squared`: partial sums in a row
             layout. None to have it computed with the norm.
         scaling: alpha / dim, a tensor `[1]`.
-        dropout_threshold, dropout_rescale: of this call, see `dropout.DropoutFactors`; None without dropout.
+        dropout_threshold: of this call, see `dropout.DropoutFactors`; None without dropout.
+        dropout_rescale: as `dropout_threshold`.
         layout_name, tp_group: names of the layout and of the process group; "" for a layer that is not parallel.
         dtype: of the weight and the low-rank factors.
         lora_a_leaf, lora_b_leaf, magnitude_leaf: what takes the gradient of the whole tensor where it is a partial sum

@@ -61,7 +61,8 @@ class MergedComparison:
         dtypes: that the merged weights were rounded to.
         layers: in model order.
         num_tokens: whose log-probabilities were compared.
-        mean_gap, max_gap: of |log p - log p'| over the tokens, in nats.
+        mean_gap: mean of |log p - log p'| over the tokens, in nats.
+        max_gap: the largest of them.
     """
 
     dtypes: tuple[torch.dtype, ...]

@@ -79,7 +79,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
     Attributes:
         weight_magnitude: m; None until `init_weight_magnitude` sets it, as it starts as a norm of the base weight.
         scaling_factor: `scaling` as a tensor `[1]`, of the magnitude's dtype.
-        dropout_threshold, dropout_rescale: see `dropout.DropoutFactors`.
+        dropout_threshold: see `dropout.DropoutFactors`.
+        dropout_rescale: see `dropout.DropoutFactors`.
         has_dropout: whether `dropout` is above zero.
     """
 

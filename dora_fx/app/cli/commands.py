@@ -16,6 +16,16 @@ from dora_fx.app.options import add_options
 _SAVED = "folder of a run of dora-fx finetune, or what dora_fx.save_checkpoint wrote"
 
 
+class _PathType:
+    """The type of a path for jsonargparse, whose help would print the class."""
+
+    def __call__(self, value: str) -> Path:
+        return Path(value)
+
+    def __repr__(self) -> str:
+        return "Path"
+
+
 @dataclass(frozen=True)
 class Command:
     """A sub-command.
@@ -51,20 +61,24 @@ def _export_arguments(parser: Any) -> None:
         "--base-name",
         type=str | None,
         default=None,
-        help="Hugging Face name or directory by which PEFT finds the base; the base's own by default",
+        help="name or directory by which PEFT finds the base; by default the base's own",
     )
 
 
 def _inspect_arguments(parser: Any) -> None:
     parser.add_argument(
-        "checkpoint", type=Path, help="what dora_fx.save_checkpoint wrote, or the folder of a run of dora-fx finetune"
+        "checkpoint",
+        type=_PathType(),
+        help="what dora_fx.save_checkpoint wrote, or the folder of a run of dora-fx finetune",
     )
 
 
 def _saved_adapter_arguments(parser: Any) -> None:
     """Add the arguments of what to read and where to write."""
-    parser.add_argument("checkpoint", type=Path, help=_SAVED)
-    parser.add_argument("--to", type=Path, required=True, help="folder to write; it must not exist, or be empty")
+    parser.add_argument("checkpoint", type=_PathType(), help=_SAVED)
+    parser.add_argument(
+        "--to", type=_PathType(), required=True, help="folder to write; it must not exist or must be empty"
+    )
     _base_argument(parser)
 
 
@@ -85,37 +99,46 @@ def _chat_arguments(parser: Any) -> None:
     )
     _base_argument(parser)
     parser.add_argument(
-        "--prompt", type=str | None, default=None, help="answer this alone; by default, answer each typed or piped line"
+        "--prompt",
+        type=str | None,
+        default=None,
+        help="a prompt to answer; by default, every line that is typed or piped in is answered",
     )
     parser.add_argument("--system", type=str | None, default=None, help="instruction before the first turn")
     parser.add_argument(
         "--raw",
         action="store_true",
-        help="continue the prompt as a text, without turns; always so if the tokenizer has no chat template",
+        help="continue the prompt as a text, without turns; implied if the tokenizer has no chat template",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="largest number of tokens of an answer")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="largest number of tokens in an answer")
     parser.add_argument(
-        "--temperature", type=float, default=0.7, help="of the sampling; 0 takes the most probable token each time"
+        "--temperature", type=float, default=0.7, help="of the sampling; at 0 the most probable token is always taken"
     )
     parser.add_argument(
-        "--top-p", type=float, default=0.95, help="sample from the most probable tokens that have this share together"
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="sample from the most probable tokens, as few as have this probability together",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the random sampling")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the sampling")
     parser.add_argument(
-        "--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="auto takes CUDA if there is a GPU"
+        "--device",
+        type=Literal["auto", "cpu", "cuda"],
+        default="auto",
+        help="device to run on; auto is CUDA if there is a GPU",
     )
 
 
 COMMANDS = {
     "finetune": Command(
-        "train a DoRA adapter on a text",
-        "Train a DoRA adapter of a base model on a text, and write a run folder.",
+        "train a DoRA adapter on texts or conversations",
+        "Train a DoRA adapter of a base model on texts or conversations, and write a run folder.",
         add_options,
         "dora_fx.app.cli.finetune",
     ),
     "chat": Command(
-        "talk to what a run has trained, or to a merged model",
-        "Talk to the model of a run or a folder, or let it continue a text.",
+        "talk to a trained or merged model",
+        "Talk to a trained or merged model, or let it continue a text.",
         _chat_arguments,
         "dora_fx.app.cli.chat",
     ),

