@@ -146,7 +146,8 @@ class _Record(NamedTuple):
 
     Attributes:
         steps: the number of optimizer steps at that time; None for frozen sources.
-        sources, values: snapshots of the tensors.
+        sources: snapshots of the sources.
+        values: snapshots of the values.
     """
 
     steps: int | None

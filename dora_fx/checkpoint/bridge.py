@@ -43,7 +43,8 @@ class RequestedShard:
     """A parameter of an adapted layer, and the shards to read for it.
 
     Attributes:
-        site, path: the layer and its path in its chunk.
+        site: the layer.
+        path: its path in its chunk.
         name: of the parameter within the adapter.
         request: a ShardedTensor, or a factory of several, whose data is new memory.
         shards: the ShardedTensors of the request.
