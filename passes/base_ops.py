@@ -1,6 +1,6 @@
 """What the ops of a base call are: products, helpers, and sizes, which are no work on tensors.
 
-Ops are told by their targets, as other libraries name ops of their own `linear`.
+Ops are recognised by their targets, as other libraries name ops of their own `linear`.
 """
 
 from __future__ import annotations

@@ -5,14 +5,14 @@
     %matmul = torch.matmul(x, %t)
     %dora_linear = dora_linear(%matmul, x, None, weight, ...)  marker, marked
 
-Megatron's call has many shapes: one or two `autograd_function_apply` higher-order ops with their `getitem`s,
-plain ops where no gradient is needed, a collective before or after the product, a bias inside or outside. All of
-them are one thing here: the nodes between the marker's `x`, `weight` and `bias` and its `base_output`. Those are
-collected by walking back, and the bodies of higher-order ops are read as lists of ops. The call is accepted if it has
-one product and no op that a Megatron linear has not (`base_ops.py`), and if the product is that of x and the weight,
-to which nothing but the bias is added (`base_values.py`). Symbolic sizes, and arithmetic on them, are no work on
-tensors and may be anything. The backward bodies of autograd functions change between Megatron's versions, and nothing
-here looks at them.
+Megatron's call has many shapes: one or two `autograd_function_apply` higher-order ops with their `getitem`s, plain
+ops where no gradient is needed, a collective before or after the product, a bias inside or outside. All of them are
+one thing here: the nodes between the marker's `x`, `weight` and `bias` and its `base_output`. Those are collected by
+walking back, and the bodies of higher-order ops are read as lists of ops. The call is accepted if it has one product,
+otherwise only the ops of Megatron's linears (`base_ops.py`), and if the product is that of x and the weight, to which
+nothing but the bias is added (`base_values.py`). Symbolic sizes, and arithmetic on them, are no work on tensors and
+may be anything. The backward bodies of autograd functions change between Megatron's versions, and nothing here looks
+at them.
 
 A layer that computes its own product at its marker has no base output, and its site no base call.
 

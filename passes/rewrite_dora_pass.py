@@ -51,7 +51,7 @@ def rewrite_dora_pass(
 
     Args:
         cached_parameters: read norms and gathered factors from the sites' buffers where these are inputs of the graph;
-            whoever runs it refreshes them, see `site_inputs.py`. Otherwise all are computed in the graph.
+            the caller of the graph refreshes them, see `site_inputs.py`. Otherwise all are computed in the graph.
         unmatched: what to do about a site whose base call cannot be read.
 
     Raises:

@@ -9,7 +9,7 @@
 Each output row has a scale of its own, so the output may be scaled before it is cut or after. In the backward pass the
 activation's gradient comes in parts. Here each part is scaled where it is computed, and the products take the parts
 joined. With one scale for the whole output, the parts would be joined and written first, then read and written again
-scaled: a buffer of the layer's output size that LoRA has not.
+scaled: a buffer of the layer's output size that LoRA does not need.
 
 Assumes that the layer adds no bias of its own. Leaves alone an output that has other users, and one that is cut along
 another dimension than the features or into parts of different sizes.

@@ -53,7 +53,7 @@ class DoRA(DoRASettings):
             "every_backward": each backward pass leaves complete ones. "once_per_step": they are added up over
             micro-batches, and completed when Megatron's DistributedDataParallel, which must be around the model, starts
             to reduce them over data-parallel ranks, in `finalize_model_grads` at the latest. That sends one message a
-            step in place of one per micro-batch, and takes memory for the sums: dim * in numbers for a column layer,
+            step in place of one per micro-batch, and needs memory for the sums: dim * in numbers for a column layer,
             out * dim for a row layer. Layers that are whole on every rank keep "every_backward". If an optimizer steps
             before the sums are complete, PartialGradientsError is raised. "auto" is "once_per_step" under that wrapper
             and "every_backward" elsewhere.

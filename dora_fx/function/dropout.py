@@ -3,7 +3,7 @@
 A mask drawn from a device's random stream changes with the compiler (Inductor has its own generator), with
 the tensor-parallel size and with the order of calls. Here one 64-bit key is drawn per call from the default
 generator, which Megatron seeds alike on the ranks of a tensor-parallel group, and each element is kept or
-dropped by hashing the key with its token and feature index. So the mask is the same eager and compiled,
+dropped by hashing the key with its token and feature index. So the mask is the same in eager and compiled code,
 identical where the input is replicated, and where the input is sharded each rank computes its own part of
 the one mask that a single rank would use. Recomputation replays it, as it replays the generator's state.
 

@@ -47,7 +47,7 @@ class JoinedAdapter:
     Attributes:
         lora_a, lora_b, magnitude: `[dim, in]`, `[out, dim]` and `[out]`; zero where `has_magnitude` is not set.
         has_magnitude: `[out]`, whether a row is adapted.
-        alpha, use_rslora: see `low_rank_scaling`. rsLoRA's scaling is said by alpha alone where the rank is no part's.
+        alpha, use_rslora: see `low_rank_scaling`. rsLoRA's scaling goes into alpha where the rank is that of no part.
     """
 
     lora_a: Tensor

@@ -1,4 +1,4 @@
-"""Numbers of somebody else's adapter that a model's dtype does not hold, found before anything is attached."""
+"""Finds numbers in an adapter's files that the model's dtype cannot hold, before anything is attached."""
 
 from __future__ import annotations
 

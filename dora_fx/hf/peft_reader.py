@@ -1,4 +1,4 @@
-"""PEFT DoRA adapters of somebody else: opened, and checked for everything that needs no model."""
+"""Opens PEFT DoRA adapters from anywhere, and checks everything that needs no model."""
 
 from __future__ import annotations
 

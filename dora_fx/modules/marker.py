@@ -2,9 +2,9 @@
 
 While Dynamo traces, `DoRALinear` calls the base layer as it is and then marks its output. Dynamo keeps the marker as a
 single node, which the `dora_fx` backend rewrites. Any other backend traces into it, and eager code runs what it stands
-for, so the function is the same whoever compiles; nothing is dropped where the rewrite does not run.
+for, so every compiler computes the same, and nothing is dropped where the rewrite does not run.
 
-A node names each tensor and constant of its site, and leaves out those that the site has not: `mark` writes the names,
+A node names each tensor and constant of its site, and leaves out those that the site lacks: `mark` writes the names,
 and `read_site` reads them.
 """
 
@@ -64,7 +64,7 @@ def mark(site: MarkedSite) -> torch.Tensor:
 
 
 def _keywords(site: MarkedSite) -> dict[str, Any]:
-    """What a site has, by the names in a marker; what is None or an empty name, it has not."""
+    """What a site has, by the names in a marker; None or an empty name stands for what it lacks."""
     operands: dict[str, Any] = {"base_output": site.base_output, "x": site.x, "bias": site.bias}
     for prefix, record in ((_STORED, site.stored), (_CACHED, site.cached), (_NORM, site.input_norm)):
         if record is not None:

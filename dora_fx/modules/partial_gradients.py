@@ -269,7 +269,7 @@ def _pending_of(parameters: Sequence[nn.Parameter]) -> list[GradientAccumulator]
 
 
 def _refuse_partial_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    # Megatron steps views of parameters or float32 copies, so what is stepped is told by its memory.
+    # Megatron steps views of parameters or float32 copies, so a stepped tensor is recognised by its memory.
     stepped = {memory_of(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for accumulator in _pending:
         # All parameters of the wrapper are compared, and not this one alone: a distributed optimizer has a part of the

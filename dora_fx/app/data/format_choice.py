@@ -1,4 +1,4 @@
-"""The format that records of a file have, told by the names of their fields, and what is said where none fits."""
+"""Finds the format of a file's records by the names of their fields, and explains when none fits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def format_of(records: Sequence[Record], name: str | None = None, columns: Colle
         columns: fields that the user named columns for; a format that does not use them is not meant.
 
     Raises:
-        ValueError: no format has the fields, or several, or a record has not those of the first; the message has the
+        ValueError: no format has the fields, or several, or a record lacks those of the first; the message has the
             fields that were found and the nearest format.
     """
     first = records[0]
