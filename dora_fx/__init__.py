@@ -13,7 +13,20 @@ from dora_fx.quiet_imports import hide_what_is_not_missed
 from dora_fx.version import __version__
 
 if TYPE_CHECKING:
-    from dora_fx.attach import DoRA, config_overrides, merge, merged, parameter_groups, unmerge
+    from dora_fx.attach import (
+        DoRA,
+        active_adapter,
+        adapter,
+        adapter_names,
+        add_adapter,
+        config_overrides,
+        delete_adapter,
+        merge,
+        merged,
+        parameter_groups,
+        set_adapter,
+        unmerge,
+    )
     from dora_fx.checkpoint import CheckpointError, load_bridge_checkpoint, load_checkpoint, save_checkpoint
     from dora_fx.compilation import compile_model
     from dora_fx.hf import compare_merged, export_hf, import_hf, iter_adapter, iter_merged
@@ -28,10 +41,15 @@ __all__ = [
     "DoRALinear",
     "ParallelLinearDoRAAdapter",
     "__version__",
+    "active_adapter",
+    "adapter",
+    "adapter_names",
+    "add_adapter",
     "check",
     "compare_merged",
     "compile_model",
     "config_overrides",
+    "delete_adapter",
     "disable_adapter",
     "export_hf",
     "import_hf",
@@ -44,6 +62,7 @@ __all__ = [
     "merged",
     "parameter_groups",
     "save_checkpoint",
+    "set_adapter",
     "unmerge",
 ]
 
@@ -54,10 +73,15 @@ _HOMES = {
     "DoRA": "dora_fx.attach",
     "DoRALinear": "dora_fx.modules",
     "ParallelLinearDoRAAdapter": "dora_fx.modules",
+    "active_adapter": "dora_fx.attach",
+    "adapter": "dora_fx.attach",
+    "adapter_names": "dora_fx.attach",
+    "add_adapter": "dora_fx.attach",
     "check": "dora_fx.preflight",
     "compare_merged": "dora_fx.hf",
     "compile_model": "dora_fx.compilation",
     "config_overrides": "dora_fx.attach",
+    "delete_adapter": "dora_fx.attach",
     "disable_adapter": "dora_fx.modules",
     "export_hf": "dora_fx.hf",
     "import_hf": "dora_fx.hf",
@@ -70,6 +94,7 @@ _HOMES = {
     "merged": "dora_fx.attach",
     "parameter_groups": "dora_fx.attach",
     "save_checkpoint": "dora_fx.checkpoint",
+    "set_adapter": "dora_fx.attach",
     "unmerge": "dora_fx.attach",
 }
 

@@ -1,5 +1,6 @@
-"""Adapters onto a model and off again: configuration, matching, plan, probe, report and merge."""
+"""Adapters onto a model and off again: configuration, matching, plan, probe, report, merge, and several by name."""
 
+from dora_fx.attach.adapter_bank import inactive_adapters
 from dora_fx.attach.attach_listeners import on_attach
 from dora_fx.attach.attach_report import DoRAReport
 from dora_fx.attach.config import DoRA
@@ -14,6 +15,14 @@ from dora_fx.attach.merging import (
     merged_weight,
     unmerge,
 )
+from dora_fx.attach.named_adapters import (
+    active_adapter,
+    adapter,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    set_adapter,
+)
 from dora_fx.attach.other_trainables import warn_of_other_trainables
 from dora_fx.attach.plan import AttachPlan, attach, plan_attachment
 from dora_fx.attach.probe import try_layers
@@ -23,9 +32,15 @@ __all__ = [
     "AttachPlan",
     "DoRA",
     "DoRAReport",
+    "active_adapter",
     "adapted_layers",
+    "adapter",
+    "adapter_names",
+    "add_adapter",
     "attach",
     "config_overrides",
+    "delete_adapter",
+    "inactive_adapters",
     "merge",
     "merge_problem_maybe",
     "merge_tensors",
@@ -34,6 +49,7 @@ __all__ = [
     "on_attach",
     "parameter_groups",
     "plan_attachment",
+    "set_adapter",
     "try_layers",
     "unmerge",
     "warn_of_other_trainables",

@@ -19,6 +19,7 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
+from dora_fx.attach.adapter_bank import inactive_adapters
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.shared_weights import sharing_problem_maybe
 from dora_fx.function import gather_rows_coalesced, magnitude_delta, norm_dtype
@@ -77,7 +78,8 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
     Raises:
         ValueError: on every rank, naming the layer: no stage has an adapter; a layer's weight is tied to an embedding
             or to another layer, or is in the memory of another model's, which merging would change too; an adapter
-            is disabled, or has NaN or inf; a layer's adapter is to be kept while that of an earlier merge is.
+            is disabled, or has NaN or inf; a layer's adapter is to be kept while that of an earlier merge is; the model
+            has other adapters than the active one, and this one is not to be kept.
     """
     chunks = chunks_of(model)
     sites = [(named.whole_path, named.module) for _, named in adapted_layers(chunks)]
@@ -149,6 +151,11 @@ def _merge_site(site: DoRALinear, *, keep_adapter: bool) -> None:
         setattr(linear, _KEPT, replace(getattr(linear, _KEPT), merged_again=True))
 
 
+def is_merged(module: nn.Module) -> bool:
+    """Return whether a layer has an adapter merged into it that `unmerge` would take out."""
+    return hasattr(module, _KEPT)
+
+
 def _restore(linears: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
     """Write the weights of before into merged layers; return the adapted layer of each."""
     sites: dict[nn.Module, nn.Module] = {}
@@ -207,6 +214,11 @@ def _check_mergeable(
 ) -> None:
     """Raise on every rank of the model, all of its pipeline stages, if a site of any of them cannot be merged."""
     problem = merge_problem_maybe(chunks, sites)
+    if problem is None and not keep_adapter and (others := inactive_adapters(chunks)):
+        problem = (
+            f"found adapters {others} beside the active one, trained on weights that merging would change, expected "
+            "none: call delete_adapter for each, merge with keep_adapter=True, or stream the weights with iter_merged"
+        )
     if problem is None and keep_adapter:
         problem = next((_KEPT_TWICE.format(path) for path, site in sites if hasattr(site.to_wrap, _KEPT)), None)
     if problem is None:

@@ -1,10 +1,12 @@
 """The cache of what is computed once per optimizer step, and the detection of stale values."""
 
+from dora_fx.cache.active_adapter import ActiveAdapterRecord, note_adapter, raise_if_other
 from dora_fx.cache.fingerprint import mix
 from dora_fx.cache.parameter_cache import CachedSite, check, empty_base_norm, empty_cache, measure_base, refresh
 from dora_fx.cache.tracing import is_traced
 
 __all__ = [
+    "ActiveAdapterRecord",
     "CachedSite",
     "check",
     "empty_base_norm",
@@ -12,5 +14,7 @@ __all__ = [
     "is_traced",
     "measure_base",
     "mix",
+    "note_adapter",
+    "raise_if_other",
     "refresh",
 ]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from dora_fx.cache.active_adapter import raise_if_changed
 from dora_fx.cache.freshness import (
     CacheEntry,
     StaleParametersError,
@@ -95,8 +96,10 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
         StaleParametersError: an earlier call on an accelerator used a value that was out of date.
         RuntimeError: the parameters of this rank changed outside an optimizer's step, and another rank's did not.
         RuntimeError: the memory of a parameter was freed.
+        RuntimeError: a backward pass repeats a call of another adapter than the active one.
         ValueError: adapters are about to be trained beside tensors that were made in inference mode.
     """
+    raise_if_changed((site.path, site.stored.lora_a) for site in sites)
     if torch.is_grad_enabled():
         _refuse_inference_tensors(sites)
     with torch.no_grad():

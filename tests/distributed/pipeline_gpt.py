@@ -205,15 +205,24 @@ class Training:
     Args:
         salt: of the adapters' values.
         overlap_grad_reduce: reduce gradients over data-parallel ranks while Megatron's schedule still runs.
+        chunks: bare ones with an active adapter, in place of new ones with that of `salt` and `dora`.
         dora: settings of `DoRA`.
     """
 
     def __init__(
-        self, layout: Layout, kind: Kind, salt: str = "", *, overlap_grad_reduce: bool = False, **dora: Any
+        self,
+        layout: Layout,
+        kind: Kind,
+        salt: str = "",
+        *,
+        overlap_grad_reduce: bool = False,
+        chunks: list[Any] | None = None,
+        **dora: Any,
     ) -> None:
         self.layout, self.kind = layout, kind
-        chunks: list[Any] = attach(build_base(layout, kind), **dora)
-        set_adapter_values(chunks, layout, salt)
+        if chunks is None:
+            chunks = attach(build_base(layout, kind), **dora)
+            set_adapter_values(chunks, layout, salt)
         distributed = kind.optimizer == "distributed"
         settings = OptimizerConfig(
             optimizer="adam",

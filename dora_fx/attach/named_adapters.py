@@ -1,0 +1,229 @@
+"""Several adapters on one base: add, change, delete, and use one for a while.
+
+One adapter is active. It is what a model with a single adapter has: its parameters are those that `model.parameters()`
+yields, its state-dict keys are the same, and saving, loading, exporting, importing and merging work on it. Names are
+PEFT's, as is that of an adapter that was attached by `DoRA` itself, "default".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel as TorchDDP
+
+from dora_fx.attach.adapter_bank import AdapterBank, bank_of, guard_changes, keep_bank, put_in, sites_of, take_out
+from dora_fx.attach.config import DoRA
+from dora_fx.attach.merging import is_merged
+from dora_fx.megatron import Model, ModelT, chunks_of, data_parallel_around, walk
+from dora_fx.modules import DoRALinear
+
+_NOT_REDUCED = (
+    "found {} made for another adapter, which would not reduce the gradients of this one, expected a wrapper that was "
+    "made while this one was active"
+)
+
+
+def add_adapter(model: ModelT, name: str, dora: DoRA) -> ModelT:
+    """Add an adapter with settings of its own to a model, which is returned; the active adapter stays active.
+
+    The first adapter of a model becomes the active one. Adapters may have other targets, ranks, alphas and dropouts;
+    what one trains is no part of another. Every rank calls it. Everything is checked before anything is changed.
+
+    Args:
+        model: a model, or a list or a tuple of model chunks. With an adapter it must not be wrapped for data
+            parallelism yet, since the wrappers' buffers hold the parameters of one adapter: add all adapters first,
+            and make a wrapper for each while it is active.
+        name: a new one, without dots.
+        dora: as for a call of `DoRA` on the model; its `report` is that of this adapter.
+
+    Raises:
+        ValueError: the name is taken, empty or has a dot; the model is merged, wrapped for data parallelism or sharded,
+            or has its adapter switched off; or as a call of `DoRA` raises.
+        TypeError: as a call of `DoRA` raises.
+    """
+    chunks = chunks_of(model)
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name: found {name!r}, expected a name of an adapter, without dots")
+    taken = adapter_names(chunks)
+    if name in taken:
+        raise ValueError(f"adapter {name!r}: found it on the model already, expected another name than {list(taken)}")
+    if not taken:
+        dora(model)
+        for chunk in chunks:
+            keep_bank(chunk, AdapterBank(name))
+        return model
+    _check_changeable(chunks)
+    _check_unwrapped(chunks, name)
+    modes = [(module, module.training) for chunk in chunks for module in chunk.modules()]
+    trained = [(parameter, parameter.requires_grad) for chunk in chunks for parameter in chunk.parameters()]
+    active = [take_out(chunk) for chunk in chunks]
+    try:
+        dora(model)
+        added = [take_out(chunk) for chunk in chunks]
+    finally:
+        for chunk, sites in zip(chunks, active, strict=True):
+            put_in(chunk, sites)
+        for module, mode in modes:
+            module.training = mode
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+    for chunk, sites in zip(chunks, added, strict=True):
+        bank = bank_of(chunk)
+        bank.inactive[name] = sites
+        keep_bank(chunk, bank)
+        guard_changes(chunk, bank)
+    return model
+
+
+def set_adapter(model: ModelT, name: str) -> ModelT:
+    """Make an adapter the active one, on every rank; the model is returned.
+
+    Nothing is computed or compiled for it: each adapter keeps its norms, and adapters of the same targets and ranks
+    share one compiled graph. Optimizers keep the parameters that they were made with. An adapter that is not active
+    gets no gradient; it has the dtype and the device that the base has when it becomes active.
+
+    Args:
+        model: a model, or a list or a tuple of model chunks, bare or wrapped. A wrapper for data parallelism knows the
+            adapter that was active when it was made; another one's gradients it would not reduce, so it is refused
+            here, and where the bare model is given, by the wrapper's next call.
+        name: of an adapter of the model.
+
+    Raises:
+        ValueError: there is no such adapter, the model is merged, its adapter is switched off, or a wrapper around it
+            does not know the parameters of this one.
+    """
+    chunks = chunks_of(model)
+    _check_known(chunks, name)
+    if all(bank_of(chunk).active == name for chunk in chunks):
+        return model
+    _check_changeable(chunks)
+    _check_wrappers_know(chunks, name)
+    for chunk in chunks:
+        bank = bank_of(chunk)
+        if bank.active == name:
+            continue
+        assert bank.active is not None
+        sites = bank.inactive.pop(name)
+        bank.inactive[bank.active] = take_out(chunk)
+        put_in(chunk, sites)
+        bank.active = name
+        bank.record.note_change(name)
+        guard_changes(chunk, bank)
+    return model
+
+
+@contextmanager
+def adapter(model: Model, name: str) -> Iterator[None]:
+    """Within the context an adapter is the active one; afterwards, also after an exception, the one of before is.
+
+    Raises:
+        ValueError: as `set_adapter` raises.
+    """
+    before = active_adapter(model)
+    set_adapter(model, name)
+    try:
+        yield
+    finally:
+        if before is not None:
+            set_adapter(model, before)
+
+
+def delete_adapter(model: ModelT, name: str) -> ModelT:
+    """Delete an adapter that is not active, on every rank; the model is returned.
+
+    Raises:
+        ValueError: there is no such adapter, or it is the active one.
+    """
+    chunks = chunks_of(model)
+    _check_known(chunks, name)
+    if active_adapter(chunks) == name:
+        raise ValueError(
+            f"adapter {name!r}: found it active, expected another one to be: call set_adapter before, or merge it"
+        )
+    for chunk in chunks:
+        bank = bank_of(chunk)
+        del bank.inactive[name]
+        guard_changes(chunk, bank)
+    return model
+
+
+def active_adapter(model: Model) -> str | None:
+    """Return the name of the active adapter; None for a model without adapters."""
+    return next((name for chunk in chunks_of(model) if (name := bank_of(chunk).active) is not None), None)
+
+
+def adapter_names(model: Model) -> tuple[str, ...]:
+    """Return the names of all adapters of a model, the active one first."""
+    return tuple(dict.fromkeys(name for chunk in chunks_of(model) for name in bank_of(chunk).names))
+
+
+def _check_known(chunks: Sequence[nn.Module], name: str) -> None:
+    names = adapter_names(chunks)
+    if name not in names:
+        raise ValueError(f"adapter {name!r}: found no such adapter, expected one of {list(names)}")
+
+
+def _check_changeable(chunks: Sequence[nn.Module]) -> None:
+    """Raise ValueError where changing the adapter would lose what the caller did to the active one."""
+    for chunk in chunks:
+        for _, path, module in walk(chunk, DoRALinear):
+            if isinstance(module, DoRALinear):
+                if not module._adapter_enabled:
+                    raise ValueError(f"{path}: found its adapter switched off, expected it on: leave disable_adapter")
+            elif is_merged(module):
+                raise ValueError(f"{path}: found the adapter merged into it, expected unmerge or the end of `merged`")
+
+
+def _check_unwrapped(chunks: Sequence[nn.Module], name: str) -> None:
+    if wrappers := data_parallel_around(chunks):
+        raise ValueError(
+            f"adapter {name!r}: found {type(wrappers[0]).__name__} around the model, whose buffers were made for the "
+            "adapter that it has, expected the bare model: add all adapters first, and make a wrapper for each"
+        )
+
+
+def _check_wrappers_know(chunks: Sequence[nn.Module], name: str) -> None:
+    """Raise ValueError if gradients of an adapter would not be reduced over the ranks that those of the active one are.
+
+    A wrapper is made while its adapter is active, so a bare model may change to one that no wrapper knows yet. A call
+    of a wrapper that was made for another adapter then raises.
+    """
+    for chunk in chunks:
+        coming = [p for site in bank_of(chunk).inactive[name] for p in site.adapter.parameters() if p.requires_grad]
+        leaving = [p for site in sites_of(chunk) for p in site.adapter.parameters()]
+        if coming and any(isinstance(p, DTensor) for p in leaving) and not all(isinstance(p, DTensor) for p in coming):
+            raise ValueError(f"adapter {name!r}: " + _NOT_REDUCED.format("fully_shard"))
+        wrappers = [module for module in chunk.modules() if isinstance(module, (DistributedDataParallel, TorchDDP))]
+        for wrapper in wrappers:
+            _check_wrapper_knows(wrapper, name, coming)
+        is_wrapped = any(hasattr(p, "main_grad") for p in leaving)
+        if not wrappers and is_wrapped and not all(hasattr(p, "main_grad") for p in coming):
+            for wrapper in data_parallel_around([chunk]):
+                if not any(isinstance(hook, _WrapperGuard) for hook in wrapper._forward_pre_hooks.values()):
+                    wrapper.register_forward_pre_hook(_WrapperGuard(chunk))
+
+
+def _check_wrapper_knows(wrapper: Any, name: str | None, trained: Iterable[nn.Parameter]) -> None:
+    is_torch = isinstance(wrapper, TorchDDP)
+    reduced = {id(p) for p in (wrapper._module_parameters if is_torch else wrapper.param_to_bucket_group)}
+    if not all(id(parameter) in reduced for parameter in trained):
+        raise ValueError(f"adapter {name!r}: " + _NOT_REDUCED.format(type(wrapper).__name__))
+
+
+@dataclass
+class _WrapperGuard:
+    """A forward pre-hook of a wrapper for data parallelism around a chunk whose active adapter may be another's."""
+
+    chunk: nn.Module
+
+    def __call__(self, wrapper: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            trained = [p for site in sites_of(self.chunk) for p in site.adapter.parameters() if p.requires_grad]
+            _check_wrapper_knows(wrapper, bank_of(self.chunk).active, trained)

@@ -1,0 +1,70 @@
+"""Adapters that train in turns on one base end where each ends alone, at every layout and with Megatron's wrapper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dora_fx
+from dora_fx import DoRA
+from tests.distributed.launch import visit_worlds
+from tests.distributed.pipeline_gpt import (
+    TARGETS,
+    Kind,
+    Layout,
+    Training,
+    build_base,
+    set_adapter_values,
+    trained_parameters,
+)
+from tests.distributed.test_checkpoint_reshaping import assert_same_checkpoint
+
+MLP = ["linear_fc1", "linear_fc2"]
+ADAPTERS = {"policy": dict(targets=TARGETS, dim=4), "reward": dict(targets=MLP, dim=8)}
+LAYOUTS = [Layout(tp=2), Layout(pp=2, vpp=2), Layout(dp=2)]
+
+
+def train_in_turns(layout: Layout, folder: Path, kind: Kind) -> None:
+    chunks = build_base(layout, kind)
+    together = {}
+    for name, settings in ADAPTERS.items():
+        dora_fx.add_adapter(chunks, name, DoRA(settings["targets"], dim=settings["dim"], alpha=8))
+    for name in ADAPTERS:
+        with dora_fx.adapter(chunks, name):
+            set_adapter_values(chunks, layout, name)
+            together[name] = Training(layout, kind, chunks=chunks)
+    alone = {name: Training(layout, kind, name, **settings) for name, settings in ADAPTERS.items()}
+    for number in range(2):
+        for name, training in together.items():
+            dora_fx.set_adapter(training.chunks, name)
+            assert training.train(number) == alone[name].train(number)
+    for name, training in together.items():
+        with dora_fx.adapter(chunks, name):
+            found, expected = (trained_parameters(one.chunks) for one in (training, alone[name]))
+            for (path, value, _), (_, wanted, _) in zip(found, expected, strict=True):
+                assert torch.equal(value, wanted), path
+            dora_fx.save_checkpoint(training.chunks, folder / f"{name} together {layout}", training.optimizer)
+        dora_fx.save_checkpoint(alone[name].chunks, folder / f"{name} alone {layout}", alone[name].optimizer)
+    if layout.pp == 1:
+        refuse_other_wrappers(chunks, together["policy"])
+
+
+def refuse_other_wrappers(bare: list[nn.Module], training: Training) -> None:
+    dora_fx.set_adapter(bare, "reward")
+    with pytest.raises(ValueError, match="adapter 'reward': found DistributedDataParallel made for another adapter"):
+        training.train(0)
+    dora_fx.set_adapter(bare, "policy")
+    with pytest.raises(ValueError, match="adapter 'more': found DistributedDataParallel around the model"):
+        dora_fx.add_adapter(bare, "more", DoRA(MLP))
+    assert dora_fx.adapter_names(bare) == tuple(ADAPTERS)
+
+
+@pytest.mark.parametrize("kind", [Kind(sequence_parallel=True), Kind(optimizer="distributed")], ids=str)
+def test_in_turns_and_alone(kind: Kind, tmp_path: Path) -> None:
+    visit_worlds([(train_in_turns, layout) for layout in LAYOUTS], tmp_path, kind)
+    for layout in LAYOUTS:
+        for name in ADAPTERS:
+            assert_same_checkpoint(tmp_path / f"{name} together {layout}", tmp_path / f"{name} alone {layout}")
