@@ -9,7 +9,9 @@ if __name__ != "dora_fx.passes":
 
 from functools import partial
 
+from dora_fx.passes.base_ops import op_name
 from dora_fx.passes.cache_keys import cacheable_functions, calls_only_known_functions
+from dora_fx.passes.graph_utils import module_path, referenced_graph_maybe
 from dora_fx.passes.pipeline import GraphPass, run_passes
 from dora_fx.passes.rewrite_dora_pass import Unmatched, rewrite_dora_pass
 from dora_fx.passes.same_graph import check_same_graph
@@ -37,6 +39,9 @@ __all__ = [
     "calls_only_known_functions",
     "check_same_graph",
     "default_passes",
+    "module_path",
+    "op_name",
+    "referenced_graph_maybe",
     "run_passes",
     "site_inputs_of",
     "tensor_parallel_groups",
