@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,12 @@ from variants import HAS_BRIDGE, PlainGatedMLP, gated_mlp, with_bridge_dora, wit
 REFERENCE = "LoRA compiled"
 TARGETS = ["linear_fc1", "linear_fc2"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# A model, and the arguments of `torch.compile`, or None for eager.
+Variant = tuple[nn.Module, dict[str, Any] | None]
 
 
-def make_variants(options: argparse.Namespace, device: str) -> dict[str, tuple[nn.Module, dict[str, Any] | None]]:
-    """Name -> (model, arguments of `torch.compile` or None for eager)."""
+def make_variants(options: argparse.Namespace, device: str) -> dict[str, Variant]:
+    """Every variant by name, or those of `--only`."""
     sizes = (options.hidden, options.ffn, DTYPES[options.dtype], device)
 
     def mlp(attach: Callable[..., nn.Module]) -> nn.Module:
@@ -38,7 +40,7 @@ def make_variants(options: argparse.Namespace, device: str) -> dict[str, tuple[n
 
     inductor: dict[str, Any] = {"backend": "inductor"}
     every_call = {"backend": "dora_fx", "options": {"weight_norm": "every_call"}}
-    variants: dict[str, tuple[nn.Module, dict[str, Any] | None]] = {
+    variants: dict[str, Variant] = {
         "base compiled": (gated_mlp(*sizes), inductor),
         REFERENCE: (mlp(with_lora), inductor),
         CONTROL: (mlp(with_lora), inductor),
@@ -56,39 +58,83 @@ def make_variants(options: argparse.Namespace, device: str) -> dict[str, tuple[n
     return {name: variant for name, variant in variants.items() if name in wanted}
 
 
-def make_step(call: Callable[..., Any], model: nn.Module, x: torch.Tensor, micro_batches: int) -> Callable[[], None]:
-    """One optimizer step. The input takes a gradient too, as in the middle of a model."""
+def make_step(
+    call: Callable[..., Any], model: nn.Module, x: torch.Tensor, micro_batches: int, *, keeps_gradients: bool = False
+) -> Callable[[], None]:
+    """One optimizer step. The input takes a gradient too, as in the middle of a model.
+
+    With `keeps_gradients` they are added up in the same memory in all steps, as a CUDA graph needs, whose next replay
+    overwrites what it has returned.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    for tensor in (*trained, x):
+        tensor.grad = torch.zeros_like(tensor) if keeps_gradients else None
 
     def step() -> None:
         for _ in range(micro_batches):
             call(x)[0].float().square().sum().backward()
         if optimizer is not None:
             optimizer.step()
-            optimizer.zero_grad()
-        x.grad = None
+            optimizer.zero_grad(set_to_none=not keeps_gradients)
+        x.grad = x.grad.zero_() if keeps_gradients and x.grad is not None else None
 
     return step
 
 
 def measure(options: argparse.Namespace, device: str) -> Comparison:
     x = torch.randn(options.tokens, 1, options.hidden, dtype=DTYPES[options.dtype], device=device, requires_grad=True)
+    variants = make_variants(options, device)
+    return compare_steps({name: lambda v=v: v for name, v in variants.items()}, x, options, device)
+
+
+def compare_steps(
+    variants: Mapping[str, Callable[[], Variant]],
+    x: torch.Tensor,
+    options: argparse.Namespace,
+    device: str,
+    failed: dict[str, str] | None = None,
+    **settings: bool,
+) -> Comparison:
+    """Compare training steps, with their memory, of variants that are made when it is their turn.
+
+    Args:
+        variants: `REFERENCE` and `CONTROL` are among them.
+        options: of `main`: `micro_batches`, `rounds`, `max_rounds` and `recompute`.
+        failed: where a variant that cannot be run is entered with the reason, and left out of the comparison; None
+            lets it raise.
+        settings: of `make_step`.
+    """
     steps, memory = {}, {}
-    call: Callable[..., Any]
-    for name, (model, settings) in make_variants(options, device).items():
-        call = model if settings is None else torch.compile(model, **settings)
-        if options.recompute:
-            call = functools.partial(checkpoint, call, use_reentrant=False)
-        steps[name] = make_step(call, model, x, options.micro_batches)
-        steps[name]()
-        peak = peak_bytes(steps[name], device)
-        memory[name] = {
-            "saved MiB": saved_bytes(lambda call=call: call(x)[0], model) / 2**20,
-            "peak MiB": peak / 2**20,
-        }
+    for name, make in variants.items():
+        try:
+            step, memory[name] = _prepare(*make(), x, options, device, settings)
+        except Exception as error:
+            if failed is None or name in (REFERENCE, CONTROL):
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"
+        else:
+            steps[name] = step
     found = compare(steps, REFERENCE, device, rounds=options.rounds, max_rounds=options.max_rounds)
     return replace(found, table={name: row | memory[name] for name, row in found.table.items()})
+
+
+def _prepare(
+    model: nn.Module,
+    compiled: dict[str, Any] | None,
+    x: torch.Tensor,
+    options: argparse.Namespace,
+    device: str,
+    settings: Mapping[str, bool],
+) -> tuple[Callable[[], None], dict[str, float]]:
+    """A training step of a model, which was taken once, and its memory."""
+    call: Callable[..., Any] = model if compiled is None else torch.compile(model, **compiled)
+    if options.recompute:
+        call = functools.partial(checkpoint, call, use_reentrant=False)
+    step = make_step(call, model, x, options.micro_batches, **settings)
+    step()
+    peak = peak_bytes(step, device)
+    return step, {"saved MiB": saved_bytes(lambda: call(x)[0], model) / 2**20, "peak MiB": peak / 2**20}
 
 
 def main() -> None:

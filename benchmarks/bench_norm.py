@@ -1,7 +1,8 @@
 """What do the row norms of W0 + s B A cost, in time and memory?
 
 This library's factored norm in blocks, the dense norm, PEFT's (which makes B A by multiplying an identity matrix)
-and the factored norm with everything in float32, on the same weights; errors are against float64.
+and the factored norm with everything in float32, on the same weights; errors are against float64. A call that is short
+waits for its launches, so the time of its kernels alone, on a CPU of its operators, stands beside it.
 
     python benchmarks/bench_norm.py
     python benchmarks/bench_norm.py --dtype bf16 --shapes 4096x4096x384 8192x28672x384
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measuring import CONTROL, Comparison, compare, peak_bytes, save, show
+from measuring import CONTROL, Comparison, compare, kernel_times, peak_bytes, save, show
+from variants import peft_norm
 
 from dora_fx.function.weight_norm import norm_dtype, norm_of_terms, norm_terms
 
@@ -49,11 +51,7 @@ def dense(weight: torch.Tensor, base_norm_sq: torch.Tensor, lora_a: torch.Tensor
 
 
 def peft(weight: torch.Tensor, base_norm_sq: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
-    from peft.tuners.lora.dora import DoraLinearLayer
-
-    identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    update = F.linear(F.linear(identity, lora_a), lora_b).t()
-    return DoraLinearLayer(fan_in_fan_out=False).get_weight_norm(weight, update, SCALING)
+    return peft_norm(weight, lora_a, lora_b, SCALING)
 
 
 NORMS: dict[str, Norm] = {
@@ -72,16 +70,21 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, device: str, rounds
     base_norm_sq = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
     tensors = (weight, base_norm_sq, lora_a, lora_b)
     exact = dense(*(tensor.double() for tensor in tensors))
-    errors, memory = {}, {}
-    for name, norm in NORMS.items():
-        memory[name] = {"temporary MiB": peak_bytes(lambda norm=norm: norm(*tensors), device) / 2**20}
-        found = norm(*tensors)
-        errors[name] = {"error x 1e6": float(((found.double() - exact) / exact).abs().max()) * 1e6}
     calls = {name: lambda norm=norm: norm(*tensors) for name, norm in NORMS.items()}
+    more = {}
+    for name, call in calls.items():
+        peak = peak_bytes(call, device)
+        error = (call().double() - exact) / exact
+        times = kernel_times(call, device).values()
+        more[name] = {
+            "temporary MiB": peak / 2**20,
+            "error x 1e6": 1e6 * float(error.abs().max()),
+            "kernels": float(sum(count for count, _ in times)),
+            "kernels' us": 1e3 * sum(milliseconds for _, milliseconds in times),
+        }
     calls[CONTROL] = calls[REFERENCE]
     found = compare(calls, REFERENCE, device, rounds=rounds, max_rounds=4 * rounds)
-    rows = {name: row | memory.get(name, {}) | errors.get(name, {}) for name, row in found.table.items()}
-    return replace(found, table=rows)
+    return replace(found, table={name: row | more.get(name, {}) for name, row in found.table.items()})
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:

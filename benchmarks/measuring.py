@@ -33,13 +33,25 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int, device:
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_number in range(-1, rounds):
         for name in list(functions)[:: 1 if round_number % 2 else -1]:
-            _wait_for(device)
-            begin = time.perf_counter()
-            functions[name]()
-            _wait_for(device)
+            took = _seconds_of(functions[name], device)
             if round_number >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(took)
     return seconds
+
+
+def _seconds_of(function: Callable[[], Any], device: str) -> float:
+    """Seconds of a call: between two events of the CUDA stream that are before and after it, or by the clock."""
+    if device != "cuda":
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin_event.record()
+    function()
+    end_event.record()
+    end_event.synchronize()
+    return begin_event.elapsed_time(end_event) / 1e3
 
 
 @dataclass(frozen=True)
@@ -75,11 +87,6 @@ def compare(
         held = 1 - CONTROL_WITHIN <= low <= high <= 1 + CONTROL_WITHIN
         if held or done >= max_rounds:
             return Comparison(table, done, held)
-
-
-def _wait_for(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], reference: str) -> Table:
@@ -137,6 +144,21 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
     return max(itertools.accumulate(changes, initial=0))
 
 
+def kernel_times(function: Callable[[], Any], device: str) -> dict[str, tuple[int, float]]:
+    """Names of the kernels that a call runs, on a CPU of its operators, with their number and milliseconds."""
+    is_cuda = device == "cuda"
+    # With a CPU's activities the device's would hold ranges around its kernels too.
+    with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiler:
+        function()
+        if is_cuda:
+            torch.cuda.synchronize()
+    wanted = torch.autograd.DeviceType.CUDA if is_cuda else torch.autograd.DeviceType.CPU
+    clock = "self_device_time_total" if is_cuda else "self_cpu_time_total"
+    rows = [row for row in profiler.key_averages() if row.device_type == wanted]
+    times = {row.key: (row.count, getattr(row, clock) / 1e3) for row in rows}
+    return dict(sorted(times.items(), key=lambda item: -item[1][1]))
+
+
 def show(comparison: Comparison, reference: str) -> None:
     """Print a comparison, a line per variant, with the columns that its rows have, and whether its control held."""
     table = comparison.table
@@ -160,14 +182,19 @@ def save(path: Path, comparisons: Mapping[str, Comparison], **sizes: Any) -> Non
 
 def save_tables(path: Path, tables: Mapping[str, Table], **more: Any) -> None:
     """Write tables that need no control as JSON, with the date, the versions and the machine."""
+    text = json.dumps({**surroundings(), **more, "tables": tables}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def surroundings() -> dict[str, Any]:
+    """The date, the versions and the machine."""
     import megatron.core
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    about = {
+    return {
         "date": str(date.today()),
         "torch": torch.__version__,
         "megatron_core": megatron.core.__version__,
         "device": device,
         "threads": torch.get_num_threads(),
     }
-    path.write_text(json.dumps({**about, **more, "tables": tables}, indent=1) + "\n", encoding="utf-8")

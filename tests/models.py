@@ -106,7 +106,7 @@ def randomize_adapters(model: nn.Module, seed: int = 1) -> None:
         noise = torch.randn(lora_b.shape, generator=generator, dtype=torch.float64)
         gain = 0.5 + torch.rand(magnitude.shape, generator=generator, dtype=torch.float64)
         lora_b.copy_(noise * lora_b.shape[1] ** -0.5 * 0.3)
-        magnitude.copy_(site._get_weight_norm().double() * gain)
+        magnitude.copy_(site._get_weight_norm().double() * gain.to(magnitude.device))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

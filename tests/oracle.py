@@ -83,13 +83,15 @@ def reference_outputs(layers: nn.ModuleDict, inputs: Results) -> Results:
     return outputs
 
 
-def expected_zoo_results(zoo: LinearZoo, inputs: Results, targets: Results) -> dict[str, Results]:
-    """What `zoo_results` should be."""
-    layers = reference_zoo(zoo)
-    leaves = {kind: x.detach().double().requires_grad_() for kind, x in inputs.items()}
+def expected_zoo_results(
+    zoo: LinearZoo, inputs: Results, targets: Results, dtype: torch.dtype = torch.float64
+) -> dict[str, Results]:
+    """What `zoo_results` should be, or the paper's formula makes of it in another `dtype`."""
+    layers = reference_zoo(zoo).to(dtype)
+    leaves = {kind: x.detach().to(dtype).requires_grad_() for kind, x in inputs.items()}
     torch.manual_seed(7)
     outputs = reference_outputs(layers, leaves)
-    zoo_loss(outputs, {kind: target.double() for kind, target in targets.items()}).backward()
+    zoo_loss(outputs, {kind: target.to(dtype) for kind, target in targets.items()}).backward()
     return {
         kind: {
             "output": outputs[kind].detach(),
