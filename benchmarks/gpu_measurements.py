@@ -86,16 +86,17 @@ def _shown(found: Comparison) -> str:
 
 
 def kernels(settings: Settings) -> dict[str, Any]:
-    """Kernels of a layer's graphs as they are generated, and as one forward and backward pass runs them."""
-    tokens, result = settings.tokens[1], {}
+    """Kernels of a layer's graphs as they are generated, and as a training step of one micro-batch runs them."""
+    tokens = settings.tokens[1]
+    result: dict[str, Any] = {}
+    if settings.warm_up:
+        # What is generated is read as it is compiled, which caches would leave out.
+        return result
     with quiet_world(settings.device):
         x = layer_input(settings, tokens)
         for name, attach, compiled in (("LoRA", with_lora, INDUCTOR), ("dora_fx", with_dora, DORA_FX)):
             model = attach(whole_layer(settings, tokens), settings.dim, GPT_TARGETS)
             step = make_step(torch.compile(model, **compiled), model, x, micro_batches=1)
-            if settings.warm_up:
-                step()
-                continue
             with fresh_cache():
                 _, sources = run_and_get_code(step)
             times = kernel_times(step, settings.device)

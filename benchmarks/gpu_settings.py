@@ -29,7 +29,7 @@ class Settings:
     tokens: tuple[int, int, int] = (512, 4096, 8192)
     micro_batches: int = 8
     rounds: int = 10
-    max_rounds: int = 40
+    max_rounds: int = 30
     norms: tuple[str, ...] = ("4096x4096x16", "4096x4096x384")
     kinds: tuple[str, ...] | None = None
 

@@ -65,9 +65,9 @@ STEPS = {
     "correctness of a layer": Step("gpu_checks.correctness_of_layer", is_timed=False),
     "training": Step("gpu_checks.training", is_timed=False),
     "layer 4096": Step("gpu_measurements.layer", (1,)),
-    "kernels": Step("gpu_measurements.kernels"),
     "layer 512": Step("gpu_measurements.layer", (0,)),
     "norms": Step("gpu_measurements.norms", limit_s=60),
+    "kernels": Step("gpu_measurements.kernels"),
     "layer 8192": Step("gpu_measurements.layer", (2,)),
     "looks": Step("gpu_measurements.looks", limit_s=90),
     "CUDA graphs": Step("gpu_measurements.cuda_graphs"),
@@ -233,6 +233,11 @@ def parse() -> argparse.Namespace:
         parser.add_argument(internal, help=argparse.SUPPRESS)
     parser.add_argument("--warm-up", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    if options.prepare is not None and (others := given - {"prepare", "python"}):
+        parser.error(f"--prepare: downloads and does no more; found --{min(others)} beside it")
+    if options.prepare is None and "python" in given:
+        parser.error("--python: says for what --prepare downloads wheels; found no --prepare")
     if not options.json.resolve().parent.is_dir():
         parser.error(f"--json: found no folder {options.json.resolve().parent}, expected one that is there")
     if options.jobs is None:
