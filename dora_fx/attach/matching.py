@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,11 +100,3 @@ def _output_layers(chunk: nn.Module) -> set[nn.Module]:
     is_classifier = type(model).__name__.endswith("ForSequenceClassification")
     heads = [getattr(model, name, None) for name in _CLASSIFIER_HEADS if is_classifier]
     return {unwrap(head) for head in heads if head is not None}
-
-
-def nearest_names(chunks: Sequence[nn.Module], pattern: str, count: int = 3) -> list[str]:
-    """Return the names of the model's linear layers that are spelled most like `pattern`."""
-    linears = [named for chunk in chunks for named in walk(chunk, DoRALinear) if looks_like_linear(named.module)]
-    names = {named.path.rpartition(".")[2] for named in linears}
-    close = difflib.get_close_matches(pattern.rpartition(".")[2], sorted(names), n=count, cutoff=0.0)
-    return close or sorted(names)[:count]

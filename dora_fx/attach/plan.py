@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed._composable.replicate import DDP as ComposableDDP
 
 from dora_fx.attach.attach_listeners import call_attach_listeners
-from dora_fx.attach.matching import find_targets, nearest_names
+from dora_fx.attach.layer_names import called_here_maybe, hint
+from dora_fx.attach.matching import find_targets
 from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.cache import is_traced
@@ -92,24 +93,20 @@ def check_targets_matched(settings: DoRASettings, chunks: Sequence[nn.Module], p
     """
     stages = of_all_stages((len(plan.new) + len(plan.existing), plan.unmatched_targets, plan.idle_patterns))
     if not any(num_targets for num_targets, *_ in stages):
-        names = nearest_names(chunks, settings.target_modules[0] if settings.target_modules else "")
         raise ValueError(
             f"DoRA.target_modules: no module matched {list(settings.target_modules)}; "
-            f"the nearest linear layers are {names}"
+            f"{hint(chunks, settings.target_modules)}"
         )
     for pattern in plan.unmatched_targets:
         if all(pattern in unmatched for _, unmatched, _ in stages):
-            _warn_or_raise(
-                settings,
-                f"DoRA.target_modules: {pattern!r} matched nothing; "
-                f"the nearest linear layers are {nearest_names(chunks, pattern)}",
-            )
+            _warn_or_raise(settings, f"DoRA.target_modules: {pattern!r} matched nothing; {hint(chunks, [pattern])}")
     for name, pattern in plan.idle_patterns:
         if all((name, pattern) in idle for *_, idle in stages):
+            called = called_here_maybe(chunks, [pattern])
             _warn_or_raise(
                 settings,
                 f"DoRA.{name}: {pattern!r} decides for no adapted layer, expected a name, path or pattern of one that "
-                "no pattern before it names",
+                f"no pattern before it names{f'; {called}' if called else ''}",
             )
 
 
