@@ -36,7 +36,11 @@ def merged_state_dict(checkpoint: HFCheckpoint, modules: Mapping[str, PeftModule
         if weight is None or found != expected:
             raise ValueError(f"{name}: found an adapter for a weight of shape {found}, the base has {expected}")
         if path == LM_HEAD and checkpoint.config.tie_word_embeddings:
-            raise ValueError(f"{name}: the weight is tied to the embedding, which merging would change too")
+            raise ValueError(
+                f"{name}: the weight is tied to the embedding, which merging would change too; export the adapter "
+                "(dora-fx export), which PEFT computes beside the base, or train it without output_layer among "
+                "--target-modules and merge that"
+            )
         merged[name] = _merge(weight, module, module.scaling)
     return merged
 

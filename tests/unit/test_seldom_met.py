@@ -116,7 +116,9 @@ def test_a_tied_output_layer_is_not_merged_into_a_base(
     dora_fx.save_checkpoint(model, tmp_path / "checkpoint")
     arguments = ["merge", tmp_path / "checkpoint", "--base", tmp_path / "base", "--to", tmp_path / "new"]
     assert main(list(map(str, arguments))) == 2
-    assert "lm_head.weight: the weight is tied to the embedding" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "lm_head.weight: the weight is tied to the embedding" in error
+    assert "dora-fx export" in error and "without output_layer" in error
     assert not (tmp_path / "new").exists()
 
 
