@@ -1,4 +1,4 @@
-"""Compile a Megatron model through the dora_fx backend, with as few graphs as it can do with."""
+"""Compile a model of Megatron or transformers through the dora_fx backend, with as few graphs as it can do with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils._pytree import tree_map_only
 
-from dora_fx.megatron import ModelT, chunks_of, derives_from, unwrap, walk
+from dora_fx.megatron import (
+    ModelT,
+    chunks_of,
+    derives_from,
+    is_transformers_layer,
+    is_transformers_model,
+    unwrap,
+    walk,
+)
+from dora_fx.transformers_calls import compile_layer, compile_whole, leave_out_caches
 
 Scope = Literal["layer", "model"]
 
@@ -31,17 +40,23 @@ def compile_model(
     mode: str | None = None,
     **options: Any,
 ) -> ModelT:
-    """Compile a Megatron model in place through `backend="dora_fx"`, at its next calls; return the model.
+    """Compile a Megatron or transformers model in place through `backend="dora_fx"`, at its next calls; return it.
 
     It is compiled in place, so names, state dicts and checkpoints stay as they are. Adapters may be attached before or
-    after. All layers of a kind share a graph, and sequence lengths that change cause at most one more. Hooks see to
-    that:
+    after. All layers of a kind share a graph, and sequence lengths that change cause at most one more. For a Megatron
+    model, hooks see to that:
 
     - the embedding's output is copied, since with one sequence in the batch it is a view, which Megatron copies in
       a way that Dynamo does not trace; with `scope="layer"` it also requires a gradient, as the input of all other
       layers does, at the price of one layer's gradient of its input;
     - with `scope="layer"`, Megatron's buffer for attention scores is allocated before compiled code writes into it;
       rotary positions that Megatron keeps from a call in inference mode are copied for training.
+
+    A transformers model is called as it always is. In calls without a cache of keys and values its layers are compiled,
+    gradient checkpointing included, and the input of the first one that is trained requires a gradient. Calls with a
+    cache (`generate`), or that return hidden states or attentions, run uncompiled. transformers makes a cache in every
+    call that does not say; a compiled model makes none in a call in training mode with gradients, nor in one with
+    labels, unless `use_cache=True` or a cache is passed. Evaluate with labels or `use_cache=False`.
 
     Compiling changes settings of Dynamo for the whole process, see `megatron.dynamo_settings`; importing `dora_fx` and
     attaching adapters do not.
@@ -51,7 +66,8 @@ def compile_model(
         scope: "layer" compiles each transformer layer by itself: short compilation, whatever the depth. "model" makes
             one graph of each chunk.
         fullgraph: raise where Dynamo would break a graph, in place of running a part uncompiled. The default is to
-            raise, but for models with Transformer Engine's attention, which breaks graphs where it chooses to.
+            raise, but for models with Transformer Engine's attention, which breaks graphs where it chooses to, and for
+            those of transformers, whose code has no such promise.
         dynamic, mode: as in `torch.compile`.
         options: of the backend (`inner_compiler`, `weight_norm`, `unmatched`, `rank_timeout`), or Inductor's.
 
@@ -70,7 +86,7 @@ def compile_model(
     for chunk in chunks:
         _check_compilable(chunk, scope)
     for chunk in chunks:
-        is_whole = not _breaks_graphs(chunk) if fullgraph is None else fullgraph
+        is_whole = not _may_break_graphs(chunk) if fullgraph is None else fullgraph
         settings = {"backend": dora_fx, "fullgraph": is_whole, "dynamic": dynamic, "options": options}
         _compile_chunk(chunk, scope, settings)
     return model
@@ -85,8 +101,19 @@ def _layers(chunk: nn.Module) -> list[nn.Module]:
     wrappers = {
         unwrap(module): module for module in reversed(list(chunk.modules())) if isinstance(module, ActivationWrapper)
     }
-    layers = [named.module for named in walk(chunk) if isinstance(named.module, BaseTransformerLayer)]
+    layers: list[nn.Module] = []
+    within: set[nn.Module] = set()
+    for named in walk(chunk):
+        layer = named.module
+        # Some encoders of transformers have stages that are layers by their class, and hold layers.
+        if _is_layer(layer) and layer not in within:
+            layers.append(layer)
+            within.update(layer.modules())
     return [wrappers.get(layer, layer) for layer in layers]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, BaseTransformerLayer) or is_transformers_layer(module)
 
 
 def _check_compilable(chunk: nn.Module, scope: Scope) -> None:
@@ -99,27 +126,41 @@ def _check_compilable(chunk: nn.Module, scope: Scope) -> None:
         raise ValueError(f"model: found a {type(chunk).__name__} that is compiled already, expected one that is not")
 
 
-def _breaks_graphs(chunk: nn.Module) -> bool:
-    """Return whether a model has Transformer Engine's attention."""
-    return any(derives_from(module, "TEDotProductAttention") for module in chunk.modules())
+def _may_break_graphs(chunk: nn.Module) -> bool:
+    """Return whether a model has Transformer Engine's attention, or layers of transformers."""
+    return any(
+        derives_from(module, "TEDotProductAttention") or is_transformers_model(module) for module in chunk.modules()
+    )
 
 
 def _compile_chunk(chunk: nn.Module, scope: Scope, settings: dict[str, Any]) -> None:
     _compiled.add(chunk)
-    embedding_hook = as_a_fresh_tensor if scope == "model" else like_a_layer_output
-    for named in walk(chunk):
-        if isinstance(named.module, LanguageModelEmbedding):
-            named.module.register_forward_hook(embedding_hook)
-    if scope == "model":
-        # Buffers that grow are part of this graph, and cause no further recompilations.
+    _prepare_megatron_modules(chunk, scope)
+    if scope == "model" and is_transformers_model(chunk):
+        compile_whole(chunk, settings)
+    elif scope == "model":
         chunk.compile(**settings)
-        return
-    chunk.register_forward_pre_hook(_allocate_buffers, with_kwargs=True)
-    for named in walk(chunk):
-        if isinstance(named.module, RotaryEmbedding):
-            named.module.register_forward_hook(_as_ordinary_tensors)
-    for layer in _layers(chunk):
-        layer.compile(**settings)
+    else:
+        leave_out_caches(chunk)
+        for layer in _layers(chunk):
+            if is_transformers_layer(unwrap(layer)):
+                compile_layer(layer, settings)
+            else:
+                layer.compile(**settings)
+
+
+def _prepare_megatron_modules(chunk: nn.Module, scope: Scope) -> None:
+    """Register the hooks that `compile_model` documents, where a chunk has the modules that they are for."""
+    modules = [named.module for named in walk(chunk)]
+    embedding_hook = as_a_fresh_tensor if scope == "model" else like_a_layer_output
+    for module in modules:
+        if isinstance(module, LanguageModelEmbedding):
+            module.register_forward_hook(embedding_hook)
+        # Buffers that grow are part of a whole model's graph, and cause no further recompilations.
+        if isinstance(module, RotaryEmbedding) and scope == "layer":
+            module.register_forward_hook(_as_ordinary_tensors)
+    if scope == "layer" and any(isinstance(module, DotProductAttention) for module in modules):
+        chunk.register_forward_pre_hook(_allocate_buffers, with_kwargs=True)
 
 
 def as_a_fresh_tensor(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

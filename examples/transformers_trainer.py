@@ -60,9 +60,8 @@ def main(out: Path, base: str | None) -> None:
     dora = dora_fx.DoRA(target_modules="all-linear", dim=8, alpha=16)
     dora(model)
     print(dora.report)
-    # Trainer and accelerate take the names of backends that they know; a layer compiled in place needs none of theirs.
-    for layer in model.model.layers:
-        layer.compile(backend="dora_fx")
+    # Trainer and accelerate accept only names of backends that they know; a model compiled in place needs none of them.
+    dora_fx.compile_model(model)
 
     # A second run goes on where the last checkpoint was saved.
     checkpoint = get_last_checkpoint(str(out))

@@ -14,32 +14,12 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
+from dora_fx.megatron import Arguments, need_gradient, with_gradient
 from dora_fx.modules import DoRALinear
 
 # Megatron's modules that checkpoint layers which they hold, or whose layers checkpoint parts of themselves. Known by
 # their names, since no version of Megatron has all of them.
 _STACKS = {"TransformerBlock", "MambaStack", "HybridStack", "MultiTokenPredictionBlock"}
-
-# The input by which the output of `_NeedGradient` needs a gradient. It gets none itself, and may be on any device.
-_LEAF = torch.zeros((), requires_grad=True)
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _NeedGradient(torch.autograd.Function):
-    """Return a value that needs a gradient.
-
-    Dynamo does not trace `requires_grad_` where a result that depends on the value leaves the graph; it traces this.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-        # A view would not do: Megatron's checkpoint may replace the memory of its input, and refuses views.
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None]:
-        return None, None
 
 
 def train_through_recomputation(chunk: nn.Module) -> None:
@@ -76,9 +56,9 @@ def before_stack(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if not getattr(stack, "pre_process", True):
         # A later pipeline stage computes with this attribute, and not with its argument.
         if isinstance(stack.input_tensor, torch.Tensor) and not stack.input_tensor.requires_grad:
-            stack.input_tensor = _NeedGradient.apply(stack.input_tensor, _LEAF)
+            stack.input_tensor = need_gradient(stack.input_tensor)
         return None
-    return _with_gradient(args, kwargs)
+    return with_gradient(args, kwargs)
 
 
 def _recomputes(stack: Any) -> bool:
@@ -94,7 +74,7 @@ def _recomputes(stack: Any) -> bool:
 def before_wrapper(wrapper: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
     """Forward pre-hook of torch's wrapper that checkpoints a module."""
     if torch.is_grad_enabled() and _is_reentrant(wrapper.checkpoint_fn):
-        return _with_gradient(args, kwargs)
+        return with_gradient(args, kwargs)
     return None
 
 
@@ -102,26 +82,10 @@ def before_transformers_layer(layer: Any, args: tuple[Any, ...], kwargs: dict[st
     """Forward pre-hook of a layer of transformers, which checkpoints its `forward` (transformers 5.24)."""
     recomputes = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
     if recomputes and _is_reentrant(layer._gradient_checkpointing_func):
-        return _with_gradient(args, kwargs)
+        return with_gradient(args, kwargs)
     return None
 
 
 def _is_reentrant(checkpoint: Any) -> bool:
     """Return whether a checkpoint may be reentrant; True for functions other than torch's, of which it is not known."""
     return not (isinstance(checkpoint, functools.partial) and checkpoint.keywords.get("use_reentrant") is False)
-
-
-def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-    """Return a call's arguments with hidden states that need a gradient, None if they need one already."""
-    # Rotary embeddings are floats too, and come after the hidden states where nothing has a name.
-    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
-        hidden_states = kwargs["hidden_states"]
-        if hidden_states.requires_grad:
-            return None
-        return args, {**kwargs, "hidden_states": _NeedGradient.apply(hidden_states, _LEAF)}
-    for index, value in enumerate(args):
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            if value.requires_grad:
-                return None
-            return (*args[:index], _NeedGradient.apply(value, _LEAF), *args[index + 1 :]), kwargs
-    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from dora_fx.megatron import NamedModule, unwrap, walk
+from dora_fx.megatron import NamedModule, is_transformers_model, unwrap, walk
 from dora_fx.modules import DoRALinear
 from dora_fx.ranks import world_group
 
@@ -53,9 +52,3 @@ def model_record(chunks: Sequence[nn.Module]) -> ModelRecord:
         group=None if is_own else world_group(),
         is_writer=not dist.is_initialized() or dist.get_rank() == 0,
     )
-
-
-def is_transformers_model(module: nn.Module) -> bool:
-    """Return whether a module, which is no wrapper, is a transformers model; imports nothing."""
-    library = sys.modules.get("transformers.modeling_utils")
-    return library is not None and isinstance(module, library.PreTrainedModel)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from dora_fx.attach import adapted_layers, on_attach
 from dora_fx.hf.adapter_source import AdapterSource
 from dora_fx.hf.export_adapter import checked_source
-from dora_fx.hf.model_record import is_transformers_model, model_record
+from dora_fx.hf.model_record import model_record
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
-from dora_fx.megatron import NamedModule
+from dora_fx.megatron import NamedModule, is_transformers_model
 
 logger = logging.getLogger(__name__)
 

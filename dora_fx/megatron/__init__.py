@@ -5,6 +5,7 @@ from dora_fx.megatron.data_parallel import data_parallel_around, is_parameter_ga
 from dora_fx.megatron.dynamo_settings import allow_many_graphs, capture_megatron_whole
 from dora_fx.megatron.gradient_buckets import GradientBucket, find_bucket_maybe
 from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp
+from dora_fx.megatron.layer_inputs import Arguments, need_gradient, with_gradient, without_gradient
 from dora_fx.megatron.optimizer_copies import (
     MainCopy,
     copies_stepped_by,
@@ -15,6 +16,11 @@ from dora_fx.megatron.optimizer_copies import (
     write,
 )
 from dora_fx.megatron.te_classes import TE_MODULE, derives_from
+from dora_fx.megatron.transformers_classes import (
+    is_transformers_cache,
+    is_transformers_layer,
+    is_transformers_model,
+)
 from dora_fx.megatron.world import megatron_world, world_at_hand
 from dora_fx.megatron.wrappers import (
     Model,
@@ -32,6 +38,7 @@ __all__ = [
     "ATTENTION",
     "MLP",
     "TE_MODULE",
+    "Arguments",
     "GradientBucket",
     "MainCopy",
     "Model",
@@ -51,14 +58,20 @@ __all__ = [
     "hybrid_pattern_maybe",
     "is_attention_and_mlp",
     "is_parameter_gather_hook",
+    "is_transformers_cache",
+    "is_transformers_layer",
+    "is_transformers_model",
     "main_copies",
     "megatron_world",
     "memory_of",
+    "need_gradient",
     "rebuild_gradient_buffers",
     "replace_modules",
     "unwrap",
     "update_main_copies",
     "walk",
+    "with_gradient",
+    "without_gradient",
     "world_at_hand",
     "write",
 ]
