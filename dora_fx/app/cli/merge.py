@@ -27,8 +27,7 @@ def run(parsed: dict[str, Any]) -> int:
     saved = open_saved_adapter(parsed)
     if saved.base_path.is_dir():
         or_user_error(f"--base {saved.base}: ", companion_files, saved.base_path)
-    with display.phase(f"loading {saved.base_path.name}"):
-        checkpoint = load_base(saved)
+    checkpoint = load_base(saved, display)
     with display.phase("merging"):
         merged = or_user_error(f"{saved.path}: ", merged_state_dict, checkpoint, saved.modules)
     write_folder(target, lambda into: save_hf_model(checkpoint, merged, into))

@@ -1,6 +1,7 @@
 """Training data: records of files, what each says by its format, its tokens with those that are learned, sequences."""
 
 from dora_fx.app.data.base_tokenizer import BaseTokenizer, is_utf8
+from dora_fx.app.data.data_source import locate_data
 from dora_fx.app.data.encoding import TokenSample
 from dora_fx.app.data.formats import Conversation, Text
 from dora_fx.app.data.sequences import (
@@ -25,6 +26,7 @@ __all__ = [
     "demo_data",
     "held_out_indices",
     "is_utf8",
+    "locate_data",
     "read_data",
     "sequences_of_samples",
     "training_batch",

@@ -100,7 +100,7 @@ def data_files(path: Path) -> list[Path]:
     except OSError as error:
         raise ValueError(f"{path}: {reason_of(error)}") from error
     if not found:
-        raise ValueError(f"{path}: found no data file in the folder, expected some of {_SUFFIXES}")
+        raise ValueError(f"{path}: found no data file in the folder, expected some of {_NAMES_OF_SUFFIXES}")
     held_back = [file for file in found if _HELD_BACK.search(file.stem)]
     if held_back and len(held_back) < len(found):
         raise ValueError(
@@ -131,7 +131,7 @@ def _records_of(path: Path) -> list[Record]:
 
 def _reader_of(path: Path) -> Callable[[Path], Iterator[Record]]:
     if path.suffix not in _READERS:
-        raise ValueError(f"{path}: found a {path.suffix or 'suffixless'} file, expected {_SUFFIXES}")
+        raise ValueError(f"{path}: found a {path.suffix or 'suffixless'} file, expected {_NAMES_OF_SUFFIXES}")
     return _READERS[path.suffix]
 
 
@@ -270,4 +270,5 @@ _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".csv": _csv,
     ".parquet": _parquet,
 }
-_SUFFIXES = ".txt, .jsonl, .json, .csv or .parquet"
+SUFFIXES = tuple(_READERS)
+_NAMES_OF_SUFFIXES = ".txt, .jsonl, .json, .csv or .parquet"

@@ -23,13 +23,16 @@ class TrainingData:
     unused: Sequence[str] = ()
 
 
-def read_data(path: Path, format_name: str, columns: Mapping[str, str] | None = None) -> TrainingData:
+def read_data(
+    path: Path, format_name: str, columns: Mapping[str, str] | None = None, files: Sequence[Path] | None = None
+) -> TrainingData:
     """The samples of a file or folder.
 
     Args:
-        path: of the file or folder.
+        path: of the file or folder, or what the user named, for messages.
         format_name: `auto`, or the format that the user named.
         columns: what the data call fields of the format, by the format's names; others have their own.
+        files: to read in place of the path.
 
     Raises:
         UserError: a file cannot be read, no format or several have its fields, or a record is not of the format; the
@@ -39,7 +42,7 @@ def read_data(path: Path, format_name: str, columns: Mapping[str, str] | None = 
     named = None if format_name == "auto" else format_name
     check_columns(columns, named)
     try:
-        records, hidden = rename(path, read_records(path), columns)
+        records, hidden = rename(path, [each for file in files or [path] for each in read_records(file)], columns)
         found = format_of(records, named, columns)
         samples = [found.sample(record) for record in records]
     except ValueError as error:

@@ -16,18 +16,23 @@ from dora_fx.app.options.finetune_options import (
     options_from,
     saved_options,
 )
+from dora_fx.app.options.hub_name import HubName, hub_name_maybe, local_path_and_part, shown_name
 
 __all__ = [
     "DEMO_DEFAULTS",
     "LIST_OPTIONS",
     "PAIR_OPTIONS",
     "FinetuneOptions",
+    "HubName",
     "ModelOptions",
     "TrainingOptions",
     "add_options",
     "check_resumable",
+    "hub_name_maybe",
+    "local_path_and_part",
     "options_from",
     "saved_options",
+    "shown_name",
     "with_hint",
     "with_lists",
     "with_own_names",

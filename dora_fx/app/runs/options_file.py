@@ -30,16 +30,23 @@ def read_options_file(file: Path, flag: str | None = None) -> dict[str, Any]:
     return options
 
 
-def _read_yaml(path: Path) -> Any:
-    """Parse a YAML file of plain values, with limits of size and depth.
+def parse_plain_yaml(text: str, where: str) -> Any:
+    """Parse YAML of plain values, with a limit of depth; `where` is the file, for messages.
 
     Aliases (*name) are refused: each repeats a value, so that a few lines can stand for billions of values.
+
+    Raises:
+        UnsafeFileError: the text has an alias, or is nested too deeply.
+        yaml.YAMLError: it is no YAML.
     """
-    text = read_regular(path, at_most=_MOST_BYTES, follow_link=True).decode("utf-8")
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
             problem = "a value given by an alias" if depth <= _DEEPEST else "values nested too deeply"
-            raise UnsafeFileError(f"{path}: found {problem}, expected plain values")
+            raise UnsafeFileError(f"{where}: found {problem}, expected plain values")
     return yaml.safe_load(text)
+
+
+def _read_yaml(path: Path) -> Any:
+    return parse_plain_yaml(read_regular(path, at_most=_MOST_BYTES, follow_link=True).decode("utf-8"), str(path))

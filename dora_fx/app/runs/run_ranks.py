@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from dora_fx.ranks import broadcast_object, gather_objects, world_group
 T = TypeVar("T")
 
 _MOST_DIGITS = 9
+_LONGEST_DOWNLOAD = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,18 @@ class Ranks:
         """
         result = self.from_main(function, *args)
         return self.together(lambda: result if self.is_main else function(*args))
+
+    def node_first(self, function: Callable[..., T], *args: Any) -> T:
+        """Call `function` on one rank of each node, and then on the others, which find the cache that it filled.
+
+        May be called before the world starts. The others wait as long as a download takes.
+
+        Raises:
+            UserError: on every rank, if it raises on one.
+        """
+        is_first = self.local_rank == 0
+        result = self.meeting.together(lambda: function(*args) if is_first else None, timeout=_LONGEST_DOWNLOAD)
+        return self.together(lambda: cast(T, result) if is_first else function(*args))
 
     def largest(self, value: int) -> int:
         """Return the largest of the ranks' values on every rank."""

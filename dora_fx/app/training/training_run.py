@@ -8,14 +8,13 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import Tensor
 
 from dora_fx.app.bases import fitting_in_memory
 from dora_fx.app.data import BaseTokenizer
 from dora_fx.app.errors import Interrupted, UserError
-from dora_fx.app.options import FinetuneOptions, saved_options
+from dora_fx.app.options import FinetuneOptions, saved_options, shown_name
 from dora_fx.app.runs import Display, Ranks, RunFolder, StopSignals, TrainingDisplay, training_log
 from dora_fx.app.training.sample import generate_greedily
 from dora_fx.app.training.trainer import Trainer
@@ -293,8 +292,8 @@ class TrainingRun:
     def _title(self) -> str:
         """Return the title of the loss curve: the base, the data and the rank."""
         options, text = self.options, _DEMO_TITLES.get(self.options.demo)
-        base = "SmolLM2-135M" if options.base == "smollm2" else Path(options.base).name
-        return f"{base} on {text or Path(str(options.data)).name}: DoRA of rank {options.dim}"
+        base = "SmolLM2-135M" if options.base == "smollm2" else shown_name(options.base)
+        return f"{base} on {text or shown_name(str(options.data))}: DoRA of rank {options.dim}"
 
 
 _DEMO_TITLES = {"pirate": "a pirate's answers", "text": "Python's language reference"}
