@@ -333,8 +333,7 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 
 # What a resumed run may change: everything else decides which losses it goes through. A base and a text may have
 # moved: the checkpoint has digests of both, and refuses others. Another commit of a repository is refused by its name.
-# Adapters of one spec fit the layers of
-# another, or have other names and are refused.
+# Adapters of one spec fit the layers of another, or have other names and are refused.
 CHANGEABLE_ON_RESUME = frozenset(
     {"steps", "epochs", "check", "show_sample", "save_every", "eval_every", "patience", "keep", "log", "sample_tokens"}
     | {"device", "spec", "compile", "recompute", "tp", "pp", "dp", "sequence_parallel"}
