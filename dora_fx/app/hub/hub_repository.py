@@ -58,7 +58,7 @@ class HubRepository:
         Raises:
             UserError: as from `pinned`.
         """
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
         from huggingface_hub.utils import disable_progress_bars
 
         with self._explaining():
@@ -67,7 +67,14 @@ class HubRepository:
             # Fetches the list as well, and keeps it.
             disable_progress_bars()
             first, commit = _FIRST_FILES[self.kind], self.name.revision
-            found = snapshot_download(self.name.repository, repo_type=self.kind, revision=commit, allow_patterns=first)
+            found = snapshot_download(
+                self.name.repository,
+                repo_type=self.kind,
+                revision=commit,
+                allow_patterns=first,
+                # huggingface_hub 1.31 raises offline, where later versions look into the cache.
+                local_files_only=constants.HF_HUB_OFFLINE,
+            )
             if (listed := self._listed_maybe()) is not None:
                 return listed
             there = (path for path in Path(found).rglob("*") if path.is_file())
