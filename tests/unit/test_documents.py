@@ -58,7 +58,7 @@ def test_the_python_of_hugging_face_models_runs(tutorial_folder: Path) -> None:
     [block] = blocks("hugging_face.md", "python")
     names: dict[str, Any] = {}
     # What Inductor makes of it, the example of Trainer shows.
-    eager = block.replace('backend="dora_fx"', 'backend="dora_fx", options={"inner_compiler": "eager"}')
+    eager = block.replace("compile_model(model)", 'compile_model(model, inner_compiler="eager")')
     assert eager != block
     exec(compile(eager, "hugging_face.md", "exec"), names)
     assert names["merged_loss"] < names["loss"]

@@ -44,7 +44,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--demo", "--dropout", "1"], "DoRA.dropout: found 1.0, expected a probability in [0, 1)"),
         (["--demo", "--data", "x.txt"], "--demo brings its own data; leave out --data, or --demo"),
         ([], "nothing to train on; give --data FILE, or --demo for data that come along"),
-        (["--demo", "--base", "nowhere"], "nowhere: no such file or directory; expected one, or the name smollm2"),
+        (["--demo", "--base", "nowhere"], "nowhere: no such file or directory; expected one, or a model of"),
         (["--demo", "--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["--demo", "--schedule", "square"], "--schedule: Expected Literal['constant', 'linear', 'cosine']"),
         (
@@ -338,7 +338,7 @@ def test_columns_are_taken_with_spaces_and_commas(tmp_path: Path, capsys: pytest
         ["--config", str(config)],
     ):
         assert parse(["finetune", "--data", "x", *given])[1]["columns"] == expected
-    data = ["--data", "nowhere"]
+    data = ["--data", str(tmp_path)]
     for given, message in (
         (["--columns"], "--columns: Expected dict"),
         (["--columns", "prompt"], "--columns: found 'prompt', expected a name on each side of =, such as prompt=quest"),

@@ -30,15 +30,15 @@ def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     first_loss = names["model"](input_ids=names["tokens"], labels=names["tokens"]).loss
     # It learns: untrained, the loss is that of a guess among 64 tokens, 4.2.
     assert first_loss < 3.5
-    # A layer has seven sites. The input of the first layer needs no gradient, so it has a graph of its own.
-    assert counters["dora_fx"]["sites_rewritten"] == 14
+    # A layer has seven sites, and both layers share a graph.
+    assert counters["dora_fx"]["sites_rewritten"] == 7
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     fresh = names["transformers"].LlamaForCausalLM(names["base"].config)
     peft.PeftModel.from_pretrained(fresh, "adapter")
 
     exec(compile(megatron_block, "README.md, block 3", "exec"), names)
     model = names["model"]
-    assert model is names["gpt"] and counters["dora_fx"]["sites_rewritten"] >= 14 + 4
+    assert model is names["gpt"] and counters["dora_fx"]["sites_rewritten"] >= 7 + 4
     assert len(sites(model)) == 8
     assert len(names["optimizer"].state) == 24
     assert (tmp_path / "run" / "step_3" / "dora_fx.json").is_file()
