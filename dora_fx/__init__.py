@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from dora_fx.checkpoint import CheckpointError, load_bridge_checkpoint, load_checkpoint, save_checkpoint
     from dora_fx.compilation import compile_model
+    from dora_fx.explanation import explain
     from dora_fx.hf import compare_merged, export_hf, import_hf, iter_adapter, iter_merged
     from dora_fx.modules import DoRALinear, ParallelLinearDoRAAdapter, disable_adapter, invalidate_norms
     from dora_fx.preflight import CheckError, CheckReport, check
@@ -51,6 +52,7 @@ __all__ = [
     "config_overrides",
     "delete_adapter",
     "disable_adapter",
+    "explain",
     "export_hf",
     "import_hf",
     "invalidate_norms",
@@ -83,6 +85,7 @@ _HOMES = {
     "config_overrides": "dora_fx.attach",
     "delete_adapter": "dora_fx.attach",
     "disable_adapter": "dora_fx.modules",
+    "explain": "dora_fx.explanation",
     "export_hf": "dora_fx.hf",
     "import_hf": "dora_fx.hf",
     "invalidate_norms": "dora_fx.modules",

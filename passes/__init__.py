@@ -11,7 +11,7 @@ from functools import partial
 
 from dora_fx.passes.base_ops import op_name
 from dora_fx.passes.cache_keys import cacheable_functions, calls_only_known_functions
-from dora_fx.passes.graph_utils import module_path, referenced_graph_maybe
+from dora_fx.passes.graph_utils import module_path, referenced_graph_maybe, subgraph_modules
 from dora_fx.passes.pipeline import GraphPass, run_passes
 from dora_fx.passes.rewrite_dora_pass import Unmatched, rewrite_dora_pass
 from dora_fx.passes.same_graph import check_same_graph
@@ -33,6 +33,7 @@ def default_passes(
 
 
 __all__ = [
+    "GraphPass",
     "SiteInputs",
     "Unmatched",
     "cacheable_functions",
@@ -44,5 +45,6 @@ __all__ = [
     "referenced_graph_maybe",
     "run_passes",
     "site_inputs_of",
+    "subgraph_modules",
     "tensor_parallel_groups",
 ]

@@ -17,7 +17,7 @@ from dora_fx.attach.layer_names import called_here_maybe, hint
 from dora_fx.attach.matching import find_targets
 from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
-from dora_fx.cache import is_traced
+from dora_fx.cache import have_no_values, is_traced
 from dora_fx.megatron import NamedModule, TorchDDP, check_unsharded, data_parallel_around, replace_modules, unwrap, walk
 from dora_fx.modules import DoRALinear, LinearSpec, ParallelLinearDoRAAdapter, bypasses_its_linears, describe_linear
 from dora_fx.ranks import of_all_stages
@@ -263,10 +263,10 @@ def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:
 def _check_weight(path: str, weight: torch.Tensor) -> None:
     if weight.is_meta:
         raise ValueError(f"{path}: the base weight is on the meta device; load it before attaching DoRA")
-    if is_traced(weight):
+    if is_traced(weight) and not have_no_values(weight):
         raise ValueError(
-            f"{path}: found a fake base weight, or a tracer or FakeTensorMode around this call, expected neither: "
-            "norms are computed from the weight's values"
+            f"{path}: found a fake base weight, or a tracer or FakeTensorMode around this call, expected neither, or a "
+            "weight that was made under the FakeTensorMode that is active: norms are computed from the weight's values"
         )
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dim() != 2:
         raise ValueError(
@@ -279,6 +279,8 @@ def _check_weight(path: str, weight: torch.Tensor) -> None:
             f"{path}: found a base weight of class {type(weight).__module__}.{type(weight).__name__}, expected a plain "
             "tensor; quantised base weights are not supported"
         )
+    if have_no_values(weight):
+        return
     finite = torch.isfinite(weight.detach())
     if not finite.all():
         rows = (~finite).any(1).nonzero().flatten()

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dora_fx.attach.plan import PlannedSite
+from dora_fx.cache import have_no_values
 from dora_fx.function import RowScale, SiteOperands, StoredParameters, adapted_linear, norm_dtype
 from dora_fx.ranks import has_other_ranks, raise_on_every_rank_of_model
 
@@ -52,6 +53,8 @@ def try_layers(sites: Sequence[PlannedSite]) -> None:
 
 def _problem_maybe(site: PlannedSite) -> str | None:
     spec, name = site.spec, type(site.linear).__name__
+    if have_no_values(site.weight):
+        return None
     if spec.tp_group_name and not has_other_ranks(spec.tp_group):
         logger.info("%s: not tried, as its process group has no other ranks", site.path)
         return None

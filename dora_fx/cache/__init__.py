@@ -3,7 +3,7 @@
 from dora_fx.cache.active_adapter import ActiveAdapterRecord, note_adapter, raise_if_other
 from dora_fx.cache.fingerprint import mix
 from dora_fx.cache.parameter_cache import CachedSite, check, empty_base_norm, empty_cache, measure_base, refresh
-from dora_fx.cache.tracing import is_traced
+from dora_fx.cache.tracing import have_no_values, is_traced
 
 __all__ = [
     "ActiveAdapterRecord",
@@ -11,6 +11,7 @@ __all__ = [
     "check",
     "empty_base_norm",
     "empty_cache",
+    "have_no_values",
     "is_traced",
     "measure_base",
     "mix",

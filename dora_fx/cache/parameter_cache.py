@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dora_fx.cache.active_adapter import raise_if_changed
 from dora_fx.cache.freshness import (
@@ -97,7 +98,8 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
         RuntimeError: the parameters of this rank changed outside an optimizer's step, and another rank's did not.
         RuntimeError: the memory of a parameter was freed.
         RuntimeError: a backward pass repeats a call of another adapter than the active one.
-        ValueError: adapters are about to be trained beside tensors that were made in inference mode.
+        ValueError: the parameters are fake tensors; or adapters are about to be trained beside tensors that were made
+            in inference mode.
     """
     raise_if_changed((site.path, site.stored.lora_a) for site in sites)
     if torch.is_grad_enabled():
@@ -132,7 +134,7 @@ def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> None:
             is_stale[index] = not flag
     for entry, flag in zip(entries, is_stale, strict=True):
         if flag:
-            _raise_if_freed(entry)
+            _raise_if_unreadable(entry)
     # After a step every rank has the same stale sites, and they need not ask each other.
     if any(is_stale) and not any(is_from_earlier_step(site.cached.delta) for site in sites):
         is_stale = _agree(sites, is_stale, rank_timeout)
@@ -174,6 +176,7 @@ def measure_base(site: CachedSite) -> None:
 
     Raises:
         RuntimeError: the weight's memory was freed.
+        ValueError: the weight is a fake tensor.
     """
     entry = _base_entry(site)
     [is_up_to_date] = are_up_to_date([entry])
@@ -182,7 +185,7 @@ def measure_base(site: CachedSite) -> None:
 
 
 def _compute_base_norm(entry: CacheEntry) -> None:
-    _raise_if_freed(entry)
+    _raise_if_unreadable(entry)
     [weight] = entry.sources
     base_norm_sq, squares = entry.value, base_norm_squared(weight)
     # Equal norms are not written: the write would count as one into a source of the scales.
@@ -205,9 +208,14 @@ def _entry(site: CachedSite) -> CacheEntry:
     return CacheEntry(site.path, delta, sources, [buffer for buffer in others if buffer is not None])
 
 
-def _raise_if_freed(entry: CacheEntry) -> None:
-    """Raise RuntimeError where reading a tensor would end the process, as after weights were offloaded."""
+def _raise_if_unreadable(entry: CacheEntry) -> None:
+    """Raise where there is nothing to compute with: a fake tensor, or memory that was freed as by an offload."""
     for tensor in (*entry.sources, *entry.values):
+        if isinstance(tensor, FakeTensor):
+            raise ValueError(
+                f"{entry.path}: found fake tensors, which have no values to compute a norm from, expected real ones; "
+                "a model under FakeTensorMode can be traced, and dora_fx.explain says what it costs"
+            )
         if tensor.numel() and not tensor.untyped_storage().nbytes():
             found = f"found a tensor {tuple(tensor.shape)} of it whose memory was freed"
             raise RuntimeError(f"{entry.path}: {found}, expected parameters that hold their values")

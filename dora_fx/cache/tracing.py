@@ -23,6 +23,12 @@ _MODES = (
 )
 
 
+def have_no_values(*tensors: torch.Tensor) -> bool:
+    """Return whether the tensors belong to the FakeTensorMode that is active: they have shapes, and nothing to read."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return mode is not None and all(isinstance(tensor, FakeTensor) and tensor.fake_mode is mode for tensor in tensors)
+
+
 def is_traced(*tensors: torch.Tensor) -> bool:
     """Return whether operations on these tensors are traced, or have no effect on real memory.
 

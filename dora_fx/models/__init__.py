@@ -30,7 +30,7 @@ from dora_fx.models.hf_checkpoint import HFCheckpoint, load_hf_checkpoint, load_
 from dora_fx.models.hf_parts import HFParts, check_size
 from dora_fx.models.megatron_settings import check_settings
 from dora_fx.models.model_tensors import empty_model
-from dora_fx.models.specs import Spec, check_spec, default_spec
+from dora_fx.models.specs import Spec, check_spec, default_spec, empty_gpt_model
 
 __all__ = [
     "CONFIG",
@@ -62,6 +62,7 @@ __all__ = [
     "companion_files",
     "copy_companions",
     "default_spec",
+    "empty_gpt_model",
     "empty_model",
     "full_tensors",
     "known_architecture_maybe",

@@ -58,8 +58,18 @@ def empty_model(
     settings = _transformer_settings(architecture, dtype, device, sequence_parallel)
     is_hybrid = spec == "hybrid"
     model = _hybrid_model(architecture, settings) if is_hybrid else _gpt_model(architecture, spec, settings)
-    # The local spec builds its norms on the CPU, wherever the other layers are.
-    return model.to(device=device, dtype=dtype)
+    if any(parameter.dtype != dtype or parameter.device.type != device for parameter in model.parameters()):
+        # The local spec builds its norms on the CPU, wherever the other layers are.
+        model.to(device=device, dtype=dtype)
+    return model
+
+
+def empty_gpt_model(architecture: GPTArchitecture, dtype: torch.dtype, *, sequence_parallel: bool) -> Any:
+    """Build this rank's part of a GPTModel of the local spec on the CPU, allocated and not initialised.
+
+    Under FakeTensorMode it has shapes alone. Megatron's model-parallel groups must exist, and share it equally.
+    """
+    return empty_model(architecture, "local", dtype, "cpu", sequence_parallel)
 
 
 class FrozenRMSNorm(nn.RMSNorm):
@@ -70,7 +80,7 @@ class FrozenRMSNorm(nn.RMSNorm):
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 

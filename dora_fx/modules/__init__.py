@@ -17,7 +17,7 @@ from dora_fx.modules.kinds import LinearSpec, TorchLinear, bypasses_its_linears,
 from dora_fx.modules.linear_wrapper import DoRALinear
 from dora_fx.modules.marker import MarkedSite, dora_linear, read_site
 from dora_fx.modules.model_adapters import disable_adapter, invalidate_norms
-from dora_fx.modules.partial_gradients import GradientCompletion
+from dora_fx.modules.partial_gradients import GradientCompletion, complete
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.modules.site_paths import path_of
 from dora_fx.modules.whole_tensors import gather_whole
@@ -37,6 +37,7 @@ __all__ = [
     "check_dropout",
     "check_init_method",
     "check_use_rslora",
+    "complete",
     "describe_linear",
     "disable_adapter",
     "dora_linear",

@@ -15,7 +15,7 @@ import torch
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import nn
 
-from dora_fx.cache import CachedSite, empty_base_norm, empty_cache, measure_base
+from dora_fx.cache import CachedSite, empty_base_norm, empty_cache, have_no_values, measure_base
 from dora_fx.function import CachedParameters, StoredParameters, norm_dtype, row_norms
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.base_attributes import BaseAttributes
@@ -53,7 +53,8 @@ class AdaptedSite(BaseAttributes):
         # An accumulator has the shape and dtype of its parameter, and the magnitude's first value takes a norm.
         self._accumulators, self.complete_gradients = SiteAccumulators(), complete_gradients
         if adapter.weight_magnitude is None:
-            adapter.init_weight_magnitude(self._get_weight_norm())
+            is_valueless = have_no_values(self.base_weight)
+            adapter.init_weight_magnitude(self.base_norm_sq if is_valueless else self._get_weight_norm())
             note_path(adapter, path)
         self._accumulators = make_accumulators(adapter, path, complete_gradients)
         guard_optimizers()

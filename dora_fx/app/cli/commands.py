@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from dora_fx.app.options import add_options
+from dora_fx.app.options import add_options, add_options_of_layout
 
 _SAVED = "folder of a run of dora-fx finetune, or what dora_fx.save_checkpoint wrote"
 
@@ -131,12 +131,51 @@ def _chat_arguments(parser: Any) -> None:
     )
 
 
+def _explain_arguments(parser: Any) -> None:
+    parser.add_argument(
+        "base",
+        type=str,
+        help="a name such as llama3-70b, a Hugging Face folder or its config.json, or a GGUF file; no weights are read",
+    )
+    add_options_of_layout(parser)
+    parser.add_argument(
+        "--gradient-accumulation",
+        type=int,
+        default=0,
+        help="forward passes of one optimizer step, over all data-parallel ranks; dp x pp by default, the fewest that "
+        "keep every pipeline stage busy",
+    )
+    parser.add_argument(
+        "--attention",
+        type=Literal["flash", "local"],
+        default="flash",
+        help="flash keeps no attention scores, as fused attention on a GPU; local is Megatron's own, which keeps them",
+    )
+    parser.add_argument(
+        "--compare",
+        type=str,
+        nargs="+",
+        default=[],
+        help="layouts to show side by side, such as tp=4,pp=8 tp=8,pp=4; other options hold for all of them",
+    )
+    parser.add_argument(
+        "--memory", type=str | None, default=None, help="of a device, such as 80GiB: say whether the run fits into it"
+    )
+    parser.add_argument("--json", action="store_true", help="print the records as JSON in place of tables")
+
+
 COMMANDS = {
     "finetune": Command(
         "train a DoRA adapter on texts or conversations",
         "Train a DoRA adapter of a base model on texts or conversations, and write a run folder.",
         add_options,
         "dora_fx.app.cli.finetune",
+    ),
+    "explain": Command(
+        "say what a run costs before it runs: memory, operations and collectives of any layout",
+        "Say what a run with DoRA costs beside LoRA and the frozen base, per rank, without weights and on one CPU.",
+        _explain_arguments,
+        "dora_fx.app.cli.explain",
     ),
     "chat": Command(
         "talk to a trained or merged model",

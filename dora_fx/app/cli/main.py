@@ -97,6 +97,9 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any]]:
     if argv[:1] == ["finetune"]:
         own = with_own_names(argv[1:], _option_names(parsers["finetune"]))
         argv = ["finetune", *options_in_order(with_lists(own, LIST_OPTIONS, PAIR_OPTIONS))]
+    elif argv[:1] == ["explain"]:
+        own = with_own_names(argv[1:], _option_names(parsers["explain"]))
+        argv = ["explain", *with_lists(own, LIST_OPTIONS, PAIR_OPTIONS)]
     try:
         parsed = parser.parse_args(argv)
         if parsed.command == "finetune" and parsed.finetune.demo in DEMO_DEFAULTS:

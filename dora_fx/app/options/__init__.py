@@ -6,12 +6,14 @@ Nothing here imports torch, so that a misspelled option is answered at once.
 from dora_fx.app.options.command_line import with_hint, with_lists, with_own_names
 from dora_fx.app.options.finetune_options import (
     DEMO_DEFAULTS,
+    LAYOUT_OPTIONS,
     LIST_OPTIONS,
     PAIR_OPTIONS,
     FinetuneOptions,
     ModelOptions,
     TrainingOptions,
     add_options,
+    add_options_of_layout,
     check_resumable,
     options_from,
     saved_options,
@@ -20,6 +22,7 @@ from dora_fx.app.options.hub_name import HubName, hub_name_maybe, local_path_and
 
 __all__ = [
     "DEMO_DEFAULTS",
+    "LAYOUT_OPTIONS",
     "LIST_OPTIONS",
     "PAIR_OPTIONS",
     "FinetuneOptions",
@@ -27,6 +30,7 @@ __all__ = [
     "ModelOptions",
     "TrainingOptions",
     "add_options",
+    "add_options_of_layout",
     "check_resumable",
     "hub_name_maybe",
     "local_path_and_part",

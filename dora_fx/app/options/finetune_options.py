@@ -341,21 +341,46 @@ CHANGEABLE_ON_RESUME = frozenset(
 )
 
 
+# What `dora-fx explain` has of these options, with its own defaults: those of a run on accelerators.
+LAYOUT_OPTIONS: dict[str, Any] = {
+    "dtype": "bf16",
+    "tp": 1,
+    "pp": 1,
+    "dp": 1,
+    "sequence_parallel": False,
+    "recompute": False,
+    "sequence_length": 4096,
+    "target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+    "exclude_modules": [],
+    "dim": 16,
+    "batch_size": 1,
+}
+
+
 def add_options(parser: Any) -> None:
     """Add `--config` and every option, in groups, to a jsonargparse parser."""
     parser.add_argument("--config", action="config", help="YAML file of options; those on the command line override it")
-    types = typing.get_type_hints(FinetuneOptions)
     for group_class in _GROUPS:
         group = parser.add_argument_group(group_class.__doc__)
         for option in dataclasses.fields(group_class):
-            help = _help(option)
-            default = _default(option)
-            if types[option.name] is bool:
-                group.add_argument(_flag(option.name), action="store_true", help=help)
-            elif option.name == "demo":
-                group.add_argument("--demo", nargs="?", const="pirate", type=_DemoName(), default=default, help=help)
-            else:
-                group.add_argument(_flag(option.name), type=types[option.name], default=default, help=help)
+            _add_option(group, option, _default(option))
+
+
+def add_options_of_layout(parser: Any) -> None:
+    """Add the options that decide what a run costs, with defaults of `dora-fx explain`, to a jsonargparse parser."""
+    for option in dataclasses.fields(FinetuneOptions):
+        if option.name in LAYOUT_OPTIONS:
+            _add_option(parser, option, LAYOUT_OPTIONS[option.name])
+
+
+def _add_option(group: Any, option: dataclasses.Field[Any], default: Any) -> None:
+    option_type, help = typing.get_type_hints(FinetuneOptions)[option.name], _help(option)
+    if option_type is bool:
+        group.add_argument(_flag(option.name), action="store_true", help=help)
+    elif option.name == "demo":
+        group.add_argument("--demo", nargs="?", const="pirate", type=_DemoName(), default=default, help=help)
+    else:
+        group.add_argument(_flag(option.name), type=option_type, default=default, help=help)
 
 
 def _help(option: dataclasses.Field[Any]) -> str:

@@ -1,0 +1,162 @@
+"""Builds one pipeline stage of a base on fake tensors, in a world whose other ranks do not exist.
+
+Parameters under FakeTensorMode have shapes and no memory, and torch's "fake" backend answers collectives without
+sending anything, so one process is a rank of any world.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
+
+from dora_fx.attach import DoRA
+from dora_fx.explanation.planned_run import PlannedRun
+from dora_fx.megatron import megatron_world
+from dora_fx.models import GPTArchitecture, empty_gpt_model
+from dora_fx.modules import DoRALinear
+
+
+@dataclass(frozen=True)
+class FakeStage:
+    """One pipeline stage of a run on one rank.
+
+    Attributes:
+        model: the GPTModel of the stage, with adapters; nothing of it has values.
+        wrapper: Megatron's DistributedDataParallel around it, which owns the gradient buffers.
+        mode: of the model's tensors, and active.
+    """
+
+    model: Any
+    wrapper: Any
+    mode: FakeTensorMode
+
+
+class FlashAttention(nn.Module):
+    """Causal attention that keeps no scores; takes and returns what Megatron's core attention does.
+
+    Shapes: query `[s, b, heads/tp, d]`, key and value `[s, b, groups/tp, d]`; returns `[s, b, heads/tp * d]`.
+    """
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        q, k, v = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        return output.permute(2, 0, 1, 3).flatten(2)
+
+
+@contextlib.contextmanager
+def fake_stage(architecture: GPTArchitecture, run: PlannedRun, stage: int) -> Iterator[FakeStage]:
+    """Build the stage with adapters on the first rank that has it, and take the world down on exit.
+
+    Raises:
+        ValueError: torch.distributed has a default process group already.
+    """
+    if dist.is_initialized():
+        raise ValueError("torch.distributed: found a default process group, expected none: a fake world is made here")
+    # The generators of the process stay as they are, though a world seeds them.
+    with torch.random.fork_rng(devices=[]), _world(run, stage), FakeTensorMode() as mode:
+        model = empty_gpt_model(
+            _with_own_output(architecture, run), run.torch_dtype, sequence_parallel=run.sequence_parallel
+        )
+        if run.attention == "flash":
+            replace_attention(model)
+        attach_adapters(model, run)
+        yield FakeStage(model, _data_parallel(model), mode)
+
+
+@contextlib.contextmanager
+def stage_of_model(model: Any, run: PlannedRun) -> Iterator[FakeStage]:
+    """Take a user's own Megatron model of one stage, which was built under FakeTensorMode, with adapters or without.
+
+    Adapters and Megatron's DistributedDataParallel are put around it where it has none.
+
+    Raises:
+        TypeError: it has no `decoder.layers`.
+        ValueError: it has real parameters, Megatron's groups are missing, or the run is another one than the model's.
+    """
+    if not hasattr(getattr(model, "decoder", None), "layers"):
+        raise TypeError(f"base: found a {type(model).__name__} without decoder.layers, expected a Megatron GPTModel")
+    parameter = next(model.parameters())
+    if not isinstance(parameter, FakeTensor):
+        raise ValueError("base: found a model with real parameters, expected one that was built under FakeTensorMode")
+    _check_same_run(model, run)
+    try:
+        with parameter.fake_mode as mode:
+            if not any(isinstance(module, DoRALinear) for module in model.modules()):
+                attach_adapters(model, run)
+            yield FakeStage(model, _data_parallel(model), mode)
+    finally:
+        # Its tensors are fake now; a real model allocates them anew.
+        parallel_state.destroy_global_memory_buffer()
+        parallel_state._set_global_memory_buffer()
+
+
+def _check_same_run(model: Any, run: PlannedRun) -> None:
+    """Raise ValueError, naming the option, where a model or the groups that it was built in are not the run's."""
+    if not parallel_state.model_parallel_is_initialized():
+        raise ValueError("base: found a model and none of Megatron's groups, expected those that it was built in")
+    expected = {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+        "sequence_parallel": model.config.sequence_parallel,
+        "torch_dtype": model.config.params_dtype,
+    }
+    for name, value in expected.items():
+        if getattr(run, name) != value:
+            option = name.removeprefix("torch_")
+            raise ValueError(f"{option}: found {getattr(run, name)}, expected {value}, as the model was built")
+
+
+def replace_attention(model: nn.Module) -> None:
+    """Put attention that keeps no scores in the place of Megatron's own."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, DotProductAttention):
+                setattr(module, name, FlashAttention())
+
+
+def attach_adapters(model: nn.Module, run: PlannedRun) -> None:
+    """Attach the run's adapters; raises ValueError or TypeError as `DoRA` does."""
+    DoRA(
+        target_modules=list(run.target_modules),
+        exclude_modules=list(run.exclude_modules),
+        dim=run.dim,
+        alpha=2 * run.dim,
+    )(model)
+
+
+def _world(run: PlannedRun, stage: int) -> contextlib.AbstractContextManager[None]:
+    return megatron_world(
+        "cpu",
+        backend="fake",
+        # No rank reads it, but a world of several wants one.
+        store=dist.HashStore(),
+        world_size=run.num_ranks,
+        # Megatron numbers the ranks of a stage one after another.
+        global_rank=stage * run.tp * run.dp,
+        tensor_model_parallel_size=run.tp,
+        pipeline_model_parallel_size=run.pp,
+    )
+
+
+def _with_own_output(architecture: GPTArchitecture, run: PlannedRun) -> GPTArchitecture:
+    """Untie the output layer where another stage has the embedding, as `build_gpt_model` does."""
+    return dataclasses.replace(architecture, tied_embeddings=architecture.tied_embeddings and run.pp == 1)
+
+
+def _data_parallel(model: Any) -> Any:
+    """Wrap the model as `dora-fx finetune` does: gradients add up in float32, and a step reduces them once."""
+    return DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)

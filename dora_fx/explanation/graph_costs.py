@@ -1,0 +1,201 @@
+"""Counts what the forward and backward graphs of a layer compute, send and keep."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from torch import fx
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from dora_fx.explanation.cost_records import Collective, LayerCosts, PassCosts, SavedTensor
+from dora_fx.explanation.layer_capture import CapturedGraphs, results_of
+from dora_fx.explanation.peak_memory import estimated_peak
+from dora_fx.ranks import group_size
+
+_aten = torch.ops.aten
+_VIEWS = {
+    *("view", "permute", "t", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "split", "alias"),
+    *("split_with_sizes", "unbind", "as_strided", "detach", "_unsafe_view", "reshape", "getitem", "wait_tensor"),
+}
+_KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+_GROUPS: dict[str, Callable[[], Any]] = {
+    "tp": partial(parallel_state.get_tensor_model_parallel_group, check_initialized=False),
+    "pp": partial(parallel_state.get_pipeline_model_parallel_group, check_initialized=False),
+    "cp": partial(parallel_state.get_context_parallel_group, check_initialized=False),
+    "dp": parallel_state.get_data_parallel_group,
+}
+
+
+def _attention_flops(query: Any, key: Any, products: int) -> int:
+    """Operations of the products `[.., s, d] x [.., d, s]` of attention; all scores count, as torch counts them."""
+    batch, heads, length, features = query.shape
+    return 2 * products * int(batch * heads * length * key.shape[2] * features)
+
+
+# torch counts no operations of attention on a CPU. The backward pass computes the scores again.
+_ATTENTION: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *others, **named: _attention_flops(q, k, 2),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, *others, **named: _attention_flops(q, k, 5)
+    ),
+}
+
+
+class _Call(NamedTuple):
+    """An operator's call in a graph, out of whatever restores a generator around it."""
+
+    node: fx.Node
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def layer_costs(graphs: CapturedGraphs) -> LayerCosts:
+    """Count the graphs of one layer."""
+    return LayerCosts(
+        forward=_pass_costs(graphs.forward, is_backward=False),
+        backward=PassCosts(0, (), 0) if graphs.backward is None else _pass_costs(graphs.backward, is_backward=True),
+        saved=() if graphs.backward is None else saved_tensors(graphs),
+    )
+
+
+def _pass_costs(gm: fx.GraphModule, *, is_backward: bool) -> PassCosts:
+    calls = list(_calls(gm.graph))
+    return PassCosts(
+        flops=sum(map(_flops, calls)),
+        collectives=collectives_of(gm.graph),
+        peak_bytes=estimated_peak(gm, is_backward=is_backward),
+    )
+
+
+def _calls(graph: fx.Graph) -> Iterator[_Call]:
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        target, args = node.target, node.args
+        name = getattr(target, "__name__", "")
+        if name in ("run_and_save_rng_state", "run_with_rng_state"):
+            skipped = 1 if name == "run_with_rng_state" else 0
+            target, args = args[skipped], args[skipped + 1 :]
+        yield _Call(node, target, tuple(args), dict(node.kwargs))
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def _flops(call: _Call) -> int:
+    packet = getattr(call.target, "overloadpacket", None)
+    count = _ATTENTION.get(packet) or flop_registry.get(packet)
+    if count is None:
+        return 0
+    args, kwargs = fx.node.map_arg((call.args, call.kwargs), _value)
+    return int(count(*args, **kwargs, out_val=_value(call.node)))
+
+
+def collectives_of(graph: fx.Graph) -> tuple[Collective, ...]:
+    """Return the collectives of a graph, equal ones together, the largest first."""
+    found: Counter[tuple[Any, ...]] = Counter()
+    for call in _calls(graph):
+        namespace, name = _name_of(call.target)
+        if namespace.startswith("_c10d_functional") and name != "wait_tensor":
+            group = str(call.args[-1])
+            sides = [*(_value(node) for node in call.node.all_input_nodes), _value(call.node)]
+            if group_size(group) > 1:
+                num_bytes = max(map(bytes_of, sides))
+                found[kind_of(name), num_bytes, *group_named(group), site_of(call.node)] += 1
+    return in_order(found)
+
+
+def in_order(found: Counter[tuple[Any, ...]]) -> tuple[Collective, ...]:
+    """Make records of counts of (kind, bytes, group, ranks, site), the largest messages first."""
+    records = [
+        Collective(kind, num_bytes, count, group, ranks, site)
+        for (kind, num_bytes, group, ranks, site), count in found.items()
+    ]
+    return tuple(sorted(records, key=lambda one: (-one.num_bytes, one.kind, one.site)))
+
+
+def _name_of(target: Any) -> tuple[str, str]:
+    """Return an operator's namespace and name; of any other function its name."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return "", getattr(target, "__name__", str(target))
+    namespace, _, name = schema.name.partition("::")
+    return namespace, name
+
+
+def kind_of(name: str) -> str:
+    """Return "all_gather" for all_gather_into_tensor, and so on."""
+    return next((kind for kind in _KINDS if name.startswith(kind)), name)
+
+
+def group_named(group: str) -> tuple[str, int]:
+    """Return what Megatron calls a process group, and its number of ranks."""
+    for name, get in _GROUPS.items():
+        found = get()
+        if found is not None and found.group_name == group:
+            return name, group_size(group)
+    return group, group_size(group)
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in a value."""
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    # Dynamo may have made a symbol of a size, which has the value that was traced.
+    return sum(int(tensor.numel()) * tensor.element_size() for tensor in tensors)
+
+
+def site_of(node: fx.Node) -> str:
+    """Return the path, in its layer, of the module that a node computes for; empty where that is not recorded."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    path = next(reversed([path for path, _ in stack.values()]), "")
+    # Dynamo spells it as an expression: L['layer']._modules['mlp'].linear_fc1, or with dots alone.
+    words: list[str] = re.findall(r"\w+", path)
+    unwanted = {"L", "layer", "fn", "self", "_modules", "modules", "to_wrap", "_checkpoint_wrapped_module", "_orig_mod"}
+    return ".".join(word for word in words if word not in unwanted)
+
+
+def saved_tensors(graphs: CapturedGraphs) -> tuple[SavedTensor, ...]:
+    """Return what the forward graph keeps for the backward graph, the largest first, each memory once.
+
+    Parameters, buffers and what all layers share are the model's and not this layer's; the hidden states that came in
+    are kept for this layer alone.
+    """
+    placeholders = graphs.forward.graph.find_nodes(op="placeholder")
+    hidden = placeholders[graphs.hidden_index]
+    kept: dict[fx.Node, SavedTensor] = {}
+    for node in results_of(graphs.forward.graph)[graphs.num_outputs :]:
+        if not isinstance(node, fx.Node):
+            continue
+        source = _owner(node)
+        value = _value(source)
+        if source in kept or not isinstance(value, torch.Tensor) or (source.op == "placeholder" and source != hidden):
+            continue
+        site = "" if source is hidden else site_of(source) or "layer"
+        name = "hidden_states" if source is hidden else source.name
+        kept[source] = SavedTensor(name, site, tuple(map(int, value.shape)), str(value.dtype)[6:], bytes_of(value))
+    return tuple(sorted(kept.values(), key=lambda tensor: -tensor.num_bytes))
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """Return the node whose memory a node is a view of."""
+    while node.op == "call_function" and _name_of(node.target)[1] in _VIEWS:
+        source = node.all_input_nodes[0]
+        is_one_of_several = _name_of(node.target)[1] == "getitem" and not isinstance(_value(source), torch.Tensor)
+        if is_one_of_several and (_name_of(source.target)[1] == "getitem" or not _is_view(source)):
+            # Each output of such an operator has a memory of its own.
+            return node
+        node = source
+    return node
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and _name_of(node.target)[1] in _VIEWS
