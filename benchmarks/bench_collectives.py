@@ -2,8 +2,9 @@
 
 Counts the collectives that one linear layer really calls, once per optimizer step and in each forward and backward
 pass, on gloo ranks: the frozen base, this library compiled, eager and with gradients that are completed once per step,
-and Megatron-Bridge's DoRA where it can be imported. Sizes are those of the larger side of a collective. The last column
-is what an optimizer step over several micro-batches sends of weights and their gradients.
+and Megatron-Bridge's DoRA where it can be imported. Sizes are those of the larger side of a collective: tokens x
+features, tokens x r, and those of weights. The last of the columns of sizes is what an optimizer step over several
+micro-batches sends of weights and their gradients.
 
     python benchmarks/bench_collectives.py --tp 2
 """
@@ -46,6 +47,7 @@ LAYOUTS = {
 # (direction, kind, size, bytes) -> how many
 Named = dict[tuple[str, str, str, int], int]
 DIRECTIONS = ("once_per_step", "forward", "backward")
+SIZE_CLASSES = ("T*features", "T*r", "weights")
 SHORT = {"all_reduce": "AR", "all_gather": "AG", "reduce_scatter": "RS"}
 
 
@@ -189,13 +191,13 @@ def run_rank(rank: int, options: argparse.Namespace, folder: str) -> None:
 def print_table(rows: list[dict[str, Any]], micro_batches: int) -> None:
     """A line per layout, dropout and variant; a variant's line shows what it adds to the base's."""
     keys = list(dict.fromkeys((row["layout"], row["dropout"], row["variant"]) for row in rows))
-    sizes = f"{'activation-sized':>16} {'weight-sized':>16}"
+    sizes = f"{'T x features':>16} {'T x r':>16} {'weight-sized':>16}"
     per_step = f"{micro_batches} micro-batches"
     print(f"{'layout':12} {'dropout':8} {'':17} {sizes} {per_step:>16}  once per step | forward | backward")
     for layout, dropout, variant in keys:
         mine = [row for row in rows if (row["layout"], row["dropout"]) == (layout, dropout)]
         own = added(mine, variant) if variant != "base" else counted(mine, variant)
-        totals = [total(own, is_activation) for is_activation in (True, False)]
+        totals = " ".join(f"{total(own, size_class):>16}" for size_class in SIZE_CLASSES)
         texts = [
             ", ".join(
                 f"{'' if times == 1 else f'{times} x '}{SHORT.get(kind, kind)} {size}"
@@ -207,14 +209,19 @@ def print_table(rows: list[dict[str, Any]], micro_batches: int) -> None:
         name = variant if variant == "base" else f"+ {variant}"
         shown = " | ".join(text or "-" for text in texts)
         of_step = f"{weight_bytes_of_step(own, micro_batches) / 1024:.0f} KiB"
-        print(f"{layout:12} {dropout:<8} {name:17} {totals[0]:>16} {totals[1]:>16} {of_step:>16}  {shown}")
+        print(f"{layout:12} {dropout:<8} {name:17} {totals} {of_step:>16}  {shown}")
 
 
-def total(collectives: Named, is_activation: bool) -> str:
-    """How many collectives and KiB are, or are not, as large as the tokens are many."""
-    chosen = [
-        (times, each) for (_, _, size, each), times in collectives.items() if size.startswith("T") == is_activation
-    ]
+def size_class_of(size: str) -> str:
+    """What the size of a collective grows with: tokens x features, tokens x r, or weights."""
+    if size == "T*r":
+        return size
+    return "T*features" if size.startswith("T") else "weights"
+
+
+def total(collectives: Named, size_class: str) -> str:
+    """How many collectives and KiB are of one class of sizes."""
+    chosen = [(times, each) for (_, _, size, each), times in collectives.items() if size_class_of(size) == size_class]
     num_bytes = sum(times * each for times, each in chosen)
     return f"{sum(times for times, _ in chosen)}: {num_bytes / 1024:.0f} KiB"
 
@@ -224,7 +231,7 @@ def weight_bytes_of_step(collectives: Named, micro_batches: int) -> int:
     return sum(
         times * each * (1 if way == "once_per_step" else micro_batches)
         for (way, _, size, each), times in collectives.items()
-        if not size.startswith("T")
+        if size_class_of(size) == "weights"
     )
 
 

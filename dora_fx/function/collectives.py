@@ -208,11 +208,8 @@ reduce_from_group_coalesced = _differentiable_coalesced(
 # What these return, or their gradients, is another part of a tensor on every rank, and so is the traced graph.
 DEPEND_ON_RANK = frozenset({split_features, gather_features})
 
-ENTER: dict[str, Mapping] = {
-    "copy": copy_to_group,
-    "gather_sequence": gather_sequence,
-    "split_features": split_features,
-}
+# What both products take is made of a layer's input by these; where tokens are gathered, each product gathers its own.
+ENTER: dict[str, Mapping] = {"copy": copy_to_group, "split_features": split_features}
 REDUCE: dict[str, Mapping] = {
     "all_reduce": reduce_from_group,
     "reduce_scatter_sequence": reduce_scatter_sequence,

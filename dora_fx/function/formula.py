@@ -9,6 +9,13 @@ with dropout d(x), one mask for both terms:
 
 where a layer normalises its own input, x is what its norm makes of it.
 
+Under sequence parallelism a column layer's rank has the tokens x_i and needs those of all ranks, x = gather(x_i):
+
+    W0 x = W0 gather(x_i)         A x = gather(A x_i)         dA = sum_i (du_i)^T x_i,   du = reduce_scatter((s B)^T dz)
+
+W0 is frozen and needs no x in the backward pass, so nothing of the gathered x is kept. dA is a partial sum over the
+rank's tokens, and what completes partial sums of A's gradient in the other column layouts completes it here.
+
 Both run the same lines but for one product: under dropout, a compiled graph multiplies x and d(x) by the weight at
 once, and eager code multiplies twice (`_base_products`). The scale of the rows and its gradient are in `row_scale.py`.
 """
@@ -19,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from dora_fx.function.collectives import ENTER, REDUCE, gather_features, split_features
+from dora_fx.function.collectives import ENTER, REDUCE, gather_features, gather_sequence, split_features
 from dora_fx.function.dropout import draw_dropout_key, dropout
 from dora_fx.function.input_norm import InputNorm, normalise
 from dora_fx.function.row_scale import scale_rows, trained_delta
@@ -76,7 +83,7 @@ def _scaled(
     """y = z + delta z + bias."""
     low_rank = _low_rank_product(x, stored, operands)
     if base_output is None:
-        output = _join(_base_product(x, stored, bias), low_rank, stored, bias)
+        output = _join(_base_product(_all_tokens(x, stored), stored, bias), low_rank, stored, bias)
     else:
         output = base_output + _reduce(low_rank, stored)
     return scale_rows(output.to(dtype), bias=bias, magnitude=operands.magnitude, scale=operands.scale)
@@ -94,8 +101,8 @@ def _scaled_under_dropout(
     assert stored.dropout is not None
     key = draw_dropout_key(x, stored.tp_group)
     layout = stored.layout
-    dropped = dropout(x, key, *stored.dropout, layout.shards_input_features, layout.shards_tokens)
-    product, dropped_product = _base_products(x, dropped, stored, bias, base_output)
+    dropped = dropout(x, key, *stored.dropout, layout.shards_input_features, layout.shards_input_tokens)
+    product, dropped_product = _base_products(x, dropped, key, stored, bias, base_output)
     delta = trained_delta(operands.magnitude, operands.scale)
     change = dropped_product * delta + _low_rank_product(dropped, stored, operands) * (delta + 1.0)
     change = change.to(dtype)
@@ -107,6 +114,7 @@ def _scaled_under_dropout(
 def _base_products(
     x: torch.Tensor,
     dropped: torch.Tensor,
+    key: torch.Tensor,
     stored: StoredParameters,
     bias: torch.Tensor | None,
     base_output: torch.Tensor | None,
@@ -118,7 +126,13 @@ def _base_products(
     of twice as many rows may round otherwise.
     """
     if base_output is not None:
-        return base_output, F.linear(dropped, stored.weight)
+        return base_output, F.linear(_all_tokens(dropped, stored), stored.weight)
+    if stored.layout.gathers_tokens:
+        # The base's one gather serves both products: masks go by position, so every rank drops the same elements of the
+        # gathered x as the ranks that the tokens came from.
+        assert stored.dropout is not None
+        x = _all_tokens(x, stored)
+        dropped = dropout(x, key, *stored.dropout, stored.layout.shards_input_features)
     if not isinstance(x, fx.Proxy) and not torch.compiler.is_compiling():
         return _base_product(x, stored, bias), F.linear(dropped, stored.weight)
     product, dropped_product = F.linear(torch.cat((x, dropped)), stored.weight).chunk(2)
@@ -136,8 +150,14 @@ def _base_product(x: torch.Tensor, stored: StoredParameters, bias: torch.Tensor 
 
 
 def _low_rank_product(x: torch.Tensor, stored: StoredParameters, operands: SiteOperands) -> torch.Tensor:
-    """s B A x; s is viewed as a tensor without dimensions, which leaves the product in its own dtype."""
-    return F.linear(F.linear(x, operands.lora_a) * stored.scaling.view(()), operands.lora_b)
+    """s B A x of all tokens; s is viewed as a tensor without dimensions, which leaves the product in its own dtype."""
+    hidden = F.linear(x, operands.lora_a) * stored.scaling.view(())
+    return F.linear(_all_tokens(hidden, stored), operands.lora_b)
+
+
+def _all_tokens(own: torch.Tensor, stored: StoredParameters) -> torch.Tensor:
+    """The values of all ranks' tokens, where the layout multiplies those and each rank has its own, `[s/tp, ...]`."""
+    return gather_sequence(own, stored.tp_group) if stored.layout.gathers_tokens else own
 
 
 def _join(

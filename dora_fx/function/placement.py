@@ -6,7 +6,9 @@ tensors: weight `[out, in]`, lora_a `[dim, in]`, lora_b `[out, dim]`, weight_mag
 means that every tensor-parallel rank holds the whole tensor.
 
 The low-rank product is added to the base product before the base layer's own output collective, so the only
-collectives of an activation's size are `enter` and `leave`, and the frozen base has both without an adapter.
+collectives of tokens x features are `enter` and `leave`, and the frozen base has both without an adapter. Where the
+tokens are gathered, the product with A is made first and gathered for itself, `[tokens, dim]`: the gathered input would
+have to be kept for A's gradient, and nothing else needs it.
 """
 
 from __future__ import annotations
@@ -57,6 +59,16 @@ class Layout:
     def shards_input_features(self) -> bool:
         """Each rank multiplies its own slice of the input features, so products are partial sums."""
         return self.weight_shard_dim == 1
+
+    @property
+    def gathers_tokens(self) -> bool:
+        """Each rank's input has tokens of its own, and its rows of the weight are multiplied by those of all ranks."""
+        return self.enter == "gather_sequence"
+
+    @property
+    def shards_input_tokens(self) -> bool:
+        """Each rank's input has tokens of its own."""
+        return self.shards_tokens or self.gathers_tokens
 
     @property
     def gathers_lora_a(self) -> bool:

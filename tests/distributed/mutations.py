@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from dora_fx.attach import plan
 from dora_fx.cache import freshness
@@ -70,9 +70,10 @@ MUTATIONS = [
     Mutation(
         "gain applied before the reduce, magnitude's gradient left partial",
         formula._scaled,
-        "output = _join(_base_product(x, stored, bias), low_rank, stored, bias)",
+        "output = _join(_base_product(_all_tokens(x, stored), stored, bias), low_rank, stored, bias)",
         "delta = trained_delta(operands.magnitude, operands.scale)\n        "
-        "return _join(_base_product(x, stored, bias) * (delta + 1.0), low_rank * (delta + 1.0), stored, bias)",
+        "product = _base_product(_all_tokens(x, stored), stored, bias)\n        "
+        "return _join(product * (delta + 1.0), low_rank * (delta + 1.0), stored, bias)",
     ),
     Mutation("no dropout correction", formula._scaled_under_dropout, "dropped_product * delta +", ""),
     Mutation(
@@ -80,8 +81,8 @@ MUTATIONS = [
         formula._scaled_under_dropout,
         "change = dropped_product",
         "other = draw_dropout_key(x, stored.tp_group)\n"
-        "    other = dropout(x, other, *stored.dropout, layout.shards_input_features, layout.shards_tokens)\n"
-        "    change = F.linear(other, stored.weight)",
+        "    other = dropout(x, other, *stored.dropout, layout.shards_input_features, layout.shards_input_tokens)\n"
+        "    change = F.linear(_all_tokens(other, stored), stored.weight)",
     ),
     Mutation("input gradient not reduced", formula.adapted_linear, "layout.enter in ENTER", 'layout.enter == "x"'),
     Mutation("low-rank product not scaled", formula._scaled_under_dropout, "(delta + 1.0)", "1.0"),
@@ -103,6 +104,12 @@ MUTATIONS = [
         formula._join,
         "_reduce(product + addend, stored)",
         "_reduce(_reduce(product + addend, stored), stored)",
+    ),
+    Mutation(
+        "gradient of A x from the rank's own output rows alone",
+        formula._low_rank_product,
+        "_all_tokens(hidden, stored)",
+        "_gathered_tokens_only(hidden, stored.tp_group) if stored.layout.gathers_tokens else hidden",
     ),
     Mutation("alpha and dim swapped", low_rank_scaling, "else alpha / dim", "else dim / alpha"),
     Mutation("norm over the wrong axis", weight_norm.base_norm_squared, "dim=1", "dim=0"),
@@ -151,6 +158,7 @@ MUTATIONS = [
     Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),
     Mutation("group of one rank", LinearSpec.tp_group_name.fget, "self.tp_size > 1", "self.tp_size > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),
+    Mutation("mask shared between token shards", dropout.keep_mask, "tokens + key[2] * tokens.shape[0]", "tokens"),
     Mutation("mask differs between replicas", dropout.keep_mask, "tokens ^ key[0]", "tokens ^ key[0] ^ key[2]"),
     Mutation("dropout without rescaling", dropout.dropout, "x * rescale", "x"),
     Mutation("shards not marked", Adapter._mark_sharded_parameters, "placement.shard_dim is not None", "False"),
@@ -160,6 +168,33 @@ MUTATIONS = [
     Mutation("A drawn per rank", plan.seed_for, "(seed +", "(seed + _rank() +"),
     Mutation("gated rows sharded as one block", megatron_linear.row_blocks, "2 if linear", "1 if linear"),
 ]
+
+
+# Faults of sequence-parallel column layers, whose ranks have a part of A's gradient each: their own tokens'.
+OF_OWN_TOKENS = [
+    "gradient of A x from the rank's own output rows alone",
+    "gradient of A not reduced",
+    "mask shared between token shards",
+]
+
+
+class _GatheredTokensOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group_name: str) -> torch.Tensor:
+        ctx.group_name = group_name
+        return collectives.gather_sequence(x, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ranks, rank = collectives.group_size(ctx.group_name), collectives.group_rank(ctx.group_name)
+        return grads[0].chunk(ranks)[rank], None
+
+
+def _gathered_tokens_only(x: torch.Tensor, group_name: str) -> torch.Tensor:
+    """As `collectives.gather_sequence`, but the gradient is not reduced."""
+    if has_torch_function_unary(x):
+        return handle_torch_function(_gathered_tokens_only, (x,), x, group_name)
+    return _GatheredTokensOnly.apply(x, group_name)
 
 
 class _GatheredRowsOnly(torch.autograd.Function):
@@ -190,6 +225,7 @@ def _planted_names() -> dict[str, Any]:
         "_stale": {},
         "_data_parallel_group": parallel_state.get_data_parallel_group,
         "_gathered_rows_only": _gathered_rows_only,
+        "_gathered_tokens_only": _gathered_tokens_only,
     }
 
 

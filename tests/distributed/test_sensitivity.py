@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import run_ranks
-from tests.distributed.mutations import MUTATIONS, WRONG_GROUP, planted
+from tests.distributed.mutations import MUTATIONS, OF_OWN_TOKENS, WRONG_GROUP, planted
 from tests.distributed.oracle import run_oracle
 from tests.distributed.te_mutations import NORM_AFTER_THE_GATHER, ROUNDINGS, TE_MUTATIONS
 from tests.distributed.test_same_function_everywhere import bound_of, error_of
@@ -25,7 +25,7 @@ MODES = [
 ]
 # In a plain run the experiments go without any fault first, and would betray each one that the slow test shows them to
 # catch. A few are planted to see that the harness does catch them: in a term, a collective, a gradient and a mask.
-SAMPLE = ["bias scaled", "norm's terms not reduced", "gradient of A not reduced", "two dropout masks"]
+SAMPLE = ["bias scaled", "norm's terms not reduced", "gradient of A not reduced", "two dropout masks", OF_OWN_TOKENS[0]]
 # The one that is left out takes another topology.
 ALL = [mutation.name for mutation in MUTATIONS if mutation is not WRONG_GROUP]
 Answers = list[tuple[Mode, dict[str, torch.Tensor]]]
@@ -89,6 +89,7 @@ def test_every_planted_fault_is_caught(faults, answers):
         print(f"{name:65} {plain[name] or '-':60} {sequence_parallel[name] or '-'}")
     survived = [name for name in plain if plain[name] is None and sequence_parallel[name] is None]
     assert not survived, f"{len(survived)} of {len(plain)} planted faults went unnoticed: {survived}"
+    assert all(sequence_parallel[name] is not None for name in OF_OWN_TOKENS if name in faults)
 
 
 @pytest.mark.default

@@ -1,11 +1,14 @@
-"""DoRA adds no activation-sized collective to the frozen base, in any layout, forward or backward.
+"""DoRA adds no collective of tokens x features to the frozen base, in any layout, forward or backward.
 
 The forward pass adds none at all: what it needs of other ranks is fetched once per optimizer step. The backward pass
-adds none either where gradients are completed once per step: its messages follow the last one.
+adds none either where gradients are completed once per step: its messages follow the last one. Sequence-parallel column
+layers alone send the low-rank product of their tokens, `[tokens, dim]`, and its gradient, so that they need not keep
+their gathered input.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -35,11 +38,20 @@ NORM = {("all_reduce", (OUT + DIM * DIM) * FLOAT): 1}
 MAGNITUDE_GRAD = {("all_reduce", OUT * FLOAT): 1}
 LORA_A_GRAD = {("reduce_scatter", DIM * IN * FLOAT): 1}
 LORA_B_GRAD = {("reduce_scatter", OUT * DIM * FLOAT): 1}
+# In each forward and each backward pass of sequence-parallel column layers.
+LOW_RANK_SIZE = TOKENS * DIM * FLOAT
 
 CASES = {
     "column": (column, {}, (SEQUENCE, IN), LORA_A, LORA_A_GRAD),
     "column_sequence_parallel": (column, {"sequence_parallel": True}, (SEQUENCE // TP, IN), LORA_A, LORA_A_GRAD),
     "column_gather_output": (column, {"gather_output": True}, (SEQUENCE, IN), LORA_A, LORA_A_GRAD),
+    "column_sequence_parallel_gather_output": (
+        column,
+        {"sequence_parallel": True, "gather_output": True},
+        (SEQUENCE // TP, IN),
+        LORA_A,
+        LORA_A_GRAD,
+    ),
     "row": (row, {}, (SEQUENCE, IN // TP), LORA_B | NORM, LORA_B_GRAD),
     "row_sequence_parallel": (
         row,
@@ -75,6 +87,7 @@ COMPILED = {
     ("column", 0.5),
     ("column_sequence_parallel", 0.0),
     ("column_gather_output", 0.5),
+    ("column_sequence_parallel_gather_output", 0.5),
     ("row", 0.0),
     ("row", 0.5),
     ("row_sequence_parallel", 0.0),
@@ -106,12 +119,15 @@ def test_collectives_added_to_the_base(tensor_parallel, name, dropout, count):
     removed = base - counts(lambda linear: adapted(linear, dropout=dropout))
     if dropout and name in ("row", "row_split_input"):
         backward = backward | MAGNITUDE_GRAD
+    gathers_tokens = name.startswith("column_sequence_parallel")
+    gathered = {("all_gather", LOW_RANK_SIZE): 1} if gathers_tokens else {}
+    scattered = {("reduce_scatter", LOW_RANK_SIZE): 1} if gathers_tokens else {}
     assert dict(added.once_per_step) == once_per_step
-    assert not added.forward
-    assert dict(added.backward) == backward
+    assert dict(added.forward) == gathered
+    assert dict(added.backward) == backward | scattered
     assert not removed.forward and not removed.backward
     activations = [TOKENS * width * FLOAT for width in (IN, OUT)]
-    assert all(size not in activations for _, size in added.once_per_step | added.backward)
+    assert all(size not in activations for _, size in added.once_per_step | added.forward | added.backward)
 
     def once(linear):
         return adapted(linear, dropout=dropout, complete_gradients="once_per_step")
@@ -119,7 +135,7 @@ def test_collectives_added_to_the_base(tensor_parallel, name, dropout, count):
     x = torch.randn(sequence, BATCH, features, requires_grad=True)
     completed_once = counts_of_a_step(count, once(layer(**settings)), x) - base
     assert dict(completed_once.once_per_step) == once_per_step | backward
-    assert not completed_once.forward and not completed_once.backward
+    assert (dict(completed_once.forward), dict(completed_once.backward)) == (gathered, scattered)
 
 
 class Chain(nn.ModuleList):
@@ -146,13 +162,17 @@ def test_layers_of_one_graph_share_their_weight_sized_collectives(tensor_paralle
     added = counts(dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM)) - base
     factors = 2 * (DIM * IN + IN * DIM) * FLOAT
     magnitude_grad = {("all_reduce", 2 * IN * FLOAT): 1} if sequence_parallel else {}
-    assert not added.forward
+    # One of each column layer, which is not known before the layers in front of it are computed.
+    gathered = {("all_gather", LOW_RANK_SIZE): 2} if sequence_parallel else {}
+    scattered = {("reduce_scatter", LOW_RANK_SIZE): 2} if sequence_parallel else {}
+    assert dict(added.forward) == gathered
     assert dict(added.once_per_step) == {("all_gather", factors): 1, ("all_reduce", 2 * (IN + DIM * DIM) * FLOAT): 1}
-    assert dict(added.backward) == {("reduce_scatter", factors): 1} | magnitude_grad
+    of_weights = {("reduce_scatter", factors): 1} | magnitude_grad
+    assert dict(added.backward) == of_weights | scattered
 
     once = counts(
         dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM, complete_gradients="once_per_step"),
         partial(counts_of_a_step, compiled_counts),
     )
-    assert (once - base).once_per_step == added.once_per_step + added.backward
-    assert not (once - base).forward and not (once - base).backward
+    assert (once - base).once_per_step == added.once_per_step + Counter(of_weights)
+    assert (dict((once - base).forward), dict((once - base).backward)) == (gathered, scattered)

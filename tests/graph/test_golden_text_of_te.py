@@ -93,12 +93,13 @@ class GraphModule(torch.nn.Module):
         substitute_gathered_rows = dora_fx_function_collectives_substitute_gathered_rows([lora_a], 'tp', [whole_lora_a])
         getitem: "f32[16, 48]" = substitute_gathered_rows[0]
         rms_norm: "f32[8, 2, 48]" = dora_fx_function_input_norm_rms_norm(x, norm_weight, 1e-05, False)
-        gather_sequence: "f32[16, 2, 48]" = dora_fx_function_collectives_gather_sequence(rms_norm, 'tp')
-        linear: "f32[16, 2, 16]" = torch._C._nn.linear(gather_sequence, getitem)
+        linear: "f32[8, 2, 16]" = torch._C._nn.linear(rms_norm, getitem)
         view: "f32[]" = scaling.view(())
-        mul: "f32[16, 2, 16]" = linear * view
-        linear_1: "f32[16, 2, 40]" = torch._C._nn.linear(mul, lora_b)
-        linear_2: "f32[16, 2, 40]" = torch._C._nn.linear(gather_sequence, weight, None)
+        mul: "f32[8, 2, 16]" = linear * view
+        gather_sequence: "f32[16, 2, 16]" = dora_fx_function_collectives_gather_sequence(mul, 'tp')
+        linear_1: "f32[16, 2, 40]" = torch._C._nn.linear(gather_sequence, lora_b)
+        gather_sequence_1: "f32[16, 2, 48]" = dora_fx_function_collectives_gather_sequence(rms_norm, 'tp')
+        linear_2: "f32[16, 2, 40]" = torch._C._nn.linear(gather_sequence_1, weight, None)
         add: "f32[16, 2, 40]" = linear_2 + linear_1
         to: "f32[16, 2, 40]" = add.to(torch.float32)
         scale_rows: "f32[16, 2, 40]" = dora_fx_function_row_scale_scale_rows(to, bias = None, magnitude = magnitude, scale = dora_fx_function_row_scale_RowScale(delta, grad_gain, grad_scale))

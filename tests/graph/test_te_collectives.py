@@ -1,4 +1,6 @@
-"""Layers over Transformer Engine, with emulated kernels, send no activation more than Transformer Engine itself does.
+"""Layers over Transformer Engine, with emulated kernels, send no tokens x features more than Transformer Engine itself.
+
+Sequence-parallel column layers send the low-rank product of their tokens, and its gradient.
 
 The base's collectives are counted in its own code, ours in the adapted layer, eager and compiled; `pytest -s` prints
 them.
@@ -27,7 +29,7 @@ MAGNITUDE_GRAD = {("all_reduce", OUT * FLOAT): 1}
 # dA, dB and dm of a layer whose ranks see other tokens.
 EVERY_GRAD = {("all_reduce", (DIM * IN + OUT * DIM + OUT) * FLOAT): 1}
 
-# name, sequence parallelism, dropout -> what is added once per optimizer step and in each backward pass
+# name, sequence parallelism, dropout -> what of weights' size is added once per optimizer step, and by a backward pass
 CONTRACT = {
     ("norm_column", False, 0.0): (LORA_A, LORA_A_GRAD),
     ("norm_column", True, 0.5): (LORA_A, LORA_A_GRAD),
@@ -49,9 +51,12 @@ def test_collectives_added_to_the_base_emulated_kernels(compiled):
     for (name, sequence_parallel, dropout), (once, backward) in CONTRACT.items():
         added = found[name, sequence_parallel, dropout]
         print(f"{name:12} {'SP' * sequence_parallel:2} dropout {dropout}: {added}")
-        assert added == {"once": once, "forward": {}, "backward": backward, "removed": {}}, name
+        low_rank = [SEQUENCE * BATCH * DIM * FLOAT] if "column" in name and sequence_parallel else []
+        forward = {("all_gather", size): 1 for size in low_rank}
+        backward = backward | {("reduce_scatter", size): 1 for size in low_rank}
+        assert added == {"once": once, "forward": forward, "backward": backward, "removed": {}}, name
         activations = [SEQUENCE * BATCH * width * FLOAT for width in (IN, OUT)]
-        assert all(size not in activations for _, size in added["once"] | added["backward"])
+        assert all(size not in activations for _, size in added["once"] | added["forward"] | added["backward"])
 
 
 def every_case(compiled: bool) -> dict[tuple[str, bool, float], dict[str, dict[tuple[str, int], int]]]:

@@ -195,7 +195,9 @@ def test_recomputation_keeps_the_input_alone() -> None:
     run = PlannedRun(sequence_length=16, dim=4, recompute=True)
     plain = explain(TINY, dataclasses.replace(run, recompute=False)).kinds[0].variants["dora"]
     layer = explain(TINY, run).kinds[0].variants["dora"]
-    assert [(tensor.name, tensor.num_bytes) for tensor in layer.saved] == [("hidden_states", 16 * 48 * 2)]
+    # A checkpoint keeps the state of the random numbers too, as bytes.
+    kept = [(tensor.name, tensor.num_bytes) for tensor in layer.saved if tensor.dtype != "uint8"]
+    assert kept == [("hidden_states", 16 * 48 * 2)]
     assert layer.forward.flops == plain.forward.flops
     assert plain.backward.flops < layer.backward.flops <= plain.flops
     assert layer.saved_bytes < plain.saved_bytes
