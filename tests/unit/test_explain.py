@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -211,14 +212,42 @@ def test_json_is_the_records(tiny: Explanation) -> None:
     assert read["kinds"][0]["variants"]["dora"]["saved_bytes"] == tiny.kinds[0].variants["dora"].saved_bytes
 
 
-@pytest.mark.slow
-def test_the_command_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def save_tiny_config(folder: Path) -> None:
     from transformers import LlamaConfig
 
     LlamaConfig(
         hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64, max_position_embeddings=64, head_dim=12,
-    ).save_pretrained(tmp_path)  # fmt: skip
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_draws_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_config(tmp_path)
+    file = tmp_path / "layer.svg"
+    options = ["explain", str(tmp_path), "--tp", "2", "--sequence-length", "16", "--dim", "4"]
+    assert main([*options, "--tree", "--picture", str(file)]) == 0
+    shown = capsys.readouterr()
+    assert str(file) in shown.err
+    for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+        assert name in shown.out and name in file.read_text()
+    assert ElementTree.parse(file).getroot().tag.endswith("svg")
+
+
+def test_pictures_that_cannot_be_made_are_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong, message in (
+        (["--picture", str(tmp_path / "layer.png")], "expected a name of a .svg file in a folder that exists"),
+        (["--picture", str(tmp_path / "nowhere" / "layer.svg")], "expected a name of a .svg file in a folder"),
+        (["--tree", "--json"], "--tree: found --json beside it"),
+        (["--tree", "--compare", "tp=1"], "--tree: found --compare beside it"),
+    ):
+        assert main(["explain", "llama3-70b", *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_compares_layouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_config(tmp_path)
     arguments = ["explain", str(tmp_path), "--sequence-length", "16", "--dim", "4", "--memory", "0.5MiB"]
     layouts = ["--compare", "tp=1,pp=1", "tp=2,pp=2,sequence-parallel=true"]
     assert main([*arguments, *layouts, "--json"]) in (0, 1)

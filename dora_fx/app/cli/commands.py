@@ -162,6 +162,14 @@ def _explain_arguments(parser: Any) -> None:
         "--memory", type=str | None, default=None, help="of a device, such as 80GiB: say whether the run fits into it"
     )
     parser.add_argument("--json", action="store_true", help="print the records as JSON in place of tables")
+    parser.add_argument(
+        "--picture",
+        type=Path | None,
+        default=None,
+        help="SVG file to write: a layer's graph before and after the passes, shapes, bytes and collectives; where "
+        "a model has several kinds of layers, a numbered file for each",
+    )
+    parser.add_argument("--tree", action="store_true", help="print the same as a tree, after the tables")
 
 
 COMMANDS = {

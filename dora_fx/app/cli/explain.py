@@ -7,13 +7,26 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from dora_fx.app.cli.explained_tables import comparison_table, explanation_tables, text_of
 from dora_fx.app.errors import UserError
-from dora_fx.explanation import RUN_FIELDS, Explanation, PlannedRun, architecture_named, explain
+from dora_fx.explanation import (
+    RUN_FIELDS,
+    Explanation,
+    LayerDescription,
+    PlannedRun,
+    architecture_named,
+    captured_layers,
+    describe_layer,
+    draw,
+    explain,
+    tree_of,
+)
+from dora_fx.files import reason_of
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -27,6 +40,7 @@ def run(parsed: dict[str, Any]) -> int:
         UserError: a value is invalid, the base is unknown or cannot be read, or the layout cannot share it.
     """
     memory = None if parsed["memory"] is None else bytes_in(parsed["memory"])
+    _check_pictures(parsed)
     values = {name: parsed[name] for name in RUN_FIELDS}
     layouts = [_with_changes(values, text) for text in parsed["compare"]] or [values]
     runs = [_planned(layout) for layout in layouts]
@@ -35,6 +49,7 @@ def run(parsed: dict[str, Any]) -> int:
         for one in runs:
             one.check_fits(architecture)
         found = [explain(parsed["base"], one) for one in runs]
+        layers = _described(parsed["base"], runs[0]) if parsed["picture"] or parsed["tree"] else []
     except (ValueError, TypeError, OSError) as error:
         raise UserError(_in_terms_of_options(str(error))) from error
     if parsed["json"]:
@@ -42,14 +57,51 @@ def run(parsed: dict[str, Any]) -> int:
         print(json.dumps(records if parsed["compare"] else records[0], indent=1))
     else:
         _show(found, memory, is_comparison=bool(parsed["compare"]))
+    if parsed["tree"]:
+        for layer in layers:
+            _print(tree_of(layer))
+    if parsed["picture"] is not None:
+        _draw(layers, parsed["picture"])
     return 0 if memory is None or any(one.fits(memory) for one in found) else 1
 
 
+def _check_pictures(parsed: Mapping[str, Any]) -> None:
+    for option in ("picture", "tree"):
+        if parsed[option] and parsed["compare"]:
+            raise UserError(f"--{option}: found --compare beside it, expected one layout")
+    if parsed["tree"] and parsed["json"]:
+        raise UserError("--tree: found --json beside it, expected one of them")
+    file = parsed["picture"]
+    if file is not None and (file.suffix != ".svg" or not file.absolute().parent.is_dir()):
+        raise UserError(f"--picture: found {file}, expected a name of a .svg file in a folder that exists")
+
+
+def _described(base: str, run: PlannedRun) -> list[LayerDescription]:
+    """Describe each kind of layer of the first stage by its graphs, while their process groups are there."""
+    return [
+        describe_layer(layer.before, layer.after, f"{base}: {layer.name}, {layer.count} of them, rank 0 of {run.tp}")
+        for layer in captured_layers(base, run)
+    ]
+
+
+def _draw(layers: list[LayerDescription], file: Path) -> None:
+    for number, layer in enumerate(layers):
+        target = file if len(layers) == 1 else file.with_stem(f"{file.stem}_{number + 1}")
+        try:
+            target.write_text(draw(layer), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--picture {target}: {reason_of(error)}") from error
+        print(f"\ndrew {target}", file=sys.stderr)
+
+
+def _print(part: RenderableType) -> None:
+    # A file gets the text as wide as it is, and a terminal may fold it.
+    Console(highlight=False).print(part) if sys.stdout.isatty() else print(text_of(part))
+
+
 def _show(found: list[Explanation], memory: int | None, *, is_comparison: bool) -> None:
-    console = Console(highlight=False)
     for part in [comparison_table(found, memory)] if is_comparison else [explanation_tables(one) for one in found]:
-        # A file gets the text as wide as it is, and a terminal may fold it.
-        console.print(part) if sys.stdout.isatty() else print(text_of(part))
+        _print(part)
     if memory is not None and not is_comparison:
         print(f"\n{_verdict(found[0], memory)}")
 
