@@ -107,6 +107,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick and options.json:
         parser.error("--quick: found --json too, expected none, as no number of a quick run means anything")
+    if options.quick and (given := [name for name in QUICK if getattr(options, name) != parser.get_default(name)]):
+        parser.error(f"--quick: found --{given[0].replace('_', '-')} too, expected none, as it has sizes of its own")
     return argparse.Namespace(**vars(options) | (QUICK if options.quick else {}))
 
 

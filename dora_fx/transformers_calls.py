@@ -132,6 +132,9 @@ def _has_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
     given = _given(model, args, kwargs)
     if any(given.get(name) is not None for name in _CACHES):
         return True
+    if "use_cache" not in _parameters(type(model).forward):
+        # The configs of encoders have the setting too.
+        return False
     use_cache = given.get("use_cache")
     return bool(getattr(model.config.get_text_config(), "use_cache", False) if use_cache is None else use_cache)
 

@@ -68,7 +68,7 @@ def main(out: Path, base: str | None) -> None:
     dora_fx.DoRA(target_modules="all-linear", dim=8, alpha=16)(model)
     earlier = sorted(out.glob("adapter-*"))
     if earlier:
-        dora_fx.import_hf(model, earlier[-1])
+        dora_fx.import_hf(model, out / f"adapter-{len(earlier)}")
 
     pairs = datasets.Dataset.from_list([json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()])
     settings = trl.DPOConfig(

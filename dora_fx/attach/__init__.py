@@ -1,6 +1,5 @@
 """Adapters onto a model and off again: configuration, matching, plan, probe, report, merge, and several by name."""
 
-from dora_fx.attach.adapter_bank import inactive_adapters
 from dora_fx.attach.attach_listeners import on_attach
 from dora_fx.attach.attach_report import DoRAReport
 from dora_fx.attach.config import DoRA
@@ -40,7 +39,6 @@ __all__ = [
     "attach",
     "config_overrides",
     "delete_adapter",
-    "inactive_adapters",
     "merge",
     "merge_problem_maybe",
     "merge_tensors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -16,8 +16,8 @@ from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.plan import AttachPlan, attach, check_targets_matched, plan_attachment
 from dora_fx.attach.probe import try_layers
 from dora_fx.attach.settings import DoRASettings
-from dora_fx.megatron import ModelT, chunks_of, rebuild_gradient_buffers
-from dora_fx.modules import DoRALinear
+from dora_fx.megatron import ModelT, chunks_of, data_parallel_around, rebuild_gradient_buffers
+from dora_fx.modules import DoRALinear, inactive_adapters
 from dora_fx.ranks import broadcast_object, check_same_settings, resolve_group, value_of_first_replica
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class DoRA(DoRASettings):
         chunks = chunks_of(model)
         plan = plan_attachment(self, chunks)
         check_targets_matched(self, chunks, plan)
+        _check_buffers_are_of_one_adapter(chunks, plan)
         seed = self._agree(plan)
         try_layers(plan.new)
         self._freeze(chunks)
@@ -102,7 +103,8 @@ class DoRA(DoRASettings):
             chunk.train(training)
             if not training:
                 chunk.requires_grad_(False)
-        rebuild_gradient_buffers(chunks)
+        if plan.new or not training:
+            rebuild_gradient_buffers(chunks)
         warn_of_approximate_backward(chunks)
         if plan.new:
             watch_first_step({named.whole_path: named.module for _, named in adapted_layers(chunks)})
@@ -130,3 +132,12 @@ class DoRA(DoRASettings):
             check_same_settings({**settings, **sites}, group)
             seed = broadcast_object(seed, group)
         return seed
+
+
+def _check_buffers_are_of_one_adapter(chunks: Sequence[nn.Module], plan: AttachPlan) -> None:
+    """Raise ValueError where new gradient buffers would be made for the active one of several adapters alone."""
+    if plan.new and (others := inactive_adapters(chunks)) and (wrappers := data_parallel_around(chunks)):
+        raise ValueError(
+            f"{plan.new[0].path}: found adapters {others} and {type(wrappers[0]).__name__} around "
+            "the model, expected no new layer of an adapter: buffers would be made anew for one adapter alone"
+        )

@@ -19,7 +19,6 @@ import torch
 from megatron.core import parallel_state
 from torch import nn
 
-from dora_fx.attach.adapter_bank import inactive_adapters
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.shared_weights import sharing_problem_maybe
 from dora_fx.function import gather_rows_coalesced, magnitude_delta, norm_dtype
@@ -32,7 +31,7 @@ from dora_fx.megatron import (
     replace_modules,
     walk,
 )
-from dora_fx.modules import DoRALinear, adapter_not_finite_maybe
+from dora_fx.modules import DoRALinear, adapter_not_finite_maybe, inactive_adapters, keep_bank
 from dora_fx.ranks import of_all_stages, problem_of_any_rank_maybe, resolve_group
 
 logger = logging.getLogger(__name__)
@@ -99,6 +98,8 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
         raise
     _replace(chunks, plain_layers)
     if not keep_adapter:
+        for chunk in chunks:
+            keep_bank(chunk, None)
         rebuild_gradient_buffers(chunks)
     logger.info("merged %d layers", len(sites))
     return model

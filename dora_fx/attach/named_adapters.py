@@ -13,16 +13,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
-from dora_fx.attach.adapter_bank import AdapterBank, bank_of, guard_changes, keep_bank, put_in, sites_of, take_out
 from dora_fx.attach.config import DoRA
 from dora_fx.attach.merging import is_merged
-from dora_fx.megatron import Model, ModelT, chunks_of, data_parallel_around, walk
-from dora_fx.modules import DoRALinear
+from dora_fx.megatron import Model, ModelT, chunks_of, data_parallel_around, unwrap, walk
+from dora_fx.modules import (
+    AdapterBank,
+    DoRALinear,
+    bank_of,
+    check_places,
+    fit_to_base,
+    guard_changes,
+    keep_bank,
+    path_of_inner_bank_maybe,
+    put_in,
+    sites_of,
+    take_out,
+)
+from dora_fx.ranks import of_all_stages
 
 _NOT_REDUCED = (
     "found {} made for another adapter, which would not reduce the gradients of this one, expected a wrapper that was "
@@ -51,35 +64,49 @@ def add_adapter(model: ModelT, name: str, dora: DoRA) -> ModelT:
     chunks = chunks_of(model)
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"name: found {name!r}, expected a name of an adapter, without dots")
-    taken = adapter_names(chunks)
+    taken = _names_of_all_stages(chunks)
     if name in taken:
         raise ValueError(f"adapter {name!r}: found it on the model already, expected another name than {list(taken)}")
+    _check_changeable(chunks)
     if not taken:
         dora(model)
         for chunk in chunks:
             keep_bank(chunk, AdapterBank(name))
         return model
-    _check_changeable(chunks)
     _check_unwrapped(chunks, name)
+    added = _attach_beside(model, chunks, dora)
+    for chunk, sites in zip(chunks, added, strict=True):
+        # A chunk without a layer of the active adapter has it nevertheless.
+        bank = bank_of(chunk) if bank_of(chunk).active is not None else AdapterBank(taken[0])
+        bank.inactive = {**{other: [] for other in taken[1:]}, **bank.inactive, name: sites}
+        keep_bank(chunk, bank)
+        guard_changes(chunk, bank)
+    return model
+
+
+def _names_of_all_stages(chunks: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Return the names of a model's adapters, the active one first, though a stage may have no layer of some."""
+    own = adapter_names(chunks)
+    of_stages = of_all_stages(own) if parallel_state.model_parallel_is_initialized() else [own]
+    return tuple(dict.fromkeys(name for names in of_stages for name in names))
+
+
+def _attach_beside(model: Model, chunks: Sequence[nn.Module], dora: DoRA) -> list[list[DoRALinear]]:
+    """Attach an adapter and return its wrappers of each chunk, with all else as it was, also after an exception."""
     modes = [(module, module.training) for chunk in chunks for module in chunk.modules()]
     trained = [(parameter, parameter.requires_grad) for chunk in chunks for parameter in chunk.parameters()]
     active = [take_out(chunk) for chunk in chunks]
     try:
         dora(model)
-        added = [take_out(chunk) for chunk in chunks]
     finally:
+        added = [take_out(chunk) for chunk in chunks]
         for chunk, sites in zip(chunks, active, strict=True):
             put_in(chunk, sites)
         for module, mode in modes:
             module.training = mode
         for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
-    for chunk, sites in zip(chunks, added, strict=True):
-        bank = bank_of(chunk)
-        bank.inactive[name] = sites
-        keep_bank(chunk, bank)
-        guard_changes(chunk, bank)
-    return model
+    return added
 
 
 def set_adapter(model: ModelT, name: str) -> ModelT:
@@ -104,11 +131,13 @@ def set_adapter(model: ModelT, name: str) -> ModelT:
     if all(bank_of(chunk).active == name for chunk in chunks):
         return model
     _check_changeable(chunks)
+    for chunk in chunks:
+        check_places(chunk, name, bank_of(chunk).inactive[name])
     _check_wrappers_know(chunks, name)
     for chunk in chunks:
+        fit_to_base(bank_of(chunk).inactive[name])
+    for chunk in chunks:
         bank = bank_of(chunk)
-        if bank.active == name:
-            continue
         assert bank.active is not None
         sites = bank.inactive.pop(name)
         bank.inactive[bank.active] = take_out(chunk)
@@ -150,6 +179,7 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
     for chunk in chunks:
         bank = bank_of(chunk)
         del bank.inactive[name]
+        bank.record.note_deletion(name)
         guard_changes(chunk, bank)
     return model
 
@@ -173,6 +203,8 @@ def _check_known(chunks: Sequence[nn.Module], name: str) -> None:
 def _check_changeable(chunks: Sequence[nn.Module]) -> None:
     """Raise ValueError where changing the adapter would lose what the caller did to the active one."""
     for chunk in chunks:
+        if (inner := path_of_inner_bank_maybe(chunk)) is not None:
+            raise ValueError(f"{inner}: found adapters that were added to this part of the model, expected the whole")
         for _, path, module in walk(chunk, DoRALinear):
             if isinstance(module, DoRALinear):
                 if not module._adapter_enabled:
@@ -203,14 +235,13 @@ def _check_wrappers_know(chunks: Sequence[nn.Module], name: str) -> None:
         wrappers = [module for module in chunk.modules() if isinstance(module, (DistributedDataParallel, TorchDDP))]
         for wrapper in wrappers:
             _check_wrapper_knows(wrapper, name, coming)
-        is_wrapped = any(hasattr(p, "main_grad") for p in leaving)
-        if not wrappers and is_wrapped and not all(hasattr(p, "main_grad") for p in coming):
-            for wrapper in data_parallel_around([chunk]):
-                if not any(isinstance(hook, _WrapperGuard) for hook in wrapper._forward_pre_hooks.values()):
-                    wrapper.register_forward_pre_hook(_WrapperGuard(chunk))
+        # A wrapper that is not given may be called nevertheless.
+        for wrapper in data_parallel_around([chunk]):
+            if not any(isinstance(hook, _WrapperGuard) for hook in wrapper._forward_pre_hooks.values()):
+                wrapper.register_forward_pre_hook(_WrapperGuard(unwrap(chunk)))
 
 
-def _check_wrapper_knows(wrapper: Any, name: str | None, trained: Iterable[nn.Parameter]) -> None:
+def _check_wrapper_knows(wrapper: Any, name: str, trained: Iterable[nn.Parameter]) -> None:
     is_torch = isinstance(wrapper, TorchDDP)
     reduced = {id(p) for p in (wrapper._module_parameters if is_torch else wrapper.param_to_bucket_group)}
     if not all(id(parameter) in reduced for parameter in trained):
@@ -226,4 +257,4 @@ class _WrapperGuard:
     def __call__(self, wrapper: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
             trained = [p for site in sites_of(self.chunk) for p in site.adapter.parameters() if p.requires_grad]
-            _check_wrapper_knows(wrapper, bank_of(self.chunk).active, trained)
+            _check_wrapper_knows(wrapper, bank_of(self.chunk).active or "", trained)

@@ -5,9 +5,9 @@ changed in between, the repeated call would read the other adapter's parameters,
 give wrong gradients without an error.
 
 Autograd numbers its operations in the order in which the forward pass made them. So the operation that is being
-differentiated tells when its call was made, and a record of the changes tells which adapter was active then. Operations
-made in the backward pass itself, by a checkpoint inside a checkpoint, are numbered by the thread that runs it, which on
-an accelerator is another one; those are not told apart.
+differentiated tells when its call was made, and a record of the changes tells which adapter was active then. Each
+thread has numbers of its own: calls of another thread than the one that changes adapters, and of a checkpoint inside a
+checkpoint on an accelerator, whose backward pass has a thread of its own, are not told apart.
 """
 
 from __future__ import annotations
@@ -32,8 +32,21 @@ class ActiveAdapterRecord:
 
     def note_change(self, name: str) -> None:
         """Note that the adapter of this name is active from now on."""
-        self._starts.append(torch.autograd._get_sequence_nr())
-        self._names.append(name)
+        start = torch.autograd._get_sequence_nr()
+        if start == self._starts[-1]:
+            # No operation was made under the one before, as when tenants are served without gradients.
+            self._names[-1] = name
+        else:
+            self._starts.append(start)
+            self._names.append(name)
+
+    def note_deletion(self, name: str) -> None:
+        """Note that an adapter of this name is not the one that had it before."""
+        self._names = [f"{name} (deleted)" if known == name else known for known in self._names]
+
+    def __reduce__(self) -> tuple[type[ActiveAdapterRecord], tuple[str]]:
+        """Copies and pickles begin anew, since the numbers of another process or model say nothing of their calls."""
+        return ActiveAdapterRecord, (self._names[-1],)
 
     def active_in_forward_pass(self) -> str | None:
         """Return the adapter that was active when the operation now being differentiated was made.

@@ -24,7 +24,7 @@ class Collective:
         kind: "all_reduce", "all_gather", "reduce_scatter", or "send" and "receive" between pipeline stages.
         num_bytes: of the larger side of one message.
         count: how many there are.
-        group: "tp", "dp", "pp", "cp" or "ep", or the name of another process group.
+        group: "tp", "dp", "pp" or "cp", or the name of another process group.
         num_ranks: of that group.
         site: path of the module in the layer that they belong to; empty where they serve several.
     """
@@ -104,7 +104,7 @@ class KindCosts:
     """Layers of one kind, or one of the model's ends.
 
     Attributes:
-        name: "layer", "embedding" or "output".
+        name: "layer", or "layer kind N" of several, "embedding" or "output".
         base_parameters, lora_parameters, magnitudes: elements in one layer on this rank.
         variants: the layer's costs in each of `VARIANTS`.
     """

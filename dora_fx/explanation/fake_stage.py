@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 
 from dora_fx.attach import DoRA
-from dora_fx.explanation.planned_run import PlannedRun
-from dora_fx.megatron import megatron_world
-from dora_fx.models import GPTArchitecture, empty_gpt_model
+from dora_fx.explanation.planned_run import Attention, PlannedRun
+from dora_fx.megatron import megatron_world, replace_modules
+from dora_fx.models import GPTArchitecture, empty_gpt_model, with_query_groups
 from dora_fx.modules import DoRALinear
 
 
@@ -36,12 +37,10 @@ class FakeStage:
     Attributes:
         model: the GPTModel of the stage, with adapters; nothing of it has values.
         wrapper: Megatron's DistributedDataParallel around it, which owns the gradient buffers.
-        mode: of the model's tensors, and active.
     """
 
     model: Any
     wrapper: Any
-    mode: FakeTensorMode
 
 
 class FlashAttention(nn.Module):
@@ -66,25 +65,23 @@ def fake_stage(architecture: GPTArchitecture, run: PlannedRun, stage: int) -> It
     if dist.is_initialized():
         raise ValueError("torch.distributed: found a default process group, expected none: a fake world is made here")
     # The generators of the process stay as they are, though a world seeds them.
-    with torch.random.fork_rng(devices=[]), _world(run, stage), FakeTensorMode() as mode:
-        model = empty_gpt_model(
-            _with_own_output(architecture, run), run.torch_dtype, sequence_parallel=run.sequence_parallel
-        )
+    with torch.random.fork_rng(devices=[]), _world(run, stage), FakeTensorMode():
+        model = empty_gpt_model(_as_built(architecture, run), run.torch_dtype, sequence_parallel=run.sequence_parallel)
         if run.attention == "flash":
             replace_attention(model)
         attach_adapters(model, run)
-        yield FakeStage(model, _data_parallel(model), mode)
+        yield FakeStage(model, _data_parallel(model))
 
 
 @contextlib.contextmanager
 def stage_of_model(model: Any, run: PlannedRun) -> Iterator[FakeStage]:
     """Take a user's own Megatron model of one stage, which was built under FakeTensorMode, with adapters or without.
 
-    Adapters and Megatron's DistributedDataParallel are put around it where it has none.
+    One without adapters has them until the exit. Megatron's DistributedDataParallel is put around either.
 
     Raises:
         TypeError: it has no `decoder.layers`.
-        ValueError: it has real parameters, Megatron's groups are missing, or the run is another one than the model's.
+        ValueError: it has real parameters, Megatron's groups are missing, or the run does not match the model.
     """
     if not hasattr(getattr(model, "decoder", None), "layers"):
         raise TypeError(f"base: found a {type(model).__name__} without decoder.layers, expected a Megatron GPTModel")
@@ -92,19 +89,22 @@ def stage_of_model(model: Any, run: PlannedRun) -> Iterator[FakeStage]:
     if not isinstance(parameter, FakeTensor):
         raise ValueError("base: found a model with real parameters, expected one that was built under FakeTensorMode")
     _check_same_run(model, run)
+    is_adapted = bool(_sites(model))
     try:
-        with parameter.fake_mode as mode:
-            if not any(isinstance(module, DoRALinear) for module in model.modules()):
+        with parameter.fake_mode:
+            if not is_adapted:
                 attach_adapters(model, run)
-            yield FakeStage(model, _data_parallel(model), mode)
+            yield FakeStage(model, _data_parallel(model))
     finally:
+        if not is_adapted:
+            replace_modules(model, {site: site.to_wrap for site in _sites(model)})
         # Its tensors are fake now; a real model allocates them anew.
         parallel_state.destroy_global_memory_buffer()
         parallel_state._set_global_memory_buffer()
 
 
 def _check_same_run(model: Any, run: PlannedRun) -> None:
-    """Raise ValueError, naming the option, where a model or the groups that it was built in are not the run's."""
+    """Raise ValueError, naming the option, where a model or the groups that it was built in do not match the run."""
     if not parallel_state.model_parallel_is_initialized():
         raise ValueError("base: found a model and none of Megatron's groups, expected those that it was built in")
     expected = {
@@ -113,11 +113,30 @@ def _check_same_run(model: Any, run: PlannedRun) -> None:
         "dp": parallel_state.get_data_parallel_world_size(),
         "sequence_parallel": model.config.sequence_parallel,
         "torch_dtype": model.config.params_dtype,
+        "attention": attention_of(model),
     }
+    if dims := {site.adapter.dim for site in _sites(model)}:
+        expected["dim"] = run.dim if run.dim in dims else min(dims)
     for name, value in expected.items():
         if getattr(run, name) != value:
             option = name.removeprefix("torch_")
             raise ValueError(f"{option}: found {getattr(run, name)}, expected {value}, as the model was built")
+    for what, size in (
+        ("virtual pipeline", parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1),
+        ("context", parallel_state.get_context_parallel_world_size()),
+    ):
+        if size > 1:
+            raise ValueError(f"base: found a {what} parallel size of {size}, expected 1, which alone is counted")
+
+
+def attention_of(model: nn.Module) -> Attention:
+    """Return which attention a model has: Megatron's own, or one that keeps no scores."""
+    is_local = any(isinstance(module, DotProductAttention) for module in model.modules())
+    return "local" if is_local else "flash"
+
+
+def _sites(model: nn.Module) -> list[DoRALinear]:
+    return [module for module in model.modules() if isinstance(module, DoRALinear)]
 
 
 def replace_attention(model: nn.Module) -> None:
@@ -142,7 +161,7 @@ def _world(run: PlannedRun, stage: int) -> contextlib.AbstractContextManager[Non
     return megatron_world(
         "cpu",
         backend="fake",
-        # No rank reads it, but a world of several wants one.
+        # No rank reads it, but several ranks need a store.
         store=dist.HashStore(),
         world_size=run.num_ranks,
         # Megatron numbers the ranks of a stage one after another.
@@ -152,9 +171,14 @@ def _world(run: PlannedRun, stage: int) -> contextlib.AbstractContextManager[Non
     )
 
 
-def _with_own_output(architecture: GPTArchitecture, run: PlannedRun) -> GPTArchitecture:
-    """Untie the output layer where another stage has the embedding, as `build_gpt_model` does."""
-    return dataclasses.replace(architecture, tied_embeddings=architecture.tied_embeddings and run.pp == 1)
+def _as_built(architecture: GPTArchitecture, run: PlannedRun) -> GPTArchitecture:
+    """Pad query groups until the ranks share them, and untie an output layer of another stage than the embedding's.
+
+    `build_gpt_model` does both.
+    """
+    num_query_groups = math.ceil(architecture.num_query_groups / run.tp) * run.tp
+    padded = with_query_groups(architecture, num_query_groups)
+    return dataclasses.replace(padded, tied_embeddings=architecture.tied_embeddings and run.pp == 1)
 
 
 def _data_parallel(model: Any) -> Any:

@@ -49,7 +49,7 @@ _ATTENTION: dict[Any, Callable[..., int]] = {
 
 
 class _Call(NamedTuple):
-    """An operator's call in a graph, out of whatever restores a generator around it."""
+    """An operator's call in a graph, unwrapped from `run_and_save_rng_state` and the like."""
 
     node: fx.Node
     target: Any

@@ -14,6 +14,8 @@ from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from dora_fx.explanation.fake_stage import FakeStage, fake_stage, stage_of_model
+from dora_fx.explanation.graph_boxes import Kept
+from dora_fx.explanation.kept_values import kept_for_backward
 from dora_fx.explanation.layer_capture import CapturedGraphs, LayerInputs, capture
 from dora_fx.explanation.named_shapes import architecture_named
 from dora_fx.explanation.planned_run import PlannedRun
@@ -49,12 +51,14 @@ class CapturedLayer:
         count: how many layers of the stage are of it.
         before: Dynamo's graph, in which each adapted layer is a call and a marker.
         after: the same behind the passes. Both carry `example_value` of their nodes.
+        kept: what the forward pass keeps for the backward pass, by the nodes of `after`.
     """
 
     name: str
     count: int
     before: fx.Graph
     after: fx.Graph
+    kept: Kept
 
 
 def captured_layers(base: Any, run: PlannedRun) -> Iterator[CapturedLayer]:
@@ -70,7 +74,8 @@ def captured_layers(base: Any, run: PlannedRun) -> Iterator[CapturedLayer]:
     with first_stage(base, run) as stage:
         for kind in layer_kinds(stage.model):
             graphs = capture_kind(kind, stage.model, run, default_passes())
-            yield CapturedLayer(kind.name, kind.count, graphs.before.graph, graphs.after.graph)
+            kept = kept_for_backward(graphs.forward.graph, graphs.num_outputs)
+            yield CapturedLayer(kind.name, kind.count, graphs.before.graph, graphs.after.graph, kept)
 
 
 def first_stage(base: Any, run: PlannedRun) -> contextlib.AbstractContextManager[FakeStage]:

@@ -18,7 +18,9 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What of a run decides its costs; the names are those of `dora-fx finetune`.
+    """A run whose costs are asked for; the names are those of `dora-fx finetune`.
+
+    Dropout, which adds a message of a row layer's magnitudes, and ranks by patterns are left out.
 
     Attributes:
         tp, pp, dp: tensor-, pipeline- and data-parallel sizes; their product is the number of ranks.
@@ -50,6 +52,13 @@ class PlannedRun:
 
     def __post_init__(self) -> None:
         """Raise ValueError, naming the option, for a value out of its range or against another one."""
+        for name in ("sequence_parallel", "recompute"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, expected True or False")
+        for name in ("target_modules", "exclude_modules"):
+            found = getattr(self, name)
+            if not isinstance(found, (tuple, list)) or not all(isinstance(target, str) for target in found):
+                raise ValueError(f"{name}: found {found!r}, expected a list of names")
         for name in ("tp", "pp", "dp", "batch_size", "sequence_length", "dim"):
             _check_count(name, getattr(self, name), 1)
         _check_count("gradient_accumulation", self.gradient_accumulation, 0)
@@ -96,8 +105,6 @@ class PlannedRun:
         if architecture.num_layers % self.pp:
             raise ValueError(f"pp: found {self.pp}, expected a divisor of the {architecture.num_layers} layers")
         shared = {
-            "query groups": architecture.num_query_groups,
-            "attention heads": architecture.num_attention_heads,
             "features of the MLP": architecture.ffn_hidden_size,
             "tokens of the vocabulary": architecture.vocab_size,
         }

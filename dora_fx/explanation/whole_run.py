@@ -28,7 +28,8 @@ def explain(base: str | Path | GPTArchitecture | Any, run: PlannedRun | None = N
     Args:
         base: a name of `NAMED_SHAPES`, a Hugging Face folder or its config.json, a GGUF file, a transformers config,
             or an architecture, of which no weights are read; or a Megatron model of yours that was built under
-            FakeTensorMode within Megatron's groups, which are those of the run. It gets adapters where it has none.
+            FakeTensorMode within Megatron's groups, which are those of the run. Without adapters it has some until
+            this returns; with adapters, these are counted, and the targets are not read.
         run: layout, batches and adapters; by default made of `options`.
         options: fields of `PlannedRun`, such as `tp=8, pp=4, dp=32, sequence_parallel=True`.
 

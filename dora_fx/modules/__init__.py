@@ -4,6 +4,19 @@
 """
 
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+from dora_fx.modules.adapter_bank import (
+    AdapterBank,
+    bank_of,
+    check_places,
+    fit_to_base,
+    guard_changes,
+    inactive_adapters,
+    keep_bank,
+    path_of_inner_bank_maybe,
+    put_in,
+    sites_of,
+    take_out,
+)
 from dora_fx.modules.adapter_settings import (
     check_alpha,
     check_dim,
@@ -23,6 +36,7 @@ from dora_fx.modules.site_paths import path_of
 from dora_fx.modules.whole_tensors import gather_whole
 
 __all__ = [
+    "AdapterBank",
     "DoRALinear",
     "GradientCompletion",
     "LinearSpec",
@@ -31,21 +45,31 @@ __all__ = [
     "TorchLinear",
     "adapter_not_finite_maybe",
     "adapter_sharded_state_dict",
+    "bank_of",
     "bypasses_its_linears",
     "check_alpha",
     "check_dim",
     "check_dropout",
     "check_init_method",
+    "check_places",
     "check_use_rslora",
     "complete",
     "describe_linear",
     "disable_adapter",
     "dora_linear",
+    "fit_to_base",
     "gather_whole",
+    "guard_changes",
+    "inactive_adapters",
     "invalidate_norms",
+    "keep_bank",
     "looks_like_linear",
     "low_rank_scaling",
     "not_finite_maybe",
     "path_of",
+    "path_of_inner_bank_maybe",
+    "put_in",
     "read_site",
+    "sites_of",
+    "take_out",
 ]

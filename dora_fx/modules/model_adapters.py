@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dora_fx.megatron import Model, chunks_of
-from dora_fx.modules.linear_wrapper import DoRALinear
+from dora_fx.modules.adapter_bank import bank_of, sites_of
 
 
 def invalidate_norms(model: Model) -> None:
@@ -22,8 +22,11 @@ def invalidate_norms(model: Model) -> None:
         model: a model, or a list or a tuple of model chunks, bare or wrapped. Every rank of a tensor-parallel group
             calls it.
     """
-    for site in _sites(model):
-        site.invalidate_norm()
+    for chunk in chunks_of(model):
+        # Those of adapters that are not active read the same base.
+        for sites in (sites_of(chunk), *bank_of(chunk).inactive.values()):
+            for site in sites:
+                site.invalidate_norm()
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def disable_adapter(model: Model) -> Iterator[None]:
     Args:
         model: a model, or a list or a tuple of model chunks, bare or wrapped.
     """
-    sites = _sites(model)
+    sites = [site for chunk in chunks_of(model) for site in sites_of(chunk)]
     before = [site._adapter_enabled for site in sites]
     try:
         for site in sites:
@@ -42,7 +45,3 @@ def disable_adapter(model: Model) -> Iterator[None]:
     finally:
         for site, enabled in zip(sites, before, strict=True):
             site._adapter_enabled = enabled
-
-
-def _sites(model: Model) -> list[DoRALinear]:
-    return [module for chunk in chunks_of(model) for module in chunk.modules() if isinstance(module, DoRALinear)]

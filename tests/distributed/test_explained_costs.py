@@ -27,8 +27,8 @@ from tests.distributed.launch import run_ranks
 
 pytestmark = pytest.mark.slow
 
-# A wide MLP: what is measured as the peak has the buffers of gloo's reduce-scatters in it, of the size of a gathered
-# hidden state, and they have to be small beside the layer's own.
+# A wide MLP, so that the layer's own tensors dominate the measured peak. The measurement also sees what gloo allocates,
+# probably buffers of a gathered hidden state's size, which the prediction lacks.
 TINY = GPTArchitecture(
     hf=HF_ARCHITECTURES["llama"],
     num_layers=2,

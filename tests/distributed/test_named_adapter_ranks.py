@@ -12,6 +12,7 @@ import dora_fx
 from dora_fx import DoRA
 from tests.distributed.launch import visit_worlds
 from tests.distributed.pipeline_gpt import (
+    LAYERS,
     TARGETS,
     Kind,
     Layout,
@@ -30,8 +31,17 @@ LAYOUTS = [Layout(tp=2), Layout(pp=2, vpp=2), Layout(dp=2)]
 def train_in_turns(layout: Layout, folder: Path, kind: Kind) -> None:
     chunks = build_base(layout, kind)
     together = {}
+    # Some chunks and stages have no layer of the first one, and know its name nevertheless.
+    dora_fx.add_adapter(chunks, "first layer", DoRA(["*.layers.0.mlp.linear_fc1"], dim=4))
+    dora_fx.add_adapter(chunks, "last layer", DoRA([f"*.layers.{LAYERS - 1}.mlp.linear_fc2"], dim=4))
+    for name in ("last layer", "first layer"):
+        dora_fx.set_adapter(chunks, name)
+        assert dora_fx.adapter_names(chunks)[0] == name
     for name, settings in ADAPTERS.items():
         dora_fx.add_adapter(chunks, name, DoRA(settings["targets"], dim=settings["dim"], alpha=8))
+    dora_fx.set_adapter(chunks, "policy")
+    for name in ("first layer", "last layer"):
+        dora_fx.delete_adapter(chunks, name)
     for name in ADAPTERS:
         with dora_fx.adapter(chunks, name):
             set_adapter_values(chunks, layout, name)
@@ -49,14 +59,14 @@ def train_in_turns(layout: Layout, folder: Path, kind: Kind) -> None:
             dora_fx.save_checkpoint(training.chunks, folder / f"{name} together {layout}", training.optimizer)
         dora_fx.save_checkpoint(alone[name].chunks, folder / f"{name} alone {layout}", alone[name].optimizer)
     if layout.pp == 1:
-        refuse_other_wrappers(chunks, together["policy"])
+        refuse_other_wrappers(chunks, together)
 
 
-def refuse_other_wrappers(bare: list[nn.Module], training: Training) -> None:
-    dora_fx.set_adapter(bare, "reward")
-    with pytest.raises(ValueError, match="adapter 'reward': found DistributedDataParallel made for another adapter"):
-        training.train(0)
-    dora_fx.set_adapter(bare, "policy")
+def refuse_other_wrappers(bare: list[nn.Module], together: dict[str, Training]) -> None:
+    for active, other in (("reward", "policy"), ("policy", "reward")):
+        dora_fx.set_adapter(bare, active)
+        with pytest.raises(ValueError, match=f"adapter '{active}': found DistributedDataParallel made for another"):
+            together[other].train(0)
     with pytest.raises(ValueError, match="adapter 'more': found DistributedDataParallel around the model"):
         dora_fx.add_adapter(bare, "more", DoRA(MLP))
     assert dora_fx.adapter_names(bare) == tuple(ADAPTERS)

@@ -222,6 +222,11 @@ def test_merging_needs_the_others_away() -> None:
         dora_fx.set_adapter(model, "wide")
     for name in ("mlp", "wide", "like first"):
         dora_fx.delete_adapter(model, name)
+    with dora_fx.merged(model):
+        assert dora_fx.adapter_names(model) == ("first",)
+        with pytest.raises(ValueError, match="found the adapter merged into it"):
+            dora_fx.add_adapter(model, "wide", DoRA(MLP))
+    assert dora_fx.active_adapter(model) == "first"
     dora_fx.merge(model)
     assert dora_fx.active_adapter(model) is None
     dora_fx.add_adapter(model, "again", DoRA(MLP))
@@ -245,6 +250,42 @@ def test_refusals(case: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(model)
     assert dora_fx.adapter_names(model) == tuple(SETTINGS)
+
+
+def test_a_layer_that_was_replaced_is_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    for name, targets in {"first": ["0"], "second": ["1"]}.items():
+        dora_fx.add_adapter(model, name, DoRA(targets, dim=2))
+    model[1] = nn.Linear(8, 4)
+    with pytest.raises(ValueError, match=r"^1: found another layer in the place of the one that adapter 'second'"):
+        dora_fx.set_adapter(model, "second")
+    assert dora_fx.active_adapter(model) == "first" and isinstance(model[0], dora_fx.DoRALinear)
+
+
+def test_norms_of_all_adapters_are_invalidated_together() -> None:
+    model = with_all()
+    with torch.no_grad():
+        # A few rows: a sample may miss them.
+        model.decoder.layers[0].mlp.linear_fc1.weight.data[3] *= 2.0
+    dora_fx.invalidate_norms(model)
+    twin = alone("like first")
+    twin.decoder.layers[0].mlp.linear_fc1.weight.data[3] *= 2.0
+    dora_fx.invalidate_norms(twin)
+    assert_same(outcome(dora_fx.set_adapter(model, "like first")), outcome(twin))
+
+
+def test_an_adapter_of_a_name_that_another_had_is_not_that_one() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    for name in ("one", "two"):
+        dora_fx.add_adapter(model, name, DoRA(["0"], dim=2))
+    dora_fx.set_adapter(model, "two")
+    loss = checkpoint(model, torch.randn(3, 6, requires_grad=True), use_reentrant=False).sum()
+    dora_fx.set_adapter(model, "one")
+    dora_fx.delete_adapter(model, "two")
+    dora_fx.add_adapter(model, "two", DoRA(["0"], dim=2))
+    dora_fx.set_adapter(model, "two")
+    with pytest.raises(RuntimeError, match=r"repeats a call of 'two \(deleted\)'"):
+        loss.backward()
 
 
 def test_an_adapter_that_is_off_stays_the_active_one() -> None:

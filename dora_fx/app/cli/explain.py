@@ -79,7 +79,12 @@ def _check_pictures(parsed: Mapping[str, Any]) -> None:
 def _described(base: str, run: PlannedRun) -> list[LayerDescription]:
     """Describe each kind of layer of the first stage by its graphs, while their process groups are there."""
     return [
-        describe_layer(layer.before, layer.after, f"{base}: {layer.name}, {layer.count} of them, rank 0 of {run.tp}")
+        describe_layer(
+            layer.before,
+            layer.after,
+            f"{base}: {layer.name}, {layer.count} of them, tensor-parallel rank 0 of {run.tp}",
+            kept=layer.kept,
+        )
         for layer in captured_layers(base, run)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 
@@ -108,7 +109,7 @@ def _stages_table(stages: Sequence[StageCosts]) -> Table:
         "pipeline stages: estimated peak in GiB", "stage", "layers", "in flight", *(_TITLES[v] for v in VARIANTS)
     )
     for stage in stages:
-        layers = ", ".join(f"{count} {name}" for name, count in stage.kinds.items())
+        layers = ", ".join(f"{count} x {name}" for name, count in stage.kinds.items())
         peaks = (gibi(stage.variants[variant].memory.peak) for variant in VARIANTS)
         table.add_row(str(stage.stage), layers, str(stage.in_flight), *peaks)
     return table
@@ -145,8 +146,11 @@ def comparison_table(explanations: Sequence[Explanation], memory: int | None = N
         explanations: of the same base.
         memory: of a device in bytes; with it the table says which layouts fit.
     """
-    columns = [f"tp={one.run.tp},pp={one.run.pp},dp={one.run.dp}" for one in explanations]
-    table = _table("layouts side by side, DoRA on the largest stage", "", *columns)
+    runs = [dataclasses.asdict(one.run) for one in explanations]
+    differing = [name for name in runs[0] if any(run[name] != runs[0][name] for run in runs)]
+    columns = [", ".join(f"{name}={run[name]}" for name in differing) or "as given" for run in runs]
+    title = f"{explanations[0].base}: layouts side by side, DoRA on the largest stage"
+    table = _table(title, "", *columns)
     stages = [one.largest_stage for one in explanations]
     memories = [stage.variants["dora"].memory for stage in stages]
     loras = [stage.variants["lora"].memory for stage in stages]
@@ -181,7 +185,7 @@ def _sent(stage: StageCosts, micro_batches: int, group: str) -> int:
 
 
 def mebi(size: int) -> str:
-    """Return bytes in MiB, with digits for small ones."""
+    """Return bytes in MiB, with two digits where they are no whole number of them."""
     return f"{size / 2**20:,.2f}" if size % 2**20 else f"{size >> 20:,}"
 
 

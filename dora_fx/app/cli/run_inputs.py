@@ -41,14 +41,13 @@ def _names_with_commits(options: FinetuneOptions) -> str:
 
 def _adopt(options: FinetuneOptions, of_first: Mapping[str, tuple[str, str | None]]) -> FinetuneOptions:
     adopted: dict[str, Any] = {}
-    for option, (name, with_commit) in of_first.items():
+    for option in _KINDS:
+        name, with_commit = of_first.get(option, (None, None))
         own = getattr(options, option)
-        is_on_hub = own is not None and hub_name_maybe(own) is not None
-        if with_commit is None and not is_on_hub:
-            continue
         if own != name:
             raise UserError(f"--{option}: found {own}, but {name} on rank 0; expected the same on every rank")
-        adopted[option] = with_commit
+        if with_commit is not None:
+            adopted[option] = with_commit
     return replace(options, **adopted)
 
 

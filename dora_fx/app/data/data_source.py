@@ -61,7 +61,8 @@ def _files_of_split(data: str, names: Sequence[str], part: str | None, card: Pat
     try:
         configs = None if card is None or part in names else _configs(card)
         return split_files(names, part, configs, SUFFIXES)
-    except ValueError as error:
+    except (ValueError, TypeError, re.error) as error:
+        # A card is somebody else's, and may have anything in the place of names and patterns.
         raise UserError(f"--data {data}: {error}") from error
 
 

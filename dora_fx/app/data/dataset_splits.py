@@ -47,7 +47,7 @@ def split_files(names: Collection[str], part: str | None, configs: object, suffi
     """
     data = _data_files(names, suffixes)
     if part is not None and part in names:
-        if part not in data:
+        if PurePosixPath(part).suffix not in suffixes:
             raise ValueError(f"found the file {part}, expected one of the kinds {', '.join(suffixes)}")
         return [part]
     if not data:
@@ -163,7 +163,7 @@ def _expression(part: str) -> str:
 def _meant(splits: Splits, default: str | None, part: str | None) -> tuple[str, str]:
     """Return the subset and the split that a part is."""
     subset, split = default, part
-    if part in splits:
+    if part is not None and part in splits and not any(of_subset.get(part) for of_subset in splits.values()):
         subset, split = part, None
     elif part is not None and part.rpartition("/")[0] in splits:
         subset, _, split = part.rpartition("/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Literal
 
 from dora_fx.app.errors import UserError
 from dora_fx.app.options import HubName
-from dora_fx.files import reason_of
+from dora_fx.files import reason_of, shortened
 
 Kind = Literal["model", "dataset"]
 _LOG_IN = "hf auth login, or HF_TOKEN in the environment"
@@ -20,11 +21,11 @@ _LOG_IN = "hf auth login, or HF_TOKEN in the environment"
 @contextmanager
 def explaining(option: str, kind: Kind, name: HubName) -> Iterator[None]:
     """Convert errors of huggingface_hub in the block to UserError."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     where, called = f"{option} {name}", {"model": "model", "dataset": "data set"}[kind]
     prefix = "datasets/" if kind == "dataset" else ""
-    page = f"{constants.ENDPOINT}/{prefix}{name.repository}"
+    page = f"{_endpoint()}/{prefix}{name.repository}"
     try:
         yield
     except UserError:
@@ -37,7 +38,7 @@ def explaining(option: str, kind: Kind, name: HubName) -> Iterator[None]:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UserError(
             f"{where}: found no file or folder of that name here, and no {called} of that name on "
-            f"{constants.ENDPOINT}; correct the name, or log in if the repository is private ({_LOG_IN})"
+            f"{_endpoint()}; correct the name, or log in if the repository is private ({_LOG_IN})"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise UserError(
@@ -49,12 +50,13 @@ def explaining(option: str, kind: Kind, name: HubName) -> Iterator[None]:
 
 
 def _of_the_way(where: str, kind: Kind, name: HubName, error: Exception) -> str:
-    """Format an error that says nothing of the repository: of the disk, of the server or of the network."""
+    """Format an error of the disk, of the server or of the network."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
-        answer = f"{error.response.status_code}, {error.server_message or reason_of(error)}"
-        return f"{where}: {constants.ENDPOINT} refuses the request ({answer}); check the token ({_LOG_IN})"
+        said = shortened(error.server_message) if error.server_message else reason_of(error)
+        answer = f"{error.response.status_code}, {said}"
+        return f"{where}: {_endpoint()} refuses the request ({answer}); check the token ({_LOG_IN})"
     if isinstance(error, OSError) and error.errno is not None:
         return (
             f"{where}: the cache in {constants.HF_HUB_CACHE} cannot be written ({reason_of(error)}); name another "
@@ -68,13 +70,20 @@ def _of_the_way(where: str, kind: Kind, name: HubName, error: Exception) -> str:
     )
 
 
+def _endpoint() -> str:
+    """Return the address of the hub, without a password that a mirror's may have."""
+    from huggingface_hub import constants
+
+    return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
+
+
 def _reason(error: BaseException) -> str:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
         return f"{variable} is set"
-    return f"{constants.ENDPOINT}: {reason_of(error.__cause__ or error)}"
+    return f"{_endpoint()}: {reason_of(error.__cause__ or error)}"
 
 
 def _command(kind: Kind, name: HubName) -> str:

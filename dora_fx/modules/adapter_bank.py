@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_fx.attach.matching import adapted_layers
 from dora_fx.cache import ActiveAdapterRecord, note_adapter, raise_if_other
 from dora_fx.megatron import replace_modules, unwrap, walk
-from dora_fx.modules import DoRALinear
+from dora_fx.modules.linear_wrapper import DoRALinear
 
 # PEFT's name for an adapter that was given none.
 DEFAULT_NAME = "default"
@@ -30,7 +29,7 @@ class AdapterBank:
     """The adapters of one chunk.
 
     Attributes:
-        active: name of the adapter in the chunk; None before there is one.
+        active: name of the adapter in the chunk, which may have no layer there; None before there is one.
         inactive: wrappers of the others, by name, in the order in which they were added.
         record: when which of them was active.
     """
@@ -50,20 +49,22 @@ class AdapterBank:
 
 def bank_of(chunk: nn.Module) -> AdapterBank:
     """Return the bank of a chunk, bare or wrapped; one that was adapted without a name has the name of PEFT."""
+    bank: AdapterBank | None = getattr(unwrap(chunk), _BANK, None)
+    return bank or AdapterBank(DEFAULT_NAME if sites_of(chunk) else None)
+
+
+def keep_bank(chunk: nn.Module, bank: AdapterBank | None) -> None:
+    """Keep a bank with its chunk, whose copies and pickles have it too; None is for a chunk without adapters."""
     module = unwrap(chunk)
-    bank: AdapterBank | None = getattr(module, _BANK, None)
-    is_adapted = any(True for _ in adapted_layers([chunk]))
-    if bank is None:
-        bank = AdapterBank(DEFAULT_NAME if is_adapted else None)
-    elif not bank.inactive and not is_adapted:
-        # Its only adapter was merged.
-        bank.active = None
-    return bank
+    if bank is not None:
+        setattr(module, _BANK, bank)
+    elif hasattr(module, _BANK):
+        delattr(module, _BANK)
 
 
-def keep_bank(chunk: nn.Module, bank: AdapterBank) -> None:
-    """Keep a bank with its chunk, whose copies and pickles have it too."""
-    setattr(unwrap(chunk), _BANK, bank)
+def path_of_inner_bank_maybe(chunk: nn.Module) -> str | None:
+    """Return the path of a part of a chunk that adapters were added to as to a model of its own."""
+    return next((named.path for named in walk(chunk) if named.path and hasattr(named.module, _BANK)), None)
 
 
 def inactive_adapters(chunks: Iterable[nn.Module]) -> list[str]:
@@ -73,7 +74,7 @@ def inactive_adapters(chunks: Iterable[nn.Module]) -> list[str]:
 
 def sites_of(chunk: nn.Module) -> list[DoRALinear]:
     """Return the wrappers that are in a chunk."""
-    return [named.module for _, named in adapted_layers([chunk])]
+    return [named.module for named in walk(chunk, DoRALinear) if isinstance(named.module, DoRALinear)]
 
 
 def take_out(chunk: nn.Module) -> list[DoRALinear]:
@@ -83,14 +84,30 @@ def take_out(chunk: nn.Module) -> list[DoRALinear]:
     return sites
 
 
-def put_in(chunk: nn.Module, sites: Sequence[DoRALinear]) -> None:
-    """Put wrappers in the places of their base layers; they follow casts, moves and modes of these."""
+def check_places(chunk: nn.Module, name: str, sites: Iterable[DoRALinear]) -> None:
+    """Raise ValueError, naming the layer, if a base layer of inactive wrappers is not in the chunk any more."""
+    layers = set(chunk.modules())
     for site in sites:
-        weight = site.base_weight
-        lora_a = site.adapter.linear_in.weight
+        if site.to_wrap not in layers:
+            raise ValueError(
+                f"{site.path}: found another layer in the place of the one that adapter {name!r} was added to, "
+                "expected that one: replace layers before adapters are added, or call delete_adapter"
+            )
+
+
+def fit_to_base(sites: Iterable[DoRALinear]) -> None:
+    """Give inactive wrappers the dtype and device that their base layers have."""
+    for site in sites:
+        weight, lora_a = site.base_weight, site.adapter.linear_in.weight
         if lora_a.dtype != weight.dtype or lora_a.device != weight.device:
-            # The wrapper's own cast keeps the magnitude in float32 and measures the base weight again.
-            site.to(device=weight.device, dtype=weight.dtype)
+            # The adapter's own cast keeps the magnitude in float32.
+            site.adapter.to(device=weight.device, dtype=weight.dtype)
+            site.invalidate_norm()
+
+
+def put_in(chunk: nn.Module, sites: Sequence[DoRALinear]) -> None:
+    """Put wrappers that fit in the places of their base layers, in the mode of these."""
+    for site in sites:
         site.train(site.to_wrap.training)
     replace_modules(chunk, {site.to_wrap: site for site in sites})
 
