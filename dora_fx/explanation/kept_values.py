@@ -23,10 +23,13 @@ def kept_for_backward(forward: fx.Graph, num_outputs: int) -> dict[str, tuple[Te
     kept: dict[fx.Node, None] = {}
     for node in outputs[num_outputs:]:
         if isinstance(node, fx.Node) and is_tensor(node):
-            while (viewed := viewed_maybe(node)) is not None:
-                node = viewed
-            if node.op != "placeholder":
-                kept[node] = None
+            whole, viewed = node, viewed_maybe(node)
+            while viewed is not None:
+                # Parts of a split are views, and outputs of an operator with several, such as fused attention, are not.
+                whole = viewed if is_tensor(viewed) else whole
+                viewed = viewed_maybe(viewed)
+            if whole.op != "placeholder":
+                kept[whole] = None
     by_name: dict[str, tuple[TensorFacts, ...]] = {}
     for node in kept:
         sources = node.meta.get("from_node") or []
