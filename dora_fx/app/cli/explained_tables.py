@@ -155,6 +155,7 @@ def comparison_table(explanations: Sequence[Explanation], memory: int | None = N
     memories = [stage.variants["dora"].memory for stage in stages]
     loras = [stage.variants["lora"].memory for stage in stages]
     table.add_row("ranks", *(str(one.run.num_ranks) for one in explanations))
+    table.add_row("micro-batches of a step", *(str(one.run.micro_batches) for one in explanations))
     table.add_row("largest stage", *(f"{stage.stage}, {stage.in_flight} in flight" for stage in stages))
     for name, label in _MEMORY.items():
         table.add_row(f"{label}, GiB", *(gibi(getattr(each, name)) for each in memories))
