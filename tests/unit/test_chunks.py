@@ -122,6 +122,12 @@ def calls(folder: Path) -> dict[str, Callable[[Any], Any]]:
     """Every public function of a model."""
     return {
         "DoRA": dora_fx.DoRA(["linear_qkv"], dim=DIM),
+        "add_adapter": lambda model: dora_fx.add_adapter(model, "second", dora_fx.DoRA(["linear_qkv"], dim=DIM)),
+        "set_adapter": lambda model: dora_fx.set_adapter(model, "second"),
+        "adapter": lambda model: dora_fx.adapter(model, "second").__enter__(),
+        "delete_adapter": lambda model: dora_fx.delete_adapter(model, "second"),
+        "active_adapter": dora_fx.active_adapter,
+        "adapter_names": dora_fx.adapter_names,
         "merge": dora_fx.merge,
         "unmerge": dora_fx.unmerge,
         "disable_adapter": lambda model: dora_fx.disable_adapter(model).__enter__(),
@@ -146,7 +152,7 @@ def calls(folder: Path) -> dict[str, Callable[[Any], Any]]:
 def test_these_are_all_public_functions(tmp_path: Path) -> None:
     no_functions_of_a_model = {
         *("CheckError", "CheckReport", "CheckpointError", "DoRALinear", "ParallelLinearDoRAAdapter"),
-        *("config_overrides", "__version__"),
+        *("config_overrides", "explain", "__version__"),
     }
     assert set(dora_fx.__all__) - no_functions_of_a_model == set(calls(tmp_path))
 
