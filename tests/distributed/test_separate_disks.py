@@ -105,8 +105,8 @@ def test_a_run_needs_a_folder_that_all_ranks_share(inputs: list[str], tmp_path: 
     [
         (["--stepz", "3"], "unrecognized arguments: --stepz 3; did you mean --steps?"),
         pytest.param(["--lr", "0"], "--lr: found 0.0, expected a positive number", marks=pytest.mark.slow),
-        pytest.param(["--data", "/nowhere.txt"], "--data /nowhere.txt", marks=pytest.mark.slow),
-        (["--base", "/nowhere"], "--base /nowhere: no such file or directory"),
+        pytest.param(["--data", "/nowhere.txt"], "--data: found /nowhere.txt, but ", marks=pytest.mark.slow),
+        (["--base", "/nowhere"], "--base: found /nowhere, but "),
         pytest.param(
             ["--sequence-length", "1000"],
             "--sequence-length: found 1000, expected at most 128",
