@@ -76,7 +76,7 @@ def _compared(
         x = layer_input(settings, tokens)
         found = compare_steps(variants, x, settings.options(tokens), settings.device, failed, **more)
     shown = _shown(found) + "".join(f"\n{name}: {reason}" for name, reason in failed.items())
-    return {"tokens": tokens, **asdict(found), "failed": failed, "shown": shown}
+    return {"ok": not failed, "tokens": tokens, **asdict(found), "failed": failed, "shown": shown}
 
 
 def _shown(found: Comparison) -> str:

@@ -27,7 +27,7 @@ from dora_fx.attach import DoRA
 from dora_fx.explanation.planned_run import Attention, PlannedRun
 from dora_fx.megatron import megatron_world, replace_modules
 from dora_fx.models import GPTArchitecture, empty_gpt_model, with_query_groups
-from dora_fx.modules import DoRALinear
+from dora_fx.modules import sites_of
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def stage_of_model(model: Any, run: PlannedRun) -> Iterator[FakeStage]:
     if not isinstance(parameter, FakeTensor):
         raise ValueError("base: found a model with real parameters, expected one that was built under FakeTensorMode")
     _check_same_run(model, run)
-    is_adapted = bool(_sites(model))
+    is_adapted = bool(sites_of(model))
     try:
         with parameter.fake_mode:
             if not is_adapted:
@@ -97,7 +97,7 @@ def stage_of_model(model: Any, run: PlannedRun) -> Iterator[FakeStage]:
             yield FakeStage(model, _data_parallel(model))
     finally:
         if not is_adapted:
-            replace_modules(model, {site: site.to_wrap for site in _sites(model)})
+            replace_modules(model, {site: site.to_wrap for site in sites_of(model)})
         # Its tensors are fake now; a real model allocates them anew.
         parallel_state.destroy_global_memory_buffer()
         parallel_state._set_global_memory_buffer()
@@ -115,7 +115,7 @@ def _check_same_run(model: Any, run: PlannedRun) -> None:
         "torch_dtype": model.config.params_dtype,
         "attention": attention_of(model),
     }
-    if dims := {site.adapter.dim for site in _sites(model)}:
+    if dims := {site.adapter.dim for site in sites_of(model)}:
         expected["dim"] = run.dim if run.dim in dims else min(dims)
     for name, value in expected.items():
         if getattr(run, name) != value:
@@ -133,10 +133,6 @@ def attention_of(model: nn.Module) -> Attention:
     """Return which attention a model has: Megatron's own, or one that keeps no scores."""
     is_local = any(isinstance(module, DotProductAttention) for module in model.modules())
     return "local" if is_local else "flash"
-
-
-def _sites(model: nn.Module) -> list[DoRALinear]:
-    return [module for module in model.modules() if isinstance(module, DoRALinear)]
 
 
 def replace_attention(model: nn.Module) -> None:

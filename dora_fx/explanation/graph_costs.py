@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,17 +14,16 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dora_fx.explanation.collective_calls import CollectiveCall, collective_maybe
 from dora_fx.explanation.cost_records import Collective, LayerCosts, PassCosts, SavedTensor
 from dora_fx.explanation.layer_capture import CapturedGraphs, results_of
 from dora_fx.explanation.peak_memory import estimated_peak
-from dora_fx.ranks import group_size
 
 _aten = torch.ops.aten
 _VIEWS = {
     *("view", "permute", "t", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "split", "alias"),
     *("split_with_sizes", "unbind", "as_strided", "detach", "_unsafe_view", "reshape", "getitem", "wait_tensor"),
 }
-_KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 _GROUPS: dict[str, Callable[[], Any]] = {
     "tp": partial(parallel_state.get_tensor_model_parallel_group, check_initialized=False),
     "pp": partial(parallel_state.get_pipeline_model_parallel_group, check_initialized=False),
@@ -104,14 +103,20 @@ def collectives_of(graph: fx.Graph) -> tuple[Collective, ...]:
     """Return the collectives of a graph, equal ones together, the largest first."""
     found: Counter[tuple[Any, ...]] = Counter()
     for call in _calls(graph):
-        namespace, name = _name_of(call.target)
-        if namespace.startswith("_c10d_functional") and name != "wait_tensor":
-            group = str(call.args[-1])
-            sides = [*(_value(node) for node in call.node.all_input_nodes), _value(call.node)]
-            if group_size(group) > 1:
-                num_bytes = max(map(bytes_of, sides))
-                found[kind_of(name), num_bytes, *group_named(group), site_of(call.node)] += 1
+        sent = collective_maybe(call.target, fx.map_arg(call.args, _value), _value(call.node))
+        if sent is not None:
+            found[_described(sent, site_of(call.node))] += 1
     return in_order(found)
+
+
+def counted(calls: Iterable[CollectiveCall]) -> tuple[Collective, ...]:
+    """Return the collectives that eager code called, equal ones together, the largest first."""
+    return in_order(Counter(_described(call, "") for call in calls))
+
+
+def _described(call: CollectiveCall, site: str) -> tuple[Any, ...]:
+    """Return the (kind, bytes, group, ranks, site) of a collective that a module at a path belongs to."""
+    return call.kind, call.nbytes, group_named(call.group), call.num_ranks, site
 
 
 def in_order(found: Counter[tuple[Any, ...]]) -> tuple[Collective, ...]:
@@ -132,18 +137,13 @@ def _name_of(target: Any) -> tuple[str, str]:
     return namespace, name
 
 
-def kind_of(name: str) -> str:
-    """Return "all_gather" for all_gather_into_tensor, and so on."""
-    return next((kind for kind in _KINDS if name.startswith(kind)), name)
-
-
-def group_named(group: str) -> tuple[str, int]:
-    """Return what Megatron calls a process group, and its number of ranks."""
+def group_named(group: str) -> str:
+    """Return what Megatron calls a process group, or its own name."""
     for name, get in _GROUPS.items():
         found = get()
         if found is not None and found.group_name == group:
-            return name, group_size(group)
-    return group, group_size(group)
+            return name
+    return group
 
 
 def bytes_of(value: Any) -> int:

@@ -11,6 +11,7 @@ from torch.fx.graph import dtype_abbrs
 from torch.utils._pytree import tree_leaves
 
 import dora_fx.function as function
+from dora_fx.explanation.collective_calls import is_collective
 from dora_fx.explanation.layer_parts import TensorFacts
 from dora_fx.passes import op_name, referenced_graph_maybe
 
@@ -93,12 +94,6 @@ def writes_in_place(node: fx.Node) -> bool:
     """Return whether a node writes into its first operand, by the convention for names."""
     name = op_name(node)
     return node.op in ("call_function", "call_method") and name.endswith("_") and not name.startswith("_")
-
-
-def is_collective(target: Any) -> bool:
-    """Return whether a node's target is an op of torch's functional collectives that sends."""
-    name = getattr(getattr(target, "_schema", None), "name", str(target))
-    return "_c10d_functional" in name and "wait_tensor" not in name
 
 
 def computed_ops(node: fx.Node) -> tuple[str, ...]:

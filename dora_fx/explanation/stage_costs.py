@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from dora_fx.explanation.collective_calls import CollectiveRecorder
 from dora_fx.explanation.cost_records import (
     VARIANTS,
     Collective,
@@ -25,15 +25,13 @@ from dora_fx.explanation.cost_records import (
     StepCosts,
 )
 from dora_fx.explanation.fake_stage import FakeStage
-from dora_fx.explanation.graph_costs import bytes_of, group_named, in_order, kind_of, layer_costs
+from dora_fx.explanation.graph_costs import bytes_of, counted, in_order, layer_costs
 from dora_fx.explanation.layer_capture import LayerInputs, capture
 from dora_fx.explanation.layer_kinds import LayerKind, capture_kind, layer_kinds
 from dora_fx.explanation.planned_run import PlannedRun
 from dora_fx.explanation.variants import passes_of
 from dora_fx.function import complete_parameters
-from dora_fx.megatron import walk
-from dora_fx.modules import DoRALinear, complete, disable_adapter
-from dora_fx.ranks import group_size
+from dora_fx.modules import DoRALinear, complete, disable_adapter, sites_of
 
 _MOMENT_BYTES, _MAIN_COPY_BYTES = 8, 4
 
@@ -58,7 +56,7 @@ def measured_layers(stage: FakeStage, run: PlannedRun) -> list[MeasuredKind]:
 
 
 def _measured_layer(kind: LayerKind, stage: FakeStage, run: PlannedRun) -> MeasuredKind:
-    sites = _sites(kind.layer)
+    sites = sites_of(kind.layer)
     trained = [parameter for parameter in stage.model.parameters() if parameter.requires_grad]
     costs: dict[str, LayerCosts] = {}
     steps: dict[str, StepCosts] = {}
@@ -68,37 +66,20 @@ def _measured_layer(kind: LayerKind, stage: FakeStage, run: PlannedRun) -> Measu
     for variant in VARIANTS:
         with disable_adapter(kind.layer) if variant == "base" else contextlib.nullcontext():
             costs[variant] = layer_costs(capture_kind(kind, stage.model, run, passes_of(variant)))
-        counter = _CollectiveCounter()
-        with counter:
+        with CollectiveRecorder() as recorder:
             # The backward pass that was captured left the layer's partial sums.
             complete(trained)
         of_refresh = {"base": (0, ()), "lora": (0, gathers), "dora": (refresh_flops, refresh)}[variant]
-        steps[variant] = StepCosts(*of_refresh, in_order(counter.found))
+        steps[variant] = StepCosts(*of_refresh, counted(recorder.calls))
     frozen, factors, magnitudes = _parameter_counts(kind.layer)
     return MeasuredKind(KindCosts(kind.name, frozen, factors, magnitudes, costs), kind.count, steps)
 
 
 def _refresh_costs(sites: list[DoRALinear]) -> tuple[int, tuple[Collective, ...]]:
     """Count what brings the norms and gathered factors of a layer up to date."""
-    counter = _CollectiveCounter()
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, CollectiveRecorder() as recorder:
         complete_parameters([site.cached_site().stored for site in sites])
-    return int(flops.get_total_flops()), in_order(counter.found)
-
-
-class _CollectiveCounter(TorchDispatchMode):
-    """Counts the functional collectives that eager code calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[tuple[Any, ...]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "_c10d_functional" and func._opname != "wait_tensor" and group_size(args[-1]) > 1:
-            num_bytes = max(bytes_of(args), bytes_of(result))
-            self.found[kind_of(func._opname), num_bytes, *group_named(args[-1]), ""] += 1
-        return result
+    return int(flops.get_total_flops()), counted(recorder.calls)
 
 
 def measured_ends(stage: FakeStage, run: PlannedRun) -> list[MeasuredKind]:
@@ -137,7 +118,7 @@ class _Head(nn.Module):
 
 
 def _measured_end(name: str, module: nn.Module, inputs: LayerInputs, parts: list[nn.Module]) -> MeasuredKind:
-    for site in _sites(module):
+    for site in sites_of(module):
         raise ValueError(f"target_modules: found {site.path}, expected layers of the decoder alone to be adapted")
     # Nothing is adapted in it, so that all variants are the base's.
     costs = dict.fromkeys(VARIANTS, layer_costs(capture(module, inputs, passes_of("base"))))
@@ -217,7 +198,7 @@ def _step_costs(variant: str, stage: FakeStage, kinds: list[MeasuredKind], run: 
 
 def _gradient_buffers(stage: FakeStage, variant: str) -> list[int]:
     """Bytes of each of Megatron's gradient buffers, which data-parallel ranks add up."""
-    magnitudes = {id(site.adapter.weight_magnitude) for site in _sites(stage.model)}
+    magnitudes = {id(site.adapter.weight_magnitude) for site in sites_of(stage.model)}
     left_out = {"base": lambda p: True, "lora": lambda p: id(p) in magnitudes, "dora": lambda p: False}[variant]
     sizes = [
         sum(bytes_of(parameter.main_grad) for parameter in buffer.params if not left_out(parameter))
@@ -227,7 +208,7 @@ def _gradient_buffers(stage: FakeStage, variant: str) -> list[int]:
 
 
 def _memory(variant: str, number: int, stage: FakeStage, kinds: list[MeasuredKind], run: PlannedRun) -> Memory:
-    sites = _sites(stage.model) if variant != "base" else []
+    sites = sites_of(stage.model) if variant != "base" else []
     trained = [p for site in sites for p in _trained(site, variant)]
     narrow = sum(p.numel() for p in trained if p.dtype.itemsize < 4)
     saved = sum(kind.count * kind.costs.variants[variant].saved_bytes for kind in kinds)
@@ -264,13 +245,9 @@ def _cached(site: DoRALinear, variant: str) -> list[Tensor]:
     return [tensor for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)]
 
 
-def _sites(module: nn.Module) -> list[DoRALinear]:
-    return [named.module for named in walk(module) if isinstance(named.module, DoRALinear)]
-
-
 def _parameter_counts(module: nn.Module) -> tuple[int, int, int]:
     """Return elements of a module on this rank: frozen, in low-rank factors, and magnitudes."""
-    sites = _sites(module)
+    sites = sites_of(module)
     magnitudes = sum(site.adapter.weight_magnitude.numel() for site in sites)
     factors = sum(parameter.numel() for site in sites for parameter in _trained(site, "lora"))
     frozen = sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)

@@ -23,7 +23,8 @@ from dora_fx.explanation import (
     layer_tree,
     tree_of,
 )
-from dora_fx.explanation.node_values import is_collective, viewed_maybe
+from dora_fx.explanation.collective_calls import is_collective
+from dora_fx.explanation.node_values import viewed_maybe
 from dora_fx.passes.graph_utils import referenced_graph_maybe
 from tests.graph.layer_graphs import LAYERS, LayerGraphs, layer_graphs
 from tests.graph.layer_picture import PICTURE, picture

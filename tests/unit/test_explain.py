@@ -16,6 +16,7 @@ import dora_fx
 from dora_fx.app.cli.explain import bytes_in
 from dora_fx.app.cli.main import main
 from dora_fx.app.errors import UserError
+from dora_fx.app.options import LAYOUT_OPTIONS
 from dora_fx.explanation import VARIANTS, Explanation, PlannedRun, captured_layers, explain
 from dora_fx.explanation.named_shapes import architecture_named
 from dora_fx.function import scale_rows
@@ -102,6 +103,12 @@ def test_the_command_names_the_option(arguments: list[str], message: str, capsys
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"dora-fx: error: {message}")
+
+
+def test_the_command_s_defaults_are_those_of_a_planned_run() -> None:
+    run = dataclasses.asdict(PlannedRun())
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in LAYOUT_OPTIONS.items()}
+    assert found == {name: run[name] for name in LAYOUT_OPTIONS}
 
 
 def test_targets_that_match_nothing_are_refused() -> None:
