@@ -7,21 +7,19 @@ PEFT's, as is that of an adapter that was attached by `DoRA` itself, "default".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 from dora_fx.attach.config import DoRA
 from dora_fx.attach.merging import is_merged
-from dora_fx.megatron import Model, ModelT, chunks_of, data_parallel_around, unwrap, walk
+from dora_fx.megatron import Model, ModelT, chunks_of, data_parallel_around, reduces_all, unwrap, walk
 from dora_fx.modules import (
     AdapterBank,
     DoRALinear,
@@ -232,20 +230,13 @@ def _check_wrappers_know(chunks: Sequence[nn.Module], name: str) -> None:
         leaving = [p for site in sites_of(chunk) for p in site.adapter.parameters()]
         if coming and any(isinstance(p, DTensor) for p in leaving) and not all(isinstance(p, DTensor) for p in coming):
             raise ValueError(f"adapter {name!r}: " + _NOT_REDUCED.format("fully_shard"))
-        wrappers = [module for module in chunk.modules() if isinstance(module, (DistributedDataParallel, TorchDDP))]
-        for wrapper in wrappers:
-            _check_wrapper_knows(wrapper, name, coming)
-        # A wrapper that is not given may be called nevertheless.
+        given = set(chunk.modules())
         for wrapper in data_parallel_around([chunk]):
+            if wrapper in given and not reduces_all(wrapper, coming):
+                raise ValueError(f"adapter {name!r}: " + _NOT_REDUCED.format(type(wrapper).__name__))
+            # One that is not given may be called nevertheless, and each may be when another adapter is active.
             if not any(isinstance(hook, _WrapperGuard) for hook in wrapper._forward_pre_hooks.values()):
                 wrapper.register_forward_pre_hook(_WrapperGuard(unwrap(chunk)))
-
-
-def _check_wrapper_knows(wrapper: Any, name: str, trained: Iterable[nn.Parameter]) -> None:
-    is_torch = isinstance(wrapper, TorchDDP)
-    reduced = {id(p) for p in (wrapper._module_parameters if is_torch else wrapper.param_to_bucket_group)}
-    if not all(id(parameter) in reduced for parameter in trained):
-        raise ValueError(f"adapter {name!r}: " + _NOT_REDUCED.format(type(wrapper).__name__))
 
 
 @dataclass
@@ -257,4 +248,6 @@ class _WrapperGuard:
     def __call__(self, wrapper: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
             trained = [p for site in sites_of(self.chunk) for p in site.adapter.parameters() if p.requires_grad]
-            _check_wrapper_knows(wrapper, bank_of(self.chunk).active or "", trained)
+            if not reduces_all(wrapper, trained):
+                name = bank_of(self.chunk).active
+                raise ValueError(f"adapter {name!r}: " + _NOT_REDUCED.format(type(wrapper).__name__))

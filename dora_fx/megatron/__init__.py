@@ -1,7 +1,12 @@
 """Surroundings of a model in a Megatron program: world, wrappers, optimizers, Dynamo's settings, a CPU runtime."""
 
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
-from dora_fx.megatron.data_parallel import data_parallel_around, is_parameter_gather_hook, rebuild_gradient_buffers
+from dora_fx.megatron.data_parallel import (
+    data_parallel_around,
+    is_parameter_gather_hook,
+    rebuild_gradient_buffers,
+    reduces_all,
+)
 from dora_fx.megatron.dynamo_settings import allow_many_graphs, capture_megatron_whole
 from dora_fx.megatron.gradient_buckets import GradientBucket, find_bucket_maybe
 from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp
@@ -66,6 +71,7 @@ __all__ = [
     "memory_of",
     "need_gradient",
     "rebuild_gradient_buffers",
+    "reduces_all",
     "replace_modules",
     "unwrap",
     "update_main_copies",

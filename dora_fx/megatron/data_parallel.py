@@ -66,6 +66,16 @@ def data_parallel_around(chunks: Iterable[nn.Module]) -> list[nn.Module]:
     return [wrapper for wrapper in wrappers if any(module in parts for module in wrapper.modules())]
 
 
+def reduces_all(wrapper: Any, parameters: Iterable[nn.Parameter]) -> bool:
+    """Return whether a data-parallel wrapper reduces the gradients of all these parameters over its ranks.
+
+    Neither class has a public list of them (read in torch 2.13 to 2.15 and megatron-core 0.16 to 0.19).
+    """
+    reduced = wrapper._module_parameters if isinstance(wrapper, TorchDDP) else wrapper.param_to_bucket_group
+    known = set(map(id, reduced))
+    return all(id(parameter) in known for parameter in parameters)
+
+
 def data_parallel_objects() -> list[nn.Module]:
     """Megatron's and torch's DistributedDataParallel objects of this process."""
     if not live_objects(_DATA_PARALLEL):
