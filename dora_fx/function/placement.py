@@ -6,9 +6,10 @@ tensors: weight `[out, in]`, lora_a `[dim, in]`, lora_b `[out, dim]`, weight_mag
 means that every tensor-parallel rank holds the whole tensor.
 
 The low-rank product is added to the base product before the base layer's own output collective, so the only
-collectives of tokens x features are `enter` and `leave`, and the frozen base has both without an adapter. Where the
-tokens are gathered, the product with A is made first and gathered for itself, `[tokens, dim]`: the gathered input would
-have to be kept for A's gradient, and nothing else needs it.
+collectives of tokens x features are `enter` and `leave`, and the frozen base has both without an adapter (eager code
+that calls the base gathers what dropout leaves of the tokens once more). Where the tokens are gathered, the product
+with A is made first and gathered for itself, `[tokens, dim]`: the gathered input would have to be kept for A's
+gradient, and nothing else needs it.
 """
 
 from __future__ import annotations

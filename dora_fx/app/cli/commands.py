@@ -164,7 +164,7 @@ def _explain_arguments(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the records as JSON in place of tables")
     parser.add_argument(
         "--picture",
-        type=Path | None,
+        type=_PathType(),
         default=None,
         help="SVG file to write: a layer's graph before and after the passes, shapes, bytes and collectives; where "
         "a model has several kinds of layers, a numbered file for each",
@@ -180,7 +180,7 @@ COMMANDS = {
         "dora_fx.app.cli.finetune",
     ),
     "explain": Command(
-        "say what a run costs before it runs: memory, operations and collectives of any layout",
+        "say what a run costs before it runs: memory, operations and collectives of a layout",
         "Say what a run with DoRA costs beside LoRA and the frozen base, per rank, without weights and on one CPU.",
         _explain_arguments,
         "dora_fx.app.cli.explain",

@@ -271,4 +271,4 @@ _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".parquet": _parquet,
 }
 SUFFIXES = tuple(_READERS)
-_NAMES_OF_SUFFIXES = ".txt, .jsonl, .json, .csv or .parquet"
+_NAMES_OF_SUFFIXES = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
