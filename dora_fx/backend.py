@@ -18,7 +18,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 
-from dora_fx.cache import check, refresh
+from dora_fx.cache import are_covered, check, refresh
 from dora_fx.megatron import allow_many_graphs, capture_megatron_whole
 from dora_fx.passes import (
     SiteInputs,
@@ -148,13 +148,15 @@ class RefreshingGraph:
     ) -> None:
         self.compiled, self.site_inputs = compiled, site_inputs
         self.checked, self.rank_timeout = checked, rank_timeout
+        self.scales = [where.position_of_scale for where in site_inputs]
         self.to_detach = sorted({position for where in site_inputs for position in where.to_detach})
 
     def __call__(self, *inputs: Any) -> Any:
-        sites = [where.site(inputs) for where in self.site_inputs]
-        refresh(sites, self.rank_timeout)
-        if self.checked:
-            check(sites)
+        if self.checked or not are_covered(inputs[position] for position in self.scales):
+            sites = [where.site(inputs) for where in self.site_inputs]
+            refresh(sites, self.rank_timeout)
+            if self.checked:
+                check(sites)
         if not self.to_detach:
             return self.compiled(*inputs)
         # Autograd would call hooks of a parameter among the inputs, Megatron's too, without any gradient.

@@ -24,6 +24,7 @@ from dora_fx.megatron import (
     unwrap,
     walk,
 )
+from dora_fx.modules import set_look
 from dora_fx.transformers_calls import compile_layer, compile_whole, leave_out_caches
 
 Scope = Literal["layer", "model"]
@@ -81,7 +82,7 @@ def compile_model(
         raise ValueError(f"scope: found {scope!r}, expected one of {list(get_args(Scope))}")
     # torch.compile takes a mode or options, and the backend both.
     options = {**options, "mode": mode} if mode is not None else options
-    BackendOptions.of(options)
+    chosen = BackendOptions.of(options)
     chunks = [unwrap(chunk) for chunk in chunks_of(model)]
     for chunk in chunks:
         _check_compilable(chunk, scope)
@@ -89,6 +90,9 @@ def compile_model(
         is_whole = not _may_break_graphs(chunk) if fullgraph is None else fullgraph
         settings = {"backend": dora_fx, "fullgraph": is_whole, "dynamic": dynamic, "options": options}
         _compile_chunk(chunk, scope, settings)
+        # Where norms are computed in the graphs, nobody reads those of a look.
+        computes_norms = chosen.weight_norm == "every_call"
+        set_look(chunk, rank_timeout=chosen.rank_timeout, leaves_it_to_layers=computes_norms)
     return model
 
 

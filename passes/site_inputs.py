@@ -66,6 +66,13 @@ class SiteInputs:
     cached: CachedParameters
     to_detach: tuple[int, ...]
 
+    @property
+    def position_of_scale(self) -> int:
+        """The position of the scale's delta, by which the cache knows a site."""
+        where: Any = self.cached.delta
+        position: int = where.position
+        return position
+
     def site(self, inputs: Sequence[Any]) -> CachedSite:
         """The site's tensors among the inputs of one call."""
         return CachedSite(self.path, _fill(self.stored, inputs), _fill(self.cached, inputs))

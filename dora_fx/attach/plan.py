@@ -19,7 +19,14 @@ from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.cache import have_no_values, is_traced
 from dora_fx.megatron import NamedModule, TorchDDP, check_unsharded, data_parallel_around, replace_modules, unwrap, walk
-from dora_fx.modules import DoRALinear, LinearSpec, ParallelLinearDoRAAdapter, bypasses_its_linears, describe_linear
+from dora_fx.modules import (
+    DoRALinear,
+    LinearSpec,
+    ParallelLinearDoRAAdapter,
+    bypasses_its_linears,
+    describe_linear,
+    look_once_per_call,
+)
 from dora_fx.ranks import of_all_stages
 
 logger = logging.getLogger(__name__)
@@ -151,6 +158,7 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
     for chunk, of_chunk in replacements.items():
         replace_modules(chunk, of_chunk)
         train_through_recomputation(chunk)
+        look_once_per_call(unwrap(chunk))
         call_attach_listeners(chunk)
 
 

@@ -2,12 +2,16 @@
 
 from dora_fx.cache.active_adapter import ActiveAdapterRecord, note_adapter, raise_if_other
 from dora_fx.cache.fingerprint import mix
+from dora_fx.cache.model_look import LookedAt, ModelLook, are_covered
 from dora_fx.cache.parameter_cache import CachedSite, check, empty_base_norm, empty_cache, measure_base, refresh
 from dora_fx.cache.tracing import have_no_values, is_traced
 
 __all__ = [
     "ActiveAdapterRecord",
     "CachedSite",
+    "LookedAt",
+    "ModelLook",
+    "are_covered",
     "check",
     "empty_base_norm",
     "empty_cache",

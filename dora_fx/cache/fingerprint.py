@@ -16,12 +16,15 @@ import ctypes
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 import xxhash
 
 # 8 MiB, of which there are three copies at most. All adapters of a model at once would take hundreds of MiB.
 _WORDS_AT_ONCE = 2**20
 _SAMPLED_ROWS = 8
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+HostMemory = ctypes.Array[ctypes.c_char]
 
 # The results of `mix` from index 0, by device: the same for all tensors.
 _factors: dict[torch.device, torch.Tensor] = {}
@@ -45,17 +48,22 @@ def digest(tensors: Iterable[torch.Tensor], *, sampled: bool = False) -> int:
 
     Strided tensors are copied. A tensor whose memory was freed counts as empty.
     """
+    return digest_of(run for tensor in tensors for run in host_memory(tensor, sampled))
+
+
+def digest_of(runs: Iterable[HostMemory]) -> int:
+    """Return XXH3 of bytes in host memory."""
     state = xxhash.xxh3_64()
-    for tensor in tensors:
-        for run in _memory(tensor, sampled):
-            state.update(run)
+    for run in runs:
+        state.update(run)
     return state.intdigest()
 
 
-def _memory(tensor: torch.Tensor, sampled: bool) -> Iterator[ctypes.Array[ctypes.c_char]]:
+def host_memory(tensor: torch.Tensor, sampled: bool) -> Iterator[HostMemory]:
     """Yield the bytes of a tensor as views of its memory, without a call of torch's operators.
 
     This runs before every forward pass, and an operator that is called only now and then takes longer than the hash.
+    The views of a contiguous tensor are good for as long as its memory is.
     """
     if sampled and not tensor.is_contiguous():
         tensor, sampled = sampled_rows(tensor), False
@@ -113,7 +121,11 @@ def _weighted_sums(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     known = _factors_for(flat.device, max(lengths))
     factors = [known[:length] for length in lengths]
     mixed *= torch.cat(factors)
-    return torch.stack([part.sum() for part in mixed.split(lengths)])
+    # Differences of running sums, which wrap around as the sums do: one launch for all groups, where a sum of each
+    # would be one for every group.
+    ends = torch.tensor(lengths).cumsum(0).to(flat.device, non_blocking=True)
+    sums = F.pad(mixed.cumsum(0), (1, 0))[ends]
+    return torch.diff(sums, prepend=sums.new_zeros(1))
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

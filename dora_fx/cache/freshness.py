@@ -38,12 +38,17 @@ def _count_optimizer_step(*_: object) -> None:
     _optimizer_steps += 1
 
 
+def optimizer_steps() -> int:
+    """Return how many steps all optimizers of this process have made."""
+    return _optimizer_steps
+
+
 # Steps of any optimizer count, those of others' parameters too: which parameters a step changes is not known, since
 # Megatron's optimizers step copies or parts of flat buffers. A step too many costs one refresh.
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
-class _Memory(NamedTuple):
+class Memory(NamedTuple):
     """A tensor's memory and the number of writes into it that PyTorch counted.
 
     The weak reference to the storage tells later memory at the same address from this.
@@ -54,7 +59,7 @@ class _Memory(NamedTuple):
     version: int
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Memory:
+    def of(cls, tensor: torch.Tensor) -> Memory:
         return cls(StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr(), _version(tensor))
 
     def is_still(self, tensor: torch.Tensor) -> bool:
@@ -78,7 +83,7 @@ class Snapshot(NamedTuple):
         sampled: the bits are those of their `sampled_rows` alone.
     """
 
-    memory: tuple[_Memory, ...]
+    memory: tuple[Memory, ...]
     kinds: tuple[tuple[torch.Size, torch.dtype], ...]
     bits: int | torch.Tensor
     sampled: bool
@@ -91,11 +96,11 @@ class Snapshot(NamedTuple):
             bits = digest(tensors, sampled=sampled)
         else:
             bits = fingerprint(_compared(tensors, sampled))
-        return cls(tuple(map(_Memory.of, tensors)), _kinds(tensors), bits, sampled)
+        return cls(tuple(map(Memory.of, tensors)), _kinds(tensors), bits, sampled)
 
     def in_same_memory(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether these are the tensors that it was taken of, and PyTorch counted no write into them."""
-        return len(tensors) == len(self.memory) and all(map(_Memory.is_still, self.memory, tensors))
+        return len(tensors) == len(self.memory) and all(map(Memory.is_still, self.memory, tensors))
 
     def has_same_bits(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether these tensors, wherever they are, hold the same bits; waits for the device."""

@@ -86,8 +86,8 @@ def empty_cache(
     )
 
 
-def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) -> None:
-    """Bring the buffers of all stale sites up to date, in place.
+def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) -> bool:
+    """Bring the buffers of all stale sites up to date, in place, and return whether any were stale.
 
     Args:
         sites: of one graph, the same on every rank of their tensor-parallel groups.
@@ -105,7 +105,7 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
     if torch.is_grad_enabled():
         _refuse_inference_tensors(sites)
     with torch.no_grad():
-        _refresh(sites, rank_timeout)
+        return _refresh(sites, rank_timeout)
 
 
 def _refuse_inference_tensors(sites: Sequence[CachedSite]) -> None:
@@ -120,7 +120,7 @@ def _refuse_inference_tensors(sites: Sequence[CachedSite]) -> None:
                     )
 
 
-def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> None:
+def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> bool:
     raise_if_found_stale()
     bases, entries = [_base_entry(site) for site in sites], [_entry(site) for site in sites]
     # All at once, since on an accelerator a comparison of many small tensors costs what a comparison of few does.
@@ -139,13 +139,13 @@ def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> None:
     if any(is_stale) and not any(is_from_earlier_step(site.cached.delta) for site in sites):
         is_stale = _agree(sites, is_stale, rank_timeout)
     stale = [site for site, flag in zip(sites, is_stale, strict=True) if flag]
-    if not stale:
-        return
-    for site, complete in zip(stale, complete_parameters([site.stored for site in stale]), strict=True):
+    completed = complete_parameters([site.stored for site in stale]) if stale else []
+    for site, complete in zip(stale, completed, strict=True):
         for buffer, value in _buffers_and_values(site.cached, complete):
             # In place: compiled graphs, and CUDA graphs of them, read the buffer at its address.
             buffer.copy_(value)
         record(_entry(site))
+    return bool(stale)
 
 
 @torch.no_grad()

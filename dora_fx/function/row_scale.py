@@ -69,7 +69,8 @@ class _ScaleRows(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(output, bias, grad_gain, grad_scale)
         z = output if bias is None else output - bias
-        return (output + z * delta).to(output.dtype)
+        # One pass: eager code would otherwise write and read a tensor of the output's size once more.
+        return torch.addcmul(output, z, delta).to(output.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import fx
 
 from dora_fx.function.collectives import (
     REDUCE,
@@ -150,11 +151,30 @@ def complete_parameters(
     lora_a, lora_b = _whole_factors(sites, cached)
     if cached is None:
         norms = _row_norms(sites, lora_a, lora_b)
-        scales = [row_scale(site.magnitude, n, site.dtype) for site, n in zip(sites, norms, strict=True)]
+        scales = _row_scales(sites, norms)
     else:
         scales = [cache.scale for cache in cached]
     lora_a, lora_b, magnitudes = _with_complete_gradients(sites, lora_a, lora_b)
     return [SiteOperands(*parts) for parts in zip(lora_a, lora_b, magnitudes, scales, strict=True)]
+
+
+def _row_scales(sites: Sequence[StoredParameters], norms: Sequence[torch.Tensor]) -> list[RowScale]:
+    """The scales of several sites; those of one dtype are computed together, since each takes a dozen small operations.
+
+    A graph has those of each site, which Inductor fuses with what follows.
+    """
+    if any(isinstance(norm, fx.Proxy) for norm in norms):
+        return [row_scale(site.magnitude, norm, site.dtype) for site, norm in zip(sites, norms, strict=True)]
+    scales: dict[int, RowScale] = {}
+    together: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, site in enumerate(sites):
+        together.setdefault((site.dtype, site.magnitude.device), []).append(index)
+    for (dtype, _), indices in together.items():
+        own = [norms[index] for index in indices]
+        joined = row_scale(torch.cat([sites[index].magnitude for index in indices]), torch.cat(own), dtype)
+        parts = [field.split([norm.numel() for norm in own]) for field in joined]
+        scales |= {index: RowScale(*fields) for index, *fields in zip(indices, *parts, strict=True)}
+    return [scales[index] for index in range(len(sites))]
 
 
 def row_norms(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:

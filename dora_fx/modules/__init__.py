@@ -30,6 +30,7 @@ from dora_fx.modules.kinds import LinearSpec, TorchLinear, bypasses_its_linears,
 from dora_fx.modules.linear_wrapper import DoRALinear
 from dora_fx.modules.marker import MarkedSite, dora_linear, read_site
 from dora_fx.modules.model_adapters import disable_adapter, invalidate_norms
+from dora_fx.modules.model_calls import look_once_per_call, set_look
 from dora_fx.modules.partial_gradients import GradientCompletion, complete
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.modules.site_paths import path_of
@@ -63,6 +64,7 @@ __all__ = [
     "inactive_adapters",
     "invalidate_norms",
     "keep_bank",
+    "look_once_per_call",
     "looks_like_linear",
     "low_rank_scaling",
     "not_finite_maybe",
@@ -70,6 +72,7 @@ __all__ = [
     "path_of_inner_bank_maybe",
     "put_in",
     "read_site",
+    "set_look",
     "sites_of",
     "take_out",
 ]

@@ -15,7 +15,7 @@ import torch
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
 from torch import nn
 
-from dora_fx.cache import CachedSite, empty_base_norm, empty_cache, have_no_values, measure_base
+from dora_fx.cache import CachedSite, LookedAt, empty_base_norm, empty_cache, have_no_values, measure_base
 from dora_fx.function import CachedParameters, StoredParameters, norm_dtype, row_norms
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.base_attributes import BaseAttributes
@@ -59,6 +59,14 @@ class AdaptedSite(BaseAttributes):
         self._accumulators = make_accumulators(adapter, path, complete_gradients)
         guard_optimizers()
         self.register_load_state_dict_post_hook(_after_load_state_dict)
+
+    def looked_at(self) -> LookedAt:
+        """Return the tensors that a look is about."""
+        adapter, cached = self.adapter, self.cached_parameters()
+        factors = (adapter.linear_in.weight, adapter.linear_out.weight)
+        assert adapter.weight_magnitude is not None
+        sources = (*factors, adapter.weight_magnitude, self.base_norm_sq, adapter.scaling_factor)
+        return LookedAt(cached.delta, tuple(each for each in cached[1:] if each is not None), sources, self.base_weight)
 
     @property
     def num_partial_sums(self) -> int:

@@ -62,6 +62,11 @@ class DoRALinear(AdaptedSite):
         self._adapter_enabled = True
 
     @property
+    def is_adapting(self) -> bool:
+        """Return whether the adapter takes part in calls."""
+        return self._adapter_enabled
+
+    @property
     def scaling(self) -> float:
         """Return the factor of the low-rank product."""
         return self.adapter.scaling

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dora_fx.cache import CachedSite, is_traced, refresh
+from dora_fx.cache import CachedSite, are_covered, is_traced, refresh
 from dora_fx.function import (
     CachedParameters,
     InputNorm,
@@ -58,7 +58,8 @@ def mark(site: MarkedSite) -> torch.Tensor:
     """
     if torch.compiler.is_compiling() or is_traced(site.x, site.stored.lora_a):
         return dora_linear(**_keywords(site))
-    refresh([CachedSite(path_of(site.stored.lora_a), site.stored, site.cached)])
+    if not are_covered([site.cached.delta]):
+        refresh([CachedSite(path_of(site.stored.lora_a), site.stored, site.cached)])
     [operands] = complete_parameters([site.stored], [site.cached])
     return _adapted(site, operands)
 

@@ -1,0 +1,167 @@
+"""Look once per call of a model at what each of its layers would look at in front of its own call.
+
+A model's call begins with one refresh of all its layers. Until it ends, the layers do not look again: after a step of
+the optimizer there is one gather and one reduction per process group for all of them, and otherwise one comparison. A
+layer that is called outside of its model's call, as a checkpoint calls it in the backward pass, looks by itself, and so
+does one whose buffers are not those that were looked at.
+
+A write into a parameter while its model runs is so noticed by the model's next call. An optimizer's step ends what was
+looked at, whenever it is.
+
+On an accelerator the host would launch a comparison of all bits in front of every call, and at large tensor-parallel
+sizes the device would wait for it. So between two steps only the first, second, fourth, eighth, ... call compares bits,
+and all calls compare addresses and version counters: a write past the counter is noticed at the latest after as many
+further calls as the step has had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from dora_fx.cache.fingerprint import HostMemory, digest_of, host_memory
+from dora_fx.cache.freshness import Memory, optimizer_steps
+from dora_fx.cache.parameter_cache import CachedSite, refresh
+
+# Bytes of factors that are completed at once: what is gathered and reduced is held a second time until it is copied.
+_BYTES_AT_ONCE = 2**26
+
+# The number of optimizer steps at the look, by the identities of the scales that it covers. The sites hold the scales.
+_covered: dict[int, int] = {}
+
+
+def are_covered(scales: Iterable[torch.Tensor]) -> bool:
+    """Return whether sites need no look of their own, since a call of their model has begun with one.
+
+    Args:
+        scales: delta of each site's buffers.
+    """
+    steps = optimizer_steps()
+    return all(_covered.get(id(scale)) == steps for scale in scales)
+
+
+class LookedAt(NamedTuple):
+    """The tensors of one site that a look is about.
+
+    Attributes:
+        scale: delta of its buffers.
+        values: the other buffers that are computed.
+        sources: what they are computed from, without the frozen weight.
+        weight: the frozen weight.
+    """
+
+    scale: torch.Tensor
+    values: tuple[torch.Tensor, ...]
+    sources: tuple[torch.Tensor, ...]
+    weight: torch.Tensor
+
+
+class _Record(NamedTuple):
+    """The tensors of a look that found nothing stale, in a form that is quick to compare.
+
+    Attributes:
+        steps: the number of optimizer steps at that time.
+        memory: of all tensors.
+        runs: in host memory, that of the sources and of a sample of the weights' rows; None on an accelerator.
+        bits: their digest.
+    """
+
+    steps: int
+    memory: tuple[Memory, ...]
+    runs: tuple[HostMemory, ...] | None
+    bits: int
+
+    @classmethod
+    def of_maybe(cls, sites: Sequence[LookedAt]) -> _Record | None:
+        """Return the record; None where tensors are strided, made in inference mode, or on several devices."""
+        tensors = _tensors_of(sites)
+        is_plain = all(tensor.is_contiguous() and not tensor.is_inference() for tensor in tensors)
+        if not is_plain or len({tensor.device for tensor in tensors}) != 1:
+            return None
+        runs: list[HostMemory] | None = None
+        if tensors[0].is_cpu:
+            runs = [run for site in sites for source in site.sources for run in host_memory(source, sampled=False)]
+            runs += [run for site in sites for run in host_memory(site.weight, sampled=True)]
+        memory = tuple(map(Memory.of, tensors))
+        return cls(optimizer_steps(), memory, None if runs is None else tuple(runs), digest_of(runs or ()))
+
+    def is_of(self, sites: Sequence[LookedAt]) -> bool:
+        """Return whether these are the same tensors in the same step, and PyTorch counted no write into them."""
+        tensors = _tensors_of(sites)
+        is_same = self.steps == optimizer_steps() and len(tensors) == len(self.memory)
+        return is_same and all(map(Memory.is_still, self.memory, tensors))
+
+
+def _tensors_of(sites: Iterable[LookedAt]) -> list[torch.Tensor]:
+    return [tensor for scale, values, sources, weight in sites for tensor in (scale, *values, *sources, weight)]
+
+
+class ModelLook:
+    """The looks of one model.
+
+    Args:
+        rank_timeout: as `refresh` takes it, in seconds.
+    """
+
+    def __init__(self, rank_timeout: float | None = None) -> None:
+        self._timeout = () if rank_timeout is None else (rank_timeout,)
+        self._known: _Record | None = None
+        self._calls = 0
+        self._begun: list[list[int]] = []
+
+    def __reduce__(self) -> tuple[type[ModelLook], tuple[float, ...]]:
+        """Copies and pickles know nothing yet: their tensors are others."""
+        return ModelLook, self._timeout
+
+    def holds_for(self, sites: Sequence[LookedAt]) -> bool:
+        """Return whether nothing has changed since the last look; False where a look has to tell."""
+        known = self._known
+        # Only a look tells whether a call that a backward pass repeats has another adapter.
+        if known is None or torch._C._current_graph_task_id() != -1 or not known.is_of(sites):
+            self._calls = 0
+            return False
+        self._calls += 1
+        if known.runs is None:
+            is_power_of_two = self._calls & (self._calls - 1) == 0
+            return not is_power_of_two
+        return digest_of(known.runs) == known.bits
+
+    def look(self, sites: Sequence[LookedAt], cached: Sequence[CachedSite]) -> None:
+        """Bring the sites up to date.
+
+        Raises:
+            StaleParametersError, RuntimeError, ValueError: as `refresh` raises.
+        """
+        self._known = None
+        were_stale = [refresh(run, *self._timeout) for run in _runs(cached)]
+        # Only for a second look, since training computes everything at each step.
+        if not any(were_stale):
+            self._known = _Record.of_maybe(sites)
+
+    def begin(self, scales: Iterable[torch.Tensor]) -> None:
+        """Let sites that are up to date be until `end`."""
+        ids = [id(scale) for scale in scales]
+        # A call inside another one of the same model ends before it.
+        self._begun.append([each for each in ids if each not in _covered])
+        _covered.update(dict.fromkeys(ids, optimizer_steps()))
+
+    def end(self) -> None:
+        """End the call that began last, if one began."""
+        for each in self._begun.pop() if self._begun else ():
+            _covered.pop(each, None)
+
+
+def _runs(sites: Sequence[CachedSite]) -> Iterable[Sequence[CachedSite]]:
+    """Yield consecutive sites of `_BYTES_AT_ONCE` of factors together; the same on all ranks of their groups."""
+    run: list[CachedSite] = []
+    size = 0
+    for site in sites:
+        run.append(site)
+        size += site.stored.lora_a.nbytes + site.stored.lora_b.nbytes
+        if size >= _BYTES_AT_ONCE:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
