@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dora_fx.function import QuantisedWeight
 from dora_fx.modules import MarkedSite, dora_linear, read_site
 from dora_fx.passes.base_ops import HELPERS, PRODUCTS, op_name, op_of, size_nodes, write_nodes
 from dora_fx.passes.base_values import BIAS, WEIGHT, X, forward_body_maybe, problem_of_values_maybe
@@ -54,7 +55,8 @@ class DoRASite:
             read, and where the layer is not called.
         op_names: the ops of the base call, those inside higher-order ops included, without work on sizes.
         path: module path, for messages; "" where Dynamo recorded none.
-        problem: why the base call cannot be read, None where it can.
+        problem: why the base call cannot be read, None where it can, and where it is not to be read.
+        keeps_base: the base layer's output is taken as it is.
     """
 
     marker: fx.Node
@@ -62,6 +64,7 @@ class DoRASite:
     op_names: tuple[str, ...]
     path: str
     problem: str | None = None
+    keeps_base: bool = False
 
     @property
     def marked(self) -> MarkedSite:
@@ -92,6 +95,9 @@ def _read_site(marker: fx.Node, around: _Surroundings) -> DoRASite:
     marked: Any = read_site(marker.kwargs)
     if marked.base_output is None:
         return DoRASite(marker, (), (), module_path(marker))
+    if isinstance(marked.stored.weight, QuantisedWeight):
+        # Its product is a matter of the package that the weight is of.
+        return DoRASite(marker, (), (), module_path(marker), keeps_base=True)
     operands = {marked.x: X, marked.stored.weight: WEIGHT}
     if marked.bias is not None:
         operands[marked.bias] = BIAS
@@ -105,7 +111,7 @@ def _read_site(marker: fx.Node, around: _Surroundings) -> DoRASite:
         or problem_of_values_maybe(sorted(call), operands, marked.base_output, around.sizes)
     )
     if problem is not None:
-        return DoRASite(marker, (), names, path, f"{problem} ({source_line(marker)})")
+        return DoRASite(marker, (), names, path, f"{problem} ({source_line(marker)})", keeps_base=True)
     logger.debug("%s: site %s over %s", path, marker.name, names)
     return DoRASite(marker, tuple(sorted(call)), names, path)
 

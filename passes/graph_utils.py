@@ -17,6 +17,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
+from torch.utils._pytree import tree_leaves
 
 import dora_fx.version as version
 
@@ -63,6 +64,11 @@ def source_line(node: fx.Node) -> str:
     lines = (node.meta.get("stack_trace") or "").strip().splitlines()
     places = [line.strip() for line in lines if line.lstrip().startswith("File ")]
     return next((place for place in reversed(places) if str(_PACKAGE) not in place), "")
+
+
+def nodes_of(record: Any) -> list[fx.Node]:
+    """Return the nodes in a record, and in the tuples in it, in their order."""
+    return [value for value in tree_leaves(record) if isinstance(value, fx.Node)]
 
 
 def call_like(

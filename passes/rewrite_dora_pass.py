@@ -36,7 +36,7 @@ from torch._dynamo.utils import counters
 from dora_fx.function import SiteOperands, adapted_linear, complete_parameters
 from dora_fx.modules import path_of
 from dora_fx.passes.dora_sites import DoRASite, UnmatchedDoRASiteError, find_dora_sites
-from dora_fx.passes.graph_utils import call_like, erase_nodes, fake_value
+from dora_fx.passes.graph_utils import call_like, erase_nodes, fake_value, nodes_of
 from dora_fx.passes.site_inputs import find_sources, input_position_maybe, keep_sources
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def rewrite_dora_site(site: DoRASite, operands: SiteOperands) -> fx.Node:
         operands,
         marked.bias,
         dtype=fake_value(site.marker).dtype,
-        base_output=None if site.problem is None else marked.base_output,
+        base_output=marked.base_output if site.keeps_base else None,
         input_norm=marked.input_norm,
     )
     site.marker.replace_all_uses_with(output)
@@ -157,8 +157,7 @@ def _path(gm: fx.GraphModule, site: DoRASite, example_inputs: Sequence[Any]) -> 
 
 def _stores_inputs(site: DoRASite) -> bool:
     """Return whether everything the site stores comes into its graph from outside, as parameters do."""
-    values: Sequence[Any] = site.marked.stored
-    return all(value.op in ("placeholder", "get_attr") for value in values if isinstance(value, fx.Node))
+    return all(value.op in ("placeholder", "get_attr") for value in nodes_of(site.marked.stored))
 
 
 def _first_computation(graph: fx.Graph) -> fx.Node:

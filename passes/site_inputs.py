@@ -13,17 +13,18 @@ Looks only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map
 
 from dora_fx.cache import CachedSite
 from dora_fx.function import CachedParameters, StoredParameters
 from dora_fx.passes.dora_sites import DoRASite
-from dora_fx.passes.graph_utils import referenced_graph_maybe
+from dora_fx.passes.graph_utils import nodes_of, referenced_graph_maybe
 
 _META = "dora_fx_sites"
 
@@ -81,8 +82,7 @@ class SiteInputs:
 def find_sources(gm: fx.GraphModule, site: DoRASite, path: str) -> SiteSources:
     """Follow a site's tensors to the placeholders of `gm`."""
     stored, cached = site.marked.stored, site.marked.cached
-    nodes: list[Any] = [value for value in (*stored, *cached) if isinstance(value, fx.Node)]
-    sources = {node: _outermost_maybe(gm, node) for node in nodes}
+    sources: dict[Any, Any] = {node: _outermost_maybe(gm, node) for node in nodes_of((stored, cached))}
     if None in sources.values():
         return SiteSources(path, stored.tp_group, None, None)
     return SiteSources(path, stored.tp_group, _replace_nodes(stored, sources), _replace_nodes(cached, sources))
@@ -141,13 +141,13 @@ def input_position_maybe(gm: fx.GraphModule, node: fx.Node) -> int | None:
 
 
 def _replace_nodes(parameters: ParametersT, by: Mapping[Any, Any]) -> ParametersT:
-    values: Iterable[Any] = parameters
-    return type(parameters)._make(by[value] if isinstance(value, fx.Node) else value for value in values)
+    replaced: ParametersT = tree_map(lambda value: by[value] if isinstance(value, fx.Node) else value, parameters)
+    return replaced
 
 
 def _fill(parameters: ParametersT, inputs: Sequence[Any]) -> ParametersT:
-    values: Iterable[Any] = parameters
-    return type(parameters)._make(inputs[value.position] if type(value) is Input else value for value in values)
+    filled: ParametersT = tree_map(lambda value: inputs[value.position] if type(value) is Input else value, parameters)
+    return filled
 
 
 def _outermost_maybe(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dora_fx import DoRALinear
+from dora_fx.function import whole_of
 from dora_fx.function.dropout import draw_dropout_key, keep_mask
 from tests import reference
 from tests.closeness import relative_error as relative_error
@@ -31,7 +32,7 @@ def reference_layer(site: DoRALinear) -> reference.ReferenceLinear:
     is_megatron = not isinstance(base, nn.Linear)
     dropped_bias = base.bias.detach().double() if apart and base.bias is not None else None
     return reference.ReferenceLinear(
-        site.base_weight,
+        whole_of(site.base_weight),
         None if apart else base.bias,
         adapter.linear_in.weight,
         adapter.linear_out.weight,

@@ -11,8 +11,11 @@ from dora_fx.attach.merging import (
     merge_problem_maybe,
     merge_tensors,
     merged,
+    merged_layer_maybe,
     merged_weight,
+    served_dtype,
     unmerge,
+    was_quantised,
 )
 from dora_fx.attach.named_adapters import (
     active_adapter,
@@ -43,12 +46,15 @@ __all__ = [
     "merge_problem_maybe",
     "merge_tensors",
     "merged",
+    "merged_layer_maybe",
     "merged_weight",
     "on_attach",
     "parameter_groups",
     "plan_attachment",
+    "served_dtype",
     "set_adapter",
     "try_layers",
     "unmerge",
     "warn_of_other_trainables",
+    "was_quantised",
 ]

@@ -21,7 +21,7 @@ from torch import nn
 
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.shared_weights import sharing_problem_maybe
-from dora_fx.function import gather_rows_coalesced, magnitude_delta, norm_dtype
+from dora_fx.function import QuantisedWeight, gather_rows_coalesced, magnitude_delta, norm_dtype, whole_of
 from dora_fx.megatron import (
     ModelT,
     NamedModule,
@@ -31,13 +31,22 @@ from dora_fx.megatron import (
     replace_modules,
     walk,
 )
-from dora_fx.modules import DoRALinear, adapter_not_finite_maybe, inactive_adapters, keep_bank
+from dora_fx.modules import (
+    DoRALinear,
+    adapter_not_finite_maybe,
+    inactive_adapters,
+    keep_bank,
+    kind_of_maybe,
+    quantised_weight_maybe,
+)
 from dora_fx.ranks import of_all_stages, problem_of_any_rank_maybe, resolve_group
 
 logger = logging.getLogger(__name__)
 
 NOTHING_ADAPTED = "found no adapted layer, expected a model that DoRA was called on"
 _KEPT = "_dora_fx_kept"
+# An attribute of a dense layer in the place of a quantised one.
+_WAS_QUANTISED = "_dora_fx_was_quantised"
 _KEPT_TWICE = (
     "{}: found an adapter over a layer whose merge was kept to be undone, expected one of them to be kept: "
     "merge it without keep_adapter, after which neither can be undone"
@@ -50,12 +59,13 @@ class KeptAdapter:
 
     Attributes:
         site: the adapted layer that the merged one stands in for.
-        weight: a copy of W0, or of this rank's shard, in host memory.
+        weight: a copy of W0, or of this rank's shard, in host memory; None where the merged layer is another one than
+            the base, which has its weight still.
         merged_again: another adapter was merged into the layer since, which unmerging would lose.
     """
 
     site: DoRALinear
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     merged_again: bool = False
 
 
@@ -66,7 +76,8 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
     Every tensor-parallel rank calls it, and each merges its own shard. Products and norms are taken in float32 (in
     float64 for a float64 model) and rounded to the base weight's dtype once, so the merged model computes what the
     adapted one does up to rounding, without dropout. Biases are left as they are, and the weights stay frozen.
-    Everything is checked before anything is changed.
+    A quantised layer's place is taken by a dense one in the dtype of the activations: quantised again it would lose
+    much of what was trained. Everything is checked before anything is changed.
 
     Args:
         model: a model, or a list or a tuple of model chunks, bare or wrapped. Megatron's DistributedDataParallel
@@ -85,9 +96,9 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
     _check_mergeable(chunks, sites, keep_adapter=keep_adapter)
     plain_layers: dict[nn.Module, nn.Module] = {}
     try:
-        for _, site in sites:
-            _merge_site(site, keep_adapter=keep_adapter)
-            plain_layers[site] = site.to_wrap
+        for chunk, (_, _, site) in adapted_layers(chunks):
+            dtype = served_dtype(chunk, site)
+            plain_layers[site] = _merge_site(site, dtype, keep_adapter=keep_adapter)
     except BaseException:
         # Out of memory, say. An adapter beside a weight that it is merged into would be applied twice. So the layers
         # that are merged already are restored, or, where nothing is kept to restore them, lose their adapters.
@@ -102,6 +113,7 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
             keep_bank(chunk, None)
         rebuild_gradient_buffers(chunks)
     logger.info("merged %d layers", len(sites))
+    _say_dense(plain_layers)
     return model
 
 
@@ -142,14 +154,75 @@ def merged(model: ModelT) -> Iterator[ModelT]:
         unmerge(model)
 
 
-def _merge_site(site: DoRALinear, *, keep_adapter: bool) -> None:
-    linear = site.to_wrap
-    kept = KeptAdapter(site, site.base_weight.detach().to("cpu", copy=True)) if keep_adapter else None
-    _write_weight(linear.weight, merged_weight(site))
+def _say_dense(plain_layers: Mapping[nn.Module, nn.Module]) -> None:
+    dense = [layer for site, layer in plain_layers.items() if layer is not site.to_wrap]
+    if dense:
+        dtypes = " and ".join(sorted({str(layer.weight.dtype).removeprefix("torch.") for layer in dense}))
+        logger.info("%d layers that were quantised are dense while they are merged, in %s", len(dense), dtypes)
+
+
+def served_dtype(chunk: nn.Module, layer: nn.Module) -> torch.dtype:
+    """Return the dtype of a layer's merged weight: its own, and that of activations where it is quantised.
+
+    Activations have the dtype of a model's embeddings and norms; a quantised layer takes them in any.
+
+    Args:
+        chunk: that the layer is in.
+        layer: a `DoRALinear`, or a quantised layer that is not adapted.
+    """
+    weight = layer.base_weight if isinstance(layer, DoRALinear) else quantised_weight_maybe(layer)
+    assert weight is not None
+    if not isinstance(weight, QuantisedWeight):
+        return weight.dtype
+    others = (named.module for named in walk(chunk, DoRALinear) if kind_of_maybe(named.module) is None)
+    parameters = (
+        parameter
+        for module in others
+        if not isinstance(module, DoRALinear)
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point()
+    )
+    first = next(parameters, None)
+    return weight.dtype if first is None else first.dtype
+
+
+def _merge_site(site: DoRALinear, dtype: torch.dtype, *, keep_adapter: bool) -> nn.Module:
+    """Merge one layer and return the plain one: the base with another weight, or a new one if it is quantised."""
+    linear, weight = site.to_wrap, site.base_weight
+    kept = None
+    if isinstance(weight, QuantisedWeight):
+        linear = _dense_layer(site, dtype)
+        kept = KeptAdapter(site, None) if keep_adapter else None
+    else:
+        kept = KeptAdapter(site, weight.detach().to("cpu", copy=True)) if keep_adapter else None
+        _write_weight(linear.weight, merged_weight(site))
     if kept is not None:
         setattr(linear, _KEPT, kept)
     elif hasattr(linear, _KEPT):
         setattr(linear, _KEPT, replace(getattr(linear, _KEPT), merged_again=True))
+    return linear
+
+
+def _dense_layer(site: DoRALinear, dtype: torch.dtype) -> nn.Linear:
+    """Return a frozen layer with the merged weight of a quantised one, in its mode and with its bias."""
+    weight, bias = merged_weight(site).to(dtype), site.bias
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+    setattr(dense, _WAS_QUANTISED, True)
+    return dense.train(site.training)
+
+
+def was_quantised(module: nn.Module) -> bool:
+    """Return whether a plain layer stands in the place of a quantised one that was merged."""
+    return hasattr(module, _WAS_QUANTISED)
+
+
+def merged_layer_maybe(module: nn.Module) -> DoRALinear | None:
+    """Return the adapted layer that a merged one stands in for, if it can be taken out again."""
+    kept: KeptAdapter | None = getattr(module, _KEPT, None)
+    return None if kept is None else kept.site
 
 
 def is_merged(module: nn.Module) -> bool:
@@ -163,10 +236,14 @@ def _restore(linears: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
     for linear in linears:
         kept: KeptAdapter = getattr(linear, _KEPT)
         weight: Any = linear.weight
-        _write_weight(weight, kept.weight)
         delattr(linear, _KEPT)
-        # The wrapper's own cast keeps the magnitude in float32 and measures the base weight again.
-        kept.site.to(device=weight.device, dtype=weight.dtype)
+        if kept.weight is None:
+            # Its weight cannot be cast, so neither are its adapter's factors.
+            kept.site.to(device=weight.device)
+        else:
+            _write_weight(weight, kept.weight)
+            # The wrapper's own cast keeps the magnitude in float32 and measures the base weight again.
+            kept.site.to(device=weight.device, dtype=weight.dtype)
         kept.site.train(linear.training)
         sites[linear] = kept.site
     return sites
@@ -191,7 +268,7 @@ def merged_weight(site: DoRALinear) -> torch.Tensor:
         if layout.gathers_lora_b:
             [lora_b] = gather_rows_coalesced([lora_b], adapter.tp_group)
     delta = magnitude_delta(adapter.weight_magnitude, site._get_weight_norm())
-    return merge_tensors(site.base_weight, lora_a, lora_b, delta, adapter.scaling)
+    return merge_tensors(whole_of(site.base_weight), lora_a, lora_b, delta, adapter.scaling)
 
 
 @torch.no_grad()
@@ -223,7 +300,8 @@ def _check_mergeable(
     if problem is None and keep_adapter:
         problem = next((_KEPT_TWICE.format(path) for path, site in sites if hasattr(site.to_wrap, _KEPT)), None)
     if problem is None:
-        problem = sharing_problem_maybe(chunks, {path: site.to_wrap for path, site in sites})
+        written = {path: site.to_wrap for path, site in sites if not isinstance(site.base_weight, QuantisedWeight)}
+        problem = sharing_problem_maybe(chunks, written)
     _raise_together(problem, {site.adapter.tp_group for _, site in sites})
     if not _on_any_stage(bool(sites)):
         raise ValueError(_nothing_adapted(chunks))
@@ -261,13 +339,16 @@ def _unmerge_problem_maybe(chunks: Sequence[nn.Module], layers: Sequence[NamedMo
             what = "and that adapter was merged too" if kept.merged_again else "by an adapter that is there"
             return f"{path}: found it adapted again since it was merged, {what}; undoing the merge would lose that one"
         weight = named.module.weight
+        if kept.weight is None:
+            continue
         if weight is None or weight.is_meta or weight.shape != kept.weight.shape:
             found = "none" if weight is None else f"one of shape {tuple(weight.shape)} on {weight.device}"
             return (
                 f"{named.whole_path}.weight: found {found}, expected one of shape {tuple(kept.weight.shape)} with "
                 "memory, for the base weight of before the merge"
             )
-    return sharing_problem_maybe(chunks, {named.whole_path: named.module for named in layers})
+    written = [named for named in layers if getattr(named.module, _KEPT).weight is not None]
+    return sharing_problem_maybe(chunks, {named.whole_path: named.module for named in written})
 
 
 def merge_problem_maybe(chunks: Sequence[nn.Module], sites: Sequence[tuple[str, DoRALinear]]) -> str | None:

@@ -6,7 +6,7 @@ import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from dora_fx.attach.matching import find_targets
 from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.cache import have_no_values, is_traced
+from dora_fx.function import BaseWeight, QuantisedWeight, base_norm_squared, tensors_of
 from dora_fx.megatron import NamedModule, TorchDDP, check_unsharded, data_parallel_around, replace_modules, unwrap, walk
 from dora_fx.modules import (
     DoRALinear,
@@ -25,6 +26,7 @@ from dora_fx.modules import (
     ParallelLinearDoRAAdapter,
     bypasses_its_linears,
     describe_linear,
+    kind_of_maybe,
     look_once_per_call,
 )
 from dora_fx.ranks import of_all_stages
@@ -47,7 +49,7 @@ class PlannedSite:
     path: str
     linear: nn.Module
     spec: LinearSpec
-    weight: nn.Parameter
+    weight: BaseWeight
     dim: int
     alpha: float
 
@@ -86,6 +88,7 @@ def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> Atta
             existing.append(named.module)
         else:
             new.append(_plan_site(settings, chunk, named))
+    _check_passes_gradients(chunks, new)
     _check_called(chunks, new)
     _check_data_parallelism(chunks, new)
     _check_cuda_graphs(chunks)
@@ -146,7 +149,7 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
             dtype=site.weight.dtype,
             device=site.weight.device,
         )
-        borrowed = site.weight if spec.weight is None else None
+        borrowed = cast(nn.Parameter, site.weight) if spec.weight is None else None
         adapted = DoRALinear(
             site.linear,
             adapter,
@@ -156,6 +159,9 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
         )
         replacements.setdefault(site.chunk, {})[site.linear] = adapted
     for chunk, of_chunk in replacements.items():
+        for module in chunk.modules():
+            if (kind := kind_of_maybe(module)) is not None:
+                kind.prepare(module)
         replace_modules(chunk, of_chunk)
         train_through_recomputation(chunk)
         look_once_per_call(unwrap(chunk))
@@ -165,6 +171,16 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
 def seed_for(path: str, seed: int) -> int:
     """Seed of the initial A and B at a path, so that attaching draws nothing from torch's generator."""
     return (seed + (zlib.crc32(path.encode()) << 31)) % 2**63
+
+
+def _check_passes_gradients(chunks: Iterable[nn.Module], new: Sequence[PlannedSite]) -> None:
+    """Raise ValueError, naming the layer, if gradients could not pass through one that is not adapted."""
+    if not new:
+        return
+    for named in (named for chunk in chunks for named in walk(chunk, DoRALinear)):
+        kind = kind_of_maybe(named.module)
+        if kind is not None and (problem := kind.gradient_problem_maybe(named.module)) is not None:
+            raise ValueError(f"{named.whole_path}: {problem}")
 
 
 def _check_called(chunks: Iterable[nn.Module], new: Iterable[PlannedSite]) -> None:
@@ -268,14 +284,33 @@ def _tied_weight(chunk: nn.Module, path: str) -> nn.Parameter:
     return weight
 
 
-def _check_weight(path: str, weight: torch.Tensor) -> None:
+def _check_weight(path: str, weight: BaseWeight) -> None:
+    tensors = tensors_of(weight)
     if weight.is_meta:
         raise ValueError(f"{path}: the base weight is on the meta device; load it before attaching DoRA")
-    if is_traced(weight) and not have_no_values(weight):
+    if is_traced(*tensors) and not have_no_values(*tensors):
         raise ValueError(
             f"{path}: found a fake base weight, or a tracer or FakeTensorMode around this call, expected neither, or a "
             "weight that was made under the FakeTensorMode that is active: norms are computed from the weight's values"
         )
+    if not isinstance(weight, QuantisedWeight):
+        _check_plain(path, weight)
+    if have_no_values(*tensors):
+        return
+    if isinstance(weight, QuantisedWeight):
+        # Of finite elements no norm overflows.
+        finite = torch.isfinite(base_norm_squared(weight))[:, None]
+    else:
+        finite = torch.isfinite(weight.detach())
+    if not finite.all():
+        rows = (~finite).any(1).nonzero().flatten()
+        raise ValueError(
+            f"{path}: the base weight has NaN or inf in {rows.numel()} of {weight.shape[0]} rows, "
+            f"the first is row {int(rows[0])}; expected finite values"
+        )
+
+
+def _check_plain(path: str, weight: torch.Tensor) -> None:
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dim() != 2:
         raise ValueError(
             f"{path}: found a {weight.dtype} base weight of shape {tuple(weight.shape)}, expected a floating-point "
@@ -286,13 +321,4 @@ def _check_weight(path: str, weight: torch.Tensor) -> None:
         raise ValueError(
             f"{path}: found a base weight of class {type(weight).__module__}.{type(weight).__name__}, expected a plain "
             "tensor; quantised base weights are not supported"
-        )
-    if have_no_values(weight):
-        return
-    finite = torch.isfinite(weight.detach())
-    if not finite.all():
-        rows = (~finite).any(1).nonzero().flatten()
-        raise ValueError(
-            f"{path}: the base weight has NaN or inf in {rows.numel()} of {weight.shape[0]} rows, "
-            f"the first is row {int(rows[0])}; expected finite values"
         )

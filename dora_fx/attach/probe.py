@@ -24,7 +24,15 @@ from torch import nn
 
 from dora_fx.attach.plan import PlannedSite
 from dora_fx.cache import have_no_values
-from dora_fx.function import RowScale, SiteOperands, StoredParameters, adapted_linear, norm_dtype
+from dora_fx.function import (
+    BaseWeight,
+    RowScale,
+    SiteOperands,
+    StoredParameters,
+    adapted_linear,
+    norm_dtype,
+    tensors_of,
+)
 from dora_fx.ranks import has_other_ranks, raise_on_every_rank_of_model
 
 logger = logging.getLogger(__name__)
@@ -53,7 +61,7 @@ def try_layers(sites: Sequence[PlannedSite]) -> None:
 
 def _problem_maybe(site: PlannedSite) -> str | None:
     spec, name = site.spec, type(site.linear).__name__
-    if have_no_values(site.weight):
+    if have_no_values(*tensors_of(site.weight)):
         return None
     if spec.tp_group_name and not has_other_ranks(spec.tp_group):
         logger.info("%s: not tried, as its process group has no other ranks", site.path)
@@ -78,7 +86,7 @@ def _problem_maybe(site: PlannedSite) -> str | None:
             expected = _run_formula(site, x)
         except RuntimeError as error:
             return f"{site.path}: found a {name} that runs and cannot be computed as its kind describes it: {error}"
-        return _difference_maybe(site, found, expected)
+        return _difference_maybe(site, x, found, expected)
 
 
 def _rows(site: PlannedSite) -> torch.Tensor:
@@ -94,7 +102,9 @@ def _rows(site: PlannedSite) -> torch.Tensor:
 
 def _call(site: PlannedSite, x: torch.Tensor) -> Any:
     arguments = {"weight": site.weight} if site.spec.weight is None else {}
-    return _without_hooks(site.linear).forward(x, **arguments)
+    linear = _without_hooks(site.linear)
+    site.spec.kind.prepare(linear)
+    return linear.forward(x, **arguments)
 
 
 def _without_hooks(linear: nn.Module) -> nn.Module:
@@ -111,7 +121,8 @@ def _without_hooks(linear: nn.Module) -> nn.Module:
 def _run_formula(site: PlannedSite, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Run the formula with factors of rank zero and a scale of one; return all that the layer should return."""
     spec, weight = site.spec, site.weight
-    lora_a, lora_b = weight.new_zeros(0, weight.shape[1]), weight.new_zeros(weight.shape[0], 0)
+    of_weight: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+    lora_a, lora_b = torch.zeros(0, weight.shape[1], **of_weight), torch.zeros(weight.shape[0], 0, **of_weight)
     one = torch.ones(1, dtype=norm_dtype(weight.dtype), device=weight.device)
     scale = RowScale(delta=torch.zeros_like(one), grad_gain=one, grad_scale=one)
     stored = StoredParameters(
@@ -138,7 +149,9 @@ def _run_formula(site: PlannedSite, x: torch.Tensor) -> tuple[torch.Tensor | Non
     return (output, *(spec.kind.returned_beside_output(site.linear) or ()))
 
 
-def _difference_maybe(site: PlannedSite, found: Any, expected: tuple[torch.Tensor | None, ...]) -> str | None:
+def _difference_maybe(
+    site: PlannedSite, x: torch.Tensor, found: Any, expected: tuple[torch.Tensor | None, ...]
+) -> str | None:
     """Return a message where a layer's output differs from the formula's by more than rounding, else None."""
     name = type(site.linear).__name__
     returned = found if isinstance(found, tuple) else (found,)
@@ -148,7 +161,7 @@ def _difference_maybe(site: PlannedSite, found: Any, expected: tuple[torch.Tenso
         return f"{site.path}: found a {name} that returns {shapes}, expected {expected_shapes} as its kind describes it"
     pairs = zip(returned, expected, strict=True)
     errors = [_relative_error(value, other) for value, other in pairs if value is not None and other is not None]
-    bound = _rounding(site)
+    bound = _rounding(site, x)
     if max(errors) <= bound:
         return None
     return (
@@ -177,7 +190,7 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.where(differences == 0, 0.0, differences / size).max())
 
 
-def _rounding(site: PlannedSite) -> float:
+def _rounding(site: PlannedSite, x: torch.Tensor) -> float:
     """Return a bound of an output's relative error: random walks of roundings, with room for both sides to be off.
 
     Sums over the input are accumulated in float32 at least. In 16 bits the norm's output, the product, the sum over the
@@ -185,11 +198,13 @@ def _rounding(site: PlannedSite) -> float:
     """
     dtype = site.weight.dtype
     sums = site.spec.in_features**0.5 * torch.finfo(norm_dtype(dtype)).eps
-    others = (3 + site.spec.tp_size) ** 0.5 * max(torch.finfo(dtype).eps, _product_eps(site.weight))
+    others = (3 + site.spec.tp_size) ** 0.5 * max(
+        torch.finfo(dtype).eps, _product_eps(site.weight), site.spec.kind.product_eps(site.linear, x)
+    )
     return 4.0 * (sums + others)
 
 
-def _product_eps(weight: torch.Tensor) -> float:
+def _product_eps(weight: BaseWeight) -> float:
     """Return the rounding of the operands of a product, where it is coarser than their dtype's."""
     if weight.dtype != torch.float32:
         return 0.0
@@ -197,7 +212,7 @@ def _product_eps(weight: torch.Tensor) -> float:
     if precision == "medium":
         return torch.finfo(torch.bfloat16).eps
     # TF32 has 10 bits, and Transformer Engine uses it whatever torch's setting is.
-    return 2.0**-10 if weight.is_cuda or precision == "high" else 0.0
+    return 2.0**-10 if weight.device.type == "cuda" or precision == "high" else 0.0
 
 
 @functools.cache

@@ -49,13 +49,13 @@ class LookedAt(NamedTuple):
         scale: delta of its buffers.
         values: the other buffers that are computed.
         sources: what they are computed from, without the frozen weight.
-        weight: the frozen weight.
+        weights: of which the frozen weight is made.
     """
 
     scale: torch.Tensor
     values: tuple[torch.Tensor, ...]
     sources: tuple[torch.Tensor, ...]
-    weight: torch.Tensor
+    weights: tuple[torch.Tensor, ...]
 
 
 class _Record(NamedTuple):
@@ -83,7 +83,7 @@ class _Record(NamedTuple):
         runs: list[HostMemory] | None = None
         if tensors[0].is_cpu:
             runs = [run for site in sites for source in site.sources for run in host_memory(source, sampled=False)]
-            runs += [run for site in sites for run in host_memory(site.weight, sampled=True)]
+            runs += [run for site in sites for weight in site.weights for run in host_memory(weight, sampled=True)]
         memory = tuple(map(Memory.of, tensors))
         return cls(optimizer_steps(), memory, None if runs is None else tuple(runs), digest_of(runs or ()))
 
@@ -95,7 +95,7 @@ class _Record(NamedTuple):
 
 
 def _tensors_of(sites: Iterable[LookedAt]) -> list[torch.Tensor]:
-    return [tensor for scale, values, sources, weight in sites for tensor in (scale, *values, *sources, weight)]
+    return [tensor for scale, values, sources, weights in sites for tensor in (scale, *values, *sources, *weights)]
 
 
 class ModelLook:

@@ -29,6 +29,7 @@ from dora_fx.cache.freshness import (
     record,
 )
 from dora_fx.function import (
+    BaseWeight,
     CachedParameters,
     Layout,
     RowScale,
@@ -37,6 +38,8 @@ from dora_fx.function import (
     base_norm_squared,
     complete_parameters,
     norm_dtype,
+    sources_of,
+    tensors_of,
 )
 from dora_fx.ranks import group_size, stale_on_any_rank
 
@@ -58,7 +61,7 @@ class CachedSite(NamedTuple):
     cached: CachedParameters
 
 
-def empty_base_norm(weight: torch.Tensor) -> torch.Tensor:
+def empty_base_norm(weight: BaseWeight) -> torch.Tensor:
     """Allocate the buffer of `measure_base`, `[out]` or this rank's `[out/tp]`, NaN until it is computed."""
     return torch.full((weight.shape[0],), torch.nan, dtype=norm_dtype(weight.dtype), device=weight.device)
 
@@ -110,9 +113,10 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
 
 def _refuse_inference_tensors(sites: Sequence[CachedSite]) -> None:
     for path, stored, _ in sites:
-        named = {name: getattr(stored, name) for name in ("weight", "lora_a", "lora_b", "magnitude")}
-        if any(tensor.requires_grad for tensor in named.values()):
-            for name, tensor in named.items():
+        named = [("weight", tensor) for tensor in tensors_of(stored.weight)]
+        named += [(name, getattr(stored, name)) for name in ("lora_a", "lora_b", "magnitude")]
+        if any(tensor.requires_grad for _, tensor in named):
+            for name, tensor in named:
                 if tensor.is_inference():
                     raise ValueError(
                         f"{path}: found a {name} that was made under torch.inference_mode(), expected an ordinary "
@@ -128,7 +132,7 @@ def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> bool:
     is_stale = [not flag for flag in up_to_date[len(sites) :]]
     for index, base_is_up_to_date in enumerate(up_to_date[: len(sites)]):
         if not base_is_up_to_date:
-            _compute_base_norm(bases[index])
+            _compute_base_norm(bases[index], sites[index].stored.weight)
             # The base's norm is a source of the scales, which were compared with the norm as it was before.
             [flag] = are_up_to_date([entries[index]])
             is_stale[index] = not flag
@@ -181,12 +185,11 @@ def measure_base(site: CachedSite) -> None:
     entry = _base_entry(site)
     [is_up_to_date] = are_up_to_date([entry])
     if not is_up_to_date:
-        _compute_base_norm(entry)
+        _compute_base_norm(entry, site.stored.weight)
 
 
-def _compute_base_norm(entry: CacheEntry) -> None:
+def _compute_base_norm(entry: CacheEntry, weight: BaseWeight) -> None:
     _raise_if_unreadable(entry)
-    [weight] = entry.sources
     base_norm_sq, squares = entry.value, base_norm_squared(weight)
     # Equal norms are not written: the write would count as one into a source of the scales.
     if not torch.equal(squares, base_norm_sq):
@@ -197,7 +200,7 @@ def _compute_base_norm(entry: CacheEntry) -> None:
 def _base_entry(site: CachedSite) -> CacheEntry:
     weight, base_norm_sq = site.stored.weight, site.stored.base_norm_sq
     assert base_norm_sq is not None
-    return CacheEntry(site.path, base_norm_sq, (weight,), frozen=True)
+    return CacheEntry(site.path, base_norm_sq, sources_of(weight), frozen=True)
 
 
 def _entry(site: CachedSite) -> CacheEntry:

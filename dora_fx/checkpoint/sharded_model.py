@@ -160,7 +160,9 @@ def _collect_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) -
                 # A torch optimizer's state is stored under the second name.
                 shapes += [(key, placement.shape), (f"{whole_path}.adapter.{name}", placement.shape)]
             sites.append((key.partition(".adapter.")[0], _settings(site)))
-            own = [shards[f"{path}.{part}"] for part in ("weight", "bias") if f"{path}.{part}" in shards]
+            names = (f"{path}.weight", f"{path}.bias")
+            # What is stored beside the first tensor of a quantised weight has numbers.
+            own = [shards[key] for key in shards if key in names or re.fullmatch(r"\.\d+", key.removeprefix(names[0]))]
             base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
         base += _input_norms(shards, {key for key, _ in sites})
     return adapter, sites, shapes, base
@@ -184,11 +186,11 @@ def _shards_of_whole_layers(chunk: nn.Module, metadata: dict[str, Any]) -> dict[
     """Return shards of the adapted layers of a model without `sharded_state_dict`; every rank holds them whole."""
     shards: dict[str, Any] = {}
     for _, named in adapted_layers([chunk]):
-        if named.module.kind is not TorchLinear:
+        if not issubclass(named.module.kind, TorchLinear):
             raise CheckpointError(
                 f"{type(unwrap(chunk)).__name__} has no sharded_state_dict, and {named.path} is a "
                 f"{type(named.module.to_wrap).__name__}; expected a Megatron model such as GPTModel, or adapters on "
-                "layers of class Linear alone"
+                "layers of class Linear, or quantised ones, alone"
             )
         shards |= named.module.sharded_state_dict(f"{named.path}.", (), dict(metadata))
     return shards

@@ -1,5 +1,6 @@
 """The DoRA function: where its tensors lie, their collectives, norms, scales and dropout, and the formula."""
 
+from dora_fx.function.base_weight import BaseWeight, QuantisedWeight, sources_of, tensors_of, whole_of
 from dora_fx.function.collectives import (
     DEPEND_ON_RANK,
     all_reduce_coalesced,
@@ -18,17 +19,23 @@ from dora_fx.function.site_parameters import (
     complete_parameters,
     row_norms,
 )
+from dora_fx.function.weight_formats import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, TORCHAO
 from dora_fx.function.weight_norm import base_norm_squared, norm_dtype
 
 __all__ = [
     "ADAPTER_TENSORS",
+    "BITSANDBYTES_4BIT",
+    "BITSANDBYTES_8BIT",
     "DEPEND_ON_RANK",
     "LAYOUTS",
+    "TORCHAO",
+    "BaseWeight",
     "CachedParameters",
     "DropoutFactors",
     "InputNorm",
     "Layout",
     "ParameterPlacement",
+    "QuantisedWeight",
     "RowScale",
     "SiteOperands",
     "StoredParameters",
@@ -43,4 +50,7 @@ __all__ = [
     "row_norms",
     "scale_rows",
     "shard",
+    "sources_of",
+    "tensors_of",
+    "whole_of",
 ]

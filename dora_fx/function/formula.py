@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from dora_fx.function.base_weight import QuantisedWeight, frozen_product
 from dora_fx.function.collectives import ENTER, REDUCE, gather_features, gather_sequence, split_features
 from dora_fx.function.dropout import draw_dropout_key, dropout
 from dora_fx.function.input_norm import InputNorm, normalise
@@ -126,7 +127,7 @@ def _base_products(
     of twice as many rows may round otherwise.
     """
     if base_output is not None:
-        return base_output, F.linear(_all_tokens(dropped, stored), stored.weight)
+        return base_output, frozen_product(_all_tokens(dropped, stored), stored.weight)
     if stored.layout.gathers_tokens:
         # The base's one gather serves both products: masks go by position, so every rank drops the same elements of the
         # gathered x as the ranks that the tokens came from.
@@ -134,8 +135,8 @@ def _base_products(
         x = _all_tokens(x, stored)
         dropped = dropout(x, key, *stored.dropout, stored.layout.shards_input_features)
     if not isinstance(x, fx.Proxy) and not torch.compiler.is_compiling():
-        return _base_product(x, stored, bias), F.linear(dropped, stored.weight)
-    product, dropped_product = F.linear(torch.cat((x, dropped)), stored.weight).chunk(2)
+        return _base_product(x, stored, bias), frozen_product(dropped, stored.weight)
+    product, dropped_product = frozen_product(torch.cat((x, dropped)), stored.weight).chunk(2)
     if bias is not None and stored.layout.adds_bias_in_product:
         product = product + bias
     return product, dropped_product
@@ -146,7 +147,11 @@ def _base_product(x: torch.Tensor, stored: StoredParameters, bias: torch.Tensor 
 
     It is rounded as the base layer's own output is, so an adapter that is not trained yet changes no bit of it.
     """
-    return F.linear(x, stored.weight, bias if stored.layout.adds_bias_in_product else None)
+    added = bias if stored.layout.adds_bias_in_product else None
+    if not isinstance(stored.weight, QuantisedWeight):
+        return F.linear(x, stored.weight, added)
+    product = frozen_product(x, stored.weight)
+    return product if added is None else product + added
 
 
 def _low_rank_product(x: torch.Tensor, stored: StoredParameters, operands: SiteOperands) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from dora_fx.function.base_weight import BaseWeight
 from dora_fx.function.collectives import (
     REDUCE,
     copy_to_group_coalesced,
@@ -44,7 +45,7 @@ class StoredParameters(NamedTuple):
             and not used where nothing is cached.
     """
 
-    weight: torch.Tensor
+    weight: BaseWeight
     base_norm_sq: torch.Tensor | None
     lora_a: torch.Tensor
     lora_b: torch.Tensor

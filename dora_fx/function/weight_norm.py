@@ -15,9 +15,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 from torch.overrides import handle_torch_function, has_torch_function
 
+from dora_fx.function.base_weight import BaseWeight, QuantisedWeight, rows_of
+
 _BLOCK_BYTES = 32 * 2**20
+# Numbers for each element of a dequantised row: the element itself, and what a format or a cast makes on the way.
+_DEQUANTISED = 2
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +30,7 @@ def norm_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def base_norm_squared(weight: torch.Tensor) -> torch.Tensor:
+def base_norm_squared(weight: BaseWeight) -> torch.Tensor:
     """Squared row norms of the frozen weight, or this rank's part of them.
 
     Args:
@@ -35,12 +40,19 @@ def base_norm_squared(weight: torch.Tensor) -> torch.Tensor:
         `[out]` (this rank's rows in a column layout), float32 or float64, summed over the input features that this
         rank holds.
     """
-    return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=norm_dtype(weight.dtype)).square()
+    if not isinstance(weight, QuantisedWeight):
+        return torch.linalg.vector_norm(weight.detach(), dim=1, dtype=norm_dtype(weight.dtype)).square()
+    if any(isinstance(tensor, fx.Proxy) for tensor in weight.tensors):
+        return handle_torch_function(base_norm_squared, weight.tensors, weight)
+    dtype, (num_rows, columns) = norm_dtype(weight.dtype), weight.shape
+    blocks = _row_blocks(num_rows, _DEQUANTISED * columns, dtype)
+    norms = [torch.linalg.vector_norm(rows_of(weight, rows), dim=1, dtype=dtype) for rows in blocks]
+    return torch.cat(norms).square()
 
 
 def norm_terms(
     base_norm_sq: torch.Tensor,
-    weight: torch.Tensor,
+    weight: BaseWeight,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     *,
@@ -58,15 +70,19 @@ def norm_terms(
         scaling: s, alpha / dim, `[1]`.
         dtype: accumulation dtype, `norm_dtype(weight.dtype)`.
     """
-    operands = (base_norm_sq, weight, lora_a, lora_b)
+    operands = (base_norm_sq, lora_a, lora_b)
     if has_torch_function(operands):
-        return handle_torch_function(norm_terms, operands, *operands, scaling=scaling, dtype=dtype)
-    weight, lora_a, lora_b = weight.detach(), lora_a.detach(), lora_b.detach()
+        return handle_torch_function(
+            norm_terms, operands, base_norm_sq, weight, lora_a, lora_b, scaling=scaling, dtype=dtype
+        )
+    lora_a, lora_b = lora_a.detach(), lora_b.detach()
     wide_a = lora_a.to(dtype)
-    copies_weight = weight.dtype != dtype and not weight.is_cuda
-    wide_per_row = 2 * lora_a.shape[0] + (weight.shape[1] if copies_weight else 0)
+    copies = int(weight.dtype != dtype and weight.device.type != "cuda")
+    if isinstance(weight, QuantisedWeight):
+        copies = _DEQUANTISED
+    wide_per_row = 2 * lora_a.shape[0] + copies * weight.shape[1]
     cross = [
-        (_wide_linear(weight[rows], lora_a, wide_a) * lora_b[rows]).sum(1)
+        (_wide_linear(rows_of(weight, rows), lora_a, wide_a) * lora_b[rows]).sum(1)
         for rows in _row_blocks(weight.shape[0], wide_per_row, dtype)
     ]
     return base_norm_sq + torch.cat(cross) * (2.0 * scaling), F.linear(wide_a, wide_a)

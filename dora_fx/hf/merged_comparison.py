@@ -14,7 +14,16 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from dora_fx.attach import NOTHING_ADAPTED, merge_problem_maybe, merged, merged_weight
+from dora_fx.attach import (
+    NOTHING_ADAPTED,
+    adapted_layers,
+    merge_problem_maybe,
+    merged,
+    merged_layer_maybe,
+    merged_weight,
+    served_dtype,
+)
+from dora_fx.function import whole_of
 from dora_fx.hf.counterpart import check_own
 from dora_fx.hf.model_record import ModelRecord, model_record
 from dora_fx.megatron import Model, chunks_of
@@ -120,22 +129,21 @@ def compare_merged(
     adapted = {named.whole_path: named.module for named in record.sites}
     if not any(gather_objects(bool(adapted), world_group())):
         raise ValueError(NOTHING_ADAPTED)
+    own = _served_dtypes(record)
     run = log_probs if log_probs is not None else _caller(record, inputs, kwargs)
     with _evaluating(record.chunks), torch.compiler.set_stance("force_eager"):
-        weights = {path: _weight_sums(site, dtype) for path, site in adapted.items()}
+        weights = {path: _weight_sums(site, dtype or own[path]) for path, site in adapted.items()}
         with _recorded(adapted) as outputs:
             expected = run()
         # A pipeline stage may have no adapted layer.
         with merged(model) if adapted else contextlib.nullcontext():
-            # What stands in the place of each adapted layer here.
-            plain = {path: site.to_wrap for path, site in adapted.items()}
+            plain = _in_their_places(record.chunks, adapted)
             for linear in plain.values():
                 linear.weight.copy_(linear.weight.to(dtype or linear.weight.dtype))
             with _recorded(plain) as merged_outputs:
                 found = run()
     sums = {path: (weights[path], _output_sums(outputs[path], merged_outputs[path])) for path in adapted}
-    dtypes = {site.base_weight.dtype for site in adapted.values()}
-    return _comparison(dtypes if dtype is None else {dtype}, sums, expected, found)
+    return _comparison(set(own.values()) if dtype is None else {dtype}, sums, expected, found)
 
 
 def _problem_maybe(
@@ -146,8 +154,7 @@ def _problem_maybe(
     kwargs: Mapping[str, Any],
 ) -> str | None:
     sites = [(named.whole_path, named.module) for named in record.sites]
-    for path, site in sites:
-        own = site.base_weight.dtype
+    for path, own in _served_dtypes(record).items():
         if dtype is not None and dtype not in _HOLDS.get(own, ()):
             return f"{path}: found dtype={dtype} for a weight in {own}, expected None or one of {list(_HOLDS[own])}"
     if log_probs is None:
@@ -161,6 +168,16 @@ def _problem_maybe(
         if record.is_own and _input_ids(inputs, kwargs) is None:
             return "input_ids: found none, expected tokens [b, s] for a transformers model, or log_probs to run it"
     return merge_problem_maybe(record.chunks, sites)
+
+
+def _served_dtypes(record: ModelRecord) -> dict[str, torch.dtype]:
+    return {named.whole_path: served_dtype(chunk, named.module) for chunk, named in adapted_layers(record.chunks)}
+
+
+def _in_their_places(chunks: Sequence[nn.Module], adapted: Mapping[str, DoRALinear]) -> dict[str, Any]:
+    """Return the plain layers that stand in the places of adapted ones in a merged model, by the same paths."""
+    layers = {merged_layer_maybe(module): module for chunk in chunks for module in chunk.modules()}
+    return {path: layers[site] for path, site in adapted.items()}
 
 
 def _input_ids(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -217,14 +234,15 @@ def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tenso
             handle.remove()
 
 
-def _weight_sums(site: DoRALinear, dtype: torch.dtype | None) -> Tensor:
+def _weight_sums(site: DoRALinear, dtype: torch.dtype) -> Tensor:
     """Squares of W0, of W' - W0 and of R(W') - W', and how many elements are changed, and put back; of this rank."""
-    base, exact = site.base_weight.double(), merged_weight(site)
-    rounded = exact.to(dtype or site.base_weight.dtype).double()
+    stored = whole_of(site.base_weight)
+    base, exact = stored.double(), merged_weight(site)
+    rounded = exact.to(dtype).double()
     change, lost = exact.double() - base, rounded - exact.double()
     is_changed = change != 0
     # What is served where nothing was trained is the base, rounded alike.
-    is_put_back = is_changed & (rounded == site.base_weight.to(dtype or site.base_weight.dtype).double())
+    is_put_back = is_changed & (rounded == stored.to(dtype).double())
     return torch.stack([x.square().sum() for x in (base, change, lost)] + [is_changed.sum(), is_put_back.sum()]).cpu()
 
 

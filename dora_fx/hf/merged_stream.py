@@ -9,15 +9,15 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from dora_fx.attach import NOTHING_ADAPTED, merge_problem_maybe, merged_weight
-from dora_fx.function import ParameterPlacement
+from dora_fx.attach import NOTHING_ADAPTED, merge_problem_maybe, merged_weight, served_dtype
+from dora_fx.function import ParameterPlacement, whole_of
 from dora_fx.hf.adapter_checks import warn_of_assumed_names
 from dora_fx.hf.counterpart import GPTCounterpart, NamedLinear, check_own, gpt_counterpart
 from dora_fx.hf.model_record import ModelRecord, model_record
 from dora_fx.hf.send import send_units
 from dora_fx.megatron import Model, check_unsharded, chunks_of
 from dora_fx.models import EMBEDDING_WEIGHT, FINAL_NORM, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER
-from dora_fx.modules import DoRALinear, LinearSpec, gather_whole
+from dora_fx.modules import DoRALinear, LinearSpec, gather_whole, quantised_weight_maybe
 from dora_fx.ranks import gather_objects, raise_on_every_rank
 
 _EMBEDDING = "embedding.word_embeddings"
@@ -135,7 +135,7 @@ def _whole_weight(linear: NamedLinear, spec: LinearSpec, dtype: torch.dtype | No
         own = linear.module.base_weight.dtype
     else:
         assert spec.weight is not None
-        weight, own = spec.weight.detach(), spec.weight.dtype
+        weight, own = whole_of(spec.weight), spec.weight.dtype
     return gather_whole(weight.to(dtype or own), spec.weight_placement, spec.tp_group_name)
 
 
@@ -183,6 +183,8 @@ def _layer_modules(hf: GPTCounterpart) -> Iterator[str]:
 def _own_tensors(record: ModelRecord, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the merged model's state dict in its order, those of tied weights once, in new tensors.
 
+    Quantised layers, adapted or not, come as plain ones.
+
     Args:
         record: of an adapted transformers model; it is not changed.
         dtype: of the floating-point ones; None for that of each.
@@ -203,7 +205,11 @@ def _one_by_one(record: ModelRecord, dtype: torch.dtype | None) -> Iterator[tupl
     for _, (path, _, module) in record.modules:
         prefix = f"{path}." if path else ""
         is_adapted = isinstance(module, DoRALinear)
-        for name, tensor in _entries(module.to_wrap if is_adapted else module).items():
+        base = module.to_wrap if is_adapted else module
+        if quantised_weight_maybe(base) is not None:
+            yield from _dequantised(prefix, module, base, dtype or served_dtype(record.model, base))
+            continue
+        for name, tensor in _entries(base).items():
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
@@ -211,6 +217,16 @@ def _one_by_one(record: ModelRecord, dtype: torch.dtype | None) -> Iterator[tupl
                 yield prefix + name, merged_weight(module).to(dtype or tensor.dtype)
             else:
                 yield prefix + name, _copy(tensor, dtype)
+
+
+def _dequantised(prefix: str, module: nn.Module, base: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The weight and the bias of a quantised layer, adapted or not, as a plain layer has them."""
+    weight = quantised_weight_maybe(base)
+    assert weight is not None
+    found = merged_weight(module) if isinstance(module, DoRALinear) else whole_of(weight)
+    yield f"{prefix}weight", found.to(dtype)
+    if base.bias is not None:
+        yield f"{prefix}bias", _copy(base.bias, dtype)
 
 
 def _entries(module: nn.Module) -> dict[str, Tensor]:

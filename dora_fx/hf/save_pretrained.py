@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_fx.attach import adapted_layers, on_attach
+from dora_fx.attach import adapted_layers, on_attach, was_quantised
 from dora_fx.hf.adapter_source import AdapterSource
 from dora_fx.hf.export_adapter import checked_source
 from dora_fx.hf.model_record import model_record
 from dora_fx.hf.peft_files import PeftModule, write_peft_adapter
 from dora_fx.megatron import NamedModule, is_transformers_model
+from dora_fx.modules import quantised_weight_maybe
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +62,10 @@ class AdapterSaver:
         """
         record = model_record([self.model])
         if not record.sites or (state_dict is not None and not any(".adapter." in name for name in state_dict)):
-            type(self.model).save_pretrained(
-                self.model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **settings
-            )
+            with _as_it_is_saved(self.model, state_dict):
+                type(self.model).save_pretrained(
+                    self.model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **settings
+                )
             return
         for name, found in settings.items():
             if name in _REFUSED and found != _REFUSED[name]:
@@ -91,6 +94,35 @@ def save_adapters_with(chunk: nn.Module) -> None:
         if is_transformers_model(module) and any(True for _ in adapted_layers([module])):
             # An attribute of the instance: copies get their own, and the class is left alone.
             module.save_pretrained = AdapterSaver(module)  # type: ignore[assignment]
+            if getattr(module, "is_quantized", False):
+                # transformers' mark of a model with adapters, without which its Trainer refuses a quantised one.
+                module._hf_peft_config_loaded = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _as_it_is_saved(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Within the context transformers takes a model for one without adapters, and for a plain one if it is saved so.
+
+    Raises:
+        ValueError: some layers are quantised and others, which were merged, are not: transformers loads no such model.
+    """
+    quantised = [path for path, module in model.named_modules() if quantised_weight_maybe(module) is not None]
+    hidden = [(model, "_hf_peft_config_loaded")]
+    if getattr(model, "is_quantized", False) and (state_dict is not None or not quantised):
+        hidden += [(model, "hf_quantizer"), (model.config, "quantization_config")]
+    elif quantised and any(map(was_quantised, model.modules())):
+        raise ValueError(
+            f"save_pretrained: found {quantised[0]} quantised beside layers that are merged and dense, expected all of "
+            "a kind, to be loaded again; pass state_dict=dict(dora_fx.iter_merged(model)) of the adapted model"
+        )
+    found = [(holder, name, vars(holder)[name]) for holder, name in hidden if name in vars(holder)]
+    for holder, name, _ in found:
+        delattr(holder, name)
+    try:
+        yield
+    finally:
+        for holder, name, value in found:
+            setattr(holder, name, value)
 
 
 def _adapter_tensors(sites: Sequence[NamedModule]) -> dict[str, Tensor]:

@@ -26,7 +26,16 @@ from dora_fx.modules.adapter_settings import (
     low_rank_scaling,
 )
 from dora_fx.modules.finite import adapter_not_finite_maybe, not_finite_maybe
-from dora_fx.modules.kinds import LinearSpec, TorchLinear, bypasses_its_linears, describe_linear, looks_like_linear
+from dora_fx.modules.kinds import (
+    LinearKind,
+    LinearSpec,
+    TorchLinear,
+    bypasses_its_linears,
+    describe_linear,
+    kind_of_maybe,
+    looks_like_linear,
+    quantised_weight_maybe,
+)
 from dora_fx.modules.linear_wrapper import DoRALinear
 from dora_fx.modules.marker import MarkedSite, dora_linear, read_site
 from dora_fx.modules.model_adapters import disable_adapter, invalidate_norms
@@ -40,6 +49,7 @@ __all__ = [
     "AdapterBank",
     "DoRALinear",
     "GradientCompletion",
+    "LinearKind",
     "LinearSpec",
     "MarkedSite",
     "ParallelLinearDoRAAdapter",
@@ -64,6 +74,7 @@ __all__ = [
     "inactive_adapters",
     "invalidate_norms",
     "keep_bank",
+    "kind_of_maybe",
     "look_once_per_call",
     "looks_like_linear",
     "low_rank_scaling",
@@ -71,6 +82,7 @@ __all__ = [
     "path_of",
     "path_of_inner_bank_maybe",
     "put_in",
+    "quantised_weight_maybe",
     "read_site",
     "set_look",
     "sites_of",

@@ -12,13 +12,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, sharded_state_dict_default
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
 from torch import nn
 
 from dora_fx.cache import CachedSite, LookedAt, empty_base_norm, empty_cache, have_no_values, measure_base
-from dora_fx.function import CachedParameters, StoredParameters, norm_dtype, row_norms
+from dora_fx.function import (
+    BaseWeight,
+    CachedParameters,
+    QuantisedWeight,
+    StoredParameters,
+    norm_dtype,
+    row_norms,
+    sources_of,
+    tensors_of,
+)
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.base_attributes import BaseAttributes
+from dora_fx.modules.kinds import LinearKind
 from dora_fx.modules.partial_gradients import GradientCompletion, SiteAccumulators, leaves_for, make_accumulators
 from dora_fx.modules.site_paths import note_path
 from dora_fx.modules.written_parameters import guard_optimizers, note_loaded
@@ -30,7 +44,7 @@ class AdaptedSite(BaseAttributes):
     """A linear layer with an adapter and everything that is kept for it; `DoRALinear` adds the call.
 
     Args:
-        to_wrap, path, base_weight: see `BaseAttributes`.
+        to_wrap, path, kind, base_weight: see `BaseAttributes`.
         adapter: a missing magnitude is set to the norm.
         complete_gradients: see `DoRA`.
     """
@@ -42,10 +56,11 @@ class AdaptedSite(BaseAttributes):
         to_wrap: nn.Module,
         adapter: ParallelLinearDoRAAdapter,
         path: str,
+        kind: type[LinearKind],
         base_weight: nn.Parameter | None,
         complete_gradients: GradientCompletion,
     ) -> None:
-        super().__init__(to_wrap, path, base_weight)
+        super().__init__(to_wrap, path, kind, base_weight)
         self.adapter = adapter
         for name in ("base_norm_sq", *_CACHE_BUFFERS):
             self.register_buffer(name, None, persistent=False)
@@ -53,7 +68,7 @@ class AdaptedSite(BaseAttributes):
         # An accumulator has the shape and dtype of its parameter, and the magnitude's first value takes a norm.
         self._accumulators, self.complete_gradients = SiteAccumulators(), complete_gradients
         if adapter.weight_magnitude is None:
-            is_valueless = have_no_values(self.base_weight)
+            is_valueless = have_no_values(*tensors_of(self.base_weight))
             adapter.init_weight_magnitude(self.base_norm_sq if is_valueless else self._get_weight_norm())
             note_path(adapter, path)
         self._accumulators = make_accumulators(adapter, path, complete_gradients)
@@ -66,7 +81,8 @@ class AdaptedSite(BaseAttributes):
         factors = (adapter.linear_in.weight, adapter.linear_out.weight)
         assert adapter.weight_magnitude is not None
         sources = (*factors, adapter.weight_magnitude, self.base_norm_sq, adapter.scaling_factor)
-        return LookedAt(cached.delta, tuple(each for each in cached[1:] if each is not None), sources, self.base_weight)
+        values = tuple(each for each in cached[1:] if each is not None)
+        return LookedAt(cached.delta, values, sources, sources_of(self.base_weight))
 
     @property
     def num_partial_sums(self) -> int:
@@ -122,7 +138,7 @@ class AdaptedSite(BaseAttributes):
         stored = self.stored_parameters(self.base_weight, self.adapter.layout_name, drops=False)
         return CachedSite(self.path, stored, self.cached_parameters())
 
-    def stored_parameters(self, weight: torch.Tensor, layout_name: str, *, drops: bool) -> StoredParameters:
+    def stored_parameters(self, weight: BaseWeight, layout_name: str, *, drops: bool) -> StoredParameters:
         """Return what a call reads of the parameters.
 
         Args:
@@ -164,10 +180,20 @@ class AdaptedSite(BaseAttributes):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return the base layer's sharded tensors under its own keys, and the adapter's under `adapter.`."""
+        """Return the base layer's sharded tensors under its own keys, and the adapter's under `adapter.`.
+
+        A quantised weight is what is stored of it: `weight`, `weight.1` and so on.
+        """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
+        if isinstance(self.base_weight, QuantisedWeight):
+            tensors = enumerate(sources_of(self.base_weight))
+            own = {f"weight.{index}" if index else "weight": tensor for index, tensor in tensors}
+            own |= {} if self.bias is None else {"bias": self.bias}
+            base = make_sharded_tensors_for_checkpoint(own, prefix, {}, sharded_offsets)
+        else:
+            base = sharded_state_dict_default(self.to_wrap, prefix, sharded_offsets, metadata)
         return {
-            **sharded_state_dict_default(self.to_wrap, prefix, sharded_offsets, metadata),
+            **base,
             **self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata),
         }
 

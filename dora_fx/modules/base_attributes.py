@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dora_fx.function import BaseWeight, QuantisedWeight
+from dora_fx.modules.kinds import LinearKind
+
 
 def _attribute(name: str) -> Any:
     def read(self: BaseAttributes) -> Any:
@@ -44,16 +47,17 @@ class BaseAttributes(nn.Module):
 
     Args:
         to_wrap: a layer of one of `kinds.KINDS`.
+        kind: which of them.
         path: of the module, for error messages.
         base_weight: the weight of a layer that has none of its own.
     """
 
     to_wrap: Any
 
-    def __init__(self, to_wrap: nn.Module, path: str, base_weight: nn.Parameter | None) -> None:
+    def __init__(self, to_wrap: nn.Module, path: str, kind: type[LinearKind], base_weight: nn.Parameter | None) -> None:
         super().__init__()
         self.to_wrap = to_wrap
-        self.path = path
+        self.path, self.kind = path, kind
         # The embedding owns this parameter. nn.Module registers a parameter that is set as an attribute, but not one
         # inside a tuple; registered here too, it would be in the state dict and in the optimizer twice.
         self._borrowed_weight = (base_weight,)
@@ -90,9 +94,10 @@ class BaseAttributes(nn.Module):
         )
 
     @property
-    def base_weight(self) -> torch.Tensor:
+    def base_weight(self) -> BaseWeight:
         """Return W0, or this rank's shard of it; the borrowed one where the layer has none of its own."""
-        weight = self.to_wrap.weight if self.to_wrap.weight is not None else self._borrowed_weight[0]
+        own = self.kind.stored_weight(self.to_wrap)
+        weight = own if own is not None else self._borrowed_weight[0]
         if weight is None:
             raise ValueError(f"{self.path}: the layer has no weight of its own and none was passed")
         return weight
@@ -161,7 +166,10 @@ def _take_wrapper_from_keys(module: nn.Module, incompatible_keys: Any) -> None:
         keys[:] = [key.replace(".to_wrap.", ".").removeprefix("to_wrap.") for key in keys]
 
 
-def _is_same(value: torch.Tensor, base: torch.Tensor) -> bool:
+def _is_same(value: torch.Tensor, base: BaseWeight) -> bool:
+    if isinstance(base, QuantisedWeight):
+        # What a quantised weight stands for is not in its first tensor alone.
+        return value is base.tensors[0]
     if value is base:
         return True
     is_alike = value.shape == base.shape and value.dtype == base.dtype and value.device == base.device

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from dora_fx.function import BaseWeight, QuantisedWeight
 from dora_fx.megatron import capture_megatron_whole, is_parameter_gather_hook
 from dora_fx.modules.adapted_site import AdaptedSite
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
@@ -57,8 +58,7 @@ class DoRALinear(AdaptedSite):
                 f"{path}: found complete_gradients = {complete_gradients!r}, "
                 f"expected one of {list(get_args(GradientCompletion))}"
             )
-        super().__init__(to_wrap, adapter, path, base_weight, complete_gradients)
-        self.kind = spec.kind
+        super().__init__(to_wrap, adapter, path, spec.kind, base_weight, complete_gradients)
         self._adapter_enabled = True
 
     @property
@@ -103,6 +103,9 @@ class DoRALinear(AdaptedSite):
         norm = self.kind.input_norm(self.to_wrap)
         cached = self.cached_parameters()
         check_buffers(self.path, stored, cached)
+        if isinstance(weight, QuantisedWeight):
+            # Its layer takes x in any dtype.
+            x = x.to(weight.dtype)
         output = mark(MarkedSite(base_output, x, bias, stored, cached, norm))
         return output if beside is None else (output, *beside)
 
@@ -118,7 +121,7 @@ class DoRALinear(AdaptedSite):
         returned = self.to_wrap(x, *args, **kwargs)
         return (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
 
-    def _check_call(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+    def _check_call(self, x: torch.Tensor, weight: BaseWeight) -> None:
         if weight.requires_grad:
             raise ValueError(
                 f"{self.path}: the base weight requires grad; DoRA trains a frozen base. "

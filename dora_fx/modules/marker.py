@@ -19,6 +19,7 @@ from dora_fx.cache import CachedSite, are_covered, is_traced, refresh
 from dora_fx.function import (
     CachedParameters,
     InputNorm,
+    QuantisedWeight,
     SiteOperands,
     StoredParameters,
     adapted_linear,
@@ -70,6 +71,10 @@ def _keywords(site: MarkedSite) -> dict[str, Any]:
     for prefix, record in ((_STORED, site.stored), (_CACHED, site.cached), (_NORM, site.input_norm)):
         if record is not None:
             operands.update({prefix + name: value for name, value in zip(record._fields, record, strict=True)})
+    weight = site.stored.weight
+    if isinstance(weight, QuantisedWeight):
+        # A graph holds tensors and constants, in tuples, and no records.
+        operands["weight"], operands["weight_format"] = weight.tensors, tuple(weight[1:])
     return {
         name: value
         for name, value in operands.items()
@@ -84,11 +89,14 @@ def read_site(keywords: Mapping[str, Any]) -> MarkedSite:
         defaults = record_type._field_defaults
         return record_type(*(keywords.get(prefix + name, defaults.get(name)) for name in record_type._fields))
 
+    stored = record(StoredParameters, _STORED)
+    if "weight_format" in keywords:
+        stored = stored._replace(weight=QuantisedWeight(tuple(keywords["weight"]), *keywords["weight_format"]))
     return MarkedSite(
         base_output=keywords.get("base_output"),
         x=keywords["x"],
         bias=keywords.get("bias"),
-        stored=record(StoredParameters, _STORED),
+        stored=stored,
         cached=record(CachedParameters, _CACHED),
         input_norm=record(InputNorm, _NORM) if f"{_NORM}weight" in keywords else None,
     )

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dora_fx.cache import CachedSite, ModelLook, are_covered, is_traced
+from dora_fx.function import sources_of
 from dora_fx.modules.linear_wrapper import DoRALinear
 
 
@@ -100,7 +101,8 @@ class _EndCall:
 def _are_readable(sites: Iterable[CachedSite]) -> bool:
     """Return whether all layers have their parameters already; wrappers may gather or load those of each before it."""
     for site in sites:
-        tensors = (site.stored.weight, site.stored.lora_a, site.stored.lora_b, site.stored.magnitude)
+        stored = site.stored
+        tensors = (*sources_of(stored.weight), stored.lora_a, stored.lora_b, stored.magnitude)
         if any(isinstance(tensor, DTensor) or tensor.is_meta for tensor in tensors) or is_traced(*tensors):
             return False
         if not all(tensor.data_ptr() for tensor in tensors):

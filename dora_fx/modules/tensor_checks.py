@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dora_fx.function import CachedParameters, StoredParameters, norm_dtype
+from dora_fx.function import BaseWeight, CachedParameters, StoredParameters, norm_dtype
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 
 _BUFFERS = (
@@ -19,7 +19,7 @@ _BUFFERS = (
 )
 
 
-def check_factors(path: str, adapter: ParallelLinearDoRAAdapter, weight: torch.Tensor) -> None:
+def check_factors(path: str, adapter: ParallelLinearDoRAAdapter, weight: BaseWeight) -> None:
     """Raise ValueError, naming the factor, unless A and B have the base weight's dtype and device and their shapes.
 
     Args:
@@ -40,7 +40,7 @@ def check_factors(path: str, adapter: ParallelLinearDoRAAdapter, weight: torch.T
             )
 
 
-def check_magnitude(path: str, magnitude: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor) -> None:
+def check_magnitude(path: str, magnitude: torch.Tensor, weight: BaseWeight, norm: torch.Tensor) -> None:
     """Raise ValueError unless m has the dtype, device and shape of norms of the base weight.
 
     Args:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 
 from dora_fx.attach import adapted_layers
+from dora_fx.function import whole_of
 from dora_fx.megatron import Model, check_unsharded, chunks_of, data_parallel_around, unwrap, walk
 from dora_fx.modules import DoRALinear
 from dora_fx.preflight.model_passes import Forward, ForwardBackward, megatron_runs, one_step, output_of, weight_of_loss
@@ -185,7 +186,7 @@ class SetUp:
         """
         own: dict[str, tuple[float, ...]] = {}
         for path, site in self.sites.items():
-            adapter, weight = site.adapter, site.base_weight.detach()
+            adapter, weight = site.adapter, whole_of(site.base_weight)
             own[path] = tuple(
                 float(tensor.double().square().sum()) for tensor in (weight, adapter.linear_in.weight.detach())
             )

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from dora_fx.function import QuantisedWeight
+from dora_fx.modules.kinds.bitsandbytes_linear import BitsAndBytes4bit, BitsAndBytes8bit
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
 from dora_fx.modules.kinds.megatron_linear import ColumnParallel, RowParallel
+from dora_fx.modules.kinds.refused import refused_package_maybe
 from dora_fx.modules.kinds.torch_linear import TorchLinear
+from dora_fx.modules.kinds.torchao_linear import TorchAOLinear
 from dora_fx.modules.kinds.transformer_engine import (
     TEColumnParallel,
     TEDuplicated,
@@ -22,6 +26,10 @@ KINDS: tuple[type[LinearKind], ...] = (
     TEColumnParallel,
     TERowParallel,
     TEDuplicated,
+    BitsAndBytes4bit,
+    BitsAndBytes8bit,
+    # Its layers are of the class of the last one.
+    TorchAOLinear,
     TorchLinear,
 )
 
@@ -39,12 +47,25 @@ def describe_linear(path: str, module: nn.Module) -> LinearSpec:
     """
     if getattr(module, "is_expert", False):
         raise TypeError(f"{path}: {type(module).__name__} of an expert is not supported")
-    for kind in KINDS:
-        if kind.matches(module):
-            return kind.describe(path, module)
-    supported = ", ".join(kind.class_name for kind in KINDS)
+    if (kind := kind_of_maybe(module)) is not None:
+        return kind.describe(path, module)
+    if (reason := refused_package_maybe(module)) is not None:
+        raise TypeError(f"{path}: {reason}")
+    supported = ", ".join(dict.fromkeys(kind.class_name for kind in KINDS))
     found = f"{type(module).__module__}.{type(module).__qualname__}"
     raise TypeError(f"{path}: {found} has no DoRA layout; supported are {supported}")
+
+
+def kind_of_maybe(module: nn.Module) -> type[LinearKind] | None:
+    """Return the kind of a module; None for one that cannot be adapted."""
+    return next((kind for kind in KINDS if kind.matches(module)), None)
+
+
+def quantised_weight_maybe(module: nn.Module) -> QuantisedWeight | None:
+    """Return the weight of a layer, adapted or not, that stores it quantised; None for any other module."""
+    kind = kind_of_maybe(module)
+    weight = None if kind is None else kind.stored_weight(module)
+    return weight if isinstance(weight, QuantisedWeight) else None
 
 
 def looks_like_linear(module: nn.Module) -> bool:
@@ -57,4 +78,13 @@ def looks_like_linear(module: nn.Module) -> bool:
     return is_linear and not isinstance(module, nn.Embedding)
 
 
-__all__ = ["LinearSpec", "TorchLinear", "bypasses_its_linears", "describe_linear", "looks_like_linear"]
+__all__ = [
+    "LinearKind",
+    "LinearSpec",
+    "TorchLinear",
+    "bypasses_its_linears",
+    "describe_linear",
+    "kind_of_maybe",
+    "looks_like_linear",
+    "quantised_weight_maybe",
+]

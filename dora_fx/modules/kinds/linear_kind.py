@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
-from dora_fx.function import InputNorm, Layout, ParameterPlacement
+from dora_fx.function import BaseWeight, InputNorm, Layout, ParameterPlacement
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LinearSpec:
         padded_out_features: how many of the last output features are padding, zero in the weight.
         row_blocks: blocks of output rows that are sharded each on its own; 2 for the gate and up of a linear_fc1.
         tp_group: its tensor-parallel group, even of one rank; None for a layer that is not parallel.
-        weight: W0, or this rank's shard; None for a layer that multiplies by a borrowed weight.
+        weight: W0, or this rank's shard, as it is stored; None for a layer that multiplies by a borrowed weight.
         bias: `[out]` or this rank's `[out/tp]`; None without one.
         input_norm: the norm that the layer applies to its input, whole on every rank; None without one.
     """
@@ -40,7 +40,7 @@ class LinearSpec:
     padded_out_features: int
     row_blocks: int
     tp_group: dist.ProcessGroup | None
-    weight: nn.Parameter | None
+    weight: BaseWeight | None
     bias: nn.Parameter | None
     input_norm: InputNorm | None = None
 
@@ -112,6 +112,11 @@ class LinearKind(ABC):
     def layout_name(linear: Any) -> str:
         """Return the name of a call's layout; the call's further arguments are passed to it."""
 
+    @classmethod
+    def stored_weight(cls, linear: Any) -> BaseWeight | None:
+        """Return W0, or this rank's shard, as the layer stores it; None where it multiplies by a borrowed one."""
+        return cast(torch.Tensor | None, linear.weight)
+
     @staticmethod
     def added_bias(linear: Any) -> torch.Tensor | None:
         """Return the bias that a call adds itself, `[out]` or this rank's `[out/tp]`."""
@@ -150,6 +155,20 @@ class LinearKind(ABC):
     def input_norm(linear: Any) -> InputNorm | None:
         """Return the norm that a call applies to its input."""
         return None
+
+    @staticmethod
+    def gradient_problem_maybe(linear: Any) -> str | None:
+        """Return why calls of a layer, adapted or not, give no gradient for their input; None where they do."""
+        return None
+
+    @staticmethod  # noqa: B027
+    def prepare(linear: Any) -> None:
+        """Have a layer, adapted or not, keep its weight as it is stored; its calls compute the same as before."""
+
+    @staticmethod
+    def product_eps(linear: Any, x: torch.Tensor) -> float:
+        """Return how coarsely a call rounds the operands of its product, where that is coarser than their dtype."""
+        return 0.0
 
     @staticmethod
     def trial_problem_maybe(linear: Any) -> str | None:

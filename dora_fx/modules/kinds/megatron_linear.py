@@ -30,7 +30,7 @@ class _MegatronLinear(LinearKind):
             padded_out_features=getattr(linear, "padded_out_features", 0),
             row_blocks=row_blocks(path, linear),
             tp_group=linear.tp_group,
-            weight=linear.weight,
+            weight=cls.stored_weight(linear),
             bias=linear.bias,
         )
 

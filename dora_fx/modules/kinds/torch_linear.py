@@ -25,7 +25,7 @@ class TorchLinear(LinearKind):
             padded_out_features=0,
             row_blocks=1,
             tp_group=None,
-            weight=linear.weight,
+            weight=cls.stored_weight(linear),
             bias=linear.bias,
         )
 

@@ -53,7 +53,7 @@ class _TELinear(LinearKind):
             padded_out_features=getattr(linear, "padded_out_features", 0),
             row_blocks=row_blocks(path, linear),
             tp_group=group,
-            weight=linear.weight,
+            weight=cls.stored_weight(linear),
             bias=_bias(linear),
             input_norm=cls.input_norm(linear),
         )
