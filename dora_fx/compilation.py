@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils._pytree import tree_map_only
 
+from dora_fx.experts_compilation import compile_experts, moe_layers
 from dora_fx.megatron import (
     ModelT,
     chunks_of,
@@ -53,6 +54,9 @@ def compile_model(
     - with `scope="layer"`, Megatron's buffer for attention scores is allocated before compiled code writes into it;
       rotary positions that Megatron keeps from a call in inference mode are copied for training.
 
+    A mixture-of-experts layer is left uncompiled but for its experts, each a graph that all experts of a kind share, and
+    the layers around it break their graphs there (`experts_compilation.py`).
+
     A transformers model is called as it always is. In calls without a cache of keys and values its layers are compiled,
     gradient checkpointing included, and the input of the first one that is trained requires a gradient. Calls with a
     cache (`generate`), or that return hidden states or attentions, run uncompiled. transformers makes a cache in every
@@ -67,13 +71,14 @@ def compile_model(
         scope: "layer" compiles each transformer layer by itself: short compilation, whatever the depth. "model" makes
             one graph of each chunk.
         fullgraph: raise where Dynamo would break a graph, in place of running a part uncompiled. The default is to
-            raise, but for models with Transformer Engine's attention, which breaks graphs where it chooses to, and for
-            those of transformers, whose code has no such promise.
+            raise, but for models with Transformer Engine's attention, which breaks graphs where it chooses to, for
+            layers with experts, and for those of transformers, whose code has no such promise.
         dynamic, mode: as in `torch.compile`.
         options: of the backend (`inner_compiler`, `weight_norm`, `unmatched`, `rank_timeout`), or Inductor's.
 
     Raises:
-        ValueError: `scope` is neither, a chunk has no transformer layer to compile, or it is compiled already.
+        ValueError: `scope` is neither, a chunk has no transformer layer to compile, it is compiled already, or it has
+            mixture-of-experts layers and `fullgraph` is True.
             Options raise as in `dora_fx.backend.dora_fx`. Nothing is changed then.
     """
     from dora_fx.backend import BackendOptions, dora_fx
@@ -85,7 +90,7 @@ def compile_model(
     chosen = BackendOptions.of(options)
     chunks = [unwrap(chunk) for chunk in chunks_of(model)]
     for chunk in chunks:
-        _check_compilable(chunk, scope)
+        _check_compilable(chunk, scope, fullgraph)
     for chunk in chunks:
         is_whole = not _may_break_graphs(chunk) if fullgraph is None else fullgraph
         settings = {"backend": dora_fx, "fullgraph": is_whole, "dynamic": dynamic, "options": options}
@@ -120,7 +125,7 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, BaseTransformerLayer) or is_transformers_layer(module)
 
 
-def _check_compilable(chunk: nn.Module, scope: Scope) -> None:
+def _check_compilable(chunk: nn.Module, scope: Scope, fullgraph: bool | None) -> None:
     if scope == "layer" and not _layers(chunk):
         raise ValueError(
             f"model: found no transformer layer in a {type(chunk).__name__}, expected at least one; "
@@ -128,6 +133,11 @@ def _check_compilable(chunk: nn.Module, scope: Scope) -> None:
         )
     if chunk in _compiled:
         raise ValueError(f"model: found a {type(chunk).__name__} that is compiled already, expected one that is not")
+    if fullgraph and (layers := [named.whole_path for named in walk(chunk) if moe_layers([named.module])]):
+        raise ValueError(
+            f"{layers[0]}: found fullgraph=True and a mixture-of-experts layer, expected None or False: a graph ends "
+            "where tokens are routed to experts"
+        )
 
 
 def _may_break_graphs(chunk: nn.Module) -> bool:
@@ -140,17 +150,20 @@ def _may_break_graphs(chunk: nn.Module) -> bool:
 def _compile_chunk(chunk: nn.Module, scope: Scope, settings: dict[str, Any]) -> None:
     _compiled.add(chunk)
     _prepare_megatron_modules(chunk, scope)
+    with_experts = moe_layers(chunk.modules())
+    compile_experts(with_experts, settings)
     if scope == "model" and is_transformers_model(chunk):
         compile_whole(chunk, settings)
     elif scope == "model":
-        chunk.compile(**settings)
+        chunk.compile(**(settings | {"fullgraph": False} if with_experts else settings))
     else:
         leave_out_caches(chunk)
         for layer in _layers(chunk):
             if is_transformers_layer(unwrap(layer)):
                 compile_layer(layer, settings)
             else:
-                layer.compile(**settings)
+                has_experts = bool(moe_layers(layer.modules()))
+                layer.compile(**(settings | {"fullgraph": False} if has_experts else settings))
 
 
 def _prepare_megatron_modules(chunk: nn.Module, scope: Scope) -> None:

@@ -126,8 +126,11 @@ class DoRA(DoRASettings):
         for tp_group in dict.fromkeys(site.spec.tp_group_name for site in plan.new if site.spec.tp_group_name):
             group = resolve_group(tp_group)
             settings = {f"DoRA.{field.name}": getattr(self, field.name) for field in fields(self) if field.init}
+            # Ranks of the dense layers' group may hold other experts.
             sites = {
-                site.path: (site.spec.layout.name, site.spec.in_features, site.spec.out_features) for site in plan.new
+                site.path: (site.spec.layout.name, site.spec.in_features, site.spec.out_features)
+                for site in plan.new
+                if site.spec.tp_group_name == tp_group
             }
             check_same_settings({**settings, **sites}, group)
             seed = broadcast_object(seed, group)

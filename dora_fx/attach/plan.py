@@ -140,6 +140,7 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
             dropout=settings.dropout,
             layout_name=spec.layout.name,
             tp_group=spec.tp_group_name,
+            experts=spec.experts,
             row_blocks=spec.row_blocks,
             padded_in_features=spec.padded_in_features,
             padded_out_features=spec.padded_out_features,

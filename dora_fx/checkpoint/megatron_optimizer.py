@@ -6,6 +6,8 @@
   of its state among all. Magnitudes are float32 and factors are 16-bit, so the numbers would not match.
 * Megatron's distributed optimizer looks for a torch Adam's `step` among the loaded tensors, where it never is. It also
   gives all parameters the same tensor as their `step`, which each of them then increments.
+* Megatron chains an optimizer of experts to that of the dense layers where other ranks reduce their gradients, which
+  depends on the layout. So hyper-parameters of a chain are loaded into another chain by parameter group.
 * On a rank without adapters, such as a pipeline stage that has none, nothing counts the steps and the lists of main
   copies are empty. Megatron's optimizers expect a count on every rank, and lists that can be merged with rank 0's.
 """
@@ -13,17 +15,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
+
+from dora_fx.checkpoint.rank_steps import CheckpointError
 
 # The only format of the distributed optimizer that can be loaded at any layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _MAIN_COPIES = "fp32_from_fp16_params"
 _NO_PARAMETER = "the rank has no parameter"
+_OF_EXPERTS = "is_expert_parallel"
 
 
 class StepCount(NamedTuple):
@@ -96,6 +102,56 @@ def set_step_counts(
             of_torch.setdefault("state", {})["common_step"] = common
         for group in of_torch["param_groups"] if of_group is not None else ():
             group["step"] = of_group
+
+
+def fit_to_chain(optimizer: Any, state: dict[Any, Any]) -> dict[Any, Any]:
+    """Return the part of a saved state that is not sharded, in the chain of optimizers and groups of another one.
+
+    Raises:
+        CheckpointError: a parameter group has hyper-parameters that no saved group was trained by.
+    """
+    number = len(state) if all(isinstance(key, int) for key in state) else 1
+    saved = [state] if number == 1 and 0 not in state else [state[index] for index in range(number)]
+    singles = _single_optimizers(optimizer)
+    if [_identities(part) for part in map(_of_torch, saved)] == [_identities(_own_groups(each)) for each in singles]:
+        return state
+    parts = [_fitted(single, saved[min(index, number - 1)], saved) for index, single in enumerate(singles)]
+    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
+
+
+def _fitted(single: Any, at_its_place: dict[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a state for one optimizer of a chain, with the saved groups that have its groups' hyper-parameters."""
+    found = [(group, part) for part in saved for group in _of_torch(part)["param_groups"]]
+    groups, source = [], at_its_place
+    for own in _own_groups(single)["param_groups"]:
+        alike = [(group, part) for group, part in found if _identity(group)[1:] == _identity(own)[1:]]
+        if not alike:
+            raise CheckpointError(
+                f"found no parameter group with {dict(zip(_IDENTITY, _identity(own)[1:], strict=True))} in the saved "
+                "state, expected the groups that the optimizer given has"
+            )
+        group, source = next((pair for pair in alike if _identity(pair[0]) == _identity(own)), alike[0])
+        groups.append({**group, _OF_EXPERTS: own.get(_OF_EXPERTS, False)})
+    # Megatron merges what is sharded into it in place, and two optimizers may be fitted from one.
+    fitted = copy.deepcopy(source)
+    _of_torch(fitted)["param_groups"] = groups
+    return fitted
+
+
+_IDENTITY = tuple(key for key in param_group_identifier_keys if key != _OF_EXPERTS)
+
+
+def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what Megatron tells parameter groups apart by: whether they are experts', and hyper-parameters."""
+    return (group.get(_OF_EXPERTS, False), *(group.get(key, group.get(f"pre_{key}")) for key in _IDENTITY))
+
+
+def _identities(of_torch: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [_identity(group) for group in of_torch["param_groups"]]
+
+
+def _own_groups(single: Any) -> dict[str, Any]:
+    return {"param_groups": [] if single.optimizer is None else single.optimizer.param_groups}
 
 
 def load_state(optimizer: Any, state: dict[Any, Any]) -> None:

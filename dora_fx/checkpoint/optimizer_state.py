@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dora_fx.checkpoint.manifest import StoredTensor
+from dora_fx.checkpoint.megatron_optimizer import fit_to_chain, set_step_counts, sharded_state_dict, step_counts
 from dora_fx.checkpoint.megatron_optimizer import load_state as load_megatrons
-from dora_fx.checkpoint.megatron_optimizer import set_step_counts, sharded_state_dict, step_counts
 from dora_fx.checkpoint.rank_steps import CheckpointError
 from dora_fx.checkpoint.torch_optimizer import check_metadata, join_metadata, state_to_load, state_to_save
 from dora_fx.checkpoint.torch_optimizer import load_state as load_torchs
@@ -84,6 +84,12 @@ class OptimizerState:
         if not self._is_torch:
             return {"optimizer": sharded_state_dict(self._optimizer, self._adapter, is_loading=True)}
         return {"optimizer": state_to_load(self._optimizer, self._chunks, stored)}
+
+    def fit(self, common: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of a checkpoint that is not sharded, with what it has of the optimizer fitted to this one."""
+        if isinstance(self._optimizer, MegatronOptimizer) and _METADATA not in common:
+            return {**common, "optimizer": fit_to_chain(self._optimizer, common["optimizer"])}
+        return common
 
     def check(self, directory: Path, state: Mapping[str, Any]) -> None:
         """Raise CheckpointError unless the state that was read belongs to such an optimizer. Nothing is changed."""

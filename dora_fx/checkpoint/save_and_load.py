@@ -223,7 +223,7 @@ def _read(
     with collective_step(f"reading {directory}{_other_versions(manifest)}"):
         reader = CheckedReader(directory)
         check_stored(reader, expected)
-        loaded = read_state(state, reader, read_common(directory))
+        loaded = read_state(state, reader, of_optimizer.fit(read_common(directory)))
         of_optimizer.check(directory, loaded)
         check_finite(directory, _adapter_values(chunks, sharded, loaded))
         return sharded, loaded

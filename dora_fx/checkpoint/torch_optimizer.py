@@ -45,7 +45,7 @@ class AdapterParameter:
         """Make a shard of the whole tensor from this rank's tensor of the parameter's shape."""
         prefix = f"optimizer.state.{kind}.{self.path}.adapter."
         of, own = self.adapter, {self.local_name: tensor}
-        [shard] = adapter_sharded_state_dict(own, of.placements, of.tp_group, prefix, (), None).values()
+        [shard] = adapter_sharded_state_dict(own, of.placements, of.state_group, prefix, (), None).values()
         return shard
 
 

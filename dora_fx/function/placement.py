@@ -25,7 +25,7 @@ import torch.nn.functional as F
 ADAPTER_TENSORS = ("linear_in.weight", "linear_out.weight", "weight_magnitude")
 
 Enter = Literal["none", "copy", "gather_sequence", "split_features"]
-Leave = Literal["none", "all_reduce", "reduce_scatter_sequence", "gather_features"]
+Leave = Literal["none", "partial", "all_reduce", "reduce_scatter_sequence", "gather_features"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Layout:
         name: key in `LAYOUTS`; the graph marker carries it as a constant.
         enter: what happens to the layer's input before the products. "copy" is the identity whose
             gradient is all-reduced.
-        leave: what happens to the sum of the products.
+        leave: what happens to the sum of the products. "partial" leaves it a partial sum, which other code adds up.
         weight_shard_dim: the sharded dimension of the stored weight; None if it is whole.
         lora_a_shard_dim: the sharded dimension of the stored A; None if it is whole.
         lora_b_shard_dim: the sharded dimension of the stored B; None if it is whole.
@@ -84,12 +84,12 @@ class Layout:
     def magnitude_grad_is_partial(self, dropout: bool) -> bool:
         """Return whether each rank sees only a part of the magnitude's gradient.
 
-        A replicated magnitude is scaled after the reduction and sees all of it, unless the output is
-        sequence-sharded, or dropout moves the scale in front of the reduction.
+        A replicated magnitude is scaled after the reduction and sees all of it, unless the output is sequence-sharded
+        or stays a partial sum, or dropout moves the scale in front of the reduction.
         """
         return self.shards_tokens or (
             self.magnitude_shard_dim is None
-            and (self.leave == "reduce_scatter_sequence" or (dropout and self.leave == "all_reduce"))
+            and (self.leave in ("reduce_scatter_sequence", "partial") or (dropout and self.leave == "all_reduce"))
         )
 
     def adapter_parameters(
@@ -179,6 +179,10 @@ LAYOUTS: dict[str, Layout] = {
         _row("row", leave="all_reduce"),
         _row("row_sequence_parallel", leave="reduce_scatter_sequence"),
         _row("row_split_input", leave="all_reduce", enter="split_features"),
+        # Of experts, where the dispatcher of their tokens gathers inputs and sums outputs: a scale of the rows is the
+        # same before that sum as after it.
+        _column("column_expert", enter="none"),
+        _row("row_expert", leave="partial"),
     )
 }
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe import moe_utils
 from torch.overrides import TorchFunctionMode
 
 
@@ -28,7 +29,11 @@ def cuda_current_device_is_cpu() -> Iterator[None]:
     name the rule "torch operator" whenever it builds its rule table (at the first compilation, and again after
     `init_process_group`), then refuses it ("torch.* op returned non-Tensor") unless it was already there when
     `torch._dynamo` was imported: whether a model compiles would depend on the order of imports.
+
+    megatron-core 0.16 reads a name in routers that it has with Transformer Engine only; it gets its value for none.
     """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
     original = torch.cuda.current_device
     torch.cuda.current_device = functools.partial(torch.device, "cpu")  # type: ignore[assignment]
     try:

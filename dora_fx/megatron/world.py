@@ -21,6 +21,8 @@ def megatron_world(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     store: dist.Store | None = None,
     global_rank: int = 0,
     world_size: int = 1,
@@ -33,6 +35,8 @@ def megatron_world(
         seed: seeds torch and Megatron's tensor-parallel generators.
         tensor_model_parallel_size, pipeline_model_parallel_size: their product divides `world_size`.
         virtual_pipeline_model_parallel_size: model chunks of each pipeline rank; None without virtual stages.
+        expert_model_parallel_size: ranks that hold other experts.
+        expert_tensor_parallel_size: ranks that share each expert; None for `tensor_model_parallel_size`.
         store: meeting point of the processes. The default is an in-memory store, which needs neither port nor
             file and serves one process; several processes pass a `FileStore` or a `TCPStore`.
         global_rank: this process in the world.
@@ -64,6 +68,8 @@ def megatron_world(
                 tensor_model_parallel_size=tensor_model_parallel_size,
                 pipeline_model_parallel_size=pipeline_model_parallel_size,
                 virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+                expert_model_parallel_size=expert_model_parallel_size,
+                expert_tensor_parallel_size=expert_tensor_parallel_size,
             )
             yield
         finally:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from megatron.core.distributed import DistributedDataParallel, FullyShardedDataParallel, TorchFullyShardedDataParallel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
@@ -95,8 +96,8 @@ class NamedModule(NamedTuple):
 
     Attributes:
         path: in the chunk, without wrappers.
-        whole_path: the same with each layer's number in the whole model in place of its number in the chunk, and so
-            the same at every pipeline size.
+        whole_path: the same with each layer's and each expert's number in the whole model in place of its number in the
+            chunk, and so the same at every pipeline and expert-parallel size.
         module: without wrappers.
     """
 
@@ -114,16 +115,17 @@ def walk(model: nn.Module, leaves: type[nn.Module] | tuple[type[nn.Module], ...]
     """
     seen: set[nn.Module] = set()
 
-    def visit(parent: NamedModule) -> Iterator[NamedModule]:
+    def visit(parent: NamedModule, holder: nn.Module | None) -> Iterator[NamedModule]:
         if parent.module in seen:
             return
         seen.add(parent.module)
         yield parent
         if not isinstance(parent.module, leaves):
-            for name, whole_name, child in _children(parent.module):
-                yield from visit(NamedModule(_join(parent.path, name), _join(parent.whole_path, whole_name), child))
+            for name, whole_name, child in _children(parent.module, holder):
+                named = NamedModule(_join(parent.path, name), _join(parent.whole_path, whole_name), child)
+                yield from visit(named, parent.module)
 
-    return visit(NamedModule("", "", unwrap(model)))
+    return visit(NamedModule("", "", unwrap(model)), None)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -137,9 +139,24 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                     holder.__setstate__(holder.__getstate__())
 
 
-def _children(parent: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """Children by their names in the parent and in the whole model, where Megatron numbers layers from one."""
+def first_local_expert(experts: Any) -> int:
+    """Return the number of the first expert of this rank, counted over the experts of all ranks."""
+    first: int = experts.ep_group.rank() * experts.num_local_experts
+    return first
+
+
+def _children(parent: nn.Module, holder: nn.Module | None) -> Iterator[tuple[str, str, nn.Module]]:
+    """Children by their names in the parent and in the whole model, where Megatron numbers layers from one.
+
+    Args:
+        holder: the parent's own parent. That of a list of experts knows their numbers.
+    """
     children = [(name, unwrap(child)) for name, child in parent.named_children()]
+    if isinstance(holder, SequentialMLP) and parent is holder.local_experts:
+        first = first_local_expert(holder)
+        for index, (name, child) in enumerate(children):
+            yield name, str(first + index), child
+        return
     numbers: list[Any] = [getattr(child, "layer_number", None) for _, child in children]
     # Layers that have no numbers, or other numbers than one after the other, keep their names in the list.
     in_order = [number - index for index, number in enumerate(numbers) if isinstance(number, int)]

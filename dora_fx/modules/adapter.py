@@ -18,6 +18,7 @@ from dora_fx.modules.adapter_settings import (
     check_use_rslora,
     low_rank_scaling,
 )
+from dora_fx.modules.kinds import LocalExperts
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.ranks import group_rank, group_size
 
@@ -62,6 +63,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
             the magnitude's part of the base product. May be set later.
         layout_name: of a row of `placement.LAYOUTS`.
         tp_group: name of the tensor-parallel process group; "" for a layer that is not parallel.
+        experts: the experts that the layer is of; None for any other layer.
         row_blocks: blocks of output rows that are sharded each on its own (2 for a gated linear_fc1).
         padded_in_features, padded_out_features: how many of the layer's last features are padding, zero in the
             base weight. Their columns of A and rows of B start as zero; as neither side of a padded feature
@@ -99,6 +101,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
         dropout: float = 0.0,
         layout_name: str = "replicated",
         tp_group: str = "",
+        experts: LocalExperts | None = None,
         row_blocks: int = 1,
         padded_in_features: int = 0,
         padded_out_features: int = 0,
@@ -127,6 +130,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
             padded_in_features=padded_in_features,
             padded_out_features=padded_out_features,
         )
+        self.experts = experts
         self.tp_size, self.tp_rank = group_size(tp_group), group_rank(tp_group)
         # One generator for both, so that B does not start with the numbers of A.
         generator = torch.Generator().manual_seed(seed)
@@ -212,6 +216,19 @@ class ParallelLinearDoRAAdapter(nn.Module):
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
                 parameter.partition_dim = placement.shard_dim  # type: ignore[attr-defined]
                 parameter.partition_stride = placement.blocks  # type: ignore[attr-defined]
+            if self.experts is not None:
+                self._mark_of_expert(self.get_parameter(name), is_shard=placement.shard_dim is not None)
+
+    def _mark_of_expert(self, parameter: nn.Parameter, *, is_shard: bool) -> None:
+        """Tell Megatron over which ranks a gradient is reduced, and that every expert's counts once in its norm.
+
+        megatron-core 0.16 counts what is no shard on rank 0 of the dense layers' tensor-parallel group, of which the
+        other ranks may hold other experts.
+        """
+        assert self.experts is not None
+        parameter.allreduce = self.experts.allreduce  # type: ignore[attr-defined]
+        if not is_shard and self.experts.tp_rank == 0:
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -242,7 +259,12 @@ class ParallelLinearDoRAAdapter(nn.Module):
     ) -> dict[str, Any]:
         """Return A, B and m as shards of global tensors; see `sharded_state_dict.py`."""
         own = self.state_dict(prefix="", keep_vars=True)
-        return adapter_sharded_state_dict(own, self.placements, self.tp_group, prefix, sharded_offsets, metadata)
+        return adapter_sharded_state_dict(own, self.placements, self.state_group, prefix, sharded_offsets, metadata)
+
+    @property
+    def state_group(self) -> str:
+        """Return the name of the group that state dicts count shards over; "" for that of Megatron's dense layers."""
+        return self.tp_group if self.experts is None else self.experts.tp_group
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise TypeError("a DoRA adapter holds parameters; DoRALinear.forward computes with them")

@@ -44,10 +44,11 @@ def of_all_stages(value: T) -> list[T]:
 
 
 def value_of_first_replica(value: int) -> int:
-    """Broadcast the value of the first pipeline stage of the first data-parallel replica; every rank calls it."""
+    """Broadcast the value of the first rank of the model; every rank calls it."""
     if not parallel_state.model_parallel_is_initialized():
         return value
-    # Along the stages first: then each replica's ranks hold the value of its first stage.
+    # Along each axis of the mesh in turn. Layers' own groups do not serve: experts may be in one of one rank each.
+    value = broadcast_object(value, parallel_state.get_tensor_model_parallel_group())
     value = of_all_stages(value)[0]
     return broadcast_object(value, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
@@ -92,6 +93,8 @@ def raise_on_every_rank_of_model(problem: str | None, tp_groups: Iterable[dist.P
     """
     groups: list[dist.ProcessGroup | None] = [*tp_groups]
     if parallel_state.model_parallel_is_initialized():
+        # Experts' own groups may have one rank each.
+        groups.append(parallel_state.get_tensor_model_parallel_group())
         groups.append(parallel_state.get_pipeline_model_parallel_group())
         groups.append(parallel_state.get_data_parallel_group(with_context_parallel=True))
     # Each exchange runs along one axis of the mesh and passes on what the axes before it brought in, so that after the

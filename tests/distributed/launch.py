@@ -44,6 +44,24 @@ def run_ranks(function: Callable[..., Any], world_size: int, tp: int, *args: Any
         return torch.load(Path(folder) / "result", weights_only=False)
 
 
+def run_layout(function: Callable[..., Any], layout: Any, *args: Any) -> Any:
+    """Run `function(layout, *args)` on every rank of a layout's world and return rank 0's result.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _spawn(_enter_layout, (function, layout, folder, args), layout.world_size, folder)
+        return torch.load(Path(folder) / "result", weights_only=False)
+
+
+def _enter_layout(rank: int, function: Callable[..., Any], layout: Any, folder: str, args: tuple[Any, ...]) -> None:
+    with _leaving_a_traceback(rank, folder), layout.world(rank, Path(folder) / "store"):
+        result = function(layout, *args)
+    if rank == 0:
+        torch.save(result, Path(folder) / "result")
+
+
 def call_in_process(function: Callable[..., Any], *args: Any) -> Any:
     """Run a module-level function in a process of its own, without any world, and return its result.
 

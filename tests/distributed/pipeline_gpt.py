@@ -1,4 +1,4 @@
-"""A tiny GPT at any tensor-, pipeline- and data-parallel size, with the same values and steps at all of them."""
+"""A tiny GPT at any parallel layout, with the same values and steps at all of them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from dora_fx.models.specs import FrozenRMSNorm
 from tests.distributed.zoo import Sharding, shardings, sites_of, split, tensors_of, whole_values
 
 LAYERS, HIDDEN, FFN, HEADS, GROUPS, VOCAB, DIM = 4, 32, 48, 8, 4, 64, 4
+EXPERTS, EXPERT_FFN = 4, 24
 MICRO_BATCHES = 4
 # Forward and backward of what a step sums over; each step adds its own to what it trains.
 ROUNDINGS_OF_A_STEP = 3 * LAYERS * (5 * HIDDEN + FFN + 4 * DIM)
@@ -38,19 +39,26 @@ TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a world; `vpp` is the number of model chunks of each pipeline rank."""
+    """Sizes of a world; `vpp` is the number of model chunks of each pipeline rank.
+
+    The ranks of `tp` times `dp` hold experts in another order: `etp` share each, and `ep` hold others. `etp` is `tp`
+    where it is 0.
+    """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     vpp: int = 1
+    ep: int = 1
+    etp: int = 0
 
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
-        return f"tp{self.tp}-pp{self.pp}-dp{self.dp}" + (f"-vpp{self.vpp}" if self.vpp > 1 else "")
+        experts = f"-ep{self.ep}-etp{self.etp or self.tp}" if self.ep > 1 or self.etp else ""
+        return f"tp{self.tp}-pp{self.pp}-dp{self.dp}" + (f"-vpp{self.vpp}" if self.vpp > 1 else "") + experts
 
     @contextmanager
     def world(self, rank: int, store: Path) -> Iterator[None]:
@@ -59,6 +67,8 @@ class Layout:
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
             virtual_pipeline_model_parallel_size=self.vpp if self.vpp > 1 else None,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp or None,
             store=dist.FileStore(str(store), self.world_size),
             global_rank=rank,
             world_size=self.world_size,
@@ -73,9 +83,10 @@ class Kind:
     gated: bool = True
     sequence_parallel: bool = False
     optimizer: str = "fp32"
+    experts: bool = False
 
     def __str__(self) -> str:
-        mlp = "gated" if self.gated else "plain"
+        mlp = "moe" if self.experts else "gated" if self.gated else "plain"
         return f"{mlp}{'-sp' if self.sequence_parallel else ''}-{self.optimizer}"
 
     @property
@@ -85,7 +96,19 @@ class Kind:
 
 def build_base(layout: Layout, kind: Kind, num_layers: int = LAYERS) -> list[GPTModel]:
     """This rank's chunks of the base, with weights that depend on nothing but their place in the model."""
-    activation = {"gated_linear_unit": True, "activation_func": F.silu} if kind.gated else {}
+    activation: dict[str, Any] = {"gated_linear_unit": True, "activation_func": F.silu} if kind.gated else {}
+    experts = dict(
+        num_moe_experts=EXPERTS,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=EXPERT_FFN,
+        moe_shared_expert_intermediate_size=FFN,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather",
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp or layout.tp,
+        # Megatron makes buffers of the wrong dtype of fused additions of biases on a CPU.
+        bias_dropout_fusion=False,
+    )
     config = TransformerConfig(
         num_layers=num_layers,
         hidden_size=HIDDEN,
@@ -105,18 +128,20 @@ def build_base(layout: Layout, kind: Kind, num_layers: int = LAYERS) -> list[GPT
         params_dtype=kind.dtype,
         bf16=kind.dtype is torch.bfloat16,
         sequence_parallel=kind.sequence_parallel and layout.tp > 1,
-        **activation,
+        **(activation | experts if kind.experts else activation),
     )
     chunks = [_build_chunk(config, layout, stage) for stage in range(layout.vpp)]
     for chunk in chunks:
         chunk.to(kind.dtype)
-        _set_base_values(chunk, layout)
+        _set_base_values(chunk)
     return chunks
 
 
 def _build_chunk(config: TransformerConfig, layout: Layout, stage: int) -> GPTModel:
     vp_stage = stage if layout.vpp > 1 else None
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm"
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
@@ -141,32 +166,40 @@ def attach(
 
 
 def name_of(chunk: GPTModel, path: str) -> str:
-    """A module's path with its layer's number in the whole model."""
+    """A module's path with its layer's and its expert's number in the whole model."""
     parts = path.split(".")
     if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
         parts[2] = str(chunk.decoder.layers[int(parts[2])].layer_number - 1)
+    if "local_experts" in parts[:-1]:
+        place = parts.index("local_experts") + 1
+        num_local = EXPERTS // parallel_state.get_expert_model_parallel_world_size()
+        parts[place] = str(int(parts[place]) + num_local * parallel_state.get_expert_model_parallel_rank())
     return ".".join(parts)
 
 
-def _own(shape: tuple[int, ...], sharding: Sharding, name: str, std: float, layout: Layout) -> torch.Tensor:
+def _own(shape: tuple[int, ...], sharding: Sharding, name: str, std: float) -> torch.Tensor:
     """This rank's part of the whole tensor of a name, for a parameter of a shape."""
     whole = list(shape)
+    if ".local_experts." in name:
+        group = parallel_state.get_expert_tensor_parallel_group()
+    else:
+        group = parallel_state.get_tensor_model_parallel_group()
     if sharding.dim is not None:
-        whole[sharding.dim] *= layout.tp
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    return split(whole_values(tuple(whole), name, std), sharding.dim, tp_rank, layout.tp, sharding.blocks)
+        whole[sharding.dim] *= group.size()
+    return split(whole_values(tuple(whole), name, std), sharding.dim, group.rank(), group.size(), sharding.blocks)
 
 
 @torch.no_grad()
-def _set_base_values(chunk: GPTModel, layout: Layout) -> None:
+def _set_base_values(chunk: GPTModel) -> None:
     for path, module in chunk.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 2:
             # The embedding's rows are its vocabulary, sharded as a column layer's.
             is_linear = hasattr(module, "input_size")
-            sharding = shardings(path, module)["weight"] if is_linear else Sharding(0)
+            is_router = path.endswith(".router")
+            sharding = shardings(path, module)["weight"] if is_linear else Sharding(None if is_router else 0)
             name = name_of(chunk, path)
-            weight.copy_(_own(tuple(weight.shape), sharding, f"{name}.weight", HIDDEN**-0.5, layout))
+            weight.copy_(_own(tuple(weight.shape), sharding, f"{name}.weight", HIDDEN**-0.5))
 
 
 TRAINED = {"lora_a": HIDDEN**-0.5, "lora_b": 0.2, "magnitude": 1.0}
@@ -192,7 +225,7 @@ def set_adapter_values(chunks: list[nn.Module], layout: Layout, salt: str = "") 
     """Values that depend on the parameter's name and the salt alone; magnitudes are positive."""
     for name, parameter, sharding in trained_parameters(chunks):
         std = TRAINED[name.rpartition(".")[2]]
-        value = _own(tuple(parameter.shape), sharding, f"{name}{salt}", std, layout)
+        value = _own(tuple(parameter.shape), sharding, f"{name}{salt}", std)
         parameter.copy_(value.abs() + 0.5 if name.endswith("magnitude") else value)
 
 
@@ -283,7 +316,7 @@ class Training:
     def step(self, number: int) -> None:
         """One update by gradients that are the same at every layout."""
         for name, parameter, sharding in trained_parameters(self.chunks):
-            value = _own(tuple(parameter.shape), sharding, f"{name} gradient {number}", 1.0, self.layout)
+            value = _own(tuple(parameter.shape), sharding, f"{name} gradient {number}", 1.0)
             parameter.main_grad.copy_(value)
         with cuda_means_cpu():
             self.optimizer.step()
@@ -299,17 +332,36 @@ def _forward_step(batches: Iterator[torch.Tensor], chunk: Any) -> tuple[torch.Te
 
 
 def linear_sizes(kind: Kind) -> dict[str, tuple[int, int]]:
-    """Output and input features of the adapted layers, by their path in a layer."""
-    return {
+    """Output and input features of the adapted layers, by their path in a layer; experts' have no number."""
+    mlp = "mlp.shared_experts" if kind.experts else "mlp"
+    blocks = 2 if kind.gated else 1
+    sizes = {
         "self_attention.linear_qkv": (HIDDEN + 2 * GROUPS * (HIDDEN // HEADS), HIDDEN),
         "self_attention.linear_proj": (HIDDEN, HIDDEN),
-        "mlp.linear_fc1": ((2 if kind.gated else 1) * FFN, HIDDEN),
-        "mlp.linear_fc2": (HIDDEN, FFN),
+        f"{mlp}.linear_fc1": (blocks * FFN, HIDDEN),
+        f"{mlp}.linear_fc2": (HIDDEN, FFN),
     }
+    if kind.experts:
+        sizes |= {
+            f"{_EXPERTS}.linear_fc1": (blocks * EXPERT_FFN, HIDDEN),
+            f"{_EXPERTS}.linear_fc2": (HIDDEN, EXPERT_FFN),
+        }
+    return sizes
+
+
+# Megatron's key of all experts of a layer.
+_EXPERTS = "mlp.experts.experts"
 
 
 def _of_layers(shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
-    return torch.stack([whole_values(shape, f"decoder.layers.{layer}.{name}", std) for layer in range(LAYERS)])
+    return torch.stack([_of_layer(shape, f"decoder.layers.{layer}.{name}", std) for layer in range(LAYERS)])
+
+
+def _of_layer(shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
+    if _EXPERTS not in name:
+        return whole_values(shape, name, std)
+    names = [name.replace(_EXPERTS, f"mlp.experts.local_experts.{expert}") for expert in range(EXPERTS)]
+    return torch.stack([whole_values(shape, name, std) for name in names])
 
 
 def expected_adapters(kind: Kind, salt: str = "") -> dict[str, torch.Tensor]:

@@ -61,7 +61,7 @@ def test_a_row_layer_takes_any_dim(tensor_parallel):
 @pytest.mark.parametrize(
     ("linear_class", "settings"), [(ColumnParallelLinear, {}), (RowParallelLinear, {"input_is_parallel": True})]
 )
-def test_an_expert_whose_tokens_a_dispatcher_reduces(tensor_parallel, linear_class, settings):
+def test_the_output_of_an_expert_is_left_to_the_dispatcher(tensor_parallel, linear_class, settings):
     tensor_parallel(2)
     linear = linear_class(
         IN,
@@ -74,7 +74,9 @@ def test_an_expert_whose_tokens_a_dispatcher_reduces(tensor_parallel, linear_cla
         **settings,
     )
     assert linear.explicit_expert_comm
-    refuse(linear, TypeError, f"linear: {linear_class.__name__} of an expert is not supported")
+    site = dora_fx.DoRA(["linear"], dim=DIM)(OneLinear(linear)).linear
+    assert site.adapter.layout_name == ("row_expert" if settings else "column_expert")
+    assert site.adapter.tp_group == linear.tp_group.group_name
 
 
 @pytest.mark.parametrize("layer", [column, row])

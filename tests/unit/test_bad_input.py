@@ -184,13 +184,6 @@ def test_class_that_is_not_supported(layer: nn.Module) -> None:
         dora_fx.DoRA(["plain", "odd"])(model)
 
 
-def test_expert_layer() -> None:
-    zoo = LinearZoo(["column", "row"])
-    zoo.row.is_expert = True
-    with unchanged(zoo), refuses(TypeError, "row", "RowParallelLinear", "expert"):
-        dora_fx.DoRA(["column", "row"])(zoo)
-
-
 @every_case(
     ("spoil", "fragments"),
     [

@@ -6,7 +6,7 @@ from torch import nn
 
 from dora_fx.function import QuantisedWeight
 from dora_fx.modules.kinds.bitsandbytes_linear import BitsAndBytes4bit, BitsAndBytes8bit
-from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, LocalExperts
 from dora_fx.modules.kinds.megatron_linear import ColumnParallel, RowParallel
 from dora_fx.modules.kinds.refused import refused_package_maybe
 from dora_fx.modules.kinds.torch_linear import TorchLinear
@@ -42,11 +42,9 @@ def describe_linear(path: str, module: nn.Module) -> LinearSpec:
         module: the layer itself, not an adapted one.
 
     Raises:
-        TypeError: of a class that is no kind, or an expert's.
+        TypeError: of a class that is no kind.
         ValueError: as the kind's `describe`.
     """
-    if getattr(module, "is_expert", False):
-        raise TypeError(f"{path}: {type(module).__name__} of an expert is not supported")
     if (kind := kind_of_maybe(module)) is not None:
         return kind.describe(path, module)
     if (reason := refused_package_maybe(module)) is not None:
@@ -81,6 +79,7 @@ def looks_like_linear(module: nn.Module) -> bool:
 __all__ = [
     "LinearKind",
     "LinearSpec",
+    "LocalExperts",
     "TorchLinear",
     "bypasses_its_linears",
     "describe_linear",

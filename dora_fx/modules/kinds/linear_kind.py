@@ -15,6 +15,41 @@ from dora_fx.function import BaseWeight, InputNorm, Layout, ParameterPlacement
 
 
 @dataclass(frozen=True)
+class LocalExperts:
+    """The experts of one linear layer on this rank.
+
+    Attributes:
+        tp_group: name of the expert-tensor-parallel group, even of one rank: where a state dict is given none, Megatron
+            takes the dense layers' group.
+        tp_rank: this rank's place in it.
+        allreduce: gradients are reduced over the data-parallel group of dense layers, not over that of experts.
+            Megatron reads it from parameters, and megatron-core 0.16 sets it wrong on weights.
+        first: the number of the first expert among all of the whole model's layer; None where its path has none.
+        count: how many experts the layer holds, with consecutive numbers.
+    """
+
+    tp_group: str
+    tp_rank: int
+    allreduce: bool
+    first: int | None
+    count: int = 1
+
+    @classmethod
+    def of(cls, path: str, linear: Any, group: dist.ProcessGroup) -> LocalExperts:
+        """Describe the expert of a layer of Megatron's `SequentialMLP`."""
+        config = linear.config
+        is_as_dense = config.expert_model_parallel_size == 1 and group.size() == config.tensor_model_parallel_size
+        return cls(group.group_name, group.rank(), allreduce=is_as_dense, first=expert_number_maybe(path))
+
+
+def expert_number_maybe(path: str) -> int | None:
+    """Return the number that follows `local_experts` in a path with numbers of the whole model; None without one."""
+    _, _, within = f".{path}".partition(".local_experts.")
+    number = within.partition(".")[0]
+    return int(number) if number.isdecimal() else None
+
+
+@dataclass(frozen=True)
 class LinearSpec:
     """The description of a linear layer that DoRA can adapt; everything outside the kinds reads the layer through it.
 
@@ -30,6 +65,7 @@ class LinearSpec:
         weight: W0, or this rank's shard, as it is stored; None for a layer that multiplies by a borrowed weight.
         bias: `[out]` or this rank's `[out/tp]`; None without one.
         input_norm: the norm that the layer applies to its input, whole on every rank; None without one.
+        experts: the experts that the layer is of, whose tensor-parallel group `tp_group` is then; None for any other.
     """
 
     kind: type[LinearKind]
@@ -43,6 +79,7 @@ class LinearSpec:
     weight: BaseWeight | None
     bias: nn.Parameter | None
     input_norm: InputNorm | None = None
+    experts: LocalExperts | None = None
 
     @property
     def tp_size(self) -> int:

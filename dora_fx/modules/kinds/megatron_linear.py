@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dora_fx.function import LAYOUTS
-from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, runs_its_class_alone
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, LocalExperts, runs_its_class_alone
 
 
 class _MegatronLinear(LinearKind):
@@ -32,6 +32,7 @@ class _MegatronLinear(LinearKind):
             tp_group=linear.tp_group,
             weight=cls.stored_weight(linear),
             bias=linear.bias,
+            experts=LocalExperts.of(path, linear, linear.tp_group) if linear.is_expert else None,
         )
 
     @staticmethod
@@ -60,6 +61,8 @@ class ColumnParallel(_MegatronLinear):
 
     @staticmethod
     def layout_name(linear: Any, weight: torch.Tensor | None = None, runtime_gather_output: bool | None = None) -> str:
+        if linear.explicit_expert_comm:
+            return "column_expert"
         # Megatron switches sequence parallelism and gathering of an output layer for single calls.
         gathers = linear.gather_output if runtime_gather_output is None else runtime_gather_output
         return f"column{'_sequence_parallel' * linear.sequence_parallel}{'_gather_output' * gathers}"
@@ -72,6 +75,8 @@ class RowParallel(_MegatronLinear):
 
     @staticmethod
     def layout_name(linear: Any) -> str:
+        if linear.explicit_expert_comm:
+            return "row_expert"
         if not linear.input_is_parallel:
             return "row_split_input"
         return "row_sequence_parallel" if linear.sequence_parallel else "row"

@@ -1,0 +1,450 @@
+"""One mixture-of-experts layer at any tensor-, expert- and expert-tensor-parallel size, and its oracle.
+
+Whole values depend on names alone, and names have the experts' numbers in the whole model, which are worked out here
+and not read from the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import nn
+
+import dora_fx
+from dora_fx import DoRALinear
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
+from dora_fx.megatron.world import megatron_world
+from tests.distributed.zoo import Sharding, gather, shardings, split, tensors_of, whole_values
+from tests.reference import dora_linear
+
+HIDDEN, FFN, SHARED_FFN, EXPERTS, TOP_K, DIM = 16, 24, 40, 4, 2, 4
+SEQUENCE, BATCH = 8, 4
+SCALING = 2.0
+FEATURES = {"linear_fc1": (2 * FFN, HIDDEN), "linear_fc2": (HIDDEN, FFN)}
+SHARED_FEATURES = {"linear_fc1": (2 * SHARED_FFN, HIDDEN), "linear_fc2": (HIDDEN, SHARED_FFN)}
+TRAINED = ("lora_a", "lora_b", "magnitude")
+# Sums of the four linear layers that a token passes; a backward pass has about twice as many.
+ROUNDINGS = 3 * (2 * HIDDEN + FFN + SHARED_FFN + 4 * DIM)
+
+Results = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a world; data parallelism, of dense layers and of experts, fills what the others leave."""
+
+    world_size: int = 1
+    tp: int = 1
+    ep: int = 1
+    etp: int = 1
+    pp: int = 1
+    dispatcher: str = "allgather"
+
+    def __str__(self) -> str:
+        sizes = {name: getattr(self, name) for name in ("tp", "ep", "etp", "pp")}
+        parts = [str(self.world_size), *(f"{name}{size}" for name, size in sizes.items() if size > 1)]
+        return "-".join([*parts, *([self.dispatcher] * (self.dispatcher != "allgather"))])
+
+    @contextmanager
+    def world(self, rank: int, store: Path) -> Iterator[None]:
+        """Be one rank of a world of this layout."""
+        with megatron_world(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
+            store=dist.FileStore(str(store), self.world_size),
+            global_rank=rank,
+            world_size=self.world_size,
+        ):
+            yield
+
+
+def moe_config(layout: Layout, dtype: torch.dtype = torch.float64, **settings: Any) -> TransformerConfig:
+    defaults: dict[str, Any] = dict(
+        num_layers=layout.pp,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=FFN,
+        num_attention_heads=4,
+        num_query_groups=4,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        pipeline_dtype=dtype,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        sequence_parallel=layout.tp > 1,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=TOP_K,
+        moe_ffn_hidden_size=FFN,
+        moe_shared_expert_intermediate_size=SHARED_FFN,
+        moe_token_dispatcher_type=layout.dispatcher,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+    )
+    return TransformerConfig(**(defaults | settings))
+
+
+class MoE(nn.Module):
+    """A model that is one mixture-of-experts layer."""
+
+    def __init__(self, config: TransformerConfig, layer: Any = None) -> None:
+        super().__init__()
+        self.config = config
+        self.mlp = build_moe_layer(config) if layer is None else layer
+        set_base_values(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.mlp(x)[0]
+        return output
+
+
+def build_moe_layer(config: TransformerConfig, spec: Any = None) -> Any:
+    """The layer of Megatron's local spec, or of another one."""
+    spec = spec or get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm"
+    )
+    mlp = spec.submodules.mlp
+    if isinstance(mlp, ModuleSpec):
+        layer = build_module(mlp, config=config)
+    else:
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        layer = mlp(config, pg_collection=groups, is_mtp_layer=False)
+    layer.set_layer_number(1)
+    return layer
+
+
+def named_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Name in the whole model -> linear layer of an expert of this rank or of the shared one, adapted or not."""
+    experts = next(module for module in model.modules() if type(module).__name__ == "SequentialMLP")
+    first = parallel_state.get_expert_model_parallel_rank() * len(experts.local_experts)
+    found = {
+        f"expert {first + index} {name}": getattr(expert, name)
+        for index, expert in enumerate(experts.local_experts)
+        for name in FEATURES
+    }
+    for module in model.modules():
+        if type(module).__name__ == "SharedExpertMLP":
+            found |= {f"shared {name}": getattr(module, name) for name in SHARED_FEATURES}
+    return found
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The group that shares a layer."""
+    if name.startswith("shared"):
+        return parallel_state.get_tensor_model_parallel_group()
+    return parallel_state.get_expert_tensor_parallel_group()
+
+
+def replicas_of(name: str) -> dist.ProcessGroup:
+    """The group of ranks that hold the same part of a layer."""
+    if name.startswith("shared"):
+        return parallel_state.get_data_parallel_group()
+    return parallel_state.get_expert_data_parallel_group()
+
+
+def whole_of(name: str) -> dict[str, torch.Tensor]:
+    """The whole tensors of a layer, in float64; magnitudes lie between half and 1.5 of the norm."""
+    out_features, in_features = (SHARED_FEATURES if name.startswith("shared") else FEATURES)[name.split()[-1]]
+    weight = whole_values((out_features, in_features), f"{name}.weight", in_features**-0.5)
+    lora_a = whole_values((DIM, in_features), f"{name}.lora_a", in_features**-0.5)
+    lora_b = whole_values((out_features, DIM), f"{name}.lora_b", 0.2)
+    gain = 1.0 + 0.5 * torch.tanh(whole_values((out_features,), f"{name}.gain", 1.0))
+    magnitude = ((weight + SCALING * lora_b @ lora_a).norm(dim=1) * gain).bfloat16().double()
+    return {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "magnitude": magnitude}
+
+
+def own_part(name: str, linear: nn.Module, tensor_name: str, whole: torch.Tensor) -> torch.Tensor:
+    group, sharding = group_of(name), shardings(name.replace(" ", "."), linear)[tensor_name]
+    return split(whole, sharding.dim, group.rank(), group.size(), sharding.blocks)
+
+
+@torch.no_grad()
+def set_base_values(model: nn.Module) -> None:
+    """Set the weights of the router and of all linear layers from whole tensors."""
+    for module in model.modules():
+        if type(module).__name__ == "TopKRouter":
+            module.weight.copy_(whole_values((EXPERTS, HIDDEN), "router", 0.5))
+    for name, linear in named_linears(model).items():
+        linear.weight.copy_(own_part(name, linear, "weight", whole_of(name)["weight"]))
+
+
+def adapted(model: nn.Module, *, set_values: bool = True, **settings: Any) -> nn.Module:
+    """The model with adapters on all its experts, whose values come from whole tensors or are the initial ones."""
+    torch.manual_seed(11)
+    dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM, alpha=SCALING * DIM, **settings)(model)
+    if set_values:
+        set_adapter_values(model)
+    return model
+
+
+@torch.no_grad()
+def set_adapter_values(model: nn.Module) -> None:
+    for name, site in named_sites(model).items():
+        wholes = whole_of(name)
+        for tensor_name in TRAINED:
+            tensors_of(site)[tensor_name].copy_(own_part(name, site.to_wrap, tensor_name, wholes[tensor_name]))
+
+
+def named_sites(model: nn.Module) -> dict[str, DoRALinear]:
+    return {name: linear for name, linear in named_linears(model).items() if isinstance(linear, DoRALinear)}
+
+
+def batch(number: int, kind: str = "x") -> torch.Tensor:
+    """A whole batch `[s, b, h]`; those with odd numbers have one token many times, so that experts get no token."""
+    whole = whole_values((SEQUENCE, BATCH, HIDDEN), f"batch {number} {kind}", 1.0)
+    if number % 2 and kind == "x":
+        whole = whole[:1, :1].expand_as(whole).clone()
+    return whole
+
+
+def own_tokens(whole: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """This rank's part of a batch."""
+    dp_rank, dp = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    own = split(whole, 1, dp_rank, dp)
+    return split(own, 0, parallel_state.get_tensor_model_parallel_rank(), layout.tp)
+
+
+def all_tokens(own: torch.Tensor) -> torch.Tensor:
+    own = gather(own, Sharding(0), parallel_state.get_tensor_model_parallel_group())
+    return gather(own, Sharding(1), parallel_state.get_data_parallel_group())
+
+
+def whole_tensors(sites: dict[str, DoRALinear], tensors: Results, *, total: bool) -> Results:
+    """Whole tensors of all experts on every rank, from each rank's parts by name of layer and tensor.
+
+    Args:
+        total: add up those of the ranks that hold the same part.
+    """
+    own = {}
+    for key, part in tensors.items():
+        name, tensor_name = key.rsplit(" ", 1)
+        whole = gather(part, shardings(name.replace(" ", "."), sites[name].to_wrap)[tensor_name], group_of(name))
+        if total:
+            dist.all_reduce(whole, group=replicas_of(name))
+        own[key] = whole
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    found: Results = {}
+    for of_rank in everyone:
+        for key, tensor in of_rank.items():
+            if key in found:
+                assert torch.allclose(found[key], tensor, rtol=1e-6), f"ranks differ in {key}"
+            found[key] = tensor
+    return found
+
+
+class Oracle(nn.Module):
+    """The layer as the paper writes it, of whole tensors, in float64; routed in float32 as Megatron does."""
+
+    def __init__(self, num_shared: int = 1) -> None:
+        super().__init__()
+        self.names = [f"expert {number} {name}" for number in range(EXPERTS) for name in FEATURES]
+        self.names += [f"shared {name}" for name in SHARED_FEATURES] * num_shared
+        self.weights = {name: whole_of(name)["weight"] for name in self.names}
+        self.trained = {
+            f"{name} {tensor_name}": nn.Parameter(whole_of(name)[tensor_name])
+            for name in self.names
+            for tensor_name in TRAINED
+        }
+        self.router = whole_values((EXPERTS, HIDDEN), "router", 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, HIDDEN)
+        logits, chosen = (tokens @ self.router.T).topk(TOP_K, -1)
+        probs = logits.softmax(-1, dtype=torch.float32).double()
+        y = torch.zeros_like(tokens)
+        for number in range(EXPERTS):
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            y = y.index_add(0, token, self._mlp(f"expert {number}", tokens[token]) * probs[token, slot][:, None])
+        if "shared linear_fc1" in self.names:
+            y = y + self._mlp("shared", tokens)
+        return y.view_as(x)
+
+    def _mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self._linear(f"{name} linear_fc1", x).chunk(2, -1)
+        return self._linear(f"{name} linear_fc2", F.silu(gate) * up)
+
+    def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        trained = (self.trained[f"{name} {tensor_name}"] for tensor_name in TRAINED)
+        return dora_linear(x, self.weights[name], None, *trained, scaling=SCALING)
+
+
+def tensors_of_sites(model: nn.Module) -> Results:
+    """The whole tensors of all adapters."""
+    sites = named_sites(model)
+    own = {f"{name} {key}": tensors_of(site)[key] for name, site in sites.items() for key in TRAINED}
+    return whole_tensors(sites, own, total=False)
+
+
+def oracle_step(number: int) -> Results:
+    """Output and gradients of one batch."""
+    oracle, x = Oracle(), batch(number).requires_grad_()
+    y = oracle(x)
+    (y * batch(number, "loss")).sum().backward()
+    gradients = {f"d {key}": torch.zeros_like(p) if p.grad is None else p.grad for key, p in oracle.trained.items()}
+    return {"y": y.detach(), "dx": x.grad, **gradients}
+
+
+def step(model: nn.Module, layout: Layout, number: int, dtype: torch.dtype) -> Results:
+    """The same of a model that is spread over ranks."""
+    model.zero_grad()
+    x = own_tokens(batch(number), layout).to(dtype).requires_grad_()
+    y = model(x)
+    (y * own_tokens(batch(number, "loss"), layout).to(dtype)).sum().backward()
+    sites = named_sites(model)
+    own = {
+        f"{name} {tensor_name}": tensors_of(site)[tensor_name].grad
+        for name, site in sites.items()
+        for tensor_name in TRAINED
+    }
+    whole = whole_tensors(sites, own, total=True)
+    return {"y": all_tokens(y), "dx": all_tokens(x.grad), **{f"d {key}": tensor for key, tensor in whole.items()}}
+
+
+def compile_experts(model: nn.Module) -> None:
+    """Compile the experts alone."""
+    for module in model.modules():
+        if type(module).__name__ in ("MLP", "SharedExpertMLP"):
+            module.compile(backend="dora_fx", fullgraph=True, options={"inner_compiler": "aot_eager"})
+
+
+LEARNING_RATE, CLIP, MICRO_BATCHES, STEPS = 1e-2, 1.0, 2, 3
+
+
+def oracle_training(clip: float) -> Results:
+    """Gradients of the first step, their norm in every step, and the parameters after three steps of Adam.
+
+    Args:
+        clip: the largest norm of gradients; 0 for any.
+    """
+    oracle = Oracle()
+    parameters = dict(oracle.trained)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, weight_decay=0.0, eps=1e-8)
+    found: Results = {}
+    for number in range(STEPS):
+        optimizer.zero_grad()
+        for part in range(MICRO_BATCHES):
+            which = number * MICRO_BATCHES + part
+            loss = (oracle(batch(which)) * batch(which, "loss")).sum() / BATCH
+            loss.backward()
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if number == 0:
+            found |= {f"d {key}": parameter.grad.clone() for key, parameter in parameters.items()}
+        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), clip or torch.inf)
+        found[f"norm {number}"] = norm.detach().reshape(1)
+        optimizer.step()
+    return {**found, **{f"trained {key}": parameter.detach() for key, parameter in parameters.items()}}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the layer is trained with Megatron's data parallelism."""
+
+    dtype: torch.dtype = torch.float64
+    complete_gradients: str = "auto"
+    distributed: bool = False
+    overlap: bool = False
+    late: bool = False
+
+    @property
+    def clip(self) -> float:
+        """Megatron clips gradients in float32 alone."""
+        return 0.0 if self.dtype == torch.float64 else CLIP
+
+    def __str__(self) -> str:
+        flags = [name for name in ("distributed", "overlap", "late") if getattr(self, name)]
+        return "-".join([str(self.dtype).removeprefix("torch."), self.complete_gradients, *flags])
+
+
+class Training:
+    """The layer under Megatron's DistributedDataParallel and optimizer on one rank."""
+
+    def __init__(self, layout: Layout, mode: Mode) -> None:
+        torch._dynamo.reset()
+        self.layout, self.mode = layout, mode
+        config = moe_config(layout, mode.dtype)
+        self.model: Any = MoE(config)
+        is_bf16 = mode.dtype == torch.bfloat16
+        settings = {"complete_gradients": mode.complete_gradients}
+        with cuda_means_cpu():
+            if not mode.late:
+                adapted(self.model, **settings)
+            ddp_config = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=is_bf16,
+                overlap_grad_reduce=mode.overlap,
+                use_distributed_optimizer=mode.distributed,
+                bucket_size=1000,
+            )
+            self.ddp = DistributedDataParallel(config, ddp_config, self.model)
+            if mode.late:
+                adapted(self.ddp, **settings)
+            optimizer_config = OptimizerConfig(
+                optimizer="adam",
+                lr=LEARNING_RATE,
+                weight_decay=0.0,
+                clip_grad=mode.clip,
+                params_dtype=mode.dtype,
+                bf16=is_bf16,
+                use_distributed_optimizer=mode.distributed,
+            )
+            self.optimizer = get_megatron_optimizer(optimizer_config, [self.ddp])
+
+    def step(self, number: int) -> float:
+        """Do one step and return the norm of the gradients, before they are clipped."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        dp = parallel_state.get_data_parallel_world_size()
+        for part in range(MICRO_BATCHES):
+            which = number * MICRO_BATCHES + part
+            x = own_tokens(batch(which), self.layout).to(self.mode.dtype).requires_grad_()
+            with nullcontext() if part == MICRO_BATCHES - 1 else self.ddp.no_sync():
+                weights = own_tokens(batch(which, "loss"), self.layout)
+                # Data parallelism averages over its ranks.
+                loss = (self.ddp(x).double() * weights).sum() * dp / BATCH
+                with cuda_means_cpu() if self.mode.overlap else nullcontext():
+                    loss.backward()
+        with cuda_means_cpu():
+            finalize_model_grads([self.ddp])
+            self.gradients = self._gradients() if number == 0 and not self.mode.distributed else {}
+            _, norm, _ = self.optimizer.step()
+        return float(norm)
+
+    def _gradients(self) -> Results:
+        sites = named_sites(self.model)
+        own = {f"{name} {key}": tensors_of(site)[key].main_grad for name, site in sites.items() for key in TRAINED}
+        return {f"d {name}": value for name, value in whole_tensors(sites, own, total=False).items()}
+
+    def results(self) -> Results:
+        found: Results = {}
+        for number in range(STEPS):
+            found[f"norm {number}"] = torch.tensor([self.step(number)], dtype=torch.float64)
+            found |= self.gradients
+        return {**found, **{f"trained {name}": value for name, value in tensors_of_sites(self.model).items()}}

@@ -1,0 +1,137 @@
+"""Experts at every topology compute the function of one rank, and so do their gradients; compared with the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dora_fx.megatron import walk
+from tests.closeness import assert_close, rounding
+from tests.distributed.launch import run_layout
+from tests.distributed.moe_layers import (
+    EXPERTS,
+    ROUNDINGS,
+    STEPS,
+    Layout,
+    Mode,
+    MoE,
+    Results,
+    Training,
+    adapted,
+    batch,
+    compile_experts,
+    moe_config,
+    named_sites,
+    oracle_step,
+    oracle_training,
+    own_tokens,
+    step,
+    tensors_of_sites,
+)
+
+slow = pytest.mark.slow
+MODES = [("eager", torch.float64), ("eager", torch.float32), ("compiled", torch.float64)]
+LAYOUTS = [
+    Layout(),
+    Layout(2, ep=2),
+    Layout(2, tp=2, etp=2),
+    Layout(2, tp=2, ep=2),
+    Layout(2, tp=2),
+    pytest.param(Layout(4, tp=2, ep=2, etp=2), marks=slow),
+]
+
+
+def run(layout: Layout) -> dict[str, Any]:
+    """On every rank: what attaching makes, and two batches of each mode; the second leaves experts without tokens."""
+    model = MoE(moe_config(layout))
+    x = own_tokens(batch(0), layout)
+    base = model(x)
+    adapted(model, set_values=False)
+    found: dict[str, Any] = {"sites": described(model), "initial": tensors_of_sites(model)}
+    assert torch.equal(model(x), base)
+    found["steps"] = {mode: run_mode(layout, *mode) for mode in MODES}
+    return found
+
+
+def run_mode(layout: Layout, compiler: str, dtype: torch.dtype) -> list[Results]:
+    torch._dynamo.reset()
+    model = adapted(MoE(moe_config(layout, dtype)))
+    if compiler == "compiled":
+        compile_experts(model)
+    return [step(model, layout, number, dtype) for number in range(2)]
+
+
+def described(model: MoE) -> dict[str, tuple[str, str, bool, int | None]]:
+    """Name -> path, layout, `allreduce` and the expert's number of each adapted layer, of all ranks."""
+    paths = {named.module: named.whole_path for named in walk(model)}
+    own = {}
+    for name, site in named_sites(model).items():
+        adapter = site.adapter
+        marks = {getattr(parameter, "allreduce", True) for parameter in adapter.parameters()}
+        first = None if adapter.experts is None else adapter.experts.first
+        own[name] = (paths[site], adapter.layout_name, marks.pop(), first)
+        assert not marks
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {name: site for of_rank in everyone for name, site in of_rank.items()}
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, Any]:
+    return run_layout(run, Layout())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_topology_computes_the_function_of_one_rank(layout: Layout, one_rank: dict[str, Any]) -> None:
+    found = run_layout(run, layout) if layout.world_size > 1 else one_rank
+    expected = [oracle_step(number) for number in range(2)]
+    for (_, dtype), steps in found["steps"].items():
+        for number, result in enumerate(steps):
+            assert_close(result, expected[number], rounding(dtype, ROUNDINGS))
+    # A row layer's norms are sums over the ranks.
+    assert_close(found["initial"], one_rank["initial"], rounding(torch.float64, ROUNDINGS))
+    factors = [name for name in one_rank["initial"] if not name.endswith("magnitude")]
+    assert all(torch.equal(found["initial"][name], one_rank["initial"][name]) for name in factors)
+    is_sharded = layout.ep > 1 or layout.etp > 1
+    for name, (path, row, allreduce, first) in found["sites"].items():
+        parts = name.split()
+        is_row = name.endswith("fc2")
+        if parts[0] == "shared":
+            assert path == f"mlp.shared_experts.{parts[1]}" and allreduce and first is None
+            assert row == ("row" if is_row else "column") + "_sequence_parallel" * (layout.tp > 1)
+        else:
+            assert path == f"mlp.experts.local_experts.{parts[1]}.{parts[2]}" and first == int(parts[1])
+            assert allreduce == (layout.ep == 1 and layout.etp == layout.tp)
+            assert row.startswith("row" if is_row else "column") and row.endswith("_expert") == is_sharded
+    assert len(found["sites"]) == 2 * EXPERTS + 2
+
+
+TRAINING = [
+    Mode(),
+    Mode(complete_gradients="every_backward", late=True),
+    Mode(overlap=True, late=True),
+    Mode(torch.float32, distributed=True),
+    Mode(torch.float32),
+    Mode(torch.bfloat16),
+    Mode(torch.bfloat16, distributed=True, overlap=True),
+]
+
+
+def train(layout: Layout) -> dict[Mode, Results]:
+    return {mode: Training(layout, mode).results() for mode in TRAINING}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_training_is_that_of_one_rank(layout: Layout) -> None:
+    """Under Megatron's data parallelism, three steps of two micro-batches, with clipped gradients and Adam."""
+    for mode, found in run_layout(train, layout).items():
+        expected = oracle_training(mode.clip)
+        # Megatron takes the norm in float32 at most.
+        norms = {name: found.pop(name) for name in list(found) if name.startswith("norm")}
+        coarse = torch.float32 if mode.dtype == torch.float64 else mode.dtype
+        assert_close(norms, {name: expected[name] for name in norms}, rounding(coarse, ROUNDINGS))
+        wanted = {name: expected[name] for name in found}
+        assert_close(found, wanted, rounding(mode.dtype, ROUNDINGS * STEPS))
