@@ -3,7 +3,8 @@
 Routing asks for the numbers of tokens of each expert, and dispatchers allocate by them, so Dynamo would trace a layer
 again for every batch, and Megatron's dispatchers on several ranks not at all. Each expert takes some tokens `[n, h]`
 and is one graph. All experts of a kind share their graphs: with the first number of tokens, any number, a part of
-memory that does not begin where its storage does, no token, and one token.
+memory that does not begin where its storage does, no token, and one token. Of grouped experts, which Transformer Engine
+multiplies at once and Dynamo does not trace, the graph is what their adapters add, one for each kind of layer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import nn
+
+from dora_fx.modules import compile_grouped_linears
 
 
 def moe_layers(modules: Iterable[nn.Module]) -> list[MoELayer]:
@@ -32,6 +35,7 @@ def compile_experts(layers: Iterable[MoELayer], settings: dict[str, Any]) -> Non
         layer.forward = UncompiledForward(layer)
         for expert in _experts(layer):
             expert.compile(**settings)
+        compile_grouped_linears(layer.modules(), settings)
 
 
 def _experts(layer: Any) -> list[nn.Module]:

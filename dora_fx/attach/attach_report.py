@@ -68,7 +68,7 @@ def report_on(chunks: Sequence[nn.Module], unmatched_linears: Sequence[str]) -> 
             SiteReport(
                 path=path,
                 layout=adapter.layout_name,
-                weight=tuple(site.base_weight.shape),
+                weight=(*a.shape[:-2], *site.base_weight.shape),
                 lora_a=tuple(a.shape),
                 lora_b=tuple(b.shape),
                 trainable=sum(p.numel() for p in adapter.parameters() if p.requires_grad),

@@ -33,6 +33,7 @@ from dora_fx.megatron import (
 )
 from dora_fx.modules import (
     DoRALinear,
+    GroupedDoRALinear,
     adapter_not_finite_maybe,
     inactive_adapters,
     keep_bank,
@@ -362,6 +363,11 @@ def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> 
         check_unsharded(path, site)
     except ValueError as error:
         return str(error)
+    if isinstance(site, GroupedDoRALinear):
+        return (
+            f"{path}: found a layer that holds {len(site.expert_weights)} experts, expected one of a single matrix: "
+            "load the adapters' checkpoint into the same model with SequentialMLP, and merge that"
+        )
     if site.weight is None:
         return (
             f"{path}: the layer multiplies by the embedding's weight, and merging would change the embedding; "

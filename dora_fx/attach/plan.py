@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed._composable.replicate import DDP as ComposableDDP
 
 from dora_fx.attach.attach_listeners import call_attach_listeners
+from dora_fx.attach.expert_parameters import check_experts_are_layers
 from dora_fx.attach.layer_names import called_here_maybe, hint
 from dora_fx.attach.matching import find_targets
 from dora_fx.attach.recomputation import train_through_recomputation
@@ -22,6 +23,7 @@ from dora_fx.function import BaseWeight, QuantisedWeight, base_norm_squared, ten
 from dora_fx.megatron import NamedModule, TorchDDP, check_unsharded, data_parallel_around, replace_modules, unwrap, walk
 from dora_fx.modules import (
     DoRALinear,
+    GroupedDoRALinear,
     LinearSpec,
     ParallelLinearDoRAAdapter,
     bypasses_its_linears,
@@ -80,6 +82,7 @@ def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> Atta
     Raises:
         ValueError, TypeError: as `DoRA.__call__` documents.
     """
+    check_experts_are_layers(settings, chunks)
     found = find_targets(chunks, settings.target_modules, settings.exclude_modules)
     new, existing = [], []
     for chunk, named in found.targets:
@@ -146,12 +149,13 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
             padded_out_features=spec.padded_out_features,
             column_init_method=settings.lora_A_init_method,
             row_init_method=settings.lora_B_init_method,
-            seed=seed_for(site.path, seed),
+            seed=_seeds(site, seed),
             dtype=site.weight.dtype,
             device=site.weight.device,
         )
         borrowed = cast(nn.Parameter, site.weight) if spec.weight is None else None
-        adapted = DoRALinear(
+        wrapper = DoRALinear if spec.expert_weights is None else GroupedDoRALinear
+        adapted = wrapper(
             site.linear,
             adapter,
             path=site.path,
@@ -167,6 +171,16 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
         train_through_recomputation(chunk)
         look_once_per_call(unwrap(chunk))
         call_attach_listeners(chunk)
+
+
+def _seeds(site: PlannedSite, seed: int) -> int | list[int]:
+    """Return the seed of a layer's factors; of a grouped layer those that its experts have as layers of their own."""
+    experts = site.spec.experts
+    if site.spec.expert_weights is None or experts is None or experts.first is None:
+        return seed_for(site.path, seed)
+    holder, _, name = site.path.rpartition(".")
+    numbers = range(experts.first, experts.first + experts.count)
+    return [seed_for(f"{holder}.local_experts.{number}.{name}", seed) for number in numbers]
 
 
 def seed_for(path: str, seed: int) -> int:
@@ -191,7 +205,8 @@ def _check_called(chunks: Iterable[nn.Module], new: Iterable[PlannedSite]) -> No
             if child in paths:
                 raise TypeError(
                     f"{paths[child]}: found a layer of a {type(holder).__name__}, which computes with its parameters "
-                    "and never calls it, expected an MLP that does; build the model without the op fuser"
+                    "and never calls it, expected an MLP that does; build the model without the op fuser, and not for "
+                    "inference alone"
                 )
 
 
@@ -246,6 +261,8 @@ def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> 
     _check_rows(path, linear, spec)
     weight = spec.weight if spec.weight is not None else _tied_weight(unwrap(chunk), path)
     _check_weight(path, weight)
+    for number, of_expert in enumerate(spec.expert_weights or ()):
+        _check_weight(f"{path}.weight{number}", of_expert)
     dim = settings.dim_of(path)
     if dim % spec.dim_multiple:
         raise ValueError(

@@ -90,17 +90,25 @@ def _problem_maybe(site: PlannedSite) -> str | None:
 
 
 def _rows(site: PlannedSite) -> torch.Tensor:
-    """Return normally distributed input `[tp, _TOKENS, in]`, which differs between ranks where the layout shards it."""
+    """Return normally distributed input `[tp, _TOKENS, in]`, which differs between ranks where the layout shards it.
+
+    Of a grouped layer `[tokens, in]`, with `_TOKENS` for each expert.
+    """
     layout, tp_group = site.spec.layout, site.spec.tp_group
     features = site.weight.shape[1] * (site.spec.tp_size if layout.enter == "split_features" else 1)
     is_whole = layout.enter in ("copy", "split_features")
     seed = 0 if is_whole or tp_group is None else tp_group.rank()
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(site.spec.tp_size, _TOKENS, features, generator=generator)
+    weights = site.spec.expert_weights
+    shape = (site.spec.tp_size, _TOKENS) if weights is None else (len(weights) * _TOKENS,)
+    rows = torch.randn(*shape, features, generator=generator)
     return rows.to(device=site.weight.device, dtype=site.weight.dtype)
 
 
 def _call(site: PlannedSite, x: torch.Tensor) -> Any:
+    if site.spec.expert_weights is not None:
+        output, *_ = _without_hooks(site.linear).forward(x, [_TOKENS] * len(site.spec.expert_weights))
+        return output
     arguments = {"weight": site.weight} if site.spec.weight is None else {}
     linear = _without_hooks(site.linear)
     site.spec.kind.prepare(linear)
@@ -121,6 +129,8 @@ def _without_hooks(linear: nn.Module) -> nn.Module:
 def _run_formula(site: PlannedSite, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Run the formula with factors of rank zero and a scale of one; return all that the layer should return."""
     spec, weight = site.spec, site.weight
+    if spec.expert_weights is not None:
+        return _products_of_experts(site, x)
     of_weight: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
     lora_a, lora_b = torch.zeros(0, weight.shape[1], **of_weight), torch.zeros(weight.shape[0], 0, **of_weight)
     one = torch.ones(1, dtype=norm_dtype(weight.dtype), device=weight.device)
@@ -147,6 +157,16 @@ def _run_formula(site: PlannedSite, x: torch.Tensor) -> tuple[torch.Tensor | Non
         input_norm=spec.input_norm,
     )
     return (output, *(spec.kind.returned_beside_output(site.linear) or ()))
+
+
+def _products_of_experts(site: PlannedSite, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    spec = site.spec
+    weights = spec.expert_weights or ()
+    output = torch.cat([own @ weight.t() for own, weight in zip(x.split(_TOKENS), weights, strict=True)])
+    bias = spec.kind.added_bias(site.linear)
+    if bias is not None:
+        output = output + bias.repeat_interleave(_TOKENS, 0)
+    return (output,)
 
 
 def _difference_maybe(

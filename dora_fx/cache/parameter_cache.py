@@ -37,6 +37,7 @@ from dora_fx.function import (
     StoredParameters,
     base_norm_squared,
     complete_parameters,
+    grouped_base_norm_squared,
     norm_dtype,
     sources_of,
     tensors_of,
@@ -61,9 +62,15 @@ class CachedSite(NamedTuple):
     cached: CachedParameters
 
 
-def empty_base_norm(weight: BaseWeight) -> torch.Tensor:
-    """Allocate the buffer of `measure_base`, `[out]` or this rank's `[out/tp]`, NaN until it is computed."""
-    return torch.full((weight.shape[0],), torch.nan, dtype=norm_dtype(weight.dtype), device=weight.device)
+def empty_base_norm(weight: BaseWeight, num_experts: int | None = None) -> torch.Tensor:
+    """Allocate the buffer of `measure_base`, `[out]` or this rank's `[out/tp]`, NaN until it is computed.
+
+    Args:
+        weight: W0, or that of any expert.
+        num_experts: how many a grouped site has, whose buffer is `[experts, out]`; None for any other.
+    """
+    shape = (weight.shape[0],) if num_experts is None else (num_experts, weight.shape[0])
+    return torch.full(shape, torch.nan, dtype=norm_dtype(weight.dtype), device=weight.device)
 
 
 def empty_cache(
@@ -76,7 +83,9 @@ def empty_cache(
     tp_size = group_size(tp_group)
 
     def gathered(factor: torch.Tensor, is_gathered: bool) -> torch.Tensor | None:
-        whole_shape = (tp_size * factor.shape[0], factor.shape[1])
+        # In front of the rows a grouped site's factor has the dimension of experts.
+        *experts, rows, features = factor.shape
+        whole_shape = (*experts, tp_size * rows, features)
         return factor.new_full(whole_shape, torch.nan) if is_gathered and tp_size > 1 else None
 
     delta, grad_gain, grad_scale = (torch.full_like(base_norm_sq, torch.nan) for _ in RowScale._fields)
@@ -114,6 +123,7 @@ def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) ->
 def _refuse_inference_tensors(sites: Sequence[CachedSite]) -> None:
     for path, stored, _ in sites:
         named = [("weight", tensor) for tensor in tensors_of(stored.weight)]
+        named += [(f"weight{number}", weight) for number, weight in enumerate(stored.expert_weights or ())]
         named += [(name, getattr(stored, name)) for name in ("lora_a", "lora_b", "magnitude")]
         if any(tensor.requires_grad for _, tensor in named):
             for name, tensor in named:
@@ -190,7 +200,9 @@ def measure_base(site: CachedSite) -> None:
 
 def _compute_base_norm(entry: CacheEntry, weight: BaseWeight) -> None:
     _raise_if_unreadable(entry)
-    base_norm_sq, squares = entry.value, base_norm_squared(weight)
+    base_norm_sq = entry.value
+    is_grouped = base_norm_sq.dim() == 2
+    squares = grouped_base_norm_squared(entry.sources) if is_grouped else base_norm_squared(weight)
     # Equal norms are not written: the write would count as one into a source of the scales.
     if not torch.equal(squares, base_norm_sq):
         base_norm_sq.copy_(squares)
@@ -198,9 +210,9 @@ def _compute_base_norm(entry: CacheEntry, weight: BaseWeight) -> None:
 
 
 def _base_entry(site: CachedSite) -> CacheEntry:
-    weight, base_norm_sq = site.stored.weight, site.stored.base_norm_sq
-    assert base_norm_sq is not None
-    return CacheEntry(site.path, base_norm_sq, sources_of(weight), frozen=True)
+    stored = site.stored
+    assert stored.base_norm_sq is not None
+    return CacheEntry(site.path, stored.base_norm_sq, stored.expert_weights or sources_of(stored.weight), frozen=True)
 
 
 def _entry(site: CachedSite) -> CacheEntry:

@@ -29,7 +29,7 @@ from dora_fx.checkpoint.manifest import (
 )
 from dora_fx.checkpoint.rank_steps import CheckpointError, collective_step, gather
 from dora_fx.megatron import check_unsharded, hybrid_pattern_maybe, is_attention_and_mlp, unwrap
-from dora_fx.modules import DoRALinear, TorchLinear
+from dora_fx.modules import DoRALinear, GroupedDoRALinear, TorchLinear
 
 # Megatron's prefix of the tensors that an optimizer keeps for a parameter.
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
@@ -157,15 +157,22 @@ def _collect_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) -
         for _, (path, whole_path, site) in adapted_layers([chunk]):
             for name, placement in site.adapter.placements.items():
                 key = all_shards(shards[f"{path}.adapter.{name}"])[0].key
+                # Experts of a grouped layer are to a checkpoint what layers are, an axis in front.
+                shape = placement.shape[1:] if isinstance(site, GroupedDoRALinear) else placement.shape
                 # A torch optimizer's state is stored under the second name.
-                shapes += [(key, placement.shape), (f"{whole_path}.adapter.{name}", placement.shape)]
+                shapes += [(key, shape), (f"{whole_path}.adapter.{name}", shape)]
             sites.append((key.partition(".adapter.")[0], _settings(site)))
-            names = (f"{path}.weight", f"{path}.bias")
+            names = [f"{path}.{part}" for part in _base_names(site)]
             # What is stored beside the first tensor of a quantised weight has numbers.
             own = [shards[key] for key in shards if key in names or re.fullmatch(r"\.\d+", key.removeprefix(names[0]))]
             base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
         base += _input_norms(shards, {key for key, _ in sites})
     return adapter, sites, shapes, base
+
+
+def _base_names(site: DoRALinear) -> list[str]:
+    numbers = [""] if site.expert_weights is None else range(len(site.expert_weights))
+    return [f"{part}{number}" for number in numbers for part in ("weight", "bias")]
 
 
 def _input_norms(shards: dict[str, Any], sites: Collection[str]) -> list[ShardedTensor]:

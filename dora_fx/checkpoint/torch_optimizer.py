@@ -21,7 +21,7 @@ from dora_fx.checkpoint.manifest import StoredTensor
 from dora_fx.checkpoint.plain_values import from_plain, to_plain
 from dora_fx.checkpoint.rank_steps import CheckpointError
 from dora_fx.megatron import walk
-from dora_fx.modules import ParallelLinearDoRAAdapter, adapter_sharded_state_dict
+from dora_fx.modules import ParallelLinearDoRAAdapter
 
 _KEY = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
 # Entries of a parameter group that are no hyper-parameters.
@@ -44,8 +44,7 @@ class AdapterParameter:
     def shard(self, kind: str, tensor: torch.Tensor) -> Any:
         """Make a shard of the whole tensor from this rank's tensor of the parameter's shape."""
         prefix = f"optimizer.state.{kind}.{self.path}.adapter."
-        of, own = self.adapter, {self.local_name: tensor}
-        [shard] = adapter_sharded_state_dict(own, of.placements, of.state_group, prefix, (), None).values()
+        [shard] = self.adapter.shards_of({self.local_name: tensor}, prefix).values()
         return shard
 
 

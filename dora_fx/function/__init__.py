@@ -9,6 +9,8 @@ from dora_fx.function.collectives import (
 )
 from dora_fx.function.dropout import DropoutFactors
 from dora_fx.function.formula import adapted_linear
+from dora_fx.function.grouped_formula import grouped_adapted_linear
+from dora_fx.function.grouped_norm import grouped_base_norm_squared
 from dora_fx.function.input_norm import InputNorm
 from dora_fx.function.placement import ADAPTER_TENSORS, LAYOUTS, Layout, ParameterPlacement, shard
 from dora_fx.function.row_scale import RowScale, magnitude_delta, scale_rows
@@ -44,6 +46,8 @@ __all__ = [
     "base_norm_squared",
     "complete_parameters",
     "gather_rows_coalesced",
+    "grouped_adapted_linear",
+    "grouped_base_norm_squared",
     "magnitude_delta",
     "norm_dtype",
     "reduce_scatter_rows",

@@ -138,6 +138,11 @@ class ParameterPlacement:
     shape: tuple[int, ...]
     padded_shape: tuple[int, ...]
 
+    def with_experts(self, count: int) -> ParameterPlacement:
+        """Return the placement of the tensors of several experts, stacked along a new first dimension."""
+        dim = None if self.shard_dim is None else self.shard_dim + 1
+        return ParameterPlacement(dim, self.blocks, (count, *self.shape), (count, *self.padded_shape))
+
     def pad_and_shard(self, whole: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
         """Return one rank's part of a tensor of `shape`, with zeros for the padding."""
         padding = [

@@ -3,6 +3,9 @@
 The layout table says which tensor is gathered or reduced (`placement.py`). All sites that are completed together share
 one collective of each kind per process group and dtype: a graph of many layers sends its low-rank factors in one
 message, and not in two per layer.
+
+A grouped site is a layer that holds those of several experts. Its tensors have a first dimension more, that of experts,
+and collectives gather and scatter rows, so its factors go through them with the rows in front.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from dora_fx.function.collectives import (
 )
 from dora_fx.function.dropout import DropoutFactors
 from dora_fx.function.gradient_leaves import lead_gradients
+from dora_fx.function.grouped_norm import grouped_base_norm_squared, grouped_norm_of_terms, grouped_norm_terms
 from dora_fx.function.placement import LAYOUTS, Layout
 from dora_fx.function.row_scale import RowScale, row_scale
 from dora_fx.function.weight_norm import base_norm_squared, norm_dtype, norm_of_terms, norm_terms
@@ -43,6 +47,8 @@ class StoredParameters(NamedTuple):
         lora_a_leaf, lora_b_leaf, magnitude_leaf: what takes the gradient of the whole tensor where it is a partial sum
             that somebody completes later (`modules/partial_gradients.py`). None where the backward pass completes it,
             and not used where nothing is cached.
+        expert_weights: of a grouped site, W0 of each of its experts; `weight` is the first of them then. None for any
+            other.
     """
 
     weight: BaseWeight
@@ -59,6 +65,12 @@ class StoredParameters(NamedTuple):
     lora_a_leaf: torch.Tensor | None = None
     lora_b_leaf: torch.Tensor | None = None
     magnitude_leaf: torch.Tensor | None = None
+    expert_weights: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def is_grouped(self) -> bool:
+        """Return whether the site is grouped."""
+        return self.expert_weights is not None
 
     @property
     def layout(self) -> Layout:
@@ -99,6 +111,8 @@ class SiteOperands(NamedTuple):
         lora_b: `[out, dim]`, or this rank's `[out/tp, dim]` in a column layout.
         magnitude: m as stored; its gradient is completed on the way back.
         scale: of the output rows.
+
+    Those of a grouped site have a first dimension of experts.
     """
 
     lora_a: torch.Tensor
@@ -172,9 +186,11 @@ def _row_scales(sites: Sequence[StoredParameters], norms: Sequence[torch.Tensor]
         together.setdefault((site.dtype, site.magnitude.device), []).append(index)
     for (dtype, _), indices in together.items():
         own = [norms[index] for index in indices]
-        joined = row_scale(torch.cat([sites[index].magnitude for index in indices]), torch.cat(own), dtype)
-        parts = [field.split([norm.numel() for norm in own]) for field in joined]
-        scales |= {index: RowScale(*fields) for index, *fields in zip(indices, *parts, strict=True)}
+        magnitudes = torch.cat([sites[index].magnitude.flatten() for index in indices])
+        joined = row_scale(magnitudes, torch.cat([norm.flatten() for norm in own]), dtype)
+        parts = zip(*(field.split([norm.numel() for norm in own]) for field in joined), strict=True)
+        for index, norm, fields in zip(indices, own, parts, strict=True):
+            scales[index] = RowScale(*(field.view(norm.shape) for field in fields))
     return [scales[index] for index in range(len(sites))]
 
 
@@ -186,19 +202,31 @@ def row_norms(sites: Sequence[StoredParameters]) -> list[torch.Tensor]:
 def _whole_factors(
     sites: Sequence[StoredParameters], cached: Sequence[CachedParameters] | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    requests = [_Request(site.lora_a, site.layout.gathers_lora_a, site.tp_group, site.dtype) for site in sites]
-    requests += [_Request(site.lora_b, site.layout.gathers_lora_b, site.tp_group, site.dtype) for site in sites]
+    both = [*sites, *sites]
+    stored = [_rows_first(site.lora_a, site) for site in sites] + [_rows_first(site.lora_b, site) for site in sites]
+    wanted = [site.layout.gathers_lora_a for site in sites] + [site.layout.gathers_lora_b for site in sites]
+    requests = [
+        _Request(tensor, is_gathered, site.tp_group, site.dtype)
+        for tensor, is_gathered, site in zip(stored, wanted, both, strict=True)
+    ]
     if cached is None:
         whole = _together(gather_rows_coalesced, requests)
     else:
-        gathered = [cache.lora_a for cache in cached] + [cache.lora_b for cache in cached]
+        at_hand = [cache.lora_a for cache in cached] + [cache.lora_b for cache in cached]
+        gathered = [None if own is None else _rows_first(own, site) for own, site in zip(at_hand, both, strict=True)]
         leaves = [site.lora_a_leaf for site in sites] + [site.lora_b_leaf for site in sites]
         requests = [
-            request if leaf is None or at_hand is None else request._replace(tensor=at_hand, wanted=False)
-            for request, at_hand, leaf in zip(requests, gathered, leaves, strict=True)
+            request if leaf is None or own is None else request._replace(tensor=own, wanted=False)
+            for request, own, leaf in zip(requests, gathered, leaves, strict=True)
         ]
         whole = _lead_to_leaves(_together(substitute_gathered_rows, requests, gathered), leaves)
+    whole = [_rows_first(factor, site) for factor, site in zip(whole, both, strict=True)]
     return whole[: len(sites)], whole[len(sites) :]
+
+
+def _rows_first(factor: torch.Tensor, site: StoredParameters) -> torch.Tensor:
+    """Exchange the dimensions of experts and rows of a grouped site's factor; that of any other has no experts."""
+    return factor.transpose(0, 1) if site.is_grouped else factor
 
 
 def _lead_to_leaves(tensors: Sequence[torch.Tensor], leaves: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
@@ -216,15 +244,26 @@ def _row_norms(
 ) -> list[torch.Tensor]:
     requests = []
     for site, a, b in zip(sites, lora_a, lora_b, strict=True):
+        terms = _norm_terms(site, a, b)
         dtype = norm_dtype(site.dtype)
-        base_norm_sq = base_norm_squared(site.weight) if site.base_norm_sq is None else site.base_norm_sq
-        terms = norm_terms(base_norm_sq, site.weight, a, b, scaling=site.scaling, dtype=dtype)
         requests += [_Request(terms[i], site.layout.shards_input_features, site.tp_group, dtype) for i in (0, 1)]
     whole = _together(reduce_from_group_coalesced, requests)
-    return [
-        norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))
-        for site, linear_terms, gram, b in zip(sites, whole[::2], whole[1::2], lora_b, strict=True)
-    ]
+    norms = []
+    for site, linear_terms, gram, b in zip(sites, whole[::2], whole[1::2], lora_b, strict=True):
+        of_terms = grouped_norm_of_terms if site.is_grouped else norm_of_terms
+        norms.append(of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype)))
+    return norms
+
+
+def _norm_terms(
+    site: StoredParameters, lora_a: torch.Tensor, lora_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype, squares = norm_dtype(site.dtype), site.base_norm_sq
+    if site.expert_weights is None:
+        squares = base_norm_squared(site.weight) if squares is None else squares
+        return norm_terms(squares, site.weight, lora_a, lora_b, scaling=site.scaling, dtype=dtype)
+    squares = grouped_base_norm_squared(site.expert_weights) if squares is None else squares
+    return grouped_norm_terms(squares, site.expert_weights, lora_a, lora_b, scaling=site.scaling, dtype=dtype)
 
 
 def _with_complete_gradients(

@@ -123,6 +123,11 @@ def _wide_linear(weight: torch.Tensor, lora_a: torch.Tensor, wide_a: torch.Tenso
 
 
 def _row_blocks(num_rows: int, wide_per_row: int, dtype: torch.dtype) -> list[slice]:
-    """Slices of rows, each with at most `_BLOCK_BYTES` of temporaries that hold `wide_per_row` numbers a row."""
-    step = max(1, _BLOCK_BYTES // (wide_per_row * dtype.itemsize))
-    return [slice(begin, begin + step) for begin in range(0, num_rows, step)]
+    """Slices of rows, whose temporaries hold `wide_per_row` numbers a row."""
+    return blocks(num_rows, wide_per_row * dtype.itemsize)
+
+
+def blocks(number: int, bytes_each: int) -> list[slice]:
+    """Slices of rows or matrices, each with at most `_BLOCK_BYTES` of temporaries or of one of them."""
+    step = max(1, _BLOCK_BYTES // bytes_each)
+    return [slice(begin, begin + step) for begin in range(0, number, step)]

@@ -26,6 +26,7 @@ from dora_fx.modules.adapter_settings import (
     low_rank_scaling,
 )
 from dora_fx.modules.finite import adapter_not_finite_maybe, not_finite_maybe
+from dora_fx.modules.grouped_linear_wrapper import GroupedDoRALinear, compile_grouped_linears
 from dora_fx.modules.kinds import (
     LinearKind,
     LinearSpec,
@@ -49,6 +50,7 @@ __all__ = [
     "AdapterBank",
     "DoRALinear",
     "GradientCompletion",
+    "GroupedDoRALinear",
     "LinearKind",
     "LinearSpec",
     "MarkedSite",
@@ -64,6 +66,7 @@ __all__ = [
     "check_init_method",
     "check_places",
     "check_use_rslora",
+    "compile_grouped_linears",
     "complete",
     "describe_linear",
     "disable_adapter",

@@ -82,7 +82,12 @@ class AdaptedSite(BaseAttributes):
         assert adapter.weight_magnitude is not None
         sources = (*factors, adapter.weight_magnitude, self.base_norm_sq, adapter.scaling_factor)
         values = tuple(each for each in cached[1:] if each is not None)
-        return LookedAt(cached.delta, values, sources, sources_of(self.base_weight))
+        return LookedAt(cached.delta, values, sources, self.expert_weights or sources_of(self.base_weight))
+
+    @property
+    def expert_weights(self) -> tuple[torch.Tensor, ...] | None:
+        """Return W0 of each expert of a grouped layer, whose `base_weight` is the first; None for any other layer."""
+        return None
 
     @property
     def num_partial_sums(self) -> int:
@@ -100,7 +105,8 @@ class AdaptedSite(BaseAttributes):
         """
         adapter, weight = self.adapter, self.base_weight
         adapter.set_factors()
-        self.base_norm_sq = empty_base_norm(weight)
+        num_experts = None if self.expert_weights is None else len(self.expert_weights)
+        self.base_norm_sq = empty_base_norm(weight, num_experts)
         cached = empty_cache(
             self.base_norm_sq, adapter.linear_in.weight, adapter.linear_out.weight, adapter.layout, adapter.tp_group
         )
@@ -165,6 +171,7 @@ class AdaptedSite(BaseAttributes):
             lora_a_leaf=lora_a_leaf,
             lora_b_leaf=lora_b_leaf,
             magnitude_leaf=magnitude_leaf,
+            expert_weights=self.expert_weights,
         )
 
     def cached_parameters(self) -> CachedParameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from dora_fx.modules.adapter_settings import (
     check_use_rslora,
     low_rank_scaling,
 )
-from dora_fx.modules.kinds import LocalExperts
+from dora_fx.modules.grouped_state_dict import grouped_sharded_state_dict
+from dora_fx.modules.kinds import GroupedExperts, LocalExperts
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.ranks import group_rank, group_size
 
@@ -51,6 +52,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
         row layouts      A [dim, in/tp]    B [out/tp, dim]    m [out], equal on every rank
         nn.Linear        A [dim, in]       B [out, dim]       m [out]
 
+    For a grouped layer, which holds those of several experts, each has a dimension of this rank's experts in front.
+
     Scaling and dropout are tensors too, in buffers that are not saved. Compiled code takes tensors as inputs and
     numbers as constants, so layers that differ in alpha or dropout share a graph. The tensors have one dimension, since
     Dynamo makes a symbol of a float64 tensor without dimensions, and compiles twice.
@@ -70,7 +73,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
             carries anything, they get no gradient and stay so.
         column_init_method, row_init_method: initialisation of A and of B, keys of `INIT_METHODS`. The whole
             matrix is drawn in float32 and sharded, so it is the same at every tensor-parallel size.
-        seed: seed of that draw.
+        seed: seed of that draw; of a grouped layer one for each expert.
         use_rslora: see `low_rank_scaling`.
         dtype, device: of A and B.
 
@@ -107,7 +110,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
         padded_out_features: int = 0,
         column_init_method: str = "xavier",
         row_init_method: str = "zero",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         use_rslora: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -132,10 +135,15 @@ class ParallelLinearDoRAAdapter(nn.Module):
         )
         self.experts = experts
         self.tp_size, self.tp_rank = group_size(tp_group), group_rank(tp_group)
-        # One generator for both, so that B does not start with the numbers of A.
-        generator = torch.Generator().manual_seed(seed)
-        lora_a = self._draw("linear_in.weight", column_init_method, generator)
-        lora_b = self._draw("linear_out.weight", row_init_method, generator)
+        methods = {"linear_in.weight": column_init_method, "linear_out.weight": row_init_method}
+        if isinstance(experts, GroupedExperts):
+            assert not isinstance(seed, int)
+            of_experts = [self._draw(methods, of_expert) for of_expert in seed]
+            lora_a, lora_b = (torch.stack(factors) for factors in zip(*of_experts, strict=True))
+            self.placements = {name: each.with_experts(experts.count) for name, each in self.placements.items()}
+        else:
+            assert isinstance(seed, int)
+            lora_a, lora_b = self._draw(methods, seed)
         self.linear_in = LowRankFactor(lora_a.to(dtype=dtype, device=device))
         self.linear_out = LowRankFactor(lora_b.to(dtype=dtype, device=device))
         self.register_parameter("weight_magnitude", None)
@@ -143,12 +151,20 @@ class ParallelLinearDoRAAdapter(nn.Module):
             self.register_buffer(name, None, persistent=False)
         self.alpha, self.dropout = alpha, dropout
 
-    def _draw(self, name: str, method: str, generator: torch.Generator) -> torch.Tensor:
-        """Draw a whole factor and return this rank's shard of it, in float32."""
-        placement = self.placements[name]
-        whole = torch.empty(placement.shape, dtype=torch.float32)
-        INIT_METHODS[method](whole, generator=generator)
-        return placement.pad_and_shard(whole, self.tp_rank, self.tp_size)
+    def _draw(self, methods: dict[str, str], seed: int) -> list[torch.Tensor]:
+        """Draw the whole factors of one matrix, and return this rank's shards of them, in float32.
+
+        Args:
+            methods: of initialisation, by the factors' names.
+        """
+        # One generator for both, so that B does not start with the numbers of A.
+        generator, shards = torch.Generator().manual_seed(seed), []
+        for name, method in methods.items():
+            placement = self.placements[name]
+            whole = torch.empty(placement.shape, dtype=torch.float32)
+            INIT_METHODS[method](whole, generator=generator)
+            shards.append(placement.pad_and_shard(whole, self.tp_rank, self.tp_size))
+        return shards
 
     @property
     def layout(self) -> Layout:
@@ -259,7 +275,21 @@ class ParallelLinearDoRAAdapter(nn.Module):
     ) -> dict[str, Any]:
         """Return A, B and m as shards of global tensors; see `sharded_state_dict.py`."""
         own = self.state_dict(prefix="", keep_vars=True)
-        return adapter_sharded_state_dict(own, self.placements, self.state_group, prefix, sharded_offsets, metadata)
+        return self.shards_of(own, prefix, sharded_offsets, metadata)
+
+    def shards_of(
+        self,
+        tensors: dict[str, torch.Tensor],
+        prefix: str,
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return tensors that are sharded as the parameters of these names as shards of global tensors."""
+        if isinstance(self.experts, GroupedExperts):
+            return grouped_sharded_state_dict(
+                tensors, self.placements, self.experts, self.tp_size, prefix, sharded_offsets, metadata
+            )
+        return adapter_sharded_state_dict(tensors, self.placements, self.state_group, prefix, sharded_offsets, metadata)
 
     @property
     def state_group(self) -> str:

@@ -60,12 +60,14 @@ class GradientAccumulator:
     def __init__(self, adapter: ParallelLinearDoRAAdapter, name: str, path: str, *, is_required: bool) -> None:
         self.adapter, self.name, self.path, self.is_required = adapter, name, path, is_required
         parameter = self.parameter
-        self.is_sharded = adapter.placements[name].shard_dim is not None
-        rows, *others = parameter.shape
-        shape = (rows * group_size(adapter.tp_group) if self.is_sharded else rows, *others)
+        # Of a factor, the dimension of rows: a grouped layer's factors have that of experts in front of it.
+        self.rows_dim = adapter.placements[name].shard_dim
+        shape = list(parameter.shape if self.rows_dim is None else self._rows_first(parameter).shape)
+        if self.is_sharded:
+            shape[0] *= group_size(adapter.tp_group)
         # Autograd checks the shape of a leaf's gradient, and nothing reads the leaf itself. With strides of zero it has
         # the memory of one element, where a whole factor would have tp times the memory of the shard.
-        strides = (0,) * len(shape)
+        strides = [0] * len(shape)
         self.leaf = torch.empty_strided(shape, strides, dtype=parameter.dtype, device=parameter.device)
         # The leaf owns the hook, and this object owns the leaf. With a strong reference back they would form a cycle
         # that is never collected, with the adapter in it.
@@ -81,6 +83,19 @@ class GradientAccumulator:
         # would complete them.
         make = functools.partial(GradientAccumulator, is_required=self.is_required)
         return make, (self.adapter, self.name, self.path)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Return whether each rank stores some of the rows alone."""
+        return self.rows_dim is not None
+
+    def _rows_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Exchange the dimension of rows and the first one, as collectives scatter the latter; twice is none."""
+        return tensor if self.rows_dim is None else tensor.transpose(0, self.rows_dim)
+
+    def add_completed(self, gradient: torch.Tensor) -> None:
+        """Add what a collective made of sums to Megatron's gradient of the parameter."""
+        self.parameter.main_grad.add_(self._rows_first(gradient))  # type: ignore[attr-defined]
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -149,7 +164,7 @@ class GradientAccumulator:
         (completed,) = _collective_for(is_sharded=self.is_sharded)([gradient], self.adapter.tp_group)
         # Through autograd and not into `.grad`, so that hooks on the parameter run: torch's DistributedDataParallel and
         # users have theirs there.
-        self.parameter.backward(completed)
+        self.parameter.backward(self._rows_first(completed))
 
     def _current_bucket_maybe(self) -> GradientBucket | None:
         """Return the bucket of the parameter's gradient now; a new wrapper around the model makes new buckets."""
@@ -245,7 +260,7 @@ def complete(parameters: Sequence[nn.Parameter]) -> None:
     for (tp_group, _, is_sharded), accumulators in messages.items():
         completed = _collective_for(is_sharded=is_sharded)([each.take() for each in accumulators], tp_group)
         for accumulator, gradient in zip(accumulators, completed, strict=True):
-            accumulator.parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
+            accumulator.add_completed(gradient)
 
 
 def give_up(parameters: Sequence[nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""A stand-in for `transformer_engine_torch`, Transformer Engine's compiled module: five kernels in plain torch.
+"""A stand-in for `transformer_engine_torch`, Transformer Engine's compiled module: a few kernels in plain torch.
 
 Any other name gives an object that refuses to be called; as a constant it is a number of its own.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import itertools
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,6 +152,39 @@ def generic_gemm(
     if out is not None:
         y = out.copy_(out + y if accumulates else y)
     return y, bias_grad, None, None
+
+
+def general_grouped_gemm(
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    out: list[torch.Tensor],
+    quantizers: Sequence[Any],
+    out_dtype: torch.dtype,
+    layout: str = "TN",
+    m_splits: list[int] | None = None,
+    gelu: bool = False,
+    grad: bool = False,
+    accumulate: bool = False,
+    bias: Sequence[torch.Tensor] | None = None,
+    use_bias: bool = False,
+    use_split_accumulator: bool = False,
+    D_dtype: Any = None,
+    single_output: bool = False,
+) -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None] | None, None]:
+    """A product for each expert, as `generic_gemm`; in place of Transformer Engine's function of that name.
+
+    That one is Python, which only calls the compiled module: with lists of tensors and workspaces on a GPU.
+    """
+    assert not gelu and D_dtype is None and all(each is None for each in quantizers), "FP8 is not emulated"
+    outputs = list(out[0].split(m_splits)) if single_output else out
+    bias_grads: list[torch.Tensor | None] = []
+    for index, (own_a, own_b, own_out) in enumerate(zip(a, b, outputs, strict=True)):
+        y = (own_b.t() if layout[1] == "T" else own_b) @ (own_a.t() if layout[0] == "T" else own_a)
+        if use_bias and bias is not None and not grad:
+            y = y + bias[index]
+        bias_grads.append(own_b.sum(0) if use_bias and grad else None)
+        own_out.copy_(own_out + y if accumulate else y)
+    return out, bias_grads if grad else bias, None
 
 
 def get_cudnn_version() -> int:

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from tests.emulated_te.compiled_module import CompiledModule
+from tests.emulated_te.compiled_module import CompiledModule, general_grouped_gemm
 
 
 def install() -> None:
@@ -29,6 +29,7 @@ def install() -> None:
     from transformer_engine.pytorch.attention.dot_product_attention import utils as dpa_utils
     from transformer_engine.pytorch.attention.dot_product_attention.dot_product_attention import DotProductAttention
     from transformer_engine.pytorch.cpp_extensions import gemm
+    from transformer_engine.pytorch.module import grouped_linear
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
     assert te.Linear is not None
@@ -38,6 +39,7 @@ def install() -> None:
     utils._get_device_compute_capability = lambda device: (8, 0)
     gemm.get_cublas_workspace = lambda *_: torch.empty(1, dtype=torch.uint8)
     gemm._empty_tensor = utils._empty_tensor = torch.Tensor
+    grouped_linear.general_grouped_gemm = general_grouped_gemm
     # Attention in plain torch is Transformer Engine's own; the fused ones are kernels.
     os.environ.update(NVTE_FLASH_ATTN="0", NVTE_FUSED_ATTN="0", NVTE_UNFUSED_ATTN="1")
     DotProductAttention.forward = _with_text_replaced(

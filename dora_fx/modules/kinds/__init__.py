@@ -6,6 +6,13 @@ from torch import nn
 
 from dora_fx.function import QuantisedWeight
 from dora_fx.modules.kinds.bitsandbytes_linear import BitsAndBytes4bit, BitsAndBytes8bit
+from dora_fx.modules.kinds.grouped_linear import (
+    GroupedExperts,
+    TEColumnParallelGrouped,
+    TERowParallelGrouped,
+    expert_weights,
+    is_grouped_linear,
+)
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, LocalExperts
 from dora_fx.modules.kinds.megatron_linear import ColumnParallel, RowParallel
 from dora_fx.modules.kinds.refused import refused_package_maybe
@@ -26,6 +33,8 @@ KINDS: tuple[type[LinearKind], ...] = (
     TEColumnParallel,
     TERowParallel,
     TEDuplicated,
+    TEColumnParallelGrouped,
+    TERowParallelGrouped,
     BitsAndBytes4bit,
     BitsAndBytes8bit,
     # Its layers are of the class of the last one.
@@ -77,12 +86,15 @@ def looks_like_linear(module: nn.Module) -> bool:
 
 
 __all__ = [
+    "GroupedExperts",
     "LinearKind",
     "LinearSpec",
     "LocalExperts",
     "TorchLinear",
     "bypasses_its_linears",
     "describe_linear",
+    "expert_weights",
+    "is_grouped_linear",
     "kind_of_maybe",
     "looks_like_linear",
     "quantised_weight_maybe",

@@ -62,10 +62,12 @@ class LinearSpec:
         padded_out_features: how many of the last output features are padding, zero in the weight.
         row_blocks: blocks of output rows that are sharded each on its own; 2 for the gate and up of a linear_fc1.
         tp_group: its tensor-parallel group, even of one rank; None for a layer that is not parallel.
-        weight: W0, or this rank's shard, as it is stored; None for a layer that multiplies by a borrowed weight.
+        weight: W0, or this rank's shard, as it is stored, of a grouped layer its first expert's; None for a layer that
+            multiplies by a borrowed weight.
         bias: `[out]` or this rank's `[out/tp]`; None without one.
         input_norm: the norm that the layer applies to its input, whole on every rank; None without one.
         experts: the experts that the layer is of, whose tensor-parallel group `tp_group` is then; None for any other.
+        expert_weights: of a grouped layer, those of all its experts; None for any other.
     """
 
     kind: type[LinearKind]
@@ -80,6 +82,7 @@ class LinearSpec:
     bias: nn.Parameter | None
     input_norm: InputNorm | None = None
     experts: LocalExperts | None = None
+    expert_weights: tuple[nn.Parameter, ...] | None = None
 
     @property
     def tp_size(self) -> int:

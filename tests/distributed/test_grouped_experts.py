@@ -1,0 +1,345 @@
+"""Grouped layers of experts at every topology, with emulated kernels, compared with the oracle expert by expert."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch._dynamo.utils import counters
+
+import dora_fx
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
+from tests.closeness import assert_below, assert_close, relative_error, rounding
+from tests.distributed import grouped_experts as grouped
+from tests.distributed import moe_layers as sequential
+from tests.distributed.launch import run_layout
+from tests.distributed.moe_layers import DIM, EXPERTS, FFN, HIDDEN, ROUNDINGS, Layout, Results, batch, own_tokens
+from tests.distributed.test_checkpoint_reshaping import whole_tensors
+from tests.reference import dora_linear
+
+pytestmark = pytest.mark.usefixtures("emulated_te")
+
+slow = pytest.mark.slow
+LEARNING_RATE = 1e-2
+MODES = [("eager", torch.float64), ("eager", torch.float32), ("compiled", torch.float64)]
+LAYOUTS = [
+    Layout(),
+    Layout(2, ep=2),
+    Layout(2, tp=2, etp=2),
+    pytest.param(Layout(2, tp=2, ep=2), marks=slow),
+    pytest.param(Layout(2, tp=2), marks=slow),
+    pytest.param(Layout(4, tp=2, ep=2, etp=2), marks=slow),
+]
+
+
+def run(layout: Layout) -> dict[str, Any]:
+    """On every rank: what attaching makes, and two batches of each mode; the second leaves experts without tokens."""
+    model = grouped.build(layout)
+    x = own_tokens(batch(0), layout)
+    base = model(x)
+    grouped.adapted(model, set_values=False)
+    assert torch.equal(model(x), base)
+    initial = grouped.tensors_of_experts(model, gradients=False)
+    return {"initial": initial, "steps": {mode: run_mode(layout, *mode) for mode in MODES}}
+
+
+def run_mode(layout: Layout, compiler: str, dtype: torch.dtype) -> list[Results]:
+    torch._dynamo.reset()
+    model = grouped.adapted(grouped.build(layout, dtype))
+    counters.clear()
+    if compiler == "compiled":
+        grouped.compile_experts(model)
+    steps = [grouped.step(model, layout, number, dtype) for number in range(2)]
+    # One for each of the two layers.
+    assert counters["dora_fx"]["graphs_compiled"] == (2 if compiler == "compiled" else 0)
+    return steps
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_topology_computes_the_function_of_one_rank_emulated_kernels(layout: Layout) -> None:
+    found = run_layout(run, layout)
+    expected = [grouped.oracle_step(number) for number in range(2)]
+    for (_, dtype), steps in found["steps"].items():
+        for number, result in enumerate(steps):
+            assert_close(result, expected[number], rounding(dtype, ROUNDINGS))
+
+
+FORMS = {"grouped": grouped.build, "sequential": grouped.build_sequential}
+
+
+def save(layout: Layout, folder: Path) -> None:
+    for form, build in FORMS.items():
+        adapt = grouped.adapted if form == "grouped" else sequential.adapted
+        dora_fx.save_checkpoint(adapt(build(layout)), folder / f"{form} {layout}")
+
+
+def load_and_save_again(layout: Layout, folder: Path, sources: list[str]) -> None:
+    """Load every checkpoint into both forms, whose adapters are the initial ones, and save what they then are."""
+    for form, build in FORMS.items():
+        adapt = grouped.adapted if form == "grouped" else sequential.adapted
+        for source in sources:
+            model = adapt(build(layout), set_values=False)
+            dora_fx.load_checkpoint(model, folder / source)
+            dora_fx.save_checkpoint(model, folder / f"{form} {layout} of {source}")
+
+
+def test_checkpoints_of_grouped_and_sequential_experts_are_the_same_emulated_kernels(tmp_path: Path) -> None:
+    layouts = [Layout(), Layout(2, ep=2), Layout(2, tp=2, etp=2)]
+    for layout in layouts:
+        run_layout(save, layout, tmp_path)
+    sources = [f"{form} {layout}" for form in FORMS for layout in layouts]
+    expected = whole_tensors(tmp_path / "sequential 1")
+    assert expected["mlp.experts.experts.linear_fc1.adapter.linear_out.weight"].shape == (EXPERTS, 2 * FFN, DIM)
+    for layout in layouts:
+        run_layout(load_and_save_again, layout, tmp_path, sources)
+    for checkpoint in tmp_path.iterdir():
+        found = whole_tensors(checkpoint)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items()), checkpoint.name
+
+
+def train(layout: Layout, settings: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The gradient's norm of each of three steps of two micro-batches, and the adapters after them."""
+    torch._dynamo.reset()
+    model = grouped.adapted(grouped.build(layout, dtype))
+    grouped.compile_experts(model)
+    config, norms = DistributedDataParallelConfig(bucket_size=2000, **settings), []
+    with cuda_means_cpu():
+        wrapped = DistributedDataParallel(model.config, config, model)
+        optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=LEARNING_RATE,
+                weight_decay=0.0,
+                clip_grad=0.0,
+                params_dtype=dtype,
+                use_distributed_optimizer=config.use_distributed_optimizer,
+            ),
+            [wrapped],
+        )
+    for number in range(3):
+        with cuda_means_cpu():
+            wrapped.zero_grad_buffer()
+            optimizer.zero_grad()
+        for micro_batch in range(2):
+            with wrapped.no_sync() if micro_batch == 0 else nullcontext():
+                y = wrapped(own_tokens(batch(2 * number + micro_batch), layout).to(dtype).requires_grad_())
+                loss = (y * own_tokens(batch(2 * number + micro_batch, "loss"), layout).to(dtype)).sum()
+                with cuda_means_cpu():
+                    loss.backward()
+        with cuda_means_cpu():
+            finalize_model_grads([wrapped])
+            optimizer.prepare_grads()
+            norms.append(float(optimizer.get_grad_norm()))
+            optimizer.step()
+    return {"norms": torch.tensor(norms), **grouped.tensors_of_experts(model, gradients=False)}
+
+
+def expected_training(dp: int) -> dict[str, Any]:
+    """The same of the oracle, whose loss is the mean over data-parallel replicas."""
+    oracle, norms = sequential.Oracle(num_shared=0), []
+    optimizer = torch.optim.AdamW(oracle.trained.values(), lr=LEARNING_RATE, weight_decay=0.0)
+    for number in range(3):
+        optimizer.zero_grad()
+        for micro_batch in range(2):
+            y = oracle(batch(2 * number + micro_batch))
+            ((y * batch(2 * number + micro_batch, "loss")).sum() / dp).backward()
+        for parameter in oracle.trained.values():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        norms.append(float(torch.nn.utils.get_total_norm([each.grad for each in oracle.trained.values()])))
+        optimizer.step()
+    return {"norms": torch.tensor(norms), **{name: value.detach() for name, value in oracle.trained.items()}}
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [
+        (Layout(2, ep=2), {"overlap_grad_reduce": True}),
+        (Layout(2, tp=2, etp=2), {}),
+        pytest.param(Layout(2), {"use_distributed_optimizer": True}, marks=slow),
+        pytest.param(Layout(2, tp=2), {}, marks=slow),
+        pytest.param(Layout(2, tp=2, ep=2), {}, marks=slow),
+        pytest.param(Layout(4, tp=2, ep=2, etp=2), {"use_distributed_optimizer": True}, marks=slow),
+        pytest.param(Layout(4, tp=2, etp=2), {"overlap_grad_reduce": True}, marks=slow),
+    ],
+    ids=str,
+)
+def test_trained_under_megatrons_data_parallelism_emulated_kernels(layout: Layout, settings: dict[str, Any]) -> None:
+    # Megatron's distributed optimizer takes no float64.
+    dtype = torch.float32 if "use_distributed_optimizer" in settings else torch.float64
+    found, expected = run_layout(train, layout, settings, dtype), expected_training(layout.world_size // layout.tp)
+    # Megatron has the gradient's norm in float32.
+    assert_close(found.pop("norms"), expected.pop("norms"), 1e-6)
+    assert_close(found, expected, rounding(dtype, 6 * ROUNDINGS))
+
+
+def routings(layout: Layout) -> list[int]:
+    """Graphs after each of 20 batches of four lengths: experts, and ranks, without tokens too."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = grouped.adapted(grouped.build(layout))
+    grouped.compile_experts(model)
+    graphs, generator = [], torch.Generator().manual_seed(0)
+    for number in range(20):
+        x = torch.randn([8, 5, 12, 1][number % 4], 2, HIDDEN, generator=generator, dtype=torch.float64)
+        x = x[:1, :1].expand_as(x).clone() if number % 3 == 2 else x
+        model(x.requires_grad_()).square().sum().backward()
+        graphs.append(counters["dora_fx"]["graphs_compiled"])
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, graphs)
+    return [max(at_once) for at_once in zip(*everyone, strict=True)]
+
+
+def test_other_routings_compile_nothing_anew_emulated_kernels() -> None:
+    """At most two graphs for each kind of layer; here it is one."""
+    graphs = run_layout(routings, Layout(2, ep=2))
+    assert graphs[-1] <= 2 * len(sequential.FEATURES), graphs
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "biases": {"add_bias_linear": True},
+    "probabilities on inputs": {"moe_apply_probs_on_input": True, "moe_router_topk": 1, "moe_router_pre_softmax": True},
+}
+
+
+def variant_errors() -> dict[str, float]:
+    """Output and gradients of layers with biases, and with probabilities in front of the experts, by the formula."""
+    errors = {}
+    for name, settings in VARIANTS.items():
+        model = grouped.build(Layout(), **settings)
+        for index, linear in enumerate(grouped.grouped_linears(model).values()):
+            for key, parameter in linear.named_parameters():
+                if key.startswith("bias"):
+                    parameter.data.copy_(sequential.whole_values(tuple(parameter.shape), f"{index} {key}", 0.5))
+        grouped.adapted(model)
+        for compiled in (False, True):
+            if compiled:
+                grouped.compile_experts(model)
+            found, expected = (variant_step(model, forward) for forward in (model, by_formula))
+            errors |= {
+                f"{name} {'compiled' * compiled} {key}": relative_error(found[key], value)
+                for key, value in expected.items()
+            }
+    return errors
+
+
+def variant_step(model: Any, forward: Any) -> Results:
+    x = batch(0).reshape(-1, 1, HIDDEN).requires_grad_()
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    y = forward(x) if forward is model else forward(model, x)
+    gradients = torch.autograd.grad((y * batch(0, "loss").reshape(y.shape)).sum(), [x, *parameters.values()])
+    return {"y": y.detach(), **dict(zip(["dx", *parameters], gradients, strict=True))}
+
+
+def by_formula(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """The layer expert by expert, biased as Megatron's SequentialMLP is, with DoRA as the paper writes it."""
+    config, tokens = model.config, x.reshape(-1, HIDDEN)
+    bias = getattr(model.mlp.router, "bias", None)
+    logits = tokens @ model.mlp.router.weight.T + (0.0 if bias is None else bias)
+    if config.moe_router_pre_softmax:
+        values, chosen = logits.softmax(-1, dtype=torch.float32).to(x.dtype).topk(config.moe_router_topk, -1)
+    else:
+        values, chosen = logits.topk(config.moe_router_topk, -1)
+        values = values.softmax(-1, dtype=torch.float32).to(x.dtype)
+    y = torch.zeros_like(tokens)
+    for number in range(EXPERTS):
+        token, slot = (chosen == number).nonzero(as_tuple=True)
+        own, probs = tokens[token], values[token, slot][:, None]
+        inside = config.moe_apply_probs_on_input
+        hidden = expert_linear(model, "linear_fc1", number, own * probs if inside else own, 1.0)
+        gate, up = hidden.chunk(2, -1)
+        activated = F.silu(gate) * up * (1.0 if inside else probs)
+        y = y.index_add(0, token, expert_linear(model, "linear_fc2", number, activated, 1.0 if inside else probs))
+    return y.view_as(x)
+
+
+def expert_linear(model: Any, name: str, number: int, x: torch.Tensor, of_bias: torch.Tensor | float) -> torch.Tensor:
+    site = grouped.grouped_linears(model)[name]
+    trained = [tensor[number] for tensor in grouped.adapter_tensors(site).values()]
+    weight = site.to_wrap.get_parameter(f"weight{number}")
+    y = dora_linear(x, weight, None, *trained, scaling=sequential.SCALING)
+    return y + site.to_wrap.get_parameter(f"bias{number}") * of_bias if site.to_wrap.use_bias else y
+
+
+def test_biases_and_probabilities_emulated_kernels() -> None:
+    assert_below(run_layout(_on_one_rank, Layout(), variant_errors), rounding(torch.float64, ROUNDINGS))
+
+
+def _on_one_rank(layout: Layout, function: Any) -> Any:
+    return function()
+
+
+def refusals() -> dict[str, str]:
+    """What attaching says of layers and settings under which another function would be trained."""
+    found = {}
+    for name in ("single_grouped_weight", "use_transformer_engine_op_fuser"):
+        model = grouped.build(Layout())
+        setattr(model.config, f"moe_{name}" if name.startswith("single") else name, True)
+        found[name] = _message(model)
+    for name in ("overlap_dispatch_backward_with_experts_wgrad", "moe_paged_stash"):
+        model = grouped.build(Layout())
+        object.__setattr__(model.config, name, True)
+        found[name] = _message(model)
+    model = grouped.build(Layout())
+    linear = grouped.grouped_linears(model)["linear_fc2"]
+    linear.weight2.data[3, 4] = torch.nan
+    found["not finite"] = _message(model)
+    model = grouped.build(Layout())
+    linear = grouped.grouped_linears(model)["linear_fc1"]
+    forward = type(linear).forward
+    linear.forward = lambda x, m_splits: (2.0 * forward(linear, x, m_splits)[0], None)
+    found["another function"] = _message(model)
+    model = grouped.adapted(grouped.build(Layout()))
+    site = grouped.grouped_linears(model)["linear_fc1"]
+    for name, call in {
+        "too few counts": lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [2, 2]),
+        "other counts": lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [2, 2, 1, 0]),
+        "features": lambda: site(torch.zeros(4, HIDDEN + 1, dtype=torch.float64), [2, 2, 0, 0]),
+        "merge": lambda: dora_fx.merge(model),
+    }.items():
+        found[name] = _raised(call)
+    site.to_wrap.weight3.requires_grad_()
+    found["trained base"] = _raised(lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [4, 0, 0, 0]))
+    return found
+
+
+def _message(model: Any) -> str:
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    message = _raised(lambda: grouped.adapted(model))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    return message
+
+
+def _raised(call: Any) -> str:
+    with pytest.raises((TypeError, ValueError)) as error:
+        call()
+    return str(error.value)
+
+
+def test_what_is_refused_is_named_emulated_kernels() -> None:
+    found = run_layout(_on_one_rank, Layout(), refusals)
+    layer = "mlp.experts.linear_fc1: found "
+    kind = "a TEColumnParallelGroupedLinear "
+    expected = {
+        "single_grouped_weight": f"{layer}{kind}with moe_single_grouped_weight = True, expected False",
+        "use_transformer_engine_op_fuser": f"{layer}{kind}with use_transformer_engine_op_fuser = True, expected False",
+        "overlap_dispatch_backward_with_experts_wgrad": f"{layer}{kind}with overlap_dispatch_backward_with_experts_wg",
+        "moe_paged_stash": f"{layer}{kind}with moe_paged_stash = True, expected False",
+        "not finite": "mlp.experts.linear_fc2.weight2: the base weight has NaN or inf in 1 of 16 rows",
+        "another function": f"{layer}{kind}whose outputs are off W0 x + bias by up to",
+        "too few counts": f"{layer}2 numbers of tokens, expected one for each of 4",
+        "other counts": f"{layer}4 tokens, expected the sum of the experts' numbers, 5",
+        "features": "mlp.experts.linear_fc1: the input has 17 features, the layer takes 16",
+        "merge": f"{layer}a layer that holds 4 experts, expected one of a single matrix",
+        "trained base": "mlp.experts.linear_fc1: the base weight requires grad",
+    }
+    assert found.keys() == expected.keys()
+    assert {name: message[: len(expected[name])] for name, message in found.items()} == expected
