@@ -51,11 +51,19 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     # Its own default is a token that the tiny vocabulary has not.
     "phi3": (transformers.Phi3Config, dict(pad_token_id=None, eos_token_id=0)),
 }
+# With experts in every layer. The size of a dense MLP, which no layer has, is another than theirs.
+_EXPERTS: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, head_dim=16)
+MOE_CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
+    "qwen3_moe": (transformers.Qwen3MoeConfig, dict(_EXPERTS, norm_topk_prob=True)),
+    # Of probabilities that do not sum to one.
+    "qwen3_moe_unnormalised": (transformers.Qwen3MoeConfig, dict(_EXPERTS, norm_topk_prob=False)),
+    "mixtral": (transformers.MixtralConfig, dict(num_local_experts=4, num_experts_per_tok=2)),
+}
 
 
 def tiny_hf_config(kind: str = "llama", **overrides: Any) -> Any:
-    """A transformers config from `CONFIGS`."""
-    config_class, settings = CONFIGS[kind]
+    """A transformers config from `CONFIGS` or `MOE_CONFIGS`."""
+    config_class, settings = (CONFIGS | MOE_CONFIGS)[kind]
     return config_class(**(SHAPE | settings | overrides))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dora_fx.attach.frozen_experts import text_on_fused_experts
 from dora_fx.attach.matching import adapted_layers
 
 
@@ -24,12 +25,16 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class DoRAReport:
-    """Sites in model order, the linear layers left alone, and parameter counts of this rank."""
+    """Sites in model order, the linear layers left alone, and parameter counts of this rank.
+
+    `frozen_experts` says which experts are no layers and stay frozen; None where all are layers, or there are none.
+    """
 
     sites: tuple[SiteReport, ...]
     unmatched_linears: tuple[str, ...]
     num_trainable: int
     num_total: int
+    frozen_experts: str | None = None
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("module", "layout", "weight", "A", "B", "trainable")]
@@ -51,6 +56,8 @@ class DoRAReport:
         )
         if self.unmatched_linears:
             lines.append(f"not adapted: {', '.join(self.unmatched_linears)}")
+        if self.frozen_experts:
+            lines.append(self.frozen_experts)
         return "\n".join(lines)
 
 
@@ -79,4 +86,5 @@ def report_on(chunks: Sequence[nn.Module], unmatched_linears: Sequence[str]) -> 
         unmatched_linears=tuple(unmatched_linears),
         num_trainable=sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad),
         num_total=sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+        frozen_experts=text_on_fused_experts(chunks),
     )

@@ -56,6 +56,11 @@ def called_here_maybe(chunks: Sequence[nn.Module], patterns: Sequence[str]) -> s
     return f"in this model {called}" if called else None
 
 
+def projections_of(name: str) -> frozenset[str]:
+    """Return the projections that a layer of this name holds; none for a name that is not known."""
+    return _PROJECTIONS.get(name, frozenset())
+
+
 def _names_of_linears(chunks: Sequence[nn.Module]) -> list[str]:
     """Return the last names of the model's linear layers, once each, in model order."""
     linears = [named for chunk in chunks for named in walk(chunk, DoRALinear) if looks_like_linear(named.module)]
@@ -63,8 +68,8 @@ def _names_of_linears(chunks: Sequence[nn.Module]) -> list[str]:
 
 
 def _called_here(pattern: str, names: Sequence[str]) -> list[str]:
-    meant = _PROJECTIONS.get(_last_name(pattern), frozenset())
-    return [name for name in names if name != _last_name(pattern) and meant & _PROJECTIONS.get(name, frozenset())]
+    meant = projections_of(_last_name(pattern))
+    return [name for name in names if name != _last_name(pattern) and meant & projections_of(name)]
 
 
 def _last_name(pattern: str) -> str:

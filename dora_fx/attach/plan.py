@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed._composable.replicate import DDP as ComposableDDP
 
 from dora_fx.attach.attach_listeners import call_attach_listeners
-from dora_fx.attach.expert_parameters import check_experts_are_layers
+from dora_fx.attach.frozen_experts import check_experts_are_layers, check_fused_experts
 from dora_fx.attach.layer_names import called_here_maybe, hint
 from dora_fx.attach.matching import find_targets
 from dora_fx.attach.recomputation import train_through_recomputation
@@ -83,6 +83,7 @@ def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> Atta
         ValueError, TypeError: as `DoRA.__call__` documents.
     """
     check_experts_are_layers(settings, chunks)
+    check_fused_experts(chunks, settings.target_modules, settings.exclude_modules)
     found = find_targets(chunks, settings.target_modules, settings.exclude_modules)
     new, existing = [], []
     for chunk, named in found.targets:

@@ -9,7 +9,7 @@ from dora_fx.checkpoint.checked_reader import CheckedReader
 from dora_fx.checkpoint.common_state import read_common
 from dora_fx.checkpoint.directory import check_visible, open_checkpoint, previous_of
 from dora_fx.checkpoint.load_checks import check_base, check_stored
-from dora_fx.checkpoint.manifest import ATTENTION_AND_MLP, MANIFEST, Manifest, check_file
+from dora_fx.checkpoint.manifest import ATTENTION_AND_MLP, EXPERTS, MANIFEST, Manifest, check_file
 from dora_fx.checkpoint.optimizer_state import OptimizerState
 from dora_fx.checkpoint.rank_steps import CheckpointError
 from dora_fx.checkpoint.save_and_load import load_checkpoint, save_checkpoint
@@ -19,6 +19,7 @@ from dora_fx.checkpoint.whole_adapters import WholeAdapter, read_adapters
 
 __all__ = [
     "ATTENTION_AND_MLP",
+    "EXPERTS",
     "MANIFEST",
     "CheckedReader",
     "CheckpointError",

@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 
 # Between a layer's key and the name of a parameter of the norm of its input.
 NORM_OF_INPUT = ".layer_norm_"
+# In the keys of experts' layers. Their tensors have an axis of experts in front, behind that of layers if there is one.
+EXPERTS = ".experts.experts."
 # Values of `layout["hybrid"]`, which only a HybridModel has: attention and MLP layers alternate, or there are others.
 ATTENTION_AND_MLP, OTHER_HYBRID = 1, 2
 

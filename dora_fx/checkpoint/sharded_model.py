@@ -116,11 +116,20 @@ def all_shards(state: Any) -> list[ShardedBase]:
 
 
 def layout_of_world(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """Return the sizes of Megatron's groups by their usual names, sequence parallelism, and a HybridModel's kind."""
+    """Return the sizes of Megatron's groups by their usual names, sequence parallelism, and a HybridModel's kind.
+
+    Those of experts are there for a model that has some.
+    """
     config: Any = getattr(unwrap(chunks[0]), "config", None)
     pattern = hybrid_pattern_maybe(chunks[0])
     hybrid = {} if pattern is None else {"hybrid": ATTENTION_AND_MLP if is_attention_and_mlp(pattern) else OTHER_HYBRID}
-    return hybrid | {
+    of_experts = {
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    return {
+        **hybrid,
+        **(of_experts if getattr(config, "num_moe_experts", None) else {}),
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
         "vpp": len(chunks),

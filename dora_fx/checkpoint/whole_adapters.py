@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from dora_fx.checkpoint.checked_reader import CheckedReader, load_checked
 from dora_fx.checkpoint.directory import open_checkpoint, read_unreplaced, was_replaced
 from dora_fx.checkpoint.load_checks import check_finite, check_stored
-from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
+from dora_fx.checkpoint.manifest import EXPERTS, Manifest, SiteSettings, StoredTensor, check_file
 from dora_fx.checkpoint.rank_steps import CheckpointError
 from dora_fx.function import ADAPTER_TENSORS
 from dora_fx.ranks import error_text
@@ -35,7 +36,8 @@ class WholeAdapter:
 def read_adapters(path: str | os.PathLike[str]) -> dict[str, WholeAdapter]:
     """Read the adapters that `save_checkpoint` wrote, by the layers' paths in the whole model.
 
-    The files are checked first. Optimizer state is not read.
+    Layers of experts have the paths that they have in `SequentialMLP`, whatever held them. The files are checked first.
+    Optimizer state is not read.
 
     Raises:
         CheckpointError: there is no checkpoint, one of its files is damaged, or an adapter has NaN or inf.
@@ -75,12 +77,14 @@ def _expected_tensors(directory: Path, manifest: Manifest) -> dict[str, StoredTe
         tensors = {name: manifest.tensors.get(f"{site}.adapter.{name}") for name in ADAPTER_TENSORS}
         shapes = {name: tensor.shape if tensor else None for name, tensor in tensors.items()}
         a, b, magnitude = (shapes[name] or () for name in ("linear_in.weight", "linear_out.weight", "weight_magnitude"))
-        layers, dim = magnitude[:-1], settings.dim
-        if len(magnitude) not in (1, 2) or a[:-1] != (*layers, dim) or b != (*magnitude, dim):
+        axes, dim = magnitude[:-1], settings.dim
+        of_experts = EXPERTS in site
+        if len(axes) - of_experts not in (0, 1) or a[:-1] != (*axes, dim) or b != (*magnitude, dim):
             shown = ", ".join(f"{name} {shape or 'missing'}" for name, shape in shapes.items())
+            axis = "layers, experts" if of_experts else "layers"
             raise CheckpointError(
-                f"{directory}: the tensors of {site} do not fit together ({shown}), expected [layers, {dim}, in], "
-                f"[layers, out, {dim}] and [layers, out]; load another checkpoint"
+                f"{directory}: the tensors of {site} do not fit together ({shown}), expected [{axis}, {dim}, in], "
+                f"[{axis}, out, {dim}] and [{axis}, out]; load another checkpoint"
             )
         expected |= {f"{site}.adapter.{name}": tensor for name, tensor in tensors.items() if tensor}
     return expected
@@ -92,12 +96,17 @@ def _without_padding(stored: Tensor, expected: StoredTensor) -> Tensor:
 
 
 def _split_layers(site: str, whole: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield each layer's path and tensors; a site whose tensors have no layer axis in front is one layer."""
-    if whole["weight_magnitude"].dim() == 1:
-        yield site, {name: tensor.contiguous() for name, tensor in whole.items()}
-        return
-    before, layers, after = site.partition("layers.")
-    parts = {name: tensor.unbind(0) for name, tensor in whole.items()}
-    for index in range(len(parts["weight_magnitude"])):
+    """Yield each layer's path and tensors; a site whose tensors have no axis in front is one layer.
+
+    Layers may be an axis, and experts are one, the last in front.
+    """
+    sizes = whole["weight_magnitude"].shape[:-1]
+    num_layer_axes = len(sizes) - (EXPERTS in site)
+    for place in itertools.product(*map(range, sizes)):
+        path = site
+        if num_layer_axes:
+            path = path.replace("layers.", f"layers.{place[0]}.", 1)
+        if len(place) > num_layer_axes:
+            path = path.replace(EXPERTS, f".experts.local_experts.{place[-1]}.", 1)
         # Clones, so that one layer that is kept does not keep the memory of all.
-        yield f"{before}{layers}{index}.{after}", {name: parts[name][index].clone() for name in ADAPTER_TENSORS}
+        yield path, {name: whole[name][place].clone(memory_format=torch.contiguous_format) for name in ADAPTER_TENSORS}

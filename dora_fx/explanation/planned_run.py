@@ -101,7 +101,12 @@ class PlannedRun:
         return min(self.pp - stage, self.micro_batches)
 
     def check_fits(self, architecture: GPTArchitecture) -> None:
-        """Raise ValueError, naming the option and the size, where the ranks cannot share a base equally."""
+        """Raise ValueError where a base has experts, or where the ranks cannot share it equally, naming the option."""
+        if architecture.experts:
+            raise ValueError(
+                f"base: found a {architecture.hf.model_type} with {architecture.num_experts} experts in each layer, "
+                "expected an MLP: what a rank computes and keeps depends on where tokens go"
+            )
         if architecture.num_layers % self.pp:
             raise ValueError(f"pp: found {self.pp}, expected a divisor of the {architecture.num_layers} layers")
         shared = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dora_fx.hf.model_record import ModelRecord
 from dora_fx.models import (
     DEFAULT_ARCHITECTURE,
+    DEFAULT_EXPERTS_ARCHITECTURE,
     OUTPUT_LAYER,
     DecoderNames,
     HFArchitecture,
@@ -103,7 +104,7 @@ class GPTCounterpart(Counterpart):
 
     def named_as(self, architecture: HFArchitecture) -> GPTCounterpart:
         """The same, with the names of another architecture, which is known to be the model's."""
-        paths = architecture.linear_paths(self.decoder.num_layers)
+        paths = architecture.linear_paths(self.decoder.num_layers, self.parts.num_experts)
         return replace(self, parts=replace(self.parts, hf=architecture), paths=paths, is_assumed=False)
 
 
@@ -161,12 +162,14 @@ def gpt_counterpart(
     decoder = DecoderNames.of(model)
     check_settings(config, model)
     known = known_architecture_maybe(model, model_type)
-    architecture, linears = known or DEFAULT_ARCHITECTURE, _linears(record, decoder)
+    default = DEFAULT_EXPERTS_ARCHITECTURE if getattr(config, "num_moe_experts", None) else DEFAULT_ARCHITECTURE
+    architecture, linears = known or default, _linears(record, decoder)
+    parts = HFParts.of(architecture, config)
     return GPTCounterpart(
         linears=linears,
         adapted=_adapted(linears),
-        parts=HFParts.of(architecture, config),
-        paths=architecture.linear_paths(decoder.num_layers),
+        parts=parts,
+        paths=architecture.linear_paths(decoder.num_layers, parts.num_experts),
         vocabulary=_true_vocabulary(config, linears, vocab_size),
         decoder=decoder,
         is_assumed=known is None,

@@ -9,10 +9,11 @@ from typing import Any
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from dora_fx.checkpoint import add_digests, shard_digests
+from dora_fx.checkpoint import EXPERTS, add_digests, shard_digests
 from dora_fx.models import DecoderNames, architecture_with_tensors, full_tensors
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 
 
 def base_digests(
@@ -38,10 +39,14 @@ def base_digests(
         for gpt_name, tensor in full_tensors(architecture, state_dict, range(architecture.num_layers)):
             name = names.fused_name(gpt_name)
             match = None if non_homogeneous_layers else _LAYER.fullmatch(name)
+            # Without numbers in the keys the layers of a kind are one tensor, with an axis of layers in front.
             key = match[1] + match[3] if match else name
+            offsets = [(0, int(match[2]), architecture.num_layers)] if match else []
+            if expert := _EXPERT.search(key):
+                # Experts are always one, behind that axis.
+                key = key.replace(expert[0], EXPERTS)
+                offsets.append((len(offsets), int(expert[1]), architecture.num_experts))
             if key in keys:
-                # Without numbers in the keys the layers of a kind are one tensor, with an axis of layers in front.
-                offsets = [(0, int(match[2]), architecture.num_layers)] if match else []
                 yield ShardedTensor.from_rank_offsets(key, tensor, *offsets, prepend_axis_num=len(offsets))
 
     return add_digests([shard_digests(shards())])

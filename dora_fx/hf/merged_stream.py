@@ -16,7 +16,7 @@ from dora_fx.hf.counterpart import GPTCounterpart, NamedLinear, check_own, gpt_c
 from dora_fx.hf.model_record import ModelRecord, model_record
 from dora_fx.hf.send import send_units
 from dora_fx.megatron import Model, check_unsharded, chunks_of
-from dora_fx.models import EMBEDDING_WEIGHT, FINAL_NORM, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER
+from dora_fx.models import EMBEDDING_WEIGHT, FINAL_NORM, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER, ROUTER
 from dora_fx.modules import DoRALinear, LinearSpec, gather_whole, quantised_weight_maybe
 from dora_fx.ranks import gather_objects, raise_on_every_rank
 
@@ -142,12 +142,12 @@ def _whole_weight(linear: NamedLinear, spec: LinearSpec, dtype: torch.dtype | No
 def _other_unit(
     path: str, parameters: Mapping[str, nn.Parameter], hf: GPTCounterpart, dtype: torch.dtype | None
 ) -> Unit:
-    """The unit of an embedding or a norm: one weight, whole on every rank or sharded along its rows."""
+    """The unit of an embedding, a norm or a router: one weight, whole on every rank or sharded along its rows."""
     layer = path.removeprefix("decoder.layers.").partition(".")
     names = {_EMBEDDING: EMBEDDING_WEIGHT, FINAL_NORM: FINAL_NORM_WEIGHT}
-    norms = hf.parts.hf.norms
-    if layer[0].isdigit() and layer[2] in norms:
-        names[path] = f"{LAYERS}.{layer[0]}.{norms[layer[2]]}.weight"
+    own = {**hf.parts.hf.norms, ROUTER: hf.parts.hf.router}
+    if layer[0].isdigit() and own.get(layer[2]):
+        names[path] = f"{LAYERS}.{layer[0]}.{own[layer[2]]}.weight"
     if path not in names or parameters.keys() != {"weight"}:
         raise ValueError(
             f"{path}: found parameters {', '.join(parameters)}, which have no name in Hugging Face models of type "
@@ -173,8 +173,11 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _layer_modules(hf: GPTCounterpart) -> Iterator[str]:
     """Paths, in a GPTModel of the local spec, of the modules in its layers that have parameters."""
+    architecture = hf.parts.hf
+    linears = architecture.linears_of_layer(range(hf.parts.num_experts))
+    names = [*architecture.norms, *([ROUTER] if architecture.router else []), *linears]
     for index in range(hf.decoder.num_layers):
-        yield from (f"decoder.layers.{index}.{name}" for name in (*hf.parts.hf.norms, *hf.parts.hf.linears))
+        yield from (f"decoder.layers.{index}.{name}" for name in names)
 
 
 # A transformers model

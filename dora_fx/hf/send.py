@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from dora_fx.ranks import gather_objects, gather_objects_on_first_rank, has_other_ranks, world_group
@@ -17,13 +16,16 @@ T = TypeVar("T")
 
 
 def to_first_rank(own: Mapping[str, T], group: dist.ProcessGroup | None) -> dict[str, T]:
-    """Bring named values of every pipeline stage to the group's first rank; every rank of it calls it.
+    """Bring the named values of all ranks to the group's first rank; every rank of it calls it.
 
-    The other ranks get an empty dict. A process by itself, whose group is None, gets its own.
+    Of the ranks that have the value of a name, which is the same on all of them, one sends it. The other ranks get an
+    empty dict. A process by itself, whose group is None, gets its own.
     """
     if not has_other_ranks(group):
         return dict(own)
-    parts = gather_objects_on_first_rank(dict(own) if _is_speaker() else {}, group)
+    senders, rank = _senders(gather_objects(list(own), group)), dist.get_rank(group)
+    sent = {name: value for name, value in own.items() if senders[name] == rank}
+    parts = gather_objects_on_first_rank(sent, group)
     return {name: value for part in parts for name, value in part.items()}
 
 
@@ -32,7 +34,7 @@ def send_units(units: Iterable[Mapping[str, Tensor]], *, every_rank: bool) -> It
 
     Args:
         units: as many on every rank, in the same order. A rank that has nothing of a unit has an empty one; of the
-            ranks of a pipeline stage, which have the same, the speaker's is sent.
+            ranks that have one of a name, which have the same, the first one's is sent.
         every_rank: else the other ranks get an empty stream; they take part all the same.
 
     Raises:
@@ -43,24 +45,30 @@ def send_units(units: Iterable[Mapping[str, Tensor]], *, every_rank: bool) -> It
         if not has_other_ranks(group):
             yield from unit.items()
             continue
-        own = dict(unit) if _is_speaker() else {}
+        own = dict(unit)
         described = {name: (tensor.shape, tensor.dtype, tensor.device.type) for name, tensor in own.items()}
         with _saying_where_it_broke_off(last):
             of_ranks = gather_objects(described, group)
-        for source, tensors in enumerate(of_ranks):
-            for name, (shape, dtype, device_type) in tensors.items():
-                tensor = own[name] if dist.get_rank() == source else None
-                with _saying_where_it_broke_off(last):
-                    received = _send(tensor, source, shape, dtype, device_type, every_rank)
-                last = name
-                if received is not None:
-                    yield name, received
+        for name, source in _senders(of_ranks).items():
+            shape, dtype, device_type = of_ranks[source][name]
+            tensor = own[name] if dist.get_rank() == source else None
+            with _saying_where_it_broke_off(last):
+                received = _send(tensor, source, shape, dtype, device_type, every_rank)
+            last = name
+            if received is not None:
+                yield name, received
 
 
-def _is_speaker() -> bool:
-    """Return whether this rank speaks for its pipeline stage, whose other ranks hold the same whole tensors."""
-    data_parallel_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return parallel_state.get_tensor_model_parallel_rank() == 0 and data_parallel_rank == 0
+def _senders(names_of_ranks: Sequence[Iterable[str]]) -> dict[str, int]:
+    """Return the first rank that has each name, in the order of the ranks.
+
+    Ranks of other pipeline stages have other layers, and those of other expert-parallel ranks other experts.
+    """
+    senders: dict[str, int] = {}
+    for rank, names in enumerate(names_of_ranks):
+        for name in names:
+            senders.setdefault(name, rank)
+    return senders
 
 
 @contextmanager

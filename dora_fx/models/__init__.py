@@ -17,12 +17,14 @@ from dora_fx.models.gpt_model import (
 )
 from dora_fx.models.hf_architectures import (
     DEFAULT_ARCHITECTURE,
+    DEFAULT_EXPERTS_ARCHITECTURE,
     EMBEDDING_WEIGHT,
     FINAL_NORM_WEIGHT,
     HF_ARCHITECTURES,
     LAYERS,
     LM_HEAD,
     OUTPUT_LAYER,
+    ROUTER,
     SUPPORTED_MODEL_TYPES,
     HFArchitecture,
 )
@@ -35,6 +37,7 @@ from dora_fx.models.specs import Spec, check_spec, default_spec, empty_gpt_model
 __all__ = [
     "CONFIG",
     "DEFAULT_ARCHITECTURE",
+    "DEFAULT_EXPERTS_ARCHITECTURE",
     "EMBEDDING_WEIGHT",
     "FINAL_NORM",
     "FINAL_NORM_WEIGHT",
@@ -43,6 +46,7 @@ __all__ = [
     "LAYERS",
     "LM_HEAD",
     "OUTPUT_LAYER",
+    "ROUTER",
     "SUPPORTED_MODEL_TYPES",
     "DecoderNames",
     "GPTArchitecture",

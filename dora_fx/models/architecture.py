@@ -19,11 +19,27 @@ class UnsupportedModelError(ExplainedError):
 
 
 @dataclass(frozen=True)
-class GPTArchitecture:
-    """Sizes and options of a decoder with RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP.
+class Experts:
+    """The experts of each layer, of which a router chooses some for a token.
 
-    `hf` has the names of its tensors in a checkpoint and says which biases and norms it has. `kv_channels` is the size
-    of one head. `llama3_rope_factor` and `linear_rope_factor` are None where positions are not scaled in that way.
+    Attributes:
+        number: of experts.
+        top_k: how many a token goes to.
+        normalised: whether the probabilities of those sum to one; else they are what the softmax over all gives them.
+    """
+
+    number: int
+    top_k: int
+    normalised: bool
+
+
+@dataclass(frozen=True)
+class GPTArchitecture:
+    """Sizes and options of a decoder: RMSNorm, rotary positions, grouped-query attention and a SwiGLU MLP or experts.
+
+    `hf` has the names of its tensors in a checkpoint and says which biases and norms it has. `ffn_hidden_size` is that
+    of the MLP or of each expert, and `experts` is None for an MLP. `kv_channels` is the size of one head.
+    `llama3_rope_factor` and `linear_rope_factor` are None where positions are not scaled in that way.
     """
 
     hf: HFArchitecture
@@ -41,6 +57,12 @@ class GPTArchitecture:
     rotary_base: float
     llama3_rope_factor: float | None = None
     linear_rope_factor: float | None = None
+    experts: Experts | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Return the number of experts in each layer; 0 for an MLP."""
+        return self.experts.number if self.experts else 0
 
     @property
     def queries_per_group(self) -> int:
@@ -58,12 +80,12 @@ def architecture_of(config: Any) -> GPTArchitecture:
     if hf is None:
         return _refuse("model_type", config.model_type, f"one of {', '.join(SUPPORTED_MODEL_TYPES)}")
     _check_features(hf, config)
-    factors = _rope_factors(config.rope_parameters)
+    factors, experts = _rope_factors(config.rope_parameters), _experts(config) if hf.router else None
     return GPTArchitecture(
         hf=hf,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
+        ffn_hidden_size=getattr(config, "moe_intermediate_size", config.intermediate_size),
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
         kv_channels=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -73,6 +95,7 @@ def architecture_of(config: Any) -> GPTArchitecture:
         attention_dropout=float(config.attention_dropout or 0.0),
         tied_embeddings=bool(config.tie_word_embeddings),
         rotary_base=config.rope_parameters["rope_theta"],
+        experts=experts,
         **factors,
     )
 
@@ -114,6 +137,20 @@ def _check_features(hf: HFArchitecture, config: Any) -> None:
         _refuse("sliding_window", window, f"none, or at least max_position_embeddings, {longest}")
     if config.num_attention_heads % config.num_key_value_heads:
         _refuse("num_key_value_heads", config.num_key_value_heads, f"a divisor of {config.num_attention_heads}")
+
+
+def _experts(config: Any) -> Experts:
+    """Return the experts of a config whose router is a softmax over all of them."""
+    step = getattr(config, "decoder_sparse_step", 1)
+    if step != 1:
+        _refuse("decoder_sparse_step", step, "1, experts in every layer")
+    number, top_k = config.num_local_experts, config.num_experts_per_tok
+    if not 1 <= top_k <= number:
+        _refuse("num_experts_per_tok", top_k, f"a number from 1 to the {number} experts")
+    normalised = bool(getattr(config, "norm_topk_prob", True))
+    if normalised and top_k == 1:
+        _refuse("num_experts_per_tok", 1, "at least 2 where their probabilities are normalised")
+    return Experts(number, top_k, normalised)
 
 
 def _rope_factors(parameters: Mapping[str, Any]) -> dict[str, float]:

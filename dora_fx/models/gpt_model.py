@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dora_fx.files import listed
 from dora_fx.models.architecture import GPTArchitecture, architecture_of, with_query_groups
 from dora_fx.models.decoder_names import parameters_by_gpt_name
+from dora_fx.models.fused_experts import per_expert
 from dora_fx.models.hf_architectures import (
     EMBEDDING_WEIGHT,
     FINAL_NORM_WEIGHT,
@@ -23,6 +24,7 @@ from dora_fx.models.hf_architectures import (
     OUTPUT_WEIGHT,
     SUPPORTED_MODEL_TYPES,
     HFArchitecture,
+    expert_number_maybe,
 )
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
 from dora_fx.models.megatron_settings import check_states
@@ -45,12 +47,12 @@ def build_gpt_model(
     """Build a Megatron GPTModel or HybridModel that computes what the Hugging Face model computes.
 
     Megatron's model-parallel groups must exist (`dora_fx.megatron.world`). Each rank holds the layers of its pipeline
-    stage, and its tensor-parallel shards of them. Logits are `[b, s, vocab/tp]`. Pass `causal_mask(s, device)` as the
-    attention mask. `export_hf` writes adapters under the checkpoint's names.
+    stage, its tensor-parallel shards of them, and its share of the experts. Logits are `[b, s, vocab/tp]`. Pass
+    `causal_mask(s, device)` as the attention mask. `export_hf` writes adapters under the checkpoint's names.
 
     Args:
         config: the checkpoint's transformers config.
-        state_dict: the checkpoint's tensors, as the transformers model names them.
+        state_dict: the checkpoint's tensors, as the transformers model or checkpoints on the hub name them.
         dtype: of the parameters, float32 or bfloat16.
         device: "cpu" or "cuda" (the current device).
         num_query_groups: pad with query groups of zeros up to this number; the model computes the same. The default
@@ -62,12 +64,13 @@ def build_gpt_model(
 
     Raises:
         UnsupportedModelError: the config has a feature that this model would compute differently.
-        ValueError: the checkpoint's tensors are not those of its config, a size is not divisible by the tensor-parallel
-            size, or packages that the spec needs are missing; the message names them.
+        ValueError: the checkpoint's tensors are not those of its config, a size is not divisible by a parallel size,
+            the spec has no experts, or packages that the spec needs are missing; the message names them.
     """
     spec = default_spec(device) if spec is None else spec
     check_spec(spec)
     unpadded = architecture_with_tensors(config, state_dict)
+    state_dict = per_expert(unpadded.hf, state_dict)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     _check_stages(unpadded)
     # Megatron shards linear_qkv by whole query groups.
@@ -107,7 +110,13 @@ def known_architecture_maybe(model: Any, stated: str | None) -> HFArchitecture |
     hf = HF_ARCHITECTURES[stated]
     if built_from is not None and built_from.linears != hf.linears:
         raise ValueError(f"model_type: found {stated!r}, expected {noted!r}, which the model was built from")
-    check_states(model.config, model_type=stated, qkv_bias=hf.qkv_bias, qk_layernorm=hf.qk_layernorm)
+    check_states(
+        model.config,
+        model_type=stated,
+        qkv_bias=hf.qkv_bias,
+        qk_layernorm=hf.qk_layernorm,
+        has_experts=hf.router is not None,
+    )
     return hf
 
 
@@ -145,10 +154,20 @@ def separating_mask(sample: Tensor) -> Tensor:
 
 
 def _check_divisible(architecture: GPTArchitecture, tp_size: int) -> None:
-    for name in ("num_query_groups", "ffn_hidden_size", "vocab_size"):
+    ep_size = parallel_state.get_expert_model_parallel_world_size()
+    etp_size = parallel_state.get_expert_tensor_parallel_world_size()
+    if architecture.experts is None and ep_size > 1:
+        raise ValueError(f"the expert-parallel size is {ep_size}, expected 1 for a model without experts")
+    of_mlp = ("tensor", tp_size) if architecture.experts is None else ("expert-tensor", etp_size)
+    for name, kind, parallel_size in (
+        ("num_query_groups", "tensor", tp_size),
+        ("ffn_hidden_size", *of_mlp),
+        ("vocab_size", "tensor", tp_size),
+        ("num_experts", "expert", ep_size),
+    ):
         size = getattr(architecture, name)
-        if size % tp_size:
-            raise ValueError(f"{name} is {size}, expected a multiple of the tensor-parallel size {tp_size}")
+        if size % parallel_size:
+            raise ValueError(f"{name} is {size}, expected a multiple of the {kind}-parallel size {parallel_size}")
 
 
 def _check_stages(architecture: GPTArchitecture) -> None:
@@ -179,13 +198,19 @@ def _check_names(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor]
 
 
 def full_tensors(
-    architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], layers: Iterable[int]
+    architecture: GPTArchitecture,
+    state_dict: Mapping[str, Tensor],
+    layers: Iterable[int],
+    experts: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (parameter name in a GPTModel of the local spec, full tensor) for these layers and the model's ends."""
+    """Yield (parameter name in a GPTModel of the local spec, full tensor) for these layers and the model's ends.
+
+    Of the experts those with these numbers are taken, by default all.
+    """
     yield "embedding.word_embeddings.weight", state_dict[EMBEDDING_WEIGHT]
     for index in layers:
-        hf = {name: state_dict[f"{LAYERS}.{index}.{name}"] for name in hf_layer_names(architecture)}
-        for name, tensor in megatron_layer_tensors(architecture, hf).items():
+        hf = {name: state_dict[f"{LAYERS}.{index}.{name}"] for name in hf_layer_names(architecture, experts)}
+        for name, tensor in megatron_layer_tensors(architecture, hf, experts).items():
             yield f"decoder.layers.{index}.{name}", tensor
     yield "decoder.final_layernorm.weight", state_dict[FINAL_NORM_WEIGHT]
     if not architecture.tied_embeddings:
@@ -198,21 +223,25 @@ _ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "
 
 @torch.no_grad()
 def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor], model: Any) -> None:
-    tp_rank = parallel_state.get_tensor_model_parallel_rank()
-    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    dense, of_experts = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_expert_tensor_parallel_group(),
+    )
     parameters = parameters_by_gpt_name(model)
-    # The layers of this pipeline stage.
+    # The layers of this pipeline stage, and this rank's experts.
     layers = sorted({int(name.split(".")[2]) for name in parameters if name.startswith("decoder.layers.")})
-    for name, full in full_tensors(architecture, state_dict, layers):
+    experts = sorted({number for name in parameters if (number := expert_number_maybe(name)) is not None})
+    for name, full in full_tensors(architecture, state_dict, layers, experts):
         if name not in parameters and name in _ENDS and not (model.pre_process and model.post_process):
             # It belongs to another pipeline stage.
             continue
         parameter = parameters.pop(name)
         if getattr(parameter, "tensor_model_parallel", False):
-            full = shard_of(name, full, parameter.partition_dim, tp_rank, tp_size)  # type: ignore[attr-defined]
+            group = dense if expert_number_maybe(name) is None else of_experts
+            full = shard_of(name, full, parameter.partition_dim, group.rank(), group.size())  # type: ignore[attr-defined]
         if full.shape != parameter.shape:
             raise ValueError(f"{name}: the checkpoint has {tuple(full.shape)}, expected {tuple(parameter.shape)}")
         parameter.copy_(full)
     if parameters:
         raise ValueError(f"the checkpoint has no tensor for {listed(set(parameters))}")
-    logger.info("copied %d layers of tensor-parallel rank %d of %d", len(layers), tp_rank, tp_size)
+    logger.info("copied %d layers of tensor-parallel rank %d of %d", len(layers), dense.rank(), dense.size())

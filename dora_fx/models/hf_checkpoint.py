@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dora_fx.files import UnreadableFileError, reading, reason_of
 from dora_fx.models.architecture import architecture_of
+from dora_fx.models.fused_experts import are_fused, per_expert
 from dora_fx.models.gguf_config import gguf_config
 from dora_fx.models.gguf_tensors import gguf_state_dict, open_gguf
-from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, OUTPUT_WEIGHT
+from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, HF_ARCHITECTURES, OUTPUT_WEIGHT
 from dora_fx.models.hf_config import UPGRADE, make_config, read_fields
 from dora_fx.models.weight_files import (
     StoredWeight,
@@ -35,7 +36,8 @@ class HFCheckpoint:
     Attributes:
         path: the directory or file that it was read from.
         config: transformers' config; `tie_word_embeddings` says whether the tensors are tied.
-        state_dict: the tensors under the transformers model's names; a tied tensor has both of its names.
+        state_dict: the tensors under the names of checkpoints on the hub, which are the transformers model's but for
+            experts; a tied tensor has both of its names.
         tokenizer: transformers'.
     """
 
@@ -63,7 +65,7 @@ def load_hf_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> HFChec
     if path.is_dir():
         config, stored = _read_directory(path)
         tokenizer = _directory_tokenizer(path)
-        tensors = read_weights(stored, dtype)
+        tensors = _with_split_experts(config, read_weights(stored, dtype))
     else:
         opened = open_gguf(path)
         config = gguf_config(opened)
@@ -136,6 +138,18 @@ def _tokenizer(file: Path, folder: Path, **source: str) -> Any:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **source)
         except ImportError as error:
             raise UnreadableFileError(f"{file}: a package is missing ({reason_of(error)}); install it") from error
+
+
+def _with_split_experts(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split fused experts, one tensor after another; each part is a tensor of its own, as writers of files need it."""
+    if not are_fused(tensors):
+        return tensors
+    hf = HF_ARCHITECTURES[config.model_type]
+    split: dict[str, Tensor] = {}
+    for name in list(tensors):
+        own = {name: tensors.pop(name)}
+        split |= {part: tensor.clone() for part, tensor in per_expert(hf, own).items()} if are_fused(own) else own
+    return per_expert(hf, split)
 
 
 def _with_tied_names(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Splits the rows of a Megatron linear layer into the rows of the Hugging Face layers that it combines.
 
     linear_qkv     blocks query, key and value, interleaved: per query group [q ... q k v]
-    linear_fc1     blocks gate and up: [gate; up]
+    linear_fc1     blocks gate and up: [gate; up], also in an expert
     others         one block
 
 `hf_architectures.py` says which Hugging Face layers have one block and which have several. B and m of a DoRA adapter
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dora_fx.models.architecture import GPTArchitecture
 from dora_fx.models.hf_architectures import (
+    EXPERT_FC1,
+    EXPERT_FC2,
     LAYERS,
     LINEAR_FC1,
     LINEAR_FC2,
@@ -28,6 +30,8 @@ from dora_fx.models.hf_architectures import (
     LM_HEAD,
     OUTPUT_LAYER,
     HFArchitecture,
+    expert_number_maybe,
+    numberless,
 )
 
 _LAYER_PATH = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -41,7 +45,8 @@ class HFParts:
         hf: the architecture, which has the names.
         queries_per_group, kv_channels: grouping of linear_qkv's rows: queries per group and features per head.
         num_query_groups: including groups that are padding.
-        ffn_hidden_size: rows of gate, and of up.
+        ffn_hidden_size: rows of gate, and of up, of the MLP or of each expert.
+        num_experts: in each layer; 0 for an MLP.
     """
 
     hf: HFArchitecture
@@ -49,23 +54,29 @@ class HFParts:
     kv_channels: int
     num_query_groups: int
     ffn_hidden_size: int
+    num_experts: int
 
     @classmethod
     def of(cls, hf: HFArchitecture, config: Any) -> HFParts:
         """Take the sizes from a `GPTArchitecture` or a Megatron `TransformerConfig`."""
         groups = config.num_query_groups or config.num_attention_heads
-        return cls(hf, config.num_attention_heads // groups, config.kv_channels, groups, config.ffn_hidden_size)
+        if isinstance(config, GPTArchitecture):
+            ffn, num_experts = config.ffn_hidden_size, config.num_experts
+        else:
+            num_experts = getattr(config, "num_moe_experts", None) or 0
+            ffn = config.moe_ffn_hidden_size if num_experts else config.ffn_hidden_size
+        return cls(hf, config.num_attention_heads // groups, config.kv_channels, groups, ffn, num_experts)
 
     def paths(self, path: str) -> tuple[str, ...]:
         """Return the paths of the Hugging Face layers in a Megatron layer; empty if it has no counterpart.
 
         Args:
-            path: of the Megatron layer, with its layer's number in the whole model.
+            path: of the Megatron layer, with its layer's and its expert's number in the whole model.
         """
         if path == OUTPUT_LAYER:
             return (LM_HEAD,)
         match = _LAYER_PATH.fullmatch(path)
-        return tuple(f"{LAYERS}.{match[1]}.{name}" for name in self.hf.linears.get(match[2], ())) if match else ()
+        return tuple(f"{LAYERS}.{match[1]}.{name}" for name in self.hf.names_of(match[2])) if match else ()
 
     def rows(self, path: str, out_features: int) -> dict[str, Tensor]:
         """Return path of each Hugging Face layer -> its row indices among the Megatron layer's `out_features` rows.
@@ -75,7 +86,7 @@ class HFParts:
         """
         paths = self.paths(path)
         if not paths:
-            known = ", ".join([*self.hf.linears, OUTPUT_LAYER])
+            known = ", ".join([*(linear.format("*") for linear in self.hf.linears), OUTPUT_LAYER])
             raise ValueError(f"{path}: found no Hugging Face layer that it stands for, expected one of {known}")
         return dict(zip(paths, self.row_parts(path, out_features), strict=True))
 
@@ -96,7 +107,7 @@ class HFParts:
 
     def _blocks(self, path: str, out_features: int) -> tuple[Tensor, ...]:
         linear, rows = _within_layer(path), torch.arange(out_features)
-        if linear == LINEAR_FC1:
+        if linear in (LINEAR_FC1, EXPERT_FC1):
             if out_features != 2 * self.ffn_hidden_size:
                 raise ValueError(
                     f"{path}: found {out_features} rows, expected {2 * self.ffn_hidden_size}, twice ffn_hidden_size "
@@ -123,20 +134,24 @@ def check_size(path: str, found: tuple[int, int], architecture: GPTArchitecture)
     sizes = {
         LINEAR_QKV: ((heads + 2 * groups) * head, hidden),
         LINEAR_PROJ: (hidden, heads * head),
-        LINEAR_FC1: (2 * architecture.ffn_hidden_size, hidden),
-        LINEAR_FC2: (hidden, architecture.ffn_hidden_size),
+        (EXPERT_FC1 if architecture.experts else LINEAR_FC1): (2 * architecture.ffn_hidden_size, hidden),
+        (EXPERT_FC2 if architecture.experts else LINEAR_FC2): (hidden, architecture.ffn_hidden_size),
         OUTPUT_LAYER: (architecture.vocab_size, hidden),
     }
     expected = sizes.get(_within_layer(path))
     if expected is None:
-        raise ValueError(f"{path}: found no Hugging Face layer that it stands for, expected one of {', '.join(sizes)}")
+        known = ", ".join(name.format("*") for name in sizes)
+        raise ValueError(f"{path}: found no Hugging Face layer that it stands for, expected one of {known}")
     if match and int(match[1]) >= architecture.num_layers:
         raise ValueError(f"{path}: found an adapter of it, expected one of the {architecture.num_layers} layers")
+    number = expert_number_maybe(path)
+    if number is not None and number >= architecture.num_experts:
+        raise ValueError(f"{path}: found an adapter of it, expected one of the {architecture.num_experts} experts")
     if found != expected:
         raise ValueError(f"{path}: found an adapter for a weight of shape {found}, the base's has {expected}")
 
 
 def _within_layer(path: str) -> str:
-    """Return the part of a path within its layer; the whole path if it is in no layer."""
+    """Return the part of a path within its layer, without an expert's number; the whole path if it is in no layer."""
     match = _LAYER_PATH.fullmatch(path)
-    return match[2] if match else path
+    return numberless(match[2] if match else path)

@@ -1,43 +1,59 @@
 """Combines Hugging Face weights into full Megatron tensors, and cuts out a tensor-parallel rank's shard.
 
     query, key, value   ->  linear_qkv: per query group [q ... q k v], so that a rank's shard is whole groups
-    gate, up            ->  linear_fc1: [gate; up] on every rank, so each half is sharded by itself
+    gate, up            ->  linear_fc1: [gate; up] on every rank, so each half is sharded by itself; also of an expert
 
 All functions are pure functions of tensors, without a model, a process group or a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from dora_fx.function import shard
 from dora_fx.models.architecture import GPTArchitecture
-from dora_fx.models.hf_architectures import LINEAR_FC1, LINEAR_PROJ, LINEAR_QKV, HFArchitecture
+from dora_fx.models.hf_architectures import (
+    EXPERT_FC1,
+    LINEAR_FC1,
+    LINEAR_PROJ,
+    LINEAR_QKV,
+    ROUTER,
+    HFArchitecture,
+    numberless,
+)
 from dora_fx.models.hf_parts import HFParts
 
 
-def hf_layer_names(architecture: GPTArchitecture) -> list[str]:
+def hf_layer_names(architecture: GPTArchitecture, experts: Iterable[int] | None = None) -> list[str]:
     """Return the names within a layer of the Hugging Face tensors that `megatron_layer_tensors` reads."""
     hf = architecture.hf
-    norms = [f"{name}.weight" for name in hf.norms.values()]
-    return norms + [
-        f"{name}.{kind}" for linear, names in hf.linears.items() for name in names for kind in _kinds(hf, linear)
+    names = [*hf.norms.values(), *([hf.router] if hf.router else [])]
+    return [f"{name}.weight" for name in names] + [
+        f"{name}.{kind}"
+        for linear, parts in hf.linears_of_layer(_numbers(architecture, experts)).items()
+        for name in parts
+        for kind in _kinds(hf, linear)
     ]
 
 
-def megatron_layer_tensors(architecture: GPTArchitecture, hf: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def megatron_layer_tensors(
+    architecture: GPTArchitecture, hf: Mapping[str, Tensor], experts: Iterable[int] | None = None
+) -> dict[str, Tensor]:
     """Build one layer's full Megatron tensors, by their names within the layer.
 
     Args:
         architecture: of the checkpoint. If it has more query groups than the tensors of `hf`, zeros are added.
         hf: the layer's tensors by the names of `hf_layer_names`.
+        experts: numbers of those to build; None for all.
     """
     parts = HFParts.of(architecture.hf, architecture)
     tensors = {f"{norm}.weight": hf[f"{name}.weight"] for norm, name in architecture.hf.norms.items()}
-    for linear, names in architecture.hf.linears.items():
+    if architecture.hf.router:
+        tensors[f"{ROUTER}.weight"] = hf[f"{architecture.hf.router}.weight"]
+    for linear, names in architecture.hf.linears_of_layer(_numbers(architecture, experts)).items():
         for kind in _kinds(architecture.hf, linear):
             own = {f"{name}.{kind}": hf[f"{name}.{kind}"] for name in names}
             tensors[f"{linear}.{kind}"] = _joined(parts, linear, own)
@@ -70,17 +86,21 @@ def shard_of(name: str, full: Tensor, partition_dim: int, tp_rank: int, tp_size:
         name: the Megatron name; linear_fc1 holds gate and up, and each is sharded by itself.
         full: the whole tensor.
         partition_dim: the sharded dimension, an attribute of Megatron's parameter.
-        tp_rank: index of the shard.
+        tp_rank: index of the shard; of an expert's, in the expert-tensor-parallel group.
         tp_size: number of shards.
 
     Raises:
         ValueError: the dimension is not divisible by the number of shards.
     """
-    blocks = 2 if f".{LINEAR_FC1}." in name else 1
+    blocks = 2 if numberless(name).rpartition(".")[0].endswith((LINEAR_FC1, EXPERT_FC1)) else 1
     size = full.shape[partition_dim] // blocks
     if size % tp_size:
         raise ValueError(f"{name}: size {size} of dimension {partition_dim} does not divide by {tp_size} ranks")
     return shard(full, partition_dim, tp_rank, tp_size, blocks)
+
+
+def _numbers(architecture: GPTArchitecture, experts: Iterable[int] | None) -> Iterable[int]:
+    return range(architecture.num_experts) if experts is None else experts
 
 
 def _kinds(hf: HFArchitecture, linear: str) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """Checks a Megatron configuration for settings that change what a layer computes or the order of fused rows.
 
-Every supported architecture is a decoder with RMSNorm, rotary positions, softmax attention and a SwiGLU MLP. A setting
-that makes it compute something else, or that orders the rows of linear_qkv or linear_fc1 in another way, is refused for
-every exchange with Hugging Face. So is a setting that no table here has, unless it has its default: it came with a
-later megatron-core, and its effect is unknown.
+Every supported architecture is a decoder with RMSNorm, rotary positions, softmax attention and a SwiGLU MLP, or experts
+that are such MLPs behind a router. A setting that makes it compute something else, or that orders the rows of
+linear_qkv or linear_fc1 in another way, is refused for every exchange with Hugging Face. So is a setting that no table
+here has, unless it has its default: it came with a later megatron-core, and its effect is unknown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "activation_func": (functional.silu,),
     "glu_linear_offset": (0.0,),
     "activation_func_clamp_value": (None,),
-    "num_moe_experts": (None,),
     "add_bias_linear": (False,),
     "normalization": ("RMSNorm",),
     "apply_residual_connection_post_layernorm": (False,),
@@ -38,12 +37,37 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
     "heterogeneous_block_specs": (False,),
     "use_mup": (False,),
 }
+# Those of a model with experts: each token goes to some of them, by a softmax, and to no other MLP.
+_EXPECTED_OF_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "moe_router_score_function": ("softmax",),
+    "moe_router_num_groups": (None,),
+    "moe_router_topk_scaling_factor": (None,),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_force_load_balancing": (False,),
+    "moe_shared_expert_intermediate_size": (None,),
+    "moe_input_jitter_eps": (None,),
+    "moe_expert_capacity_factor": (None,),
+    "moe_apply_probs_on_input": (False,),
+    "moe_latent_size": (None,),
+    # It changes the order of the rows of linear_fc1.
+    "moe_mlp_glu_interleave_size": (None,),
+    "moe_expert_rank_capacity_factor": (None,),
+    "moe_router_force_biased": (None,),
+}
 # Attributes of the model itself; rotary_percent is the share of a head that is rotated.
 _EXPECTED_OF_MODEL: dict[str, tuple[Any, ...]] = {"position_embedding_type": ("rope", "yarn"), "rotary_percent": (1.0,)}
 # Settings that may have any value: sizes and numbers that are read or that a base's own config has as well, and
 # settings of training, precision, speed and parallelism.
 _KNOWN = {
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *(
+        "num_moe_experts",
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    ),
     *("softmax_scale", "qk_layernorm", "add_qkv_bias", "layernorm_epsilon", "layernorm_zero_centered_gamma"),
     *("window_size", "window_attn_skip_freq", "is_hybrid_model", "attention_dropout", "hidden_dropout"),
     *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout"),
@@ -92,6 +116,8 @@ def check_settings(config: Any, model: Any) -> None:
         _check(config, name, expected)
     for name, expected in _EXPECTED_OF_MODEL.items():
         _check(model, name, expected)
+    if getattr(config, "num_moe_experts", None):
+        _check_experts(config)
     _check_scale(config)
     for name, default in unknown_settings():
         if getattr(config, name, default) != default:
@@ -113,8 +139,8 @@ def unknown_settings() -> Iterator[tuple[str, Any]]:
             yield field.name, field.default if factory is dataclasses.MISSING else factory()
 
 
-def check_states(config: Any, *, model_type: str, qkv_bias: bool, qk_layernorm: bool) -> None:
-    """Check that a model has the biases and norms of the architecture that the caller names.
+def check_states(config: Any, *, model_type: str, qkv_bias: bool, qk_layernorm: bool, has_experts: bool) -> None:
+    """Check that a model has the biases, norms and experts of the architecture that the caller names.
 
     Raises:
         ValueError: naming the setting that belongs to another architecture.
@@ -127,6 +153,12 @@ def check_states(config: Any, *, model_type: str, qkv_bias: bool, qk_layernorm: 
             raise ValueError(
                 f"model_type: found {model_type!r} for a model whose config has {name} = {found!r}, expected {expected}"
             )
+    num_experts = getattr(config, "num_moe_experts", None)
+    if bool(num_experts) != has_experts:
+        raise ValueError(
+            f"model_type: found {model_type!r} for a model whose config has num_moe_experts = {num_experts}, expected "
+            f"{'a number of experts' if has_experts else 'None'}"
+        )
 
 
 def _check(owner: Any, name: str, expected: tuple[Any, ...]) -> None:
@@ -135,6 +167,21 @@ def _check(owner: Any, name: str, expected: tuple[Any, ...]) -> None:
         raise ValueError(
             f"the model's config has {name} = {_shown(found)}, expected {' or '.join(map(_shown, expected))} as in "
             "every supported architecture"
+        )
+
+
+def _check_experts(config: Any) -> None:
+    """Check that every layer has experts, and that the router and they compute what the architectures do."""
+    for name, expected in _EXPECTED_OF_EXPERTS.items():
+        _check(config, name, expected)
+    frequency, balancing = config.moe_layer_freq, config.moe_router_load_balancing_type
+    if frequency != 1 and (isinstance(frequency, int) or set(frequency) != {1}):
+        raise ValueError(f"the model's config has moe_layer_freq = {frequency!r}, expected 1, experts in every layer")
+    # Others choose experts by other numbers than the router's.
+    known = {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}
+    if not known.issuperset([balancing] if isinstance(balancing, str) else balancing):
+        raise ValueError(
+            f"the model's config has moe_router_load_balancing_type = {balancing!r}, expected some of {sorted(known)}"
         )
 
 

@@ -9,12 +9,21 @@ from typing import Any
 import torch
 
 from dora_fx.files import listed
-from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, OUTPUT_WEIGHT
+from dora_fx.models.fused_experts import are_fused, per_expert
+from dora_fx.models.hf_architectures import EMBEDDING_WEIGHT, HF_ARCHITECTURES, OUTPUT_WEIGHT
 
 
-def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors by name; a tied output layer is listed under its own name too."""
-    return {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+def expected_shapes(config: Any, found: Collection[str] = ()) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors by name; a tied output layer is listed under its own name too.
+
+    Args:
+        config: of the model.
+        found: names that a file has. Experts are expected fused if one of these is, and each by itself otherwise.
+    """
+    tensors = empty_model(config).state_dict()
+    if not are_fused(found):
+        tensors = per_expert(HF_ARCHITECTURES[config.model_type], tensors)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def empty_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -32,9 +41,9 @@ def check_names(source: Path, config: Any, found: Collection[str]) -> None:
     Args:
         source: the file or folder of the tensors, for the message.
         config: of the model.
-        found: names of the tensors, as the model names them.
+        found: names of the tensors, as the model or checkpoints on the hub name them.
     """
-    expected, tied = set(expected_shapes(config)), {EMBEDDING_WEIGHT, OUTPUT_WEIGHT}
+    expected, tied = set(expected_shapes(config, found)), {EMBEDDING_WEIGHT, OUTPUT_WEIGHT}
     missing = expected - set(found)
     if config.tie_word_embeddings and not tied <= missing:
         missing -= tied

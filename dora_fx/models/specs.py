@@ -54,7 +54,16 @@ def has_transformer_engine() -> bool:
 def empty_model(
     architecture: GPTArchitecture, spec: Spec, dtype: torch.dtype, device: str, sequence_parallel: bool
 ) -> Any:
-    """Build a model whose parameters are allocated but not initialised."""
+    """Build a model whose parameters are allocated but not initialised.
+
+    Raises:
+        ValueError: a HybridModel is asked for, and the architecture has experts.
+    """
+    if spec == "hybrid" and architecture.experts:
+        raise ValueError(
+            f"spec {spec}: found a model with {architecture.num_experts} experts in each layer, expected an MLP; take "
+            "spec te or local"
+        )
     settings = _transformer_settings(architecture, dtype, device, sequence_parallel)
     is_hybrid = spec == "hybrid"
     model = _hybrid_model(architecture, settings) if is_hybrid else _gpt_model(architecture, spec, settings)
@@ -112,7 +121,12 @@ def _local_layers(architecture: GPTArchitecture) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=architecture.hf.qk_layernorm)
+    layer = get_gpt_layer_local_spec(
+        num_experts=architecture.num_experts or None,
+        moe_grouped_gemm=False,
+        normalization="RMSNorm",
+        qk_layernorm=architecture.hf.qk_layernorm,
+    )
     # Megatron's own choice of a norm depends on other installed packages; without them it refuses sequence parallelism.
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = FrozenRMSNorm
@@ -125,7 +139,11 @@ def _local_layers(architecture: GPTArchitecture) -> Any:
 def _te_layers(architecture: GPTArchitecture) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=architecture.hf.qk_layernorm)
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=architecture.num_experts or None,
+        moe_grouped_gemm=False,
+        qk_layernorm=architecture.hf.qk_layernorm,
+    )
 
 
 def _hybrid_model(architecture: GPTArchitecture, settings: dict[str, Any]) -> Any:
@@ -211,6 +229,27 @@ def _transformer_settings(
         use_cpu_initialization=device == "cpu",
         init_method=_keep_as_allocated,
         output_layer_init_method=_keep_as_allocated,
+        **_expert_settings(architecture, device),
+    )
+
+
+def _expert_settings(architecture: GPTArchitecture, device: str) -> dict[str, Any]:
+    """Return the settings of TransformerConfig that are of experts; none for a model without them."""
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return dict(
+        num_moe_experts=experts.number,
+        moe_ffn_hidden_size=architecture.ffn_hidden_size,
+        moe_router_topk=experts.top_k,
+        # The softmax of the chosen logits is that of all, normalised.
+        moe_router_pre_softmax=not experts.normalised,
+        moe_router_load_balancing_type="none",
+        moe_aux_loss_coeff=0.0,
+        # The exchange of single tokens copies numbers between devices on streams of CUDA.
+        moe_token_dispatcher_type="allgather" if device == "cpu" else "alltoall",
+        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
     )
 
 

@@ -68,7 +68,8 @@ def read_headers(folder: Path) -> list[StoredWeight]:
 def weights_by_name(folder: Path, config: Any, headers: Iterable[StoredWeight]) -> dict[str, StoredWeight]:
     """Check that the tensors are those of the config's model; return them by their names in it.
 
-    Rotary frequencies of old checkpoints are compared with those that the config gives, and left out.
+    Rotary frequencies of old checkpoints are compared with those that the config gives, and left out. Experts may have
+    tensors of their own, or be fused as in transformers' model.
 
     Args:
         folder: the directory.
@@ -79,8 +80,9 @@ def weights_by_name(folder: Path, config: Any, headers: Iterable[StoredWeight]) 
         ValueError: a tensor is missing, duplicate, unexpected, of another shape, or of integers. The message names
             files and tensors.
     """
+    headers = list(headers)
     with reading(folder / "config.json", "correct it, or download it again"):
-        expected = expected_shapes(config)
+        expected = expected_shapes(config, [weight.key for weight in headers])
     weights: dict[str, StoredWeight] = {}
     for weight in headers:
         name = _full_name(weight.key, expected)

@@ -12,7 +12,7 @@ import torch
 from dora_fx.models import UnsupportedModelError, architecture_of, build_gpt_model, causal_mask, load_hf_checkpoint
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
 from tests.closeness import assert_apart, assert_as_exact, assert_close, rounding, roundings_of
-from tests.hf_models import CONFIGS, save_tiny_checkpoint, tiny_hf_config, tiny_hf_model
+from tests.hf_models import CONFIGS, MOE_CONFIGS, save_tiny_checkpoint, tiny_hf_config, tiny_hf_model
 from tests.tables import every_case
 
 
@@ -30,7 +30,7 @@ def hf_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 TOKENS = torch.randint(0, 64, (2, 19), generator=torch.Generator().manual_seed(8))
 
 
-@every_case("kind", CONFIGS)
+@every_case("kind", [*CONFIGS, *MOE_CONFIGS])
 def test_logits_equal_transformers(kind: str, world: None) -> None:
     hf = tiny_hf_model(kind)
     model = build_gpt_model(hf.config, hf.state_dict())
@@ -120,6 +120,14 @@ LONGROPE = dict(rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
         ("mistral", dict(sliding_window=127), "sliding_window = 127, .* at least max_position_embeddings, 128"),
         ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "layer_types = "),
         ("phi3", dict(sliding_window=16), "sliding_window = 16"),
+        ("mixtral", dict(sliding_window=16), "sliding_window = 16"),
+        ("mixtral", dict(router_jitter_noise=0.1), "router_jitter_noise = 0.1"),
+        ("mixtral", dict(num_experts_per_tok=1), "num_experts_per_tok = 1, .* at least 2"),
+        ("qwen3_moe", dict(num_experts_per_tok=5), "num_experts_per_tok = 5, .* from 1 to the 4 experts"),
+        ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step = 2, .* experts in every layer"),
+        ("qwen3_moe", dict(mlp_only_layers=[1]), r"mlp_only_layers = \[1\]"),
+        ("qwen3_moe", dict(use_sliding_window=True, sliding_window=8), "sliding_window = 8"),
+        ("qwen3_moe", dict(output_router_logits=True), "output_router_logits = True"),
         ("phi3", dict(resid_pdrop=0.1), "resid_pdrop = 0.1"),
         ("phi3", dict(embd_pdrop=0.1), "embd_pdrop = 0.1"),
         ("phi3", dict(partial_rotary_factor=0.5), "rope_parameters.partial_rotary_factor = 0.5"),

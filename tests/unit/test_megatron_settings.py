@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn import functional
 
 import dora_fx
-from dora_fx.models import causal_mask, megatron_settings
+from dora_fx.models import build_gpt_model, causal_mask, megatron_settings
 from dora_fx.models.hf_architectures import HF_ARCHITECTURES
 from dora_fx.models.hf_parts import HFParts
 from dora_fx.models.megatron_settings import check_settings, unknown_settings
 from tests.closeness import rounding, roundings_of
+from tests.hf_models import tiny_hf_model
 from tests.models import SEQUENCE, randomize_adapters, tiny_gpt, token_ids
 from tests.tables import every_case
 
@@ -45,7 +46,6 @@ BUILT: dict[str, tuple[dict[str, Any], str]] = {
 # Said by a configuration alone: what builds the layers is elsewhere, or only of one end of the range of versions.
 SAID: dict[str, tuple[Any, str]] = {
     "softmax_type": ("off-by-one", "softmax_type = 'off-by-one', expected 'vanilla'"),
-    "num_moe_experts": (4, "num_moe_experts = 4, expected None"),
     "multi_latent_attention": (True, "multi_latent_attention = True, expected False"),
     "experimental_attention_variant": (
         "gated_delta_net",
@@ -55,6 +55,18 @@ SAID: dict[str, tuple[Any, str]] = {
     "heterogeneous_block_specs": (True, "heterogeneous_block_specs = True, expected False"),
     "mrope_section": ([1, 1, 2], r"mrope_section = \[1, 1, 2\], expected None"),
     "use_mup": (True, "use_mup = True, expected False"),
+}
+
+
+# The same of a model with experts.
+SAID_OF_EXPERTS: dict[str, tuple[Any, str]] = {
+    "moe_layer_freq": ([1, 0], r"moe_layer_freq = \[1, 0\], expected 1, experts in every layer"),
+    "moe_router_load_balancing_type": ("sinkhorn", "moe_router_load_balancing_type = 'sinkhorn', expected some of"),
+    "moe_router_score_function": ("sigmoid", "moe_router_score_function = 'sigmoid', expected 'softmax'"),
+    "moe_router_enable_expert_bias": (True, "moe_router_enable_expert_bias = True, expected False"),
+    "moe_shared_expert_intermediate_size": (8, "moe_shared_expert_intermediate_size = 8, expected None"),
+    "moe_mlp_glu_interleave_size": (8, "moe_mlp_glu_interleave_size = 8, expected None"),
+    "moe_latent_size": (8, "moe_latent_size = 8, expected None"),
 }
 
 
@@ -117,6 +129,19 @@ def test_a_setting_that_a_configuration_has_is_refused(name: str, tmp_path: Path
         with pytest.raises(ValueError, match=message):
             call()
     assert not (tmp_path / "out").exists()
+
+
+@every_case("name", SAID_OF_EXPERTS)
+def test_a_setting_of_experts_is_refused(name: str) -> None:
+    value, message = SAID_OF_EXPERTS[name]
+    hf = tiny_hf_model("mixtral")
+    model = build_gpt_model(hf.config, hf.state_dict())
+    check_settings(model.config, model)
+    model.config.moe_layer_freq, model.config.moe_router_load_balancing_type = [1, 1], ["seq_aux_loss", "aux_loss"]
+    check_settings(model.config, model)
+    setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_settings(model.config, model)
 
 
 @every_case(

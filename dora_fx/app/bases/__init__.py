@@ -3,6 +3,7 @@
 from dora_fx.app.bases.base_model import (
     DTYPES,
     build_base_model,
+    check_experts,
     chosen_device,
     load_checkpoint,
     load_tokenizer,
@@ -23,6 +24,7 @@ __all__ = [
     "DTYPES",
     "build_base_model",
     "check_batch_fits",
+    "check_experts",
     "chosen_device",
     "estimate_memory",
     "fitting_in_memory",

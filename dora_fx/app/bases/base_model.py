@@ -19,6 +19,7 @@ from dora_fx.app.runs import Display
 from dora_fx.models import (
     HFCheckpoint,
     Spec,
+    architecture_of,
     build_gpt_model,
     check_spec,
     default_spec,
@@ -105,6 +106,19 @@ def resolve_spec(options: ModelOptions, device: str) -> Spec:
     except ValueError as error:
         raise UserError(f"--{error}") from error
     return spec
+
+
+def check_experts(config: Any, options: ModelOptions) -> None:
+    """Raise UserError if the parallel sizes are not for a base, which has experts or has none."""
+    if architecture_of(config).experts is None:
+        for name, size in (("ep", options.ep), ("etp", options.etp or 1)):
+            if size > 1:
+                raise UserError(f"--{name}: found {size}, expected 1: the base, a {config.model_type}, has no experts")
+    elif options.tp > 1 and not options.sequence_parallel:
+        raise UserError(
+            f"--tp: found {options.tp} for a base with experts, expected --sequence-parallel beside it, as Megatron "
+            "trains experts"
+        )
 
 
 def build_base_model(checkpoint: HFCheckpoint, options: ModelOptions, device: str, spec: Spec) -> Any:

@@ -9,7 +9,7 @@ from dora_fx.app.bases import open_saved_adapter, or_user_error, write_folder
 from dora_fx.app.options import hub_name_maybe
 from dora_fx.app.runs import Display
 from dora_fx.hf import one_dropout, warn_of_tied_output, write_peft_adapter
-from dora_fx.models import HF_ARCHITECTURES
+from dora_fx.models import architecture_of
 
 # The model on Hugging Face, which PEFT can load by name; this command's GGUF file is a quantised copy of it.
 _HF_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -24,7 +24,8 @@ def run(parsed: dict[str, Any]) -> int:
     saved = open_saved_adapter(parsed)
     dropouts = [layer.settings.dropout for layer in saved.layers.values()]
     dropout = or_user_error(f"{saved.path}: ", one_dropout, dropouts)
-    all_paths = HF_ARCHITECTURES[saved.config.model_type].linear_paths(saved.config.num_hidden_layers)
+    architecture = architecture_of(saved.config)
+    all_paths = architecture.hf.linear_paths(architecture.num_layers, architecture.num_experts)
     base_name, revision = (parsed["base_name"], None) if parsed["base_name"] else _known_to_peft(saved.base)
 
     def write(into: Path) -> None:

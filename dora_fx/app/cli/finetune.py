@@ -17,6 +17,7 @@ from dora_fx import DoRA
 from dora_fx.app.bases import (
     DTYPES,
     build_base_model,
+    check_experts,
     chosen_device,
     estimate_memory,
     fitting_in_memory,
@@ -57,7 +58,7 @@ def _run(parsed: dict[str, Any], ranks: Ranks, display: Display) -> int:
     options, inputs = ranks.together(_read_inputs, options, files)
     device, spec = inputs.device, inputs.spec
     stop = StopSignals(agree=ranks.largest)
-    with stop.installed(), ranks.world(device, options.seed, options.tp, options.pp):
+    with stop.installed(), ranks.world(device, options.seed, **_parallel_sizes(options)):
         # Rank 0's: a default name has the time in it, which differs between ranks.
         folder = ranks.from_main(lambda: inputs.folder)
         path = path_of_base(options, display, ranks)
@@ -65,6 +66,7 @@ def _run(parsed: dict[str, Any], ranks: Ranks, display: Display) -> int:
             return _show_sample(options, inputs, path, display, ranks)
         with display.phase(f"loading {name_of_base(options.base, path)}"):
             checkpoint = ranks.together(load_checkpoint, path, DTYPES[options.dtype])
+        ranks.together(check_experts, checkpoint.config, options)
         tokenizer = BaseTokenizer(path, checkpoint.tokenizer, checkpoint.config.vocab_size)
         text = ranks.together(training_text, options, inputs.data, tokenizer, checkpoint.config, device)
         options = with_steps(options, len(text.sequences.train))
@@ -125,6 +127,15 @@ def _read_inputs(options: FinetuneOptions, files: Sequence[Path]) -> tuple[Finet
     return options, _Inputs(folder, dora, data, device, spec, notes)
 
 
+def _parallel_sizes(options: FinetuneOptions) -> dict[str, int]:
+    return {
+        "tensor_model_parallel_size": options.tp,
+        "pipeline_model_parallel_size": options.pp,
+        "expert_model_parallel_size": options.ep,
+        "expert_tensor_parallel_size": options.expert_tensor_parallel,
+    }
+
+
 def _make_folder(folder: RunFolder, options: FinetuneOptions, report: str, ranks: Ranks) -> None:
     """Make the folder of a new run and check that all ranks see it; remove it again if they do not."""
     if options.resume is not None:
@@ -167,7 +178,8 @@ def _place(options: FinetuneOptions, device: str) -> str:
     shown = [f"{size} {name}-parallel" for name, size in sizes.items() if size > 1]
     if not shown:
         return device
-    return f"{device}, {' x '.join(shown)} ranks{' with sequence parallelism' * options.sequence_parallel}"
+    experts = f", experts on {options.ep} x {options.expert_tensor_parallel} of them" if options.ep > 1 else ""
+    return f"{device}, {' x '.join(shown)} ranks{' with sequence parallelism' * options.sequence_parallel}{experts}"
 
 
 def _run_folder(options: FinetuneOptions) -> RunFolder:

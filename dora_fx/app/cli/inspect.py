@@ -67,7 +67,9 @@ def problems_of(directory: Path, manifest: Manifest) -> list[str]:
 def tables_of(manifest: Manifest) -> str:
     """Format a checkpoint's tables: how it was written, sites, tensors and files."""
     layout = manifest.layout
-    sizes = ", ".join(f"{name} {layout[name]}" for name in ("tp", "pp", "vpp", "cp", "dp"))
+    sizes = ", ".join(
+        f"{name} {layout[name]}" for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp") if name in layout
+    )
     sites: Rows = [("layer", "dim", "alpha", "scaling", "dropout")]
     sites += [
         (key, *(f"{getattr(site, name):g}" for name in sites[0][1:])) for key, site in sorted(manifest.sites.items())

@@ -34,6 +34,8 @@ _ALIASES = {
     "tp": "tensor-model-parallel-size tensor-parallel-size",
     "pp": "pipeline-model-parallel-size pipeline-parallel-size",
     "dp": "data-parallel-size",
+    "ep": "expert-model-parallel-size expert-parallel-size",
+    "etp": "expert-tensor-parallel-size",
 }
 # Others, which are answered with ours and not taken. They may mean something else (accumulation is counted on each rank
 # elsewhere, and here over all of them; samples longer than a max-length are cut elsewhere, and left out here;
@@ -67,6 +69,8 @@ _ELSEWHERE = {
     "tp": "tensor-parallel",
     "pp": "pipeline-parallel",
     "dp": "data-parallel",
+    "ep": "expert-parallel expert-model-parallel",
+    "etp": "expert-tensor-parallel",
     "recompute": "recompute-activations recompute-granularity",
     "max-new-tokens": "max-tokens max-length num-predict n-predict",
     "prompt": "message input text question",

@@ -69,6 +69,17 @@ class ModelOptions:
         default=1,
         metadata={"help": "data-parallel size; the replicas share the forward passes of --gradient-accumulation"},
     )
+    ep: int = field(
+        default=1,
+        metadata={
+            "help": "expert-parallel size: the ranks of --tp x --dp share the experts of a base that has some, each "
+            "expert on --etp of them"
+        },
+    )
+    etp: int | None = field(
+        default=None,
+        metadata={"help": "tensor-parallel size of each expert, by default --tp; ep x etp divides tp x dp"},
+    )
     sequence_parallel: bool = field(
         default=False, metadata={"help": "shard the sequence between tensor-parallel layers too"}
     )
@@ -240,6 +251,11 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
         return list(dict.fromkeys(name.strip() for name in self.log.split(",") if name.strip()))
 
     @property
+    def expert_tensor_parallel(self) -> int:
+        """Number of ranks that share an expert."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
     def measuring_interval(self) -> int:
         """Steps between measurements of the held-out loss during training; 0 for none."""
         return max(round(self.steps / _MEASUREMENTS), 1) if self.eval_every is None else self.eval_every
@@ -261,6 +277,11 @@ class FinetuneOptions(RunOptions, TrainingOptions, AdapterOptions, DataOptions, 
             raise UserError(
                 f"--gradient-accumulation: found {self.gradient_accumulation}, expected a multiple of --dp {self.dp}, "
                 "whose ranks share the forward passes of a step"
+            )
+        if (self.tp * self.dp) % (self.ep * self.expert_tensor_parallel):
+            raise UserError(
+                f"--ep: found {self.ep} with --etp {self.expert_tensor_parallel}, expected a product that divides the "
+                f"{self.tp * self.dp} ranks of --tp {self.tp} x --dp {self.dp}, which share the experts"
             )
         if self.patience and not self.measuring_interval:
             raise UserError("--patience: found --eval-every 0, expected measurements during training to count")
@@ -307,6 +328,8 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
     "tp": _POSITIVE,
     "pp": _POSITIVE,
     "dp": _POSITIVE,
+    "ep": _POSITIVE,
+    "etp": (lambda value: value is None or value > 0, "a positive integer"),
     "sequence_length": _POSITIVE,
     "held_out_fraction": (lambda value: 0 < value < 1, "a number between 0 and 1"),
     "max_held_out": _POSITIVE,
@@ -336,7 +359,8 @@ _CHECKS: dict[str, tuple[typing.Callable[[Any], bool], str]] = {
 # Adapters of one spec fit the layers of another, or have other names and are refused.
 CHANGEABLE_ON_RESUME = frozenset(
     {"steps", "epochs", "check", "show_sample", "save_every", "eval_every", "patience", "keep", "log", "sample_tokens"}
-    | {"device", "spec", "compile", "recompute", "tp", "pp", "dp", "sequence_parallel"}
+    | {"device", "spec", "compile", "recompute", "tp", "pp", "dp", "ep", "etp"}
+    | {"sequence_parallel"}
     | {"base", "data"}
 )
 

@@ -63,21 +63,19 @@ class Ranks:
         return self.global_rank == 0
 
     @contextmanager
-    def world(
-        self, device: str, seed: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int
-    ) -> Iterator[None]:
-        """Start Megatron's world of these processes, on "cpu" or "cuda"; raise UserError if they cannot connect."""
+    def world(self, device: str, seed: int, **sizes: Any) -> Iterator[None]:
+        """Start Megatron's world of these processes; raise UserError if they cannot connect.
+
+        Args:
+            device: "cpu" or "cuda".
+            seed: as for `megatron_world`.
+            sizes: parallel sizes, by the names that `megatron_world` has for them.
+        """
         store = self.meeting.store() if self.world_size > 1 else None
         if device == "cuda":
             self.together(torch.cuda.set_device, self.local_rank)
         with megatron_world(
-            device,
-            seed=seed,
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-            store=store,
-            global_rank=self.global_rank,
-            world_size=self.world_size,
+            device, seed=seed, store=store, global_rank=self.global_rank, world_size=self.world_size, **sizes
         ):
             yield
 

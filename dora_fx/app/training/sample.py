@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
@@ -40,6 +42,10 @@ def generate_greedily(
             # Each tensor-parallel rank has the logits of its part of the vocabulary.
             last = gather_from_tensor_model_parallel_region(logits[:, length - 1])
             following = last.argmax(dim=-1, keepdim=True)
+            if model.config.expert_model_parallel_size > 1:
+                # The copies of a token may round otherwise on the way to its experts and back, and all stop together.
+                replicas = parallel_state.get_data_parallel_group()
+                dist.broadcast(following, dist.get_global_rank(replicas, 0), group=replicas)
             if stop_token is not None and following.item() == stop_token:
                 break
             tokens = torch.cat([tokens, following], dim=1)

@@ -1,0 +1,101 @@
+"""Experts that a module holds as parameters, and not as linear layers: they stay frozen.
+
+Those of a transformers model are `[E, out, in]`, and megatron-core 0.16's GroupedMLP has `weight1` and `weight2`. A
+target that means them is refused, because it may name dense layers too, and nothing would tell that they alone train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from dora_fx.attach.layer_names import projections_of
+from dora_fx.attach.matching import ALL_LINEAR, matches
+from dora_fx.attach.settings import DoRASettings
+from dora_fx.megatron import walk
+from dora_fx.modules import DoRALinear
+
+_NAME = "expert"
+# megatron-core 0.16's module, whose `weight1` and `weight2` are what these layers are elsewhere.
+_HOLDER = ("megatron.core.transformer.moe.experts", "GroupedMLP")
+_LAYERS = ("linear_fc1", "linear_fc2")
+
+
+def fused_experts(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the path and the parameter of all experts of each layer that holds them in one."""
+    for named in (named for chunk in chunks for named in walk(chunk, DoRALinear)):
+        of_experts = _NAME in f"{named.whole_path} {type(named.module).__name__}".lower()
+        for name, parameter in named.module.named_parameters(recurse=False):
+            if of_experts and parameter.dim() == 3:
+                yield f"{named.whole_path}.{name}", parameter
+
+
+def check_fused_experts(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: Sequence[str]) -> None:
+    """Raise TypeError if a target names experts that are parameters, unless they are excluded.
+
+    `all-linear` names linear layers, which they are not.
+    """
+    for path, parameter in fused_experts(chunks):
+        if any(matches(pattern, path) for pattern in excluded):
+            continue
+        for target in targets:
+            if target != ALL_LINEAR and _means(target, path):
+                shape = "x".join(map(str, parameter.shape))
+                raise TypeError(
+                    f"{path}: target {target!r} names a parameter of {shape}, which holds {parameter.shape[0]} "
+                    "experts, expected a linear layer: experts of a transformers model stay frozen. Adapt them in a "
+                    "Megatron model (dora_fx.models.build_gpt_model), where each one has layers, or leave them out "
+                    f"here: exclude_modules=['*.{path.split('.')[-2]}.*']"
+                )
+
+
+def _means(target: str, path: str) -> bool:
+    """Return whether a target names a parameter, or projections that it holds beside others."""
+    if matches(target, path):
+        return True
+    before, dot, last = target.rpartition(".")
+    name = path.rpartition(".")[2]
+    wanted = projections_of(last)
+    # Files of adapters name experts one by one.
+    is_part = bool(wanted) and wanted <= projections_of(name)
+    return is_part and (_NAME in before or matches(f"{before}{dot}{name}", path))
+
+
+def text_on_fused_experts(chunks: Sequence[nn.Module]) -> str | None:
+    """Return what a report says of such experts; None for a model without any."""
+    counts: dict[str, int] = {}
+    for path, parameter in fused_experts(chunks):
+        kind = ".".join("*" if part.isdigit() else part for part in path.split("."))
+        shown = f"{kind} ({'x'.join(map(str, parameter.shape))})"
+        counts[shown] = counts.get(shown, 0) + 1
+    if not counts:
+        return None
+    listed = ", ".join(f"{count} x {shown}" for shown, count in counts.items())
+    return f"experts are parameters here, not layers, and stay frozen: {listed}"
+
+
+def check_experts_are_layers(settings: DoRASettings, chunks: Sequence[nn.Module]) -> None:
+    """Raise TypeError if a target would name layers of experts that a module holds as parameters.
+
+    The target may name other layers too, so that nothing would tell that experts stay without adapters.
+    """
+    for chunk in chunks:
+        for named in walk(chunk):
+            cls = type(named.module)
+            if (cls.__module__, cls.__qualname__) != _HOLDER:
+                continue
+            paths = [f"{named.whole_path}.{name}" for name in _LAYERS]
+            meant = [path for path in paths if _is_target(settings, path)]
+            if meant:
+                raise TypeError(
+                    f"{named.whole_path}: found a {cls.__name__}, which holds its experts as parameters (weight1, "
+                    f"weight2), expected layers that targets can name, such as {meant[0]!r}; build the model with "
+                    "TEGroupedMLP or SequentialMLP, or exclude those paths"
+                )
+
+
+def _is_target(settings: DoRASettings, path: str) -> bool:
+    if any(matches(pattern, path) for pattern in settings.exclude_modules):
+        return False
+    return ALL_LINEAR in settings.target_modules or any(matches(pattern, path) for pattern in settings.target_modules)
