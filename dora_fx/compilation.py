@@ -54,8 +54,8 @@ def compile_model(
     - with `scope="layer"`, Megatron's buffer for attention scores is allocated before compiled code writes into it;
       rotary positions that Megatron keeps from a call in inference mode are copied for training.
 
-    A mixture-of-experts layer is left uncompiled but for its experts, each a graph that all experts of a kind share.
-    The layers around it break their graphs there (`experts_compilation.py`).
+    A mixture-of-experts layer is left uncompiled but for its experts, which share their graphs, and the layers around
+    it break their graphs there (`experts_compilation.py`).
 
     A transformers model is called as it always is. In calls without a cache of keys and values its layers are compiled,
     gradient checkpointing included, and the input of the first one that is trained requires a gradient. Calls with a

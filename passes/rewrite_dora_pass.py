@@ -25,6 +25,7 @@ its own.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from dora_fx.function import SiteOperands, adapted_linear, complete_parameters
-from dora_fx.modules import path_of
+from dora_fx.modules import operands_of_call, path_of
 from dora_fx.passes.dora_sites import DoRASite, UnmatchedDoRASiteError, find_dora_sites
 from dora_fx.passes.graph_utils import call_like, erase_nodes, fake_value, nodes_of
 from dora_fx.passes.site_inputs import find_sources, input_position_maybe, keep_sources
@@ -62,14 +63,20 @@ def rewrite_dora_pass(
         return gm
     paths = [_path(gm, site, example_inputs) for site in sites]
     _report_unmatched(sites, paths, unmatched)
-    sources = [find_sources(gm, site, path) for site, path in zip(sites, paths, strict=True)]
+    sources = [
+        [find_sources(gm, adapter, path) for adapter in site.marked.adapters]
+        for site, path in zip(sites, paths, strict=True)
+    ]
     if not cached_parameters:
-        sources = [replace(each, stored=None, cached=None) for each in sources]
+        sources = [[replace(each, stored=None, cached=None) for each in of_site] for of_site in sources]
     groups: dict[tuple[bool, object], list[DoRASite]] = {}
-    for site, each in zip(sites, sources, strict=True):
+    for site, of_site in zip(sites, sources, strict=True):
         # The parameters of sites are completed together where they are inputs of one graph.
         together = site.marker.graph if _stores_inputs(site) else site.marker
-        groups.setdefault((each.cached is not None, together), []).append(site)
+        reads_cache = all(each.cached is not None for each in of_site)
+        if not reads_cache:
+            of_site[:] = [replace(each, stored=None, cached=None) for each in of_site]
+        groups.setdefault((reads_cache, together), []).append(site)
     completed = [
         (site, operands)
         for (reads_cache, _), group in groups.items()
@@ -77,7 +84,7 @@ def rewrite_dora_pass(
     ]
     for site, operands in completed:
         rewrite_dora_site(site, operands)
-    keep_sources(gm, sources)
+    keep_sources(gm, [each for of_site in sources for each in of_site])
     for module in {site.marker.graph.owning_module for site in sites} | {gm}:
         assert module is not None
         module.graph.lint()
@@ -86,28 +93,35 @@ def rewrite_dora_pass(
     return gm
 
 
-def complete_sites(sites: Sequence[DoRASite], *, reads_cache: bool) -> list[SiteOperands]:
-    """Insert the nodes that complete the parameters of one group of sites, in front of everything that uses them."""
+def complete_sites(sites: Sequence[DoRASite], *, reads_cache: bool) -> list[list[SiteOperands]]:
+    """Insert the nodes that complete the parameters of one group of sites, in front of everything that uses them.
+
+    Returns:
+        the operands of each site's adapters.
+    """
     first = sites[0].marker
     anchor = _first_computation(first.graph) if _stores_inputs(sites[0]) else first
-    cached = [site.marked.cached for site in sites] if reads_cache else None
-    stored = [site.marked.stored for site in sites]
+    adapters = [site.marked.adapters for site in sites]
+    cached = [each.cached for of_site in adapters for each in of_site] if reads_cache else None
+    stored = [each.stored for of_site in adapters for each in of_site]
     if cached is None:
         # Nobody keeps the base's norms up to date for a graph that computes the others.
         stored = [parameters._replace(base_norm_sq=None) for parameters in stored]
     operands, _ = call_like(first, complete_parameters, stored, cached, before=anchor)
-    return operands
+    remaining = iter(operands)
+    return [list(itertools.islice(remaining, len(of_site))) for of_site in adapters]
 
 
-def rewrite_dora_site(site: DoRASite, operands: SiteOperands) -> fx.Node:
+def rewrite_dora_site(site: DoRASite, operands: Sequence[SiteOperands]) -> fx.Node:
     """Replace one marker, and its base call if that was read, by explicit nodes; returns the node of the output."""
     marked: Any = site.marked
+    in_call, _ = call_like(site.marker, operands_of_call, marked, operands)
     output, _ = call_like(
         site.marker,
         adapted_linear,
         marked.x,
         marked.stored,
-        operands,
+        in_call,
         marked.bias,
         dtype=fake_value(site.marker).dtype,
         base_output=marked.base_output if site.keeps_base else None,
@@ -157,7 +171,8 @@ def _path(gm: fx.GraphModule, site: DoRASite, example_inputs: Sequence[Any]) -> 
 
 def _stores_inputs(site: DoRASite) -> bool:
     """Return whether everything the site stores comes into its graph from outside, as parameters do."""
-    return all(value.op in ("placeholder", "get_attr") for value in nodes_of(site.marked.stored))
+    stored = [each.stored for each in site.marked.adapters]
+    return all(value.op in ("placeholder", "get_attr") for value in nodes_of(stored))
 
 
 def _first_computation(graph: fx.Graph) -> fx.Node:

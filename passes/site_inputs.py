@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from dora_fx.cache import CachedSite
 from dora_fx.function import CachedParameters, StoredParameters
-from dora_fx.passes.dora_sites import DoRASite
+from dora_fx.modules import AdapterTensors
 from dora_fx.passes.graph_utils import nodes_of, referenced_graph_maybe
 
 _META = "dora_fx_sites"
@@ -40,7 +40,7 @@ class Input:
 
 @dataclass(frozen=True)
 class SiteSources:
-    """One rewritten site of a graph, and where its tensors come from.
+    """One rewritten site of a graph, or one adapter of a site with several, and where its tensors come from.
 
     Attributes:
         path: module path, for messages.
@@ -55,7 +55,7 @@ class SiteSources:
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """The places of one site's tensors among a graph's inputs: `Input`s in place of tensors.
+    """The places of the tensors of a site's adapter among a graph's inputs: `Input`s in place of tensors.
 
     Attributes:
         path: module path, for messages.
@@ -79,9 +79,9 @@ class SiteInputs:
         return CachedSite(self.path, _fill(self.stored, inputs), _fill(self.cached, inputs))
 
 
-def find_sources(gm: fx.GraphModule, site: DoRASite, path: str) -> SiteSources:
-    """Follow a site's tensors to the placeholders of `gm`."""
-    stored, cached = site.marked.stored, site.marked.cached
+def find_sources(gm: fx.GraphModule, adapter: AdapterTensors, path: str) -> SiteSources:
+    """Follow the tensors of a site's adapter to the placeholders of `gm`."""
+    stored, cached = adapter
     sources: dict[Any, Any] = {node: _outermost_maybe(gm, node) for node in nodes_of((stored, cached))}
     if None in sources.values():
         return SiteSources(path, stored.tp_group, None, None)

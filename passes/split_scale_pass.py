@@ -11,8 +11,8 @@ activation's gradient comes in parts. Here each part is scaled where it is compu
 joined. With one scale for the whole output, the parts would be joined and written first, then read and written again
 scaled: a buffer of the layer's output size that LoRA does not need.
 
-Assumes that the layer adds no bias of its own. Leaves alone an output that has other users, and one that is cut along
-another dimension than the features or into parts of different sizes.
+Assumes that the layer adds no bias of its own. Leaves alone an output that has other users, one that is cut along
+another dimension than the features or into parts of different sizes, and one with scales of each sample or token.
 """
 
 from __future__ import annotations
@@ -105,7 +105,11 @@ def _scale_parts(
 
 
 def _split_maybe(scale: fx.Node) -> SplitScale | None:
-    if scale.kwargs["bias"] is not None or len(scale.users) != 1:
+    magnitude = scale.kwargs["magnitude"]
+    if scale.kwargs["bias"] is not None or len(scale.users) != 1 or not isinstance(magnitude, fx.Node):
+        return None
+    # In a mixed batch each token has a magnitude.
+    if fake_value(magnitude).dim() != 1:
         return None
     [chunk] = scale.users
     if chunk.target not in (torch.chunk, "chunk"):

@@ -17,6 +17,7 @@ from dora_fx.attach.merging import (
     unmerge,
     was_quantised,
 )
+from dora_fx.attach.mixed_batch import mixed
 from dora_fx.attach.named_adapters import (
     active_adapter,
     adapter,
@@ -48,6 +49,7 @@ __all__ = [
     "merged",
     "merged_layer_maybe",
     "merged_weight",
+    "mixed",
     "on_attach",
     "parameter_groups",
     "plan_attachment",

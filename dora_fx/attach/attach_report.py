@@ -9,6 +9,7 @@ from torch import nn
 
 from dora_fx.attach.frozen_experts import text_on_fused_experts
 from dora_fx.attach.matching import adapted_layers
+from dora_fx.modules import quantised_weight_maybe
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
+def _num_parameters(chunk: nn.Module) -> int:
+    """Return the number of a chunk's parameters; a quantised weight counts as the matrix that it stands for."""
+    stored = sum(parameter.numel() for parameter in chunk.parameters())
+    weights = [quantised_weight_maybe(module) for module in chunk.modules()]
+    quantised = [weight for weight in weights if weight is not None]
+    return stored + sum(weight.shape[0] * weight.shape[1] - weight.tensors[0].numel() for weight in quantised)
+
+
 def report_on(chunks: Sequence[nn.Module], unmatched_linears: Sequence[str]) -> DoRAReport:
     """Return the report on every DoRA site of the chunks."""
     sites = []
@@ -85,6 +94,6 @@ def report_on(chunks: Sequence[nn.Module], unmatched_linears: Sequence[str]) -> 
         sites=tuple(sites),
         unmatched_linears=tuple(unmatched_linears),
         num_trainable=sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad),
-        num_total=sum(p.numel() for chunk in chunks for p in chunk.parameters()),
+        num_total=sum(map(_num_parameters, chunks)),
         frozen_experts=text_on_fused_experts(chunks),
     )

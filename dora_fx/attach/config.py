@@ -11,6 +11,7 @@ from torch import nn
 
 from dora_fx.attach.attach_report import DoRAReport, report_on
 from dora_fx.attach.first_step import watch_first_step
+from dora_fx.attach.frozen_experts import freeze_router_bias
 from dora_fx.attach.latent_attention import warn_of_approximate_backward
 from dora_fx.attach.matching import adapted_layers
 from dora_fx.attach.plan import AttachPlan, attach, check_targets_matched, plan_attachment
@@ -115,6 +116,7 @@ class DoRA(DoRASettings):
     def _freeze(self, chunks: Iterable[nn.Module]) -> None:
         """Freeze all parameters but adapters'; those of an earlier call, perhaps with other targets, stay trainable."""
         for chunk in chunks:
+            freeze_router_bias(chunk)
             sites = [module for module in chunk.modules() if isinstance(module, DoRALinear)]
             adapters = {id(parameter) for site in sites for parameter in site.adapter.parameters()}
             for parameter in chunk.parameters():

@@ -1,4 +1,4 @@
-"""Experts that a module holds as parameters, and not as linear layers: they stay frozen.
+"""What of experts stays frozen: those that are parameters of one module, and the bias of a router.
 
 Those of a transformers model are `[E, out, in]`, and megatron-core 0.16's GroupedMLP has `weight1` and `weight2`. A
 target that means them is refused, because it may name dense layers too, and nothing would tell that they alone train.
@@ -6,15 +6,19 @@ target that means them is refused, because it may name dense layers too, and not
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from dora_fx.attach.layer_names import projections_of
 from dora_fx.attach.matching import ALL_LINEAR, matches
 from dora_fx.attach.settings import DoRASettings
-from dora_fx.megatron import walk
+from dora_fx.megatron import unwrap, walk
 from dora_fx.modules import DoRALinear
+
+logger = logging.getLogger(__name__)
 
 _NAME = "expert"
 # megatron-core 0.16's module, whose `weight1` and `weight2` are what these layers are elsewhere.
@@ -99,3 +103,18 @@ def _is_target(settings: DoRASettings, path: str) -> bool:
     if any(matches(pattern, path) for pattern in settings.exclude_modules):
         return False
     return ALL_LINEAR in settings.target_modules or any(matches(pattern, path) for pattern in settings.target_modules)
+
+
+def freeze_router_bias(chunk: nn.Module) -> None:
+    """Let Megatron leave the biases alone by which routers choose experts: no gradient moves them, but each step does.
+
+    They are the base's. Files of adapters, and merged weights, would lack what they came to.
+    """
+    config: Any = getattr(unwrap(chunk), "config", None)
+    rate = getattr(config, "moe_router_bias_update_rate", 0.0)
+    if getattr(config, "moe_router_enable_expert_bias", False) and rate:
+        config.moe_router_bias_update_rate = 0.0
+        logger.warning(
+            "moe_router_bias_update_rate: found %g, set to 0: the routers' biases are the base's, which stays frozen",
+            rate,
+        )

@@ -35,6 +35,7 @@ from dora_fx.modules import (
     DoRALinear,
     GroupedDoRALinear,
     adapter_not_finite_maybe,
+    bank_of,
     inactive_adapters,
     keep_bank,
     kind_of_maybe,
@@ -239,8 +240,10 @@ def _restore(linears: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
         weight: Any = linear.weight
         delattr(linear, _KEPT)
         if kept.weight is None:
-            # Its weight cannot be cast, so neither are its adapter's factors.
-            kept.site.to(device=weight.device)
+            # Its weight cannot be cast, so neither are its adapter's factors. A weight of torchao's that compiled code
+            # knows cannot be moved either.
+            if kept.site.base_weight.device != weight.device:
+                kept.site.to(device=weight.device)
         else:
             _write_weight(weight, kept.weight)
             # The wrapper's own cast keeps the magnitude in float32 and measures the base weight again.
@@ -293,6 +296,8 @@ def _check_mergeable(
 ) -> None:
     """Raise on every rank of the model, all of its pipeline stages, if a site of any of them cannot be merged."""
     problem = merge_problem_maybe(chunks, sites)
+    if problem is None and any(bank_of(chunk).is_mixed for chunk in chunks):
+        problem = "found a mixed batch, expected the end of the context of dora_fx.mixed"
     if problem is None and not keep_adapter and (others := inactive_adapters(chunks)):
         problem = (
             f"found adapters {others} beside the active one, trained on weights that merging would change, expected "

@@ -25,6 +25,7 @@ from dora_fx.modules import (
     DoRALinear,
     bank_of,
     check_places,
+    count_steps_apart,
     fit_to_base,
     guard_changes,
     keep_bank,
@@ -65,7 +66,7 @@ def add_adapter(model: ModelT, name: str, dora: DoRA) -> ModelT:
     taken = _names_of_all_stages(chunks)
     if name in taken:
         raise ValueError(f"adapter {name!r}: found it on the model already, expected another name than {list(taken)}")
-    _check_changeable(chunks)
+    check_changeable(chunks)
     if not taken:
         dora(model)
         for chunk in chunks:
@@ -79,6 +80,7 @@ def add_adapter(model: ModelT, name: str, dora: DoRA) -> ModelT:
         bank.inactive = {**{other: [] for other in taken[1:]}, **bank.inactive, name: sites}
         keep_bank(chunk, bank)
         guard_changes(chunk, bank)
+        count_steps_apart(chunk, bank)
     return model
 
 
@@ -125,25 +127,32 @@ def set_adapter(model: ModelT, name: str) -> ModelT:
             does not know the parameters of this one.
     """
     chunks = chunks_of(model)
-    _check_known(chunks, name)
+    check_known(chunks, name)
     if all(bank_of(chunk).active == name for chunk in chunks):
         return model
-    _check_changeable(chunks)
+    check_changeable(chunks)
     for chunk in chunks:
         check_places(chunk, name, bank_of(chunk).inactive[name])
     _check_wrappers_know(chunks, name)
     for chunk in chunks:
         fit_to_base(bank_of(chunk).inactive[name])
     for chunk in chunks:
-        bank = bank_of(chunk)
-        assert bank.active is not None
-        sites = bank.inactive.pop(name)
-        bank.inactive[bank.active] = take_out(chunk)
-        put_in(chunk, sites)
-        bank.active = name
-        bank.record.note_change(name)
-        guard_changes(chunk, bank)
+        make_active(chunk, name)
     return model
+
+
+def make_active(chunk: nn.Module, name: str) -> None:
+    """Make an adapter of a chunk the active one, which fits and is not refused."""
+    bank = bank_of(chunk)
+    if bank.active in (None, name):
+        return
+    assert bank.active is not None
+    sites = bank.inactive.pop(name)
+    bank.inactive[bank.active] = take_out(chunk)
+    put_in(chunk, sites)
+    bank.active = name
+    bank.record.note_change(name)
+    guard_changes(chunk, bank)
 
 
 @contextmanager
@@ -169,13 +178,15 @@ def delete_adapter(model: ModelT, name: str) -> ModelT:
         ValueError: there is no such adapter, or it is the active one.
     """
     chunks = chunks_of(model)
-    _check_known(chunks, name)
+    check_known(chunks, name)
     if active_adapter(chunks) == name:
         raise ValueError(
             f"adapter {name!r}: found it active, expected another one to be: call set_adapter before, or merge it"
         )
     for chunk in chunks:
         bank = bank_of(chunk)
+        if bank.is_mixed:
+            raise ValueError(f"adapter {name!r}: found a mixed batch, expected the end of the context of dora_fx.mixed")
         del bank.inactive[name]
         bank.record.note_deletion(name)
         guard_changes(chunk, bank)
@@ -192,17 +203,20 @@ def adapter_names(model: Model) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for chunk in chunks_of(model) for name in bank_of(chunk).names))
 
 
-def _check_known(chunks: Sequence[nn.Module], name: str) -> None:
+def check_known(chunks: Sequence[nn.Module], name: str) -> None:
+    """Raise ValueError unless a model has an adapter of that name."""
     names = adapter_names(chunks)
     if name not in names:
         raise ValueError(f"adapter {name!r}: found no such adapter, expected one of {list(names)}")
 
 
-def _check_changeable(chunks: Sequence[nn.Module]) -> None:
+def check_changeable(chunks: Sequence[nn.Module]) -> None:
     """Raise ValueError where changing the adapter would lose what the caller did to the active one."""
     for chunk in chunks:
         if (inner := path_of_inner_bank_maybe(chunk)) is not None:
             raise ValueError(f"{inner}: found adapters that were added to this part of the model, expected the whole")
+        if bank_of(chunk).is_mixed:
+            raise ValueError("model: found a mixed batch, expected the end of the context of dora_fx.mixed")
         for _, path, module in walk(chunk, DoRALinear):
             if isinstance(module, DoRALinear):
                 if not module._adapter_enabled:
@@ -246,7 +260,8 @@ class _WrapperGuard:
     chunk: nn.Module
 
     def __call__(self, wrapper: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
+        # Before a mixed batch, all its adapters are looked at.
+        if torch.is_grad_enabled() and not bank_of(self.chunk).is_mixed:
             trained = [p for site in sites_of(self.chunk) for p in site.adapter.parameters() if p.requires_grad]
             if not reduces_all(wrapper, trained):
                 name = bank_of(self.chunk).active

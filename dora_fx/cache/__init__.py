@@ -4,6 +4,7 @@ from dora_fx.cache.active_adapter import ActiveAdapterRecord, note_adapter, rais
 from dora_fx.cache.fingerprint import mix
 from dora_fx.cache.model_look import LookedAt, ModelLook, are_covered
 from dora_fx.cache.parameter_cache import CachedSite, check, empty_base_norm, empty_cache, measure_base, refresh
+from dora_fx.cache.step_counts import StepCount, note_step_count, step_count_of
 from dora_fx.cache.tracing import have_no_values, is_traced
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "CachedSite",
     "LookedAt",
     "ModelLook",
+    "StepCount",
     "are_covered",
     "check",
     "empty_base_norm",
@@ -20,6 +22,8 @@ __all__ = [
     "measure_base",
     "mix",
     "note_adapter",
+    "note_step_count",
     "raise_if_other",
     "refresh",
+    "step_count_of",
 ]

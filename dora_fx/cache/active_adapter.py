@@ -2,7 +2,7 @@
 
 A checkpoint calls a layer again when its backward pass needs what was not kept. If the model's active adapter was
 changed in between, the repeated call would read the other adapter's parameters, of the same shapes, and autograd would
-give wrong gradients without an error.
+give wrong gradients without an error. A mixed batch is a change too, and each has a name of its own.
 
 Autograd numbers its operations in the order in which the forward pass made them. So the operation that is being
 differentiated tells when its call was made, and a record of the changes tells which adapter was active then. Each
@@ -18,9 +18,13 @@ from collections.abc import Iterable
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+# Changes that a record keeps: half a million numbers and names are some 50 MB.
+_MOST_CHANGES = 2**19
+_FORGOTTEN = "an adapter whose record is gone"
+
 
 class ActiveAdapterRecord:
-    """Which adapter of a model chunk was active when.
+    """Which adapter of a model chunk, or which mixed batch, was active when.
 
     Args:
         name: of the adapter that is active at first.
@@ -39,6 +43,14 @@ class ActiveAdapterRecord:
         else:
             self._starts.append(start)
             self._names.append(name)
+            if len(self._starts) > _MOST_CHANGES:
+                # A call of before then gets an error if it is repeated.
+                self._starts[: _MOST_CHANGES // 2], self._names[: _MOST_CHANGES // 2] = [0], [_FORGOTTEN]
+
+    @property
+    def current(self) -> str:
+        """Return the name of what is active."""
+        return self._names[-1]
 
     def note_deletion(self, name: str) -> None:
         """Note that an adapter of this name is not the one that had it before."""
@@ -60,12 +72,12 @@ class ActiveAdapterRecord:
 
 
 # By A, as whose adapter a site is known where nothing but its tensors is.
-_adapters = WeakTensorKeyDictionary()
+_records = WeakTensorKeyDictionary()
 
 
-def note_adapter(lora_a: torch.Tensor, record: ActiveAdapterRecord, name: str) -> None:
-    """Note the adapter that a site's A `[dim, in]` belongs to; there is more than one on its base."""
-    _adapters[lora_a] = (record, name)
+def note_adapter(lora_a: torch.Tensor, record: ActiveAdapterRecord) -> None:
+    """Note the record of the chunk that a site's A `[dim, in]` belongs to; there may be other adapters on its base."""
+    _records[lora_a] = record
 
 
 def raise_if_changed(sites: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -77,19 +89,19 @@ def raise_if_changed(sites: Iterable[tuple[str, torch.Tensor]]) -> None:
     Raises:
         RuntimeError: naming the layer and both adapters.
     """
-    if not _adapters or torch._C._current_graph_task_id() == -1:
+    if not _records or torch._C._current_graph_task_id() == -1:
         return
     for path, lora_a in sites:
-        record, name = _adapters.get(lora_a, (None, ""))
+        record = _records.get(lora_a)
         if record is not None:
-            raise_if_other(path, record, name)
+            raise_if_other(path, record)
 
 
-def raise_if_other(path: str, record: ActiveAdapterRecord, name: str) -> None:
-    """Raise RuntimeError if a call that is repeated in the backward pass was made with another adapter than `name`."""
-    before = record.active_in_forward_pass()
-    if before not in (None, name):
+def raise_if_other(path: str, record: ActiveAdapterRecord) -> None:
+    """Raise RuntimeError if a call that is repeated in the backward pass was made with another adapter."""
+    before, current = record.active_in_forward_pass(), record.current
+    if before not in (None, current):
         raise RuntimeError(
-            f"{path}: found adapter {name!r} active where the backward pass repeats a call of {before!r}, expected "
+            f"{path}: found adapter {current!r} active where the backward pass repeats a call of {before!r}, expected "
             f"{before!r}: let the backward pass of checkpointed layers end before the adapter is changed"
         )

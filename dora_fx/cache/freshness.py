@@ -9,8 +9,9 @@ the bits alone (`fingerprint.py`):
                         StaleParametersError where a value was used that was out of date
 
 After an optimizer's step the values of everything that it trains are out of date, whatever it writes through. So no
-tensor is compared then: each value is recorded with the number of optimizer steps, and is out of date after the next
-one. Every rank counts the same steps, and so all ranks invalidate the same values. Bits may change on one rank alone.
+tensor is compared then: each value is recorded with the number of steps that may have changed its adapter
+(`step_counts.py`), and is out of date after the next one. Every rank counts the same steps, and so all ranks invalidate
+the same values.
 """
 
 from __future__ import annotations
@@ -20,32 +21,14 @@ from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dora_fx.cache.fingerprint import digest, fingerprint, fingerprints, sampled_rows
+from dora_fx.cache.step_counts import StepCount, step_count_of
 
 
 class StaleParametersError(RuntimeError):
     """A cached norm or factor that was used does not follow from the parameters."""
-
-
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-def optimizer_steps() -> int:
-    """Return how many steps all optimizers of this process have made."""
-    return _optimizer_steps
-
-
-# Steps of any optimizer count, those of others' parameters too: which parameters a step changes is not known, since
-# Megatron's optimizers step copies or parts of flat buffers. A step too many costs one refresh.
-register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class Memory(NamedTuple):
@@ -150,22 +133,26 @@ class _Record(NamedTuple):
     The values are recorded too, since somebody may write into a buffer: a load, a cast, a user.
 
     Attributes:
-        steps: the number of optimizer steps at that time; None for frozen sources.
+        step_count: of the optimizer's steps that may have changed the sources; None for frozen ones.
+        steps: that count at that time.
         sources: snapshots of the sources.
         values: snapshots of the values.
     """
 
-    steps: int | None
+    step_count: StepCount | None
+    steps: int
     sources: Snapshot
     values: Snapshot
 
     @classmethod
     def of(cls, entry: CacheEntry) -> _Record:
-        steps = None if entry.frozen else _optimizer_steps
-        return cls(steps, Snapshot.of(entry.sources, sampled=entry.frozen), Snapshot.of(entry.values))
+        # The first source is A.
+        count = None if entry.frozen else step_count_of(entry.sources[0])
+        steps = 0 if count is None else count.steps
+        return cls(count, steps, Snapshot.of(entry.sources, sampled=entry.frozen), Snapshot.of(entry.values))
 
     def is_from_earlier_step(self) -> bool:
-        return self.steps not in (None, _optimizer_steps)
+        return self.step_count is not None and self.steps != self.step_count.steps
 
     def is_untouched(self, entry: CacheEntry) -> bool:
         """Return whether PyTorch counted no write into the values, nor into sources whose bits are not all compared."""
@@ -200,7 +187,7 @@ def record(entry: CacheEntry) -> None:
 
 
 def is_from_earlier_step(value: torch.Tensor) -> bool:
-    """Return whether an optimizer stepped since `value` was recorded; the same on every rank that steps alike."""
+    """Return whether an optimizer's step counts since `value` was recorded; the same on every rank that steps alike."""
     known = _records.get(value)
     return known is not None and known.is_from_earlier_step()
 

@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 
 from dora_fx.cache.fingerprint import HostMemory, digest_of, host_memory
-from dora_fx.cache.freshness import Memory, optimizer_steps
+from dora_fx.cache.freshness import Memory
 from dora_fx.cache.parameter_cache import CachedSite, refresh
+from dora_fx.cache.step_counts import optimizer_steps
 
 # Bytes of factors that are completed at once: what is gathered and reduced is held a second time until it is copied.
 _BYTES_AT_ONCE = 2**26

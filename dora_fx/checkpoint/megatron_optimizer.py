@@ -8,6 +8,7 @@
   gives all parameters the same tensor as their `step`, which each of them then increments.
 * Megatron chains an optimizer of experts to that of the dense layers where other ranks reduce their gradients, which
   depends on the layout. So hyper-parameters of a chain are loaded into another chain by parameter group.
+* Where experts alone are adapted, a chain has an optimizer without torch's, which cannot be saved and is left out.
 * On a rank without adapters, such as a pipeline stage that has none, nothing counts the steps and the lists of main
   copies are empty. Megatron's optimizers expect a count on every rank, and lists that can be merged with rank 0's.
 """
@@ -56,7 +57,12 @@ def sharded_state_dict(optimizer: Any, adapter: dict[str, Any], *, is_loading: b
         _allocate_state(single.optimizer)
     # Megatron's default gathers the state with NCCL, which a run on CPUs does not have.
     metadata = dict(_METADATA, distrib_optim_fully_reshardable_mem_efficient=dist.get_backend() == "gloo")
-    with _all_parameters_as_16_bit(optimizer), _own_steps(optimizer), _with_some_count(optimizer):
+    with (
+        _without_idle(optimizer),
+        _all_parameters_as_16_bit(optimizer),
+        _own_steps(optimizer),
+        _with_some_count(optimizer),
+    ):
         state: dict[str, Any] = optimizer.sharded_state_dict(adapter, is_loading=is_loading, metadata=metadata)
     for single_state in _single_states(optimizer, state):
         _of_torch(single_state).get("state", {}).pop(_NO_PARAMETER, None)
@@ -159,7 +165,7 @@ def load_state(optimizer: Any, state: dict[Any, Any]) -> None:
     singles = _single_optimizers(optimizer)
     states = _single_states(optimizer, state)
     distributed = [single_state.pop("param_state", None) for single_state in states]
-    with _all_parameters_as_16_bit(optimizer), _own_steps(optimizer):
+    with _without_idle(optimizer), _all_parameters_as_16_bit(optimizer), _own_steps(optimizer):
         for single, single_state in zip(singles, states, strict=True):
             if "param_state_sharding_type" not in single_state:
                 # Megatron leaves a count of zero out, and fails without one.
@@ -176,7 +182,22 @@ def load_state(optimizer: Any, state: dict[Any, Any]) -> None:
 
 
 def _single_optimizers(optimizer: Any) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    singles = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [single for single in singles if single.optimizer is not None] or singles
+
+
+@contextlib.contextmanager
+def _without_idle(optimizer: Any) -> Iterator[None]:
+    """Within the block, leave the optimizers that have nothing to train on any rank out of a chain."""
+    if not hasattr(optimizer, "chained_optimizers"):
+        yield
+        return
+    chained = optimizer.chained_optimizers
+    optimizer.chained_optimizers = _single_optimizers(optimizer)
+    try:
+        yield
+    finally:
+        optimizer.chained_optimizers = chained
 
 
 def _single_states(optimizer: Any, state: dict[Any, Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import nn
 
 from dora_fx.attach import adapted_layers
@@ -44,7 +45,10 @@ class AdapterParameter:
     def shard(self, kind: str, tensor: torch.Tensor) -> Any:
         """Make a shard of the whole tensor from this rank's tensor of the parameter's shape."""
         prefix = f"optimizer.state.{kind}.{self.path}.adapter."
-        [shard] = self.adapter.shards_of({self.local_name: tensor}, prefix).values()
+        # Other ranks hold copies of an expert than of a dense layer.
+        is_dense = self.adapter.experts is None
+        copies = None if is_dense else {"dp_cp_group": parallel_state.get_expert_data_parallel_group()}
+        [shard] = self.adapter.shards_of({self.local_name: tensor}, prefix, metadata=copies).values()
         return shard
 
 

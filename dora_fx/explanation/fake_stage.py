@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 
 from dora_fx.attach import DoRA
-from dora_fx.explanation.planned_run import Attention, PlannedRun
+from dora_fx.explanation.planned_run import Attention, PlannedRun, check_no_experts
 from dora_fx.megatron import megatron_world, replace_modules
 from dora_fx.models import GPTArchitecture, empty_gpt_model, with_query_groups
 from dora_fx.modules import sites_of
@@ -81,10 +81,11 @@ def stage_of_model(model: Any, run: PlannedRun) -> Iterator[FakeStage]:
 
     Raises:
         TypeError: it has no `decoder.layers`.
-        ValueError: it has real parameters, Megatron's groups are missing, or the run does not match the model.
+        ValueError: it has experts or real parameters, Megatron's groups are missing, or the run does not match it.
     """
     if not hasattr(getattr(model, "decoder", None), "layers"):
         raise TypeError(f"base: found a {type(model).__name__} without decoder.layers, expected a Megatron GPTModel")
+    check_no_experts(getattr(model.config, "num_moe_experts", None))
     parameter = next(model.parameters())
     if not isinstance(parameter, FakeTensor):
         raise ValueError("base: found a model with real parameters, expected one that was built under FakeTensorMode")

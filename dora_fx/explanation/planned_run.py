@@ -102,11 +102,7 @@ class PlannedRun:
 
     def check_fits(self, architecture: GPTArchitecture) -> None:
         """Raise ValueError where a base has experts, or where the ranks cannot share it equally, naming the option."""
-        if architecture.experts:
-            raise ValueError(
-                f"base: found a {architecture.hf.model_type} with {architecture.num_experts} experts in each layer, "
-                "expected an MLP: what a rank computes and keeps depends on where tokens go"
-            )
+        check_no_experts(architecture.num_experts)
         if architecture.num_layers % self.pp:
             raise ValueError(f"pp: found {self.pp}, expected a divisor of the {architecture.num_layers} layers")
         shared = {
@@ -123,6 +119,15 @@ class PlannedRun:
                 f"sequence_length: found {self.sequence_length}, expected at most the "
                 f"{architecture.max_sequence_length} tokens of the base"
             )
+
+
+def check_no_experts(number: int | None) -> None:
+    """Raise ValueError for a base with experts."""
+    if number:
+        raise ValueError(
+            f"base: found {number} experts in a layer, expected an MLP: what a rank computes and keeps of experts "
+            "depends on where tokens go"
+        )
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

@@ -11,7 +11,9 @@ from dora_fx.function.dropout import DropoutFactors
 from dora_fx.function.formula import adapted_linear
 from dora_fx.function.grouped_formula import grouped_adapted_linear
 from dora_fx.function.grouped_norm import grouped_base_norm_squared
+from dora_fx.function.grouped_product import grouped_product
 from dora_fx.function.input_norm import InputNorm
+from dora_fx.function.mixture import MixedOperands, Samples, mix
 from dora_fx.function.placement import ADAPTER_TENSORS, LAYOUTS, Layout, ParameterPlacement, shard
 from dora_fx.function.row_scale import RowScale, magnitude_delta, scale_rows
 from dora_fx.function.site_parameters import (
@@ -36,9 +38,11 @@ __all__ = [
     "DropoutFactors",
     "InputNorm",
     "Layout",
+    "MixedOperands",
     "ParameterPlacement",
     "QuantisedWeight",
     "RowScale",
+    "Samples",
     "SiteOperands",
     "StoredParameters",
     "adapted_linear",
@@ -48,7 +52,9 @@ __all__ = [
     "gather_rows_coalesced",
     "grouped_adapted_linear",
     "grouped_base_norm_squared",
+    "grouped_product",
     "magnitude_delta",
+    "mix",
     "norm_dtype",
     "reduce_scatter_rows",
     "row_norms",

@@ -82,7 +82,7 @@ def keep_mask(
     Args:
         x: `[..., features]`; only its shape and device are read.
         key: from `draw_dropout_key`.
-        threshold: see `DropoutFactors`.
+        threshold: see `DropoutFactors`; `[1]`, or `[..., 1]` for a probability of each sample or token.
         sharded_features: x holds this rank's slice of the features, so its indices start at
             `tp_rank * features`.
         sharded_tokens: x holds this rank's slice of the sequence, whose tokens are counted likewise.
@@ -95,7 +95,7 @@ def keep_mask(
         tokens = tokens + key[2] * tokens.shape[0]
     rows = _scramble(_scramble(tokens ^ key[0]) ^ key[1])
     bits = _scramble(rows.unsqueeze(-1) ^ _scramble(features + key[1] & _MASK32))
-    return (bits >= threshold).view(x.shape)
+    return bits.view(x.shape) >= threshold
 
 
 def dropout(
@@ -109,6 +109,7 @@ def dropout(
     """Zero the elements of `x` outside `keep_mask` and scale the rest; see `DropoutFactors`."""
     if has_torch_function_unary(x):
         return handle_torch_function(dropout, (x,), x, key, threshold, rescale, sharded_features, sharded_tokens)
-    # Without a dimension the factor leaves x's dtype alone.
     keep = keep_mask(x, key, threshold, sharded_features, sharded_tokens)
-    return torch.where(keep, x * rescale.view(()), 0.0)
+    # Without a dimension the factor leaves x's dtype alone.
+    kept = x * rescale.view(()) if rescale.dim() == 1 else (x * rescale).to(x.dtype)
+    return torch.where(keep, kept, 0.0)

@@ -16,11 +16,16 @@ Under sequence parallelism a column layer's rank has the tokens x_i and needs th
 W0 is frozen and needs no x in the backward pass, so nothing of the gathered x is kept. dA is a partial sum over the
 rank's tokens, and what completes partial sums of A's gradient in the other column layouts completes it here.
 
-Both run the same lines but for one product: under dropout, a compiled graph multiplies x and d(x) by the weight at
-once, and eager code multiplies twice (`_base_products`). The scale of the rows and its gradient are in `row_scale.py`.
+A mixed call has an adapter for each sample or token, and z, s, B, A, delta and d are its own (`mixture.py`).
+
+Eager code and graphs run the same lines but for one product: under dropout, a compiled graph multiplies x and d(x) by
+the weight at once, and eager code multiplies twice (`_base_products`). The scale of the rows and its gradient are in
+`row_scale.py`.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +33,17 @@ from torch import fx
 
 from dora_fx.function.base_weight import QuantisedWeight, frozen_product
 from dora_fx.function.collectives import ENTER, REDUCE, gather_features, gather_sequence, split_features
-from dora_fx.function.dropout import draw_dropout_key, dropout
+from dora_fx.function.dropout import DropoutFactors, draw_dropout_key, dropout
 from dora_fx.function.input_norm import InputNorm, normalise
-from dora_fx.function.row_scale import scale_rows, trained_delta
+from dora_fx.function.mixture import MixedOperands, mixed_low_rank_product, rows_of
+from dora_fx.function.row_scale import RowScale, scale_rows, trained_delta
 from dora_fx.function.site_parameters import SiteOperands, StoredParameters
 
 
 def adapted_linear(
     x: torch.Tensor,
     stored: StoredParameters,
-    operands: SiteOperands,
+    operands: SiteOperands | MixedOperands,
     bias: torch.Tensor | None,
     *,
     dtype: torch.dtype,
@@ -49,8 +55,8 @@ def adapted_linear(
     Args:
         x: the layer's input as the caller passes it, `[s, b, in]` or `[tokens, in]`; `[s/tp, b, in]` with
             sequence parallelism in a column layout, `[s, b, in/tp]` in a row layout.
-        stored: what the site stores; its weight and settings are read here.
-        operands: from `complete_parameters`.
+        stored: what the site stores; its weight and settings are read here. Of any adapter in a mixed call.
+        operands: from `complete_parameters`, or from `mix` in a mixed call.
         bias: the bias that the base layer adds itself, None if it returns it or has none.
         dtype: of the output.
         base_output: what the base layer returned, bias included. None to compute it here, so that the
@@ -76,7 +82,7 @@ def adapted_linear(
 def _scaled(
     x: torch.Tensor,
     stored: StoredParameters,
-    operands: SiteOperands,
+    operands: SiteOperands | MixedOperands,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     base_output: torch.Tensor | None,
@@ -87,24 +93,24 @@ def _scaled(
         output = _join(_base_product(_all_tokens(x, stored), stored, bias), low_rank, stored, bias)
     else:
         output = base_output + _reduce(low_rank, stored)
-    return scale_rows(output.to(dtype), bias=bias, magnitude=operands.magnitude, scale=operands.scale)
+    magnitude, scale = _of_rows(operands, own=stored.layout.shards_output_tokens)
+    return scale_rows(output.to(dtype), bias=bias, magnitude=magnitude, scale=scale)
 
 
 def _scaled_under_dropout(
     x: torch.Tensor,
     stored: StoredParameters,
-    operands: SiteOperands,
+    operands: SiteOperands | MixedOperands,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     base_output: torch.Tensor | None,
 ) -> torch.Tensor:
     """y = W0 x + delta W0 d(x) + (1 + delta) s B A d(x) + bias."""
-    assert stored.dropout is not None
     key = draw_dropout_key(x, stored.tp_group)
-    layout = stored.layout
-    dropped = dropout(x, key, *stored.dropout, layout.shards_input_features, layout.shards_input_tokens)
-    product, dropped_product = _base_products(x, dropped, key, stored, bias, base_output)
-    delta = trained_delta(operands.magnitude, operands.scale)
+    dropped = _drop(x, key, stored, operands, own=stored.layout.shards_input_tokens)
+    product, dropped_product = _base_products(x, dropped, key, stored, operands, bias, base_output)
+    # In front of the layer's collective, where a rank has all tokens that the layout multiplies.
+    delta = trained_delta(*_of_rows(operands, own=stored.layout.shards_tokens))
     change = dropped_product * delta + _low_rank_product(dropped, stored, operands) * (delta + 1.0)
     change = change.to(dtype)
     if base_output is not None:
@@ -117,6 +123,7 @@ def _base_products(
     dropped: torch.Tensor,
     key: torch.Tensor,
     stored: StoredParameters,
+    operands: SiteOperands | MixedOperands,
     bias: torch.Tensor | None,
     base_output: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,15 +138,39 @@ def _base_products(
     if stored.layout.gathers_tokens:
         # The base's one gather serves both products: masks go by position, so every rank drops the same elements of the
         # gathered x as the ranks that the tokens came from.
-        assert stored.dropout is not None
         x = _all_tokens(x, stored)
-        dropped = dropout(x, key, *stored.dropout, stored.layout.shards_input_features)
+        dropped = _drop(x, key, stored, operands, own=False)
     if not isinstance(x, fx.Proxy) and not torch.compiler.is_compiling():
         return _base_product(x, stored, bias), frozen_product(dropped, stored.weight)
     product, dropped_product = frozen_product(torch.cat((x, dropped)), stored.weight).chunk(2)
     if bias is not None and stored.layout.adds_bias_in_product:
         product = product + bias
     return product, dropped_product
+
+
+def _drop(
+    x: torch.Tensor,
+    key: torch.Tensor,
+    stored: StoredParameters,
+    operands: SiteOperands | MixedOperands,
+    *,
+    own: bool,
+) -> torch.Tensor:
+    """d(x) of this rank's own tokens, or of those of all ranks."""
+    factors = stored.dropout
+    if isinstance(operands, MixedOperands) and operands.dropout is not None:
+        factors = DropoutFactors(*(rows_of(table, operands.samples, own=own) for table in operands.dropout))
+    assert factors is not None
+    return dropout(x, key, *factors, stored.layout.shards_input_features, own)
+
+
+def _of_rows(operands: SiteOperands | MixedOperands, *, own: bool) -> tuple[torch.Tensor, RowScale]:
+    """The magnitude and the scale of output rows: of all tokens, or of each in a mixed call."""
+    if not isinstance(operands, MixedOperands):
+        return operands.magnitude, operands.scale
+    samples = operands.samples
+    scale = RowScale(*(rows_of(table, samples, own=own) for table in operands.scale))
+    return rows_of(operands.magnitude, samples, own=own), scale
 
 
 def _base_product(x: torch.Tensor, stored: StoredParameters, bias: torch.Tensor | None) -> torch.Tensor:
@@ -154,8 +185,14 @@ def _base_product(x: torch.Tensor, stored: StoredParameters, bias: torch.Tensor 
     return product if added is None else product + added
 
 
-def _low_rank_product(x: torch.Tensor, stored: StoredParameters, operands: SiteOperands) -> torch.Tensor:
+def _low_rank_product(
+    x: torch.Tensor, stored: StoredParameters, operands: SiteOperands | MixedOperands
+) -> torch.Tensor:
     """s B A x of all tokens; s is viewed as a tensor without dimensions, which leaves the product in its own dtype."""
+    if isinstance(operands, MixedOperands):
+        gather = partial(_all_tokens, stored=stored)
+        own = stored.layout.shards_input_tokens
+        return mixed_low_rank_product(x, operands, gather, own=own, dtype=stored.dtype)
     hidden = F.linear(x, operands.lora_a) * stored.scaling.view(())
     return F.linear(_all_tokens(hidden, stored), operands.lora_b)
 

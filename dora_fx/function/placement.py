@@ -72,6 +72,11 @@ class Layout:
         return self.shards_tokens or self.gathers_tokens
 
     @property
+    def shards_output_tokens(self) -> bool:
+        """Each rank's output has tokens of its own."""
+        return self.shards_tokens or self.leave == "reduce_scatter_sequence"
+
+    @property
     def gathers_lora_a(self) -> bool:
         """lora_a is stored in row blocks and needed whole: gathered, its gradient reduce-scattered."""
         return self.lora_a_shard_dim == 0

@@ -79,6 +79,8 @@ class _ScaleRows(torch.autograd.Function):
         dz = (grads[0] * grad_gain).to(output.dtype)
         # A sum over all tokens, in the dtype of magnitudes.
         products = dz.to(grad_scale.dtype) * z
+        if grad_scale.dim() > 1:
+            return dz, None, products.sum_to_size(grad_scale.shape) * grad_scale, None, None, None
         return dz, None, products.reshape(-1, products.shape[-1]).sum(0) * grad_scale, None, None, None
 
 
@@ -90,8 +92,9 @@ def scale_rows(
     Args:
         output: `[..., out]`.
         bias: `[out]`, frozen, None if there is none in the output.
-        magnitude: m, which takes the gradient; its values are not read.
-        scale: of each row.
+        magnitude: m, which takes the gradient; its values are not read. `[out]`, or one for each sample or token in a
+            shape that broadcasts with the output's, as `mixture.rows_of` gathers them.
+        scale: of each row, in the magnitude's shape.
     """
     if has_torch_function_unary(output):
         return handle_torch_function(scale_rows, (output,), output, bias=bias, magnitude=magnitude, scale=scale)

@@ -4,6 +4,8 @@ base_model.model.<path>.lora_A.weight            [r, in]
 base_model.model.<path>.lora_B.weight            [out, r]
 base_model.model.<path>.lora_magnitude_vector    [out]
 
+Each expert's layers have tensors of their own, as where they are `nn.Linear`, and the config says so under `experts`.
+
 transformers reads these files itself where `from_pretrained` finds them, and takes a magnitude by the name that PEFT's
 module has, with `.weight` at its end, alone: of PEFT's files it forgets them (seen in 5.24). PEFT takes both names.
 """
@@ -30,6 +32,9 @@ CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SUFFIXES = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}
 NAME_IN_MODULE = ".weight"
+# A key of the config that PEFT does not know, and its value: beside experts that are parameters, PEFT's files differ.
+EXPERTS_KEY, PER_EXPERT = "experts", "per_expert"
+_OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ def write_peft_adapter(
         "task_type": task_type,
         "use_dora": True,
         "use_rslora": use_rslora,
+        **({EXPERTS_KEY: PER_EXPERT} if any(map(_OF_EXPERT.search, modules)) else {}),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dora_fx.files import check_readable, read_json_object, reading
-from dora_fx.hf.peft_files import CONFIG_FILE, NAME_IN_MODULE, PREFIX, SUFFIXES, TENSOR_FILE
+from dora_fx.hf.peft_files import CONFIG_FILE, EXPERTS_KEY, NAME_IN_MODULE, PER_EXPERT, PREFIX, SUFFIXES, TENSOR_FILE
 from dora_fx.hf.peft_patterns import by_pattern, check_patterns, is_target
 
 # What the options that change the function must be. PiSSA, OLoRA and their like change the base weights too.
@@ -21,6 +21,7 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "use_dora": (True,),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva"),
+    EXPERTS_KEY: (None, PER_EXPERT),
 }
 # Options that are honoured, describe the files, or concern training under PEFT alone.
 _KNOWN = {

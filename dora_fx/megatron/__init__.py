@@ -17,6 +17,7 @@ from dora_fx.megatron.optimizer_copies import (
     differing,
     main_copies,
     memory_of,
+    parameters_changed_by,
     update_main_copies,
     write,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "megatron_world",
     "memory_of",
     "need_gradient",
+    "parameters_changed_by",
     "rebuild_gradient_buffers",
     "reduces_all",
     "replace_modules",

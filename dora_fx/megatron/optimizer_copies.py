@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +69,40 @@ def copies_stepped_by(inner: torch.optim.Optimizer) -> list[MainCopy]:
     """Return the copies that an optimizer of torch's steps, which is inside one of Megatron's."""
     outer = [found for found in live_objects(MixedPrecisionOptimizer) if getattr(found, "optimizer", None) is inner]
     return [copy for optimizer in outer for copy in main_copies(optimizer)]
+
+
+# The search walks all objects of the process, so it is done once for each optimizer. Of the parameters, none refers to
+# an optimizer.
+_changed: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[nn.Parameter] | None] = weakref.WeakKeyDictionary()
+
+
+def parameters_changed_by(inner: torch.optim.Optimizer) -> list[nn.Parameter] | None:
+    """Return the parameters that a step of one of Megatron's optimizers changes, on any data-parallel rank.
+
+    Args:
+        inner: the optimizer of torch's inside it.
+
+    Returns:
+        None where it is not known: the optimizer is inside none of Megatron's, or one of another class.
+    """
+    # Megatron alone writes this key into groups.
+    if not any("is_expert_parallel" in group for group in inner.param_groups):
+        return None
+    if inner not in _changed:
+        outer = [found for found in live_objects(MixedPrecisionOptimizer) if getattr(found, "optimizer", None) is inner]
+        _changed[inner] = _all_parameters_maybe(outer[0]) if len(outer) == 1 else None
+    return _changed[inner]
+
+
+def _all_parameters_maybe(optimizer: Any) -> list[nn.Parameter] | None:
+    """Return the parameters that one of Megatron's optimizers writes into, or that its parameter gather brings."""
+    if isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        groups = (*optimizer.float16_groups, *optimizer.fp32_from_fp32_groups)
+        return [parameter for group in groups for parameter in group]
+    if isinstance(optimizer, DistributedOptimizer) and not optimizer.ddp_config.use_megatron_fsdp:
+        # A rank steps its own part of the buffers, and gathers those of others.
+        return [parameter for buffer in optimizer.buffers for parameter in buffer.params]
+    return None
 
 
 @torch.no_grad()

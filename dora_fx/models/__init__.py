@@ -3,7 +3,13 @@
 config, state_dict -> GPTArchitecture -> full Megatron tensors -> this rank's shards in a GPTModel or a HybridModel
 """
 
-from dora_fx.models.architecture import GPTArchitecture, UnsupportedModelError, architecture_of, with_query_groups
+from dora_fx.models.architecture import (
+    Experts,
+    GPTArchitecture,
+    UnsupportedModelError,
+    architecture_of,
+    with_query_groups,
+)
 from dora_fx.models.base_files import CONFIG, GENERATION_CONFIG, companion_files, copy_companions, write_config
 from dora_fx.models.chat_templates import apply_chat_template
 from dora_fx.models.decoder_names import FINAL_NORM, DecoderNames
@@ -49,6 +55,7 @@ __all__ = [
     "ROUTER",
     "SUPPORTED_MODEL_TYPES",
     "DecoderNames",
+    "Experts",
     "GPTArchitecture",
     "HFArchitecture",
     "HFCheckpoint",

@@ -123,6 +123,13 @@ def with_query_groups(architecture: GPTArchitecture, num_query_groups: int) -> G
 def _check_features(hf: HFArchitecture, config: Any) -> None:
     if config.hidden_act != "silu":
         _refuse("hidden_act", config.hidden_act, "silu")
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise UnsupportedModelError(
+            f"the model's weights are quantised (quantization_config, quant_method {method}), expected plain ones: "
+            "Megatron's layers hold no others. Train adapters on a quantised base with transformers' Trainer, as "
+            "docs/quantised.md and examples/quantised_trainer.py show"
+        )
     for name in hf.unset:
         if getattr(config, name, None):
             _refuse(name, getattr(config, name), "none")

@@ -59,7 +59,7 @@ class HFArchitecture:
     norms: Mapping[str, str]
     router: str | None = None
     qkv_bias: bool = False
-    unset: tuple[str, ...] = ("attention_bias", "mlp_bias", "quantization_config")
+    unset: tuple[str, ...] = ("attention_bias", "mlp_bias")
     gguf: str | None = None
     gguf_rotary_pairs: bool = False
 

@@ -8,6 +8,7 @@ from dora_fx.modules.adapter_bank import (
     AdapterBank,
     bank_of,
     check_places,
+    count_steps_apart,
     fit_to_base,
     guard_changes,
     inactive_adapters,
@@ -26,7 +27,7 @@ from dora_fx.modules.adapter_settings import (
     low_rank_scaling,
 )
 from dora_fx.modules.finite import adapter_not_finite_maybe, not_finite_maybe
-from dora_fx.modules.grouped_linear_wrapper import GroupedDoRALinear, compile_grouped_linears
+from dora_fx.modules.grouped_linear_wrapper import NO_DROPOUT, GroupedDoRALinear, compile_grouped_linears
 from dora_fx.modules.kinds import (
     LinearKind,
     LinearSpec,
@@ -38,23 +39,28 @@ from dora_fx.modules.kinds import (
     quantised_weight_maybe,
 )
 from dora_fx.modules.linear_wrapper import DoRALinear
-from dora_fx.modules.marker import MarkedSite, dora_linear, read_site
+from dora_fx.modules.marker import AdapterTensors, MarkedSite, dora_linear, operands_of_call, read_site
 from dora_fx.modules.model_adapters import disable_adapter, invalidate_norms
 from dora_fx.modules.model_calls import look_once_per_call, set_look
 from dora_fx.modules.partial_gradients import GradientCompletion, complete
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
+from dora_fx.modules.site_mixture import MixedAdapter, SiteMixture
 from dora_fx.modules.site_paths import path_of
 from dora_fx.modules.whole_tensors import gather_whole
 
 __all__ = [
+    "NO_DROPOUT",
     "AdapterBank",
+    "AdapterTensors",
     "DoRALinear",
     "GradientCompletion",
     "GroupedDoRALinear",
     "LinearKind",
     "LinearSpec",
     "MarkedSite",
+    "MixedAdapter",
     "ParallelLinearDoRAAdapter",
+    "SiteMixture",
     "TorchLinear",
     "adapter_not_finite_maybe",
     "adapter_sharded_state_dict",
@@ -68,6 +74,7 @@ __all__ = [
     "check_use_rslora",
     "compile_grouped_linears",
     "complete",
+    "count_steps_apart",
     "describe_linear",
     "disable_adapter",
     "dora_linear",
@@ -82,6 +89,7 @@ __all__ = [
     "looks_like_linear",
     "low_rank_scaling",
     "not_finite_maybe",
+    "operands_of_call",
     "path_of",
     "path_of_inner_bank_maybe",
     "put_in",

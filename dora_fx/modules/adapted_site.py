@@ -19,7 +19,16 @@ from megatron.core.transformer.utils import (
 )
 from torch import nn
 
-from dora_fx.cache import CachedSite, LookedAt, empty_base_norm, empty_cache, have_no_values, measure_base
+from dora_fx.cache import (
+    CachedSite,
+    LookedAt,
+    StepCount,
+    empty_base_norm,
+    empty_cache,
+    have_no_values,
+    measure_base,
+    note_step_count,
+)
 from dora_fx.function import (
     BaseWeight,
     CachedParameters,
@@ -30,7 +39,7 @@ from dora_fx.function import (
     sources_of,
     tensors_of,
 )
-from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+from dora_fx.modules.adapter import Factors, ParallelLinearDoRAAdapter
 from dora_fx.modules.base_attributes import BaseAttributes
 from dora_fx.modules.kinds import LinearKind
 from dora_fx.modules.partial_gradients import GradientCompletion, SiteAccumulators, leaves_for, make_accumulators
@@ -72,6 +81,7 @@ class AdaptedSite(BaseAttributes):
             adapter.init_weight_magnitude(self.base_norm_sq if is_valueless else self._get_weight_norm())
             note_path(adapter, path)
         self._accumulators = make_accumulators(adapter, path, complete_gradients)
+        self.step_count: StepCount | None = None
         guard_optimizers()
         self.register_load_state_dict_post_hook(_after_load_state_dict)
 
@@ -124,10 +134,17 @@ class AdaptedSite(BaseAttributes):
         weight = self.base_weight
         # A load or a move may have put other parameters in the place of those whose path is known.
         note_path(self.adapter, self.path)
+        self.count_steps(self.step_count)
         if self.base_norm_sq.dtype != norm_dtype(weight.dtype) or self.base_norm_sq.device != weight.device:
             self.invalidate_norm()
         if not self._accumulators.fit_parameters():
             self._accumulators = make_accumulators(self.adapter, self.path, self.complete_gradients)
+
+    def count_steps(self, count: StepCount | None) -> None:
+        """Have an optimizer's steps of this adapter counted apart from those of others; None for a lone adapter."""
+        self.step_count = count
+        if count is not None:
+            note_step_count(self.adapter.parameters(), count)
 
     @torch.no_grad()
     def _get_weight_norm(self) -> torch.Tensor:
@@ -144,22 +161,25 @@ class AdaptedSite(BaseAttributes):
         stored = self.stored_parameters(self.base_weight, self.adapter.layout_name, drops=False)
         return CachedSite(self.path, stored, self.cached_parameters())
 
-    def stored_parameters(self, weight: BaseWeight, layout_name: str, *, drops: bool) -> StoredParameters:
+    def stored_parameters(
+        self, weight: BaseWeight, layout_name: str, *, drops: bool, factors: Factors | None = None
+    ) -> StoredParameters:
         """Return what a call reads of the parameters.
 
         Args:
             weight: W0 of the call, `[out, in]` or this rank's shard.
             layout_name: of the call; Megatron switches an output layer's collectives for single calls.
             drops: the call is one with dropout.
+            factors: in a mixed batch, A, B and m or aliases of them, to be read in place of the adapter's.
         """
         adapter = self.adapter
-        lora_a_leaf, lora_b_leaf, magnitude_leaf = leaves_for(self._accumulators, adapter)
-        magnitude = adapter.weight_magnitude
+        lora_a, lora_b, magnitude = self.factors() if factors is None else factors
+        lora_a_leaf, lora_b_leaf, magnitude_leaf = leaves_for(self._accumulators, (lora_a, lora_b, magnitude))
         return StoredParameters(
             weight=weight,
             base_norm_sq=self.base_norm_sq,
-            lora_a=adapter.linear_in.weight,
-            lora_b=adapter.linear_out.weight,
+            lora_a=lora_a,
+            lora_b=lora_b,
             # The norm that a magnitude starts as is computed before there is one, and does not depend on it.
             magnitude=self.base_norm_sq if magnitude is None else magnitude,
             scaling=adapter.scaling_factor,
@@ -173,6 +193,11 @@ class AdaptedSite(BaseAttributes):
             magnitude_leaf=magnitude_leaf,
             expert_weights=self.expert_weights,
         )
+
+    def factors(self) -> Factors:
+        """Return the adapter's A, B and m, or this rank's shards; m may be None while the layer is being adapted."""
+        adapter = self.adapter
+        return Factors(adapter.linear_in.weight, adapter.linear_out.weight, adapter.weight_magnitude)
 
     def cached_parameters(self) -> CachedParameters:
         """Return the buffers of what follows from the parameters; they may be out of date until a refresh."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,14 @@ from dora_fx.modules.grouped_state_dict import grouped_sharded_state_dict
 from dora_fx.modules.kinds import GroupedExperts, LocalExperts
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.ranks import group_rank, group_size
+
+
+class Factors(NamedTuple):
+    """The tensors of an adapter that are trained, or what stands in for them in a mixed batch."""
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    magnitude: torch.Tensor
 
 
 class LowRankFactor(nn.Module):

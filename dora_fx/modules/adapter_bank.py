@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_fx.cache import ActiveAdapterRecord, note_adapter, raise_if_other
+from dora_fx.cache import ActiveAdapterRecord, StepCount, note_adapter, raise_if_other
 from dora_fx.megatron import replace_modules, unwrap, walk
 from dora_fx.modules.linear_wrapper import DoRALinear
 
@@ -32,11 +32,13 @@ class AdapterBank:
         active: name of the adapter in the chunk, which may have no layer there; None before there is one.
         inactive: wrappers of the others, by name, in the order in which they were added.
         record: when which of them was active.
+        is_mixed: a mixed batch is under way, in the wrappers of the active adapter.
     """
 
     active: str | None
     inactive: dict[str, list[DoRALinear]] = field(default_factory=dict)
     record: ActiveAdapterRecord = field(init=False)
+    is_mixed: bool = False
 
     def __post_init__(self) -> None:
         self.record = ActiveAdapterRecord(self.active or "")
@@ -117,17 +119,25 @@ def guard_changes(chunk: nn.Module, bank: AdapterBank) -> None:
 
     Without a second adapter nothing is checked.
     """
-    assert bank.active is not None
     adapted = sites_of(chunk)
     for site in adapted:
-        note_adapter(site.adapter.linear_in.weight, bank.record, bank.active)
+        note_adapter(site.adapter.linear_in.weight, bank.record)
     bases = {site.to_wrap for sites in bank.inactive.values() for site in sites}
     for _, path, module in walk(chunk, DoRALinear):
         _unguard(module)
         if module in bases:
-            module.register_forward_pre_hook(_BareLayerGuard(path, bank.record, bank.active))
+            module.register_forward_pre_hook(_BareLayerGuard(path, bank.record))
     for site in adapted:
         _unguard(site.to_wrap)
+
+
+def count_steps_apart(chunk: nn.Module, bank: AdapterBank) -> None:
+    """Have the steps of each adapter counted by itself, so that they leave what is cached of the others up to date."""
+    for sites in (sites_of(chunk), *bank.inactive.values()):
+        count = StepCount()
+        for site in sites:
+            if site.step_count is None:
+                site.count_steps(count)
 
 
 def _unguard(module: nn.Module) -> None:
@@ -142,9 +152,8 @@ class _BareLayerGuard:
 
     path: str
     record: ActiveAdapterRecord
-    name: str
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         # Other layers of a compiled region are checked in front of it.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            raise_if_other(self.path, self.record, self.name)
+            raise_if_other(self.path, self.record)

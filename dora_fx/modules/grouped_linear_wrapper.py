@@ -20,6 +20,9 @@ from dora_fx.function import SiteOperands, complete_parameters, grouped_adapted_
 from dora_fx.modules.kinds import expert_weights, is_grouped_linear
 from dora_fx.modules.linear_wrapper import DoRALinear
 
+# The base's product of what dropout leaves would need a second call of the base layer.
+NO_DROPOUT = "{}: found dropout = {}, expected 0 for a layer that holds several experts"
+
 # By the base layers, as adapters come and go.
 _compiled: weakref.WeakKeyDictionary[nn.Module, Callable[..., torch.Tensor]] = weakref.WeakKeyDictionary()
 
@@ -58,6 +61,8 @@ class GroupedDoRALinear(DoRALinear):
         counts = args[0] if args else kwargs["m_splits"]
         for weight in self.expert_weights:
             self._check_call(x, weight)
+        if self.training and self.adapter.has_dropout:
+            raise ValueError(NO_DROPOUT.format(self.path, self.adapter.dropout))
         self._check_counts(x, counts)
         output, *beside = self.to_wrap(x, *args, **kwargs)
         adapted = self._adapted(x.flatten(0, -2), output.flatten(0, -2), counts)

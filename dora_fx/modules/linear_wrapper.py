@@ -18,8 +18,9 @@ from dora_fx.megatron import capture_megatron_whole, is_parameter_gather_hook
 from dora_fx.modules.adapted_site import AdaptedSite
 from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
 from dora_fx.modules.kinds import LinearSpec, describe_linear
-from dora_fx.modules.marker import MarkedSite, mark
+from dora_fx.modules.marker import AdapterTensors, MarkedSite, mark
 from dora_fx.modules.partial_gradients import GradientCompletion
+from dora_fx.modules.site_mixture import SiteMixture
 from dora_fx.modules.tensor_checks import check_buffers, check_factors, check_magnitude
 from dora_fx.ranks import group_size
 
@@ -60,6 +61,7 @@ class DoRALinear(AdaptedSite):
             )
         super().__init__(to_wrap, adapter, path, spec.kind, base_weight, complete_gradients)
         self._adapter_enabled = True
+        self._mixture: SiteMixture | None = None
 
     @property
     def is_adapting(self) -> bool:
@@ -91,23 +93,40 @@ class DoRALinear(AdaptedSite):
         weight = args[0] if args else kwargs.get("weight")
         if weight is None:
             weight = self.base_weight
+        mixture = self._mixture
         self._check_call(x, weight)
+        if mixture is None:
+            # The adapters of a mixed batch are checked where the batch begins.
+            check_factors(self.path, self.adapter, weight)
+            check_magnitude(self.path, self.adapter.weight_magnitude, weight, self.base_norm_sq)
         _check_group_exists(self.adapter.tp_group)
         if torch.compiler.is_compiling():
             _prepare_trace()
         layout_name = self.kind.layout_name(self.to_wrap, *args, **kwargs)
         base_output, beside = self._call_base(x, *args, **kwargs)
-        drops = self.training and self.adapter.has_dropout
-        stored = self.stored_parameters(weight, layout_name, drops=drops)
         bias = self.kind.added_bias(self.to_wrap)
         norm = self.kind.input_norm(self.to_wrap)
-        cached = self.cached_parameters()
-        check_buffers(self.path, stored, cached)
+        (stored, cached), *others = self._adapters_of_call(weight, layout_name)
+        samples = None if mixture is None else mixture.samples_of(self.path, x, stored.layout)
         if isinstance(weight, QuantisedWeight):
             # Its layer takes x in any dtype.
             x = x.to(weight.dtype)
-        output = mark(MarkedSite(base_output, x, bias, stored, cached, norm))
+        output = mark(MarkedSite(base_output, x, bias, stored, cached, norm, tuple(others), samples))
         return output if beside is None else (output, *beside)
+
+    def _adapters_of_call(self, weight: BaseWeight, layout_name: str) -> list[AdapterTensors]:
+        """Return what the call reads of its adapter, or of each adapter of a mixed batch."""
+        mixture = self._mixture
+        if mixture is None:
+            drops = self.training and self.adapter.has_dropout
+            all_stored = [self.stored_parameters(weight, layout_name, drops=drops)]
+            all_cached = [self.cached_parameters()]
+        else:
+            all_stored = mixture.stored_parameters(weight, layout_name, drops=mixture.drops(training=self.training))
+            all_cached = mixture.cached_parameters()
+        for stored, cached in zip(all_stored, all_cached, strict=True):
+            check_buffers(self.path, stored, cached)
+        return [AdapterTensors(*each) for each in zip(all_stored, all_cached, strict=True)]
 
     def _call_base(
         self, x: torch.Tensor, *args: Any, **kwargs: Any
@@ -132,8 +151,6 @@ class DoRALinear(AdaptedSite):
         features = weight.shape[1] * (self.adapter.tp_size if self.adapter.layout.enter == "split_features" else 1)
         if x.shape[-1] != features:
             raise ValueError(f"{self.path}: the input has {x.shape[-1]} features, the layer takes {features}")
-        check_factors(self.path, self.adapter, weight)
-        check_magnitude(self.path, self.adapter.weight_magnitude, weight, self.base_norm_sq)
 
     def enable_adapter_layers(self) -> None:
         """Let the adapter take part in the forward pass."""

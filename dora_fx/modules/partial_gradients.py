@@ -225,14 +225,13 @@ def make_accumulators(
     return SiteAccumulators(*(make(name) if partial else None for name, partial in is_partial.items()))
 
 
-def leaves_for(accumulators: SiteAccumulators, adapter: ParallelLinearDoRAAdapter) -> list[torch.Tensor | None]:
+def leaves_for(accumulators: SiteAccumulators, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
     """Return the leaves that take the gradients of A, B and m in a call now; None for a gradient that has none.
 
     An evaluation has none at all, so its graph is the same before and after a wrapper is put around the model.
     """
     if not any(accumulators) or not torch.is_grad_enabled():
         return [None, None, None]
-    parameters = (adapter.linear_in.weight, adapter.linear_out.weight, adapter.weight_magnitude)
     pairs = zip(accumulators, parameters, strict=True)
     return [_leaf_maybe(accumulator, parameter) for accumulator, parameter in pairs]
 

@@ -15,6 +15,11 @@ def note_path(adapter: nn.Module, path: str) -> None:
         _paths[parameter] = (path, name)
 
 
+def note_alias(alias: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Note the path of a tensor that stands in for a parameter."""
+    _paths[alias] = _paths.get(parameter, ("", ""))
+
+
 def path_of(parameter: torch.Tensor) -> str:
     """Return the path of the layer that the parameter adapts; "" if it adapts none."""
     path: str = _paths.get(parameter, ("", ""))[0]

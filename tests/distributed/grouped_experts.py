@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.enums import AttnBackend
 from torch import nn
 
 import dora_fx
@@ -163,3 +165,31 @@ def oracle_step(number: int) -> Results:
 def compile_experts(model: nn.Module, inner_compiler: str = "aot_eager") -> None:
     """Compile the one function of each grouped layer."""
     compile_grouped_linears(model.modules(), {"backend": "dora_fx", "options": {"inner_compiler": inner_compiler}})
+
+
+def gpt(layout: Layout, **settings: Any) -> nn.Module:
+    """A GPT of two layers over Transformer Engine, of which every value is set; for the layers around the experts."""
+    settings = {"moe_grouped_gemm": True, "num_layers": 2, "attention_backend": AttnBackend.unfused} | settings
+    config = moe_config(layout, torch.float32, **settings)
+    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=EXPERTS, moe_grouped_gemm=True)
+    torch.manual_seed(5)
+    model = GPTModel(config, spec, vocab_size=32, max_sequence_length=64)
+    dora_fx.DoRA(["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], dim=DIM, alpha=SCALING * DIM)(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("linear_out.weight"):
+            parameter.data.copy_(whole_values(tuple(parameter.shape), name, 0.1))
+    return model
+
+
+def gpt_step(model: nn.Module, number: int, length: int) -> Results:
+    """Loss and gradients of a batch whose tokens follow from its number."""
+    model.zero_grad()
+    generator = torch.Generator().manual_seed(100 * number + parallel_state.get_data_parallel_rank())
+    tokens = torch.randint(0, 32, (2, length + 1), generator=generator)
+    positions = torch.arange(length).expand(2, -1)
+    mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    loss = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean()
+    loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert all(value is not None for value in gradients.values())
+    return {"loss": loss.detach(), **{name: value.clone() for name, value in gradients.items() if value is not None}}

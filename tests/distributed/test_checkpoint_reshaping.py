@@ -81,6 +81,8 @@ def settings_of(rest: dict[str, Any]) -> dict[str, Any]:
 
     It chains one for experts to that of the dense layers where their gradients are reduced over other ranks.
     """
+    if "optimizer" not in rest:
+        return rest
     chain = list(rest["optimizer"].values()) if 0 in rest["optimizer"] else [rest["optimizer"]]
     parts: dict[str, set[str]] = {}
     for single in chain:

@@ -59,7 +59,7 @@ class Training:
 
     def step(self, number: int) -> None:
         for name, parameter, sharding in trained_parameters(self.chunks):
-            gradient = _own(tuple(parameter.shape), sharding, f"{name} gradient {number}", 1.0, self.layout)
+            gradient = _own(tuple(parameter.shape), sharding, f"{name} gradient {number}", 1.0)
             parameter.grad = None if number == 0 and name.startswith(FIRST_HALF) else gradient.to(parameter.dtype)
         self.optimizer.step()
 

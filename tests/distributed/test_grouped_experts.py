@@ -47,7 +47,9 @@ def run(layout: Layout) -> dict[str, Any]:
     grouped.adapted(model, set_values=False)
     assert torch.equal(model(x), base)
     initial = grouped.tensors_of_experts(model, gradients=False)
-    return {"initial": initial, "steps": {mode: run_mode(layout, *mode) for mode in MODES}}
+    alike = sequential.adapted(grouped.build_sequential(layout), set_values=False)
+    found = {"initial": initial, "initial of sequential experts": sequential.tensors_of_sites(alike)}
+    return {**found, "steps": {mode: run_mode(layout, *mode) for mode in MODES}}
 
 
 def run_mode(layout: Layout, compiler: str, dtype: torch.dtype) -> list[Results]:
@@ -69,6 +71,10 @@ def test_every_topology_computes_the_function_of_one_rank_emulated_kernels(layou
     for (_, dtype), steps in found["steps"].items():
         for number, result in enumerate(steps):
             assert_close(result, expected[number], rounding(dtype, ROUNDINGS))
+    # By their numbers, experts start with the factors that they have as layers of their own.
+    for name, value in found["initial of sequential experts"].items():
+        bound = rounding(torch.float64, ROUNDINGS) if name.endswith("magnitude") else 0.0
+        assert_close(found["initial"][name], value, bound)
 
 
 FORMS = {"grouped": grouped.build, "sequential": grouped.build_sequential}
@@ -296,8 +302,13 @@ def refusals() -> dict[str, str]:
     forward = type(linear).forward
     linear.forward = lambda x, m_splits: (2.0 * forward(linear, x, m_splits)[0], None)
     found["another function"] = _message(model)
-    model = grouped.adapted(grouped.build(Layout()))
+    model = grouped.build(Layout())
+    found["dropout"] = _raised(lambda: grouped.adapted(model, dropout=0.1))
+    grouped.adapted(model)
     site = grouped.grouped_linears(model)["linear_fc1"]
+    site.adapter.dropout = 0.2
+    found["later dropout"] = _raised(lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [4, 0, 0, 0]))
+    site.adapter.dropout = 0.0
     for name, call in {
         "too few counts": lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [2, 2]),
         "other counts": lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [2, 2, 1, 0]),
@@ -335,6 +346,8 @@ def test_what_is_refused_is_named_emulated_kernels() -> None:
         "moe_paged_stash": f"{layer}{kind}with moe_paged_stash = True, expected False",
         "not finite": "mlp.experts.linear_fc2.weight2: the base weight has NaN or inf in 1 of 16 rows",
         "another function": f"{layer}{kind}whose outputs are off W0 x + bias by up to",
+        "dropout": f"{layer}dropout = 0.1, expected 0 for a layer that holds several experts",
+        "later dropout": f"{layer}dropout = 0.2, expected 0",
         "too few counts": f"{layer}2 numbers of tokens, expected one for each of 4",
         "other counts": f"{layer}4 tokens, expected the sum of the experts' numbers, 5",
         "features": "mlp.experts.linear_fc1: the input has 17 features, the layer takes 16",
@@ -343,3 +356,37 @@ def test_what_is_refused_is_named_emulated_kernels() -> None:
     }
     assert found.keys() == expected.keys()
     assert {name: message[: len(expected[name])] for name, message in found.items()} == expected
+
+
+LENGTHS = [6, 9, 4, 12]
+
+
+def compiled_gpt(layout: Layout, settings: dict[str, Any]) -> dict[str, Any]:
+    """How far 20 compiled batches are from eager ones, and the graphs of grouped layers after them."""
+    torch._dynamo.reset()
+    eager, compiled = grouped.gpt(layout), grouped.gpt(layout, **settings)
+    compiled.load_state_dict(eager.state_dict())
+    dora_fx.compile_model(compiled, inner_compiler="aot_eager")
+    errors, graphs = {}, []
+    counters.clear()
+    for number in range(20):
+        length = LENGTHS[number % len(LENGTHS)]
+        expected, found = (grouped.gpt_step(model, number, length) for model in (eager, compiled))
+        errors[f"batch {number}"] = max(relative_error(found[name], value) for name, value in expected.items())
+        graphs.append(counters["dora_fx"]["graphs_compiled"])
+    return {"errors": errors, "graphs": graphs}
+
+
+RECOMPUTED = [
+    {},
+    {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+]
+
+
+@slow
+@pytest.mark.parametrize("settings", RECOMPUTED, ids=str)
+def test_compiled_models_emulated_kernels(settings: dict[str, Any]) -> None:
+    found = run_layout(compiled_gpt, Layout(2, ep=2), settings)
+    assert_below(found["errors"], rounding(torch.float32, 4 * ROUNDINGS))
+    assert found["graphs"][-1] == found["graphs"][4], found["graphs"]

@@ -10,6 +10,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx import DoRA
+from dora_fx.cache import CachedSite, check, refresh
 from tests.distributed.launch import visit_worlds
 from tests.distributed.pipeline_gpt import (
     LAYERS,
@@ -22,6 +23,7 @@ from tests.distributed.pipeline_gpt import (
     trained_parameters,
 )
 from tests.distributed.test_checkpoint_reshaping import assert_same_checkpoint
+from tests.distributed.zoo import sites_of
 
 MLP = ["linear_fc1", "linear_fc2"]
 ADAPTERS = {"policy": dict(targets=TARGETS, dim=4), "reward": dict(targets=MLP, dim=8)}
@@ -58,8 +60,36 @@ def train_in_turns(layout: Layout, folder: Path, kind: Kind) -> None:
                 assert torch.equal(value, wanted), path
             dora_fx.save_checkpoint(training.chunks, folder / f"{name} together {layout}", training.optimizer)
         dora_fx.save_checkpoint(alone[name].chunks, folder / f"{name} alone {layout}", alone[name].optimizer)
+    for name, other in (("policy", "reward"), ("reward", "policy")):
+        check_freshness(chunks, together[name], name, other)
     if layout.pp == 1:
         refuse_other_wrappers(chunks, together)
+
+
+def check_freshness(bare: list[nn.Module], training: Training, name: str, other: str) -> None:
+    """A step of one adapter makes its own norms stale on every rank, and leaves those of the other up to date."""
+    written = {}
+    for each in (name, other):
+        with dora_fx.adapter(bare, each):
+            written[each] = refreshed(bare)
+    dora_fx.set_adapter(training.chunks, name)
+    training.train(9)
+    with dora_fx.adapter(bare, other):
+        assert refreshed(bare) == written[other]
+        check(cached_sites(bare))
+    # The call of the step's last micro-batch read what was computed before its first.
+    assert refreshed(bare) == [version + 1 for version in written[name]]
+    check(cached_sites(bare))
+
+
+def cached_sites(chunks: list[nn.Module]) -> list[CachedSite]:
+    return [site.cached_site() for chunk in chunks for site in sites_of(chunk).values()]
+
+
+def refreshed(chunks: list[nn.Module]) -> list[int]:
+    """Bring the active adapter's norms up to date, and return how often each was written."""
+    refresh(cached_sites(chunks))
+    return [site.cached.delta._version for site in cached_sites(chunks)]
 
 
 def refuse_other_wrappers(bare: list[nn.Module], together: dict[str, Training]) -> None:

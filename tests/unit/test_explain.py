@@ -20,7 +20,7 @@ from dora_fx.app.options import LAYOUT_OPTIONS
 from dora_fx.explanation import VARIANTS, Explanation, PlannedRun, captured_layers, explain
 from dora_fx.explanation.named_shapes import architecture_named
 from dora_fx.function import scale_rows
-from dora_fx.models import HF_ARCHITECTURES, GPTArchitecture, empty_gpt_model
+from dora_fx.models import HF_ARCHITECTURES, Experts, GPTArchitecture, empty_gpt_model
 from dora_fx.modules import dora_linear
 from tests.models import DIM, LinearZoo, adapt_zoo, sites
 from tests.tables import every_case
@@ -58,6 +58,11 @@ def tiny() -> Explanation:
         ("llama3-8b", {"pp": 5}, "pp: found 5, expected a divisor of the 32 layers"),
         ("llama3-8b", {"pp": 64}, "pp: found 64, expected a divisor of the 32 layers"),
         ("llama3-8b", {"tp": 8, "dim": 12}, "dim: found 12, expected a multiple of tp 8"),
+        (
+            dataclasses.replace(TINY, experts=Experts(4, 2, True)),
+            {},
+            "base: found 4 experts in a layer, expected an MLP",
+        ),
         ("llama3-8b", {"tp": 0}, "tp: found 0, expected an integer from 1"),
         ("llama3-8b", {"dp": True}, "dp: found True, expected an integer from 1"),
         ("llama3-8b", {"batch_size": 1.5}, "batch_size: found 1.5, expected an integer from 1"),
@@ -75,7 +80,7 @@ def tiny() -> Explanation:
         ("llama3-8b", {"run": RUN, "tp": 2}, "explain: found both run and tp, expected one of them"),
     ],
 )
-def test_what_cannot_be_shared_is_refused_before_anything_is_built(base: str, options: Any, message: str) -> None:
+def test_what_cannot_be_shared_is_refused_before_anything_is_built(base: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         explain(base, **options)
     assert not torch.distributed.is_initialized()
@@ -342,6 +347,10 @@ def test_a_model_of_the_users_own() -> None:
         explain(torch.nn.Linear(2, 2), run)
     with pytest.raises(ValueError, match=r"^base: found a model with real parameters"):
         explain(empty_gpt_model(TINY, run.torch_dtype, sequence_parallel=False), run)
+    model.config.num_moe_experts = 4
+    with pytest.raises(ValueError, match=r"^base: found 4 experts in a layer"):
+        explain(model, run)
+    model.config.num_moe_experts = None
     found = explain(model, run)
     [stage] = found.stages
     assert stage.kinds == {"layer": 6, "embedding": 1, "output": 1}

@@ -42,6 +42,16 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--demo", "--dim", "0"], "DoRA.dim: found 0, expected a positive integer"),
         (["--demo", "--alpha", ".nan"], "DoRA.alpha: found nan, expected a positive finite number"),
         (["--demo", "--dropout", "1"], "DoRA.dropout: found 1.0, expected a probability in [0, 1)"),
+        (["--demo", "--ep", "0"], "--ep: found 0, expected a positive integer"),
+        (["--demo", "--etp", "-1"], "--etp: found -1, expected a positive integer"),
+        (
+            ["--demo", "--ep", "2"],
+            "--ep: found 2 with --etp 1, expected a product that divides the 1 ranks",
+        ),
+        (
+            ["--demo", "--dp", "2", "--gradient-accumulation", "2", "--ep", "2", "--etp", "2"],
+            "--ep: found 2 with --etp 2, expected a product that divides the 2 ranks",
+        ),
         (["--demo", "--data", "x.txt"], "--demo brings its own data; leave out --data, or --demo"),
         ([], "nothing to train on; give --data FILE, or --demo for data that come along"),
         (["--demo", "--base", "nowhere"], "nowhere: no such file or directory; expected one, or a model of"),

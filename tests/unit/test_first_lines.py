@@ -94,6 +94,8 @@ finally:
         (["export", "x", "--to", "y", "--basename", "z"], "did you mean --base-name?"),
         (["chat", "x", "--max-tokens", "9"], "did you mean --max-new-tokens?"),
         (["finetun", "--demo"], "did you mean finetune?"),
+        (["finetune", "--demo", "--load-in", "4bit"], "transformers' Trainer, as docs/quantised.md"),
+        (["finetune", "--demo", "--load_in_8bit=true"], "transformers' Trainer, as docs/quantised.md"),
         (["finetune", "--demo", "--zzzz", "3"], "unrecognized arguments: --zzzz 3\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -43,16 +43,17 @@ def test_only_a_failed_allocation_is_called_one() -> None:
         torch.ones(2) + torch.ones(3)
 
 
-SIZES = [
+SIZES: list[dict[str, Any]] = [
     dict(hidden_size=96, intermediate_size=160, num_hidden_layers=3, vocab_size=128),
     dict(hidden_size=48, intermediate_size=256, num_hidden_layers=5, num_key_value_heads=3, vocab_size=640),
+    dict(kind="qwen3_moe", hidden_size=96, num_hidden_layers=3, vocab_size=128),
 ]
 
 
 @pytest.mark.usefixtures("world")
-@pytest.mark.parametrize("size", SIZES, ids=["wide", "deep"])
+@pytest.mark.parametrize("size", SIZES, ids=["wide", "deep", "experts"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_estimate_is_what_training_takes(size: dict[str, int], dtype: str) -> None:
+def test_the_estimate_is_what_training_takes(size: dict[str, Any], dtype: str) -> None:
     """Parameters, gradients and optimizer state to the byte; activations as autograd keeps them, within a sixth."""
     options = FinetuneOptions(demo="text", dtype=dtype, batch_size=2, sequence_length=48)
     model = DoRA(dim=4, alpha=8)(megatron_of(tiny_hf_model(**size), dtype=DTYPES[dtype]))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_fx.app.bases import check_experts
+from dora_fx.app.errors import UserError
+from dora_fx.app.options import FinetuneOptions
 from dora_fx.hf import save_hf_model
 from dora_fx.models import architecture_of, build_gpt_model, load_hf_checkpoint
 from dora_fx.models.specs import empty_model
@@ -79,3 +83,22 @@ def test_a_hybrid_model_of_experts_is_refused() -> None:
     architecture = architecture_of(tiny_hf_config("mixtral"))
     with pytest.raises(ValueError, match=r"spec hybrid: found a model with 4 experts in each layer, .* te or local"):
         empty_model(architecture, "hybrid", torch.float32, "cpu", sequence_parallel=False)
+
+
+@every_case(
+    ("kind", "options", "message"),
+    [
+        (
+            "llama",
+            dict(dp=2, ep=2, gradient_accumulation=2),
+            "--ep: found 2, expected 1: the base, a llama, has no",
+        ),
+        ("llama", dict(tp=2, etp=2), "--etp: found 2, expected 1: the base, a llama, has norts"),
+        ("mixtral", dict(tp=2), "--tp: found 2 for a base with experts, expected --sequence-parallel beside it"),
+    ],
+)
+def test_parallel_sizes_that_are_not_for_the_base_are_refused(kind: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_experts(tiny_hf_config(kind), FinetuneOptions(demo="text", **options))
+    sizes = dict(dp=4, ep=2, gradient_accumulation=4) if kind == "mixtral" else dict(tp=2)
+    check_experts(tiny_hf_config(kind), FinetuneOptions(demo="text", **sizes))

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import dora_fx
 from dora_fx import DoRA
 from tests.hf_models import tiny_hf_model
-from tests.models import GPT_TARGETS, logits_of, randomize_adapters, tiny_gpt, token_ids, trainable
+from tests.models import GPT_TARGETS, logits_of, randomize_adapters, sites, tiny_gpt, token_ids, trainable
 from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -128,6 +128,48 @@ def test_training_in_turns_is_training_alone(tmp_path: Path) -> None:
         assert_same(outcome(fresh), outcome(twin))
     with dora_fx.adapter(model, "like first"):
         assert_same(outcome(model), outcome(alone("like first")))
+
+
+def norms_written(model: nn.Module, name: str) -> int:
+    """How often the norms of an adapter's first layer were written, after a call."""
+    with dora_fx.adapter(model, name):
+        outcome(model)
+        return next(iter(sites(model).values())).cached_delta._version
+
+
+def test_a_step_leaves_the_norms_of_others_up_to_date() -> None:
+    model, other = with_all(), nn.Parameter(torch.ones(2))
+    parameters = {}
+    for name in SETTINGS:
+        with dora_fx.adapter(model, name):
+            parameters[name] = list(trainable(model).values())
+
+    def stale_after(stepped: list[nn.Parameter]) -> list[str]:
+        before = {name: norms_written(model, name) for name in SETTINGS}
+        for parameter in stepped:
+            parameter.grad = torch.ones_like(parameter)
+        torch.optim.AdamW(stepped, lr=1e-3).step()
+        after = {name: norms_written(model, name) for name in SETTINGS}
+        return [name for name in SETTINGS if after[name] > before[name]]
+
+    for name in SETTINGS:
+        assert stale_after(parameters[name]) == [name]
+    assert stale_after(parameters["mlp"] + parameters["wide"][:1]) == ["mlp", "wide"]
+    # It may be a copy, which somebody writes into the adapters.
+    assert stale_after([*parameters["mlp"], other]) == list(SETTINGS)
+    # After a load that puts new parameters in the place of the old ones.
+    dora_fx.set_adapter(model, "wide")
+    values = {key: value.clone() for key, value in model.state_dict().items() if torch.is_tensor(value)}
+    model.load_state_dict(values, strict=False, assign=True)
+    parameters["wide"] = list(trainable(model).values())
+    assert stale_after(parameters["wide"]) == ["wide"] and stale_after(parameters["first"]) == ["first"]
+    mlp = norms_written(model, "mlp")
+    with torch.no_grad():
+        # Past the version counter, as by something that a step does beside its own parameters.
+        parameters["mlp"][0].data.mul_(2.0)
+    before = norms_written(model, "first")
+    assert norms_written(model, "mlp") > mlp
+    assert norms_written(model, "first") == before
 
 
 @every_case("active", ["like first", "mlp"])

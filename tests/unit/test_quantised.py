@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import nn
 from torch._dynamo.utils import counters
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig, PerGroup
 
 import dora_fx
 from dora_fx import DoRA, DoRALinear
@@ -105,10 +105,34 @@ def check_function(kind: str, *compilers: tuple[str, dict[str, str] | None]) -> 
             assert_close(results(model, compiled), exact, BOUND)
 
 
-def test_inductor_compiles_it_too() -> None:
-    model = adapted("nf4 double")
+@pytest.mark.slow
+@every_case("kind", ["nf4 double", "int8", "torchao intx int4", "torchao float8"])
+def test_inductor_compiles_it_too(kind: str) -> None:
+    model = adapted(kind)
     compiled = torch.compile(model, backend="dora_fx", fullgraph=True)
     assert_close(results(model, compiled), expected(model), BOUND)
+
+
+def test_a_compiled_model_is_checked_and_trains(tmp_path: Path) -> None:
+    """One graph for all layers, and gradients pass through checkpoints of them."""
+    model = llama(saved_llama(tmp_path / "base"))
+    batch = {"input_ids": TOKENS, "labels": TOKENS}
+
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model.train().gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
+        model(**batch, use_cache=False).loss.backward()
+        return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+    model.train()
+    eager = gradients(False)
+    assert_close(gradients(True), eager, 0.0)
+    dora_fx.compile_model(model)
+    assert_close(gradients(False), eager, rounding(torch.float32, 4 * roundings_of(nf4_dense(tmp_path / "base"))))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["dora_fx"]["sites_unmatched"]
+    optimizer = torch.optim.AdamW(dora_fx.parameter_groups(model, lr=1e-3))
+    report = dora_fx.check(model, batch, optimizer)
+    assert not report.failed, str(report)
 
 
 @every_case("kind", ["nf4 double", "fp4", "torchao intx int4", "torchao float8"])
@@ -270,6 +294,35 @@ def test_loss_and_gradients_are_those_of_peft(tmp_path: Path) -> None:
 
 def nf4_dense(folder: Path) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_weights_of_torchao_in_a_transformers_model(tmp_path: Path) -> None:
+    """Files, checkpoints, and merging after a compilation, which knows the weights."""
+    folder = saved_llama(tmp_path / "base")
+
+    def load() -> Any:
+        settings = transformers.TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=settings, dtype=torch.float32, device_map="cpu"
+        )
+
+    model = DoRA(TARGETS, dim=4, alpha=12)(load())
+    randomize_adapters(model)
+    logits = hf_logits(model)
+    dora_fx.export_hf(model, tmp_path / "adapter", base_model=str(folder))
+    assert torch.equal(hf_logits(dora_fx.import_hf(load(), tmp_path / "adapter")), logits)
+    dora_fx.save_checkpoint(model, tmp_path / "checkpoint")
+    again = DoRA(TARGETS, dim=4, alpha=12)(load())
+    dora_fx.load_checkpoint(again, tmp_path / "checkpoint")
+    assert torch.equal(hf_logits(again), logits)
+    with pytest.raises(CheckpointError, match="was trained on another base model"):
+        dora_fx.load_checkpoint(DoRA(TARGETS, dim=4, alpha=12)(nf4_llama(folder)), tmp_path / "checkpoint")
+    compiled = torch.compile(model, backend="dora_fx", options={"inner_compiler": "eager"})
+    bound = rounding(torch.float32, 2 * roundings_of(nf4_dense(folder)))
+    assert_close(hf_logits(compiled), logits, bound)
+    with dora_fx.merged(model):
+        assert_close(hf_logits(model), logits, bound)
+    assert torch.equal(hf_logits(model), logits)
 
 
 def test_merging(tmp_path: Path) -> None:

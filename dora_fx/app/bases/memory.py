@@ -25,6 +25,8 @@ _LOGIT_BYTES = 4
 # MLP's size and of the rows of linear_qkv, and the attention weights. Fitted to what autograd keeps in eager layers at
 # ten sizes, to 2 %.
 _PER_HIDDEN, _PER_FFN, _PER_QKV = 7.3, 7.1, 2.7
+# The same of experts, for each of those that a token goes to, in place of the MLP's. Fitted at 16 sizes, to 10 %.
+_PER_EXPERT_FFN, _PER_EXPERT_HIDDEN = 8.8, 2.5
 # The logits and their gradient, in float32.
 _LOGIT_COPIES = 2
 _GRADIENT_BYTES, _MOMENT_BYTES, _MAIN_COPY_BYTES = 4, 8, 4
@@ -84,7 +86,7 @@ def _activations(model: Any, options: FinetuneOptions) -> int:
     scores = options.sequence_length * config.num_attention_heads / shards
     # 16-bit attention keeps the softmax in float32 too.
     scores *= 1 if itemsize == 4 else 1 + 4 / itemsize
-    layer = _PER_HIDDEN * hidden + _PER_FFN * config.ffn_hidden_size / shards + _PER_QKV * qkv + scores
+    layer = _PER_HIDDEN * hidden + _of_mlp(config, options) + _PER_QKV * qkv + scores
     # An attention with its MLP, which are two layers of a HybridModel.
     layers = DecoderNames.of(model).num_layers // options.pp
     # A stage works ahead of those behind it.
@@ -92,6 +94,16 @@ def _activations(model: Any, options: FinetuneOptions) -> int:
     kept = layers * hidden * ahead + layer if options.recompute else layers * layer * ahead
     logits = _LOGIT_COPIES * _LOGIT_BYTES * model.vocab_size / shards
     return round(tokens * (kept * itemsize + logits))
+
+
+def _of_mlp(config: Any, options: FinetuneOptions) -> float:
+    """Return the elements per token that an MLP keeps, or experts that all get as many tokens."""
+    if not config.num_moe_experts:
+        return _PER_FFN * float(config.ffn_hidden_size) / options.tp
+    ffn = _PER_EXPERT_FFN * config.moe_ffn_hidden_size / options.tp
+    # Each rank of an expert has its whole tokens.
+    hidden = _PER_EXPERT_HIDDEN * config.hidden_size * options.expert_tensor_parallel / options.tp
+    return float(config.moe_router_topk * (ffn + hidden))
 
 
 def memory_warning_maybe(estimate: MemoryEstimate, options: FinetuneOptions, device: str) -> str | None:

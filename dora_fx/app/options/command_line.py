@@ -164,6 +164,10 @@ def _parts(values: list[str]) -> list[str]:
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
+# Options of others that quantise the base.
+_QUANTISED = "load-in load-in-4bit load-in-8bit qlora quantize quantization quant-method bits"
+
+
 def with_hint(message: str, names: Collection[str]) -> str:
     """The parser's message, with the nearest of `names` for each option, key or command that it does not know.
 
@@ -171,6 +175,11 @@ def with_hint(message: str, names: Collection[str]) -> str:
         message: of argparse or jsonargparse.
         names: of what there is, without dashes in front.
     """
+    if any(found.strip("-").replace("_", "-") in _QUANTISED.split() for found in _unknown(message)):
+        return (
+            f"{message}; Megatron's layers hold no quantised weights: train on a quantised base with transformers' "
+            "Trainer, as docs/quantised.md and examples/quantised_trainer.py show"
+        )
     hints = [hint for found in _unknown(message) if (hint := _nearest(found.strip("-").replace("_", "-"), names))]
     if not hints:
         return message
