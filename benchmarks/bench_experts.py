@@ -68,8 +68,6 @@ class Experts(nn.Module):
 
 def build(options: argparse.Namespace, device: str, form: str, adapter: str) -> Experts:
     """Experts without an adapter, with DoRA or with LoRA; `adapter` ends in "compiled" where it is to be compiled."""
-    from megatron.core.models.gpt import gpt_layer_specs as specs
-
     import dora_fx
     from dora_fx import DoRALinear
     from dora_fx.modules import compile_grouped_linears
@@ -78,8 +76,7 @@ def build(options: argparse.Namespace, device: str, form: str, adapter: str) -> 
     sizes = {"hidden_size": options.hidden, "moe_ffn_hidden_size": options.ffn, "num_moe_experts": options.experts}
     dtype, is_grouped = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype], form == "grouped"
     settings = sizes | {"moe_grouped_gemm": is_grouped, "moe_shared_expert_intermediate_size": None}
-    get_spec = specs.get_gpt_layer_with_transformer_engine_spec if is_grouped else specs.get_gpt_layer_local_spec
-    layer = build_moe_layer(moe_config(Layout(), dtype, **settings), get_spec(options.experts, is_grouped))
+    layer = build_moe_layer(moe_config(Layout(), dtype, **settings), "te" if is_grouped else "local")
     counts = torch.arange(options.experts).float()
     counts = (counts / counts.sum() * options.tokens).long()
     counts[-1] += options.tokens - counts.sum()

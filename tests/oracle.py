@@ -29,7 +29,7 @@ def reference_layer(site: DoRALinear) -> reference.ReferenceLinear:
     """The oracle with an adapted layer's own weights, returning the bias where the layer does."""
     base, adapter = site.to_wrap, site.adapter
     apart = getattr(base, "skip_bias_add", False)
-    is_megatron = not isinstance(base, nn.Linear)
+    is_megatron = site.kind.returned_beside_output(base) is not None
     dropped_bias = base.bias.detach().double() if apart and base.bias is not None else None
     return reference.ReferenceLinear(
         whole_of(site.base_weight),

@@ -9,6 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 import transformers
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import nn
 from torchao.quantization import (
     Float8WeightOnlyConfig,
@@ -54,12 +55,23 @@ def torchao(config: Callable[[], Any]) -> Callable[[nn.Linear], nn.Module]:
     return make
 
 
+def hqq(nbits: int) -> Callable[[nn.Linear], nn.Module]:
+    def make(plain: nn.Linear) -> nn.Module:
+        config = BaseQuantizeConfig(nbits=nbits, group_size=32)
+        return HQQLinear(plain, config, compute_dtype=plain.weight.dtype, device="cpu")
+
+    return make
+
+
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4 double": four_bit("nf4", nested=True),
     "nf4": four_bit("nf4", nested=False),
     "fp4": four_bit("fp4", nested=False),
     "fp4 double in bfloat16": four_bit("fp4", nested=True, quant_storage=torch.bfloat16),
     "int8": eight_bit,
+    "hqq 4": hqq(4),
+    "hqq 2": hqq(2),
+    "hqq 8": hqq(8),
     "torchao int8": torchao(Int8WeightOnlyConfig),
     "torchao int8 of one scale": torchao(lambda: Int8WeightOnlyConfig(granularity=PerTensor())),
     "torchao intx int8": torchao(lambda: IntxWeightOnlyConfig(weight_dtype=torch.int8)),

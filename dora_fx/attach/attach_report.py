@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from dora_fx.attach.frozen_experts import text_on_fused_experts
-from dora_fx.attach.matching import adapted_layers
+from dora_fx.attach.matching import adapted_layers, of_all_experts
 from dora_fx.modules import quantised_weight_maybe
 
 
@@ -39,15 +41,7 @@ class DoRAReport:
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("module", "layout", "weight", "A", "B", "trainable")]
-        rows += [
-            (
-                site.path,
-                site.layout,
-                *(_shape(s) for s in (site.weight, site.lora_a, site.lora_b)),
-                f"{site.trainable:,}",
-            )
-            for site in self.sites
-        ]
+        rows += _rows(self.sites)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         share = 100.0 * self.num_trainable / max(self.num_total, 1)
@@ -56,10 +50,45 @@ class DoRAReport:
             f"{self.num_total:,} parameters ({share:.2f} %)"
         )
         if self.unmatched_linears:
-            lines.append(f"not adapted: {', '.join(self.unmatched_linears)}")
+            lines.append(f"not adapted: {', '.join(_joined(self.unmatched_linears))}")
         if self.frozen_experts:
             lines.append(self.frozen_experts)
         return "\n".join(lines)
+
+
+def _rows(sites: Sequence[SiteReport]) -> list[tuple[str, ...]]:
+    """Return the cells of the table; experts that differ in nothing but their numbers are one row."""
+    alike: dict[Any, list[SiteReport]] = {}
+    for site in sites:
+        shapes = (site.weight, site.lora_a, site.lora_b)
+        alike.setdefault((of_all_experts(site.path), site.layout, shapes), []).append(site)
+    return [
+        (*_joined([site.path for site in group]), layout, *map(_shape, shapes), f"{sum(s.trainable for s in group):,}")
+        for (_, layout, shapes), group in alike.items()
+    ]
+
+
+_EXPERT = re.compile(r"\blocal_experts\.(\d+)")
+
+
+def _joined(paths: Sequence[str]) -> list[str]:
+    """Return paths in their order, with experts that differ in their numbers alone as one, `local_experts.0-3`."""
+    numbers: dict[str, list[int]] = {}
+    for path in paths:
+        found = _EXPERT.search(path)
+        numbers.setdefault(of_all_experts(path), []).extend([int(found[1])] if found else [])
+    return [path.replace("*", _ranges(experts)) if experts else path for path, experts in numbers.items()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return numbers as text, those that follow one another as first and last."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dora_fx.attach.attach_report import DoRAReport, report_on
+from dora_fx.attach.experts import check_experts, check_same_on_expert_ranks
 from dora_fx.attach.first_step import watch_first_step
 from dora_fx.attach.frozen_experts import freeze_router_bias
 from dora_fx.attach.latent_attention import warn_of_approximate_backward
@@ -94,6 +95,7 @@ class DoRA(DoRASettings):
         self._check()
         chunks = chunks_of(model)
         plan = plan_attachment(self, chunks)
+        check_experts(self, chunks, plan.new)
         check_targets_matched(self, chunks, plan)
         _check_buffers_are_of_one_adapter(chunks, plan)
         seed = self._agree(plan)
@@ -123,11 +125,12 @@ class DoRA(DoRASettings):
                 parameter.requires_grad_(id(parameter) in adapters)
 
     def _agree(self, plan: AttachPlan) -> int:
-        """Compare configuration and sites with the other tensor-parallel ranks; return one seed for all ranks."""
+        """Compare configuration and sites with the other ranks of a model; return one seed for all ranks."""
         seed = value_of_first_replica(torch.initial_seed())
+        settings = {f"DoRA.{field.name}": getattr(self, field.name) for field in fields(self) if field.init}
+        check_same_on_expert_ranks(settings, plan.new)
         for tp_group in dict.fromkeys(site.spec.tp_group_name for site in plan.new if site.spec.tp_group_name):
             group = resolve_group(tp_group)
-            settings = {f"DoRA.{field.name}": getattr(self, field.name) for field in fields(self) if field.init}
             # Ranks of the dense layers' group may hold other experts.
             sites = {
                 site.path: (site.spec.layout.name, site.spec.in_features, site.spec.out_features)

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from dora_fx.attach.matching import of_all_experts
 from dora_fx.megatron import memory_of
 from dora_fx.modules import DoRALinear
 
@@ -61,7 +62,10 @@ def _trains_any(optimizer: torch.optim.Optimizer, sites: Iterable[DoRALinear]) -
 
 
 def _warn_of(sites: Mapping[str, DoRALinear]) -> None:
-    untouched = [path for path, site in sites.items() if not _has_gradient(site)]
+    with_gradient = {path for path, site in sites.items() if _has_gradient(site)}
+    # A batch may have no token for an expert; one of the same layer shows that gradients reach them.
+    reached = with_gradient | {of_all_experts(path) for path in with_gradient}
+    untouched = [path for path in sites if not {path, of_all_experts(path)} & reached]
     if untouched:
         more = f" and {len(untouched) - _MOST_NAMES} more" if len(untouched) > _MOST_NAMES else ""
         logger.warning(

@@ -1,7 +1,7 @@
-"""What of experts stays frozen: those that are parameters of one module, and the bias of a router.
+"""What of experts stays frozen: those that a transformers model holds as parameters, and the bias of a router.
 
-Those of a transformers model are `[E, out, in]`, and megatron-core 0.16's GroupedMLP has `weight1` and `weight2`. A
-target that means them is refused, because it may name dense layers too, and nothing would tell that they alone train.
+Experts that are parameters `[E, out, in]` are no linear layers. A target that means them is refused, because it may
+name dense layers too, and nothing would tell that they alone train.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ from torch import nn
 
 from dora_fx.attach.layer_names import projections_of
 from dora_fx.attach.matching import ALL_LINEAR, matches
-from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron import unwrap, walk
 from dora_fx.modules import DoRALinear
 
 logger = logging.getLogger(__name__)
 
 _NAME = "expert"
-# megatron-core 0.16's module, whose `weight1` and `weight2` are what these layers are elsewhere.
-_HOLDER = ("megatron.core.transformer.moe.experts", "GroupedMLP")
-_LAYERS = ("linear_fc1", "linear_fc2")
 
 
 def fused_experts(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -77,32 +73,6 @@ def text_on_fused_experts(chunks: Sequence[nn.Module]) -> str | None:
         return None
     listed = ", ".join(f"{count} x {shown}" for shown, count in counts.items())
     return f"experts are parameters here, not layers, and stay frozen: {listed}"
-
-
-def check_experts_are_layers(settings: DoRASettings, chunks: Sequence[nn.Module]) -> None:
-    """Raise TypeError if a target would name layers of experts that a module holds as parameters.
-
-    The target may name other layers too, so that nothing would tell that experts stay without adapters.
-    """
-    for chunk in chunks:
-        for named in walk(chunk):
-            cls = type(named.module)
-            if (cls.__module__, cls.__qualname__) != _HOLDER:
-                continue
-            paths = [f"{named.whole_path}.{name}" for name in _LAYERS]
-            meant = [path for path in paths if _is_target(settings, path)]
-            if meant:
-                raise TypeError(
-                    f"{named.whole_path}: found a {cls.__name__}, which holds its experts as parameters (weight1, "
-                    f"weight2), expected layers that targets can name, such as {meant[0]!r}; build the model with "
-                    "TEGroupedMLP or SequentialMLP, or exclude those paths"
-                )
-
-
-def _is_target(settings: DoRASettings, path: str) -> bool:
-    if any(matches(pattern, path) for pattern in settings.exclude_modules):
-        return False
-    return ALL_LINEAR in settings.target_modules or any(matches(pattern, path) for pattern in settings.target_modules)
 
 
 def freeze_router_bias(chunk: nn.Module) -> None:

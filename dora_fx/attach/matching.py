@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,26 @@ from dora_fx.modules import DoRALinear, looks_like_linear
 # PEFT's name for all linear layers but those that put out logits.
 ALL_LINEAR = "all-linear"
 _MEGATRON_OUTPUT_LAYER = "output_layer"
+# A name and the first and last of the numbers that may follow it.
+_RANGE = re.compile(r"([A-Za-z_]+)\.(\d+)-(\d+)(?=\.|$)")
+# An expert's number in a path.
+_EXPERT = re.compile(r"(?<=\blocal_experts\.)\d+")
+# Projections of the tokens between a layer and all its experts, which wildcards alone do not name.
+_LATENT = re.compile(r"\.fc[12]_latent_proj$")
 # The heads that PEFT leaves out of a sequence classifier.
 _CLASSIFIER_HEADS = ("score", "classifier")
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Return whether a module's path is named by a pattern: its last name, its whole path, or `*` wildcards."""
+    """Return whether a module's path is named by a pattern: its last name, its whole path, or `*` wildcards.
+
+    A range of numbers after a name, as in `*.local_experts.0-15.*`, stands for each of them.
+    """
+    for name, first, last in _RANGE.findall(pattern):
+        own = re.search(rf"(?:^|\.){name}\.(\d+)(?:\.|$)", path)
+        if own is None or not int(first) <= int(own[1]) <= int(last):
+            return False
+        pattern = pattern.replace(f"{name}.{first}-{last}", f"{name}.{own[1]}", 1)
     if "*" not in pattern:
         return pattern in (path, path.rpartition(".")[2])
     start, *middle, end = pattern.split("*")
@@ -33,6 +48,11 @@ def matches(pattern: str, path: str) -> bool:
             return False
         position = found + len(part)
     return True
+
+
+def of_all_experts(path: str) -> str:
+    """Return a path with `*` in place of an expert's number; other paths as they are."""
+    return _EXPERT.sub("*", path)
 
 
 def adapted_layers(chunks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, NamedModule]]:
@@ -77,9 +97,12 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
             if any(matches(pattern, path) for pattern in excluded):
                 used.update(by)
                 by = []
+            if _LATENT.search(f".{path}"):
+                by = [pattern for pattern in by if "latent" in pattern]
             exact = [pattern for pattern in by if "*" not in pattern]
             if exact and not is_linear:
-                raise TypeError(f"{path}: target {exact[0]!r} names a {type(module).__name__}, expected a linear layer")
+                found_there = f"{type(module).__name__}{_ROUTERS if _is_router(module) else ''}"
+                raise TypeError(f"{path}: target {exact[0]!r} names a {found_there}, expected a linear layer")
             if by and is_linear:
                 used.update(by)
                 found.targets.append((chunk, named))
@@ -87,6 +110,25 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
                 found.unmatched_linears.append(path)
     found.unmatched_targets = [pattern for pattern in targets if pattern not in used]
     return found
+
+
+_ROUTERS = (
+    ", whose weight chooses the experts of each token; DoRA leaves it frozen, and a router that is to be trained is "
+    "trained whole"
+)
+
+
+def _is_router(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Router")
+
+
+def router_maybe(chunks: Iterable[nn.Module], pattern: str) -> str | None:
+    """Return why a pattern that names nothing but routers of experts matches nothing; None for other patterns."""
+    for chunk in chunks:
+        for named in walk(chunk, DoRALinear):
+            if _is_router(named.module) and matches(pattern, named.whole_path):
+                return f"it names {named.whole_path}, a {type(named.module).__name__}{_ROUTERS}"
+    return None
 
 
 def _output_layers(chunk: nn.Module) -> set[nn.Module]:

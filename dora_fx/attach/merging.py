@@ -41,7 +41,7 @@ from dora_fx.modules import (
     kind_of_maybe,
     quantised_weight_maybe,
 )
-from dora_fx.ranks import of_all_stages, problem_of_any_rank_maybe, resolve_group
+from dora_fx.ranks import of_all_parts, problem_of_any_rank_maybe, resolve_group
 
 logger = logging.getLogger(__name__)
 
@@ -327,7 +327,7 @@ def _raise_together(problem: str | None, tp_groups: Iterable[str]) -> None:
 
 def _on_any_stage(flag: bool) -> bool:
     """Return whether something holds on a pipeline stage; one without adapters has nothing to do, and is no error."""
-    return any(of_all_stages(flag)) if parallel_state.model_parallel_is_initialized() else flag
+    return any(of_all_parts(flag)) if parallel_state.model_parallel_is_initialized() else flag
 
 
 def _nothing_adapted(chunks: Sequence[nn.Module]) -> str:
@@ -373,18 +373,20 @@ def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> 
             f"{path}: found a layer that holds {len(site.expert_weights)} experts, expected one of a single matrix: "
             "load the adapters' checkpoint into the same model with SequentialMLP, and merge that"
         )
-    if site.weight is None:
+    weight = site.base_weight
+    own = weight.tensors[0] if isinstance(weight, QuantisedWeight) else site.weight
+    if own is None:
         return (
             f"{path}: the layer multiplies by the embedding's weight, and merging would change the embedding; "
             "untie them, or exclude this layer from DoRA"
         )
-    others = [user for user in users[id(site.weight)] if user != f"{path}.to_wrap"]
-    if others or getattr(site.weight, "shared_embedding", False):
+    others = [user for user in users[id(own)] if user != f"{path}.to_wrap"]
+    if others or getattr(own, "shared_embedding", False):
         shared_with = ", ".join(others) or "the embedding of another pipeline stage"
         return f"{path}: the layer shares its weight with {shared_with}, which merging would change too; untie them"
     if not site._adapter_enabled:
         return f"{path}: the adapter is disabled, so merging would change the function; enable it first"
-    if site.weight.is_meta:
+    if own.is_meta:
         return f"{path}: the base weight is on the meta device; load it before merging"
     return adapter_not_finite_maybe([(path, site)])
 

@@ -52,7 +52,7 @@ def mixed(model: Model, ids: Any, adapters: Sequence[str] | None = None) -> Iter
         ids: an adapter for each sample, or, in the shape of the token ids `[b, s]`, for each token: a list of names and
             of None for the base alone, or a list or tensor of numbers, which count `adapters`, and -1 for the base. A
             tensor on an accelerator is waited for. The same on all tensor-parallel ranks; of a context-parallel rank's
-            own tokens.
+            own tokens. Layers take `[s, b, h]` in models with Megatron's, and `[b, s, h]` in others.
         adapters: names of those that batches choose among, all of the same layers; all adapters of the model by
             default. Batches of the same ones share compiled graphs, whatever their ids.
 
@@ -61,7 +61,7 @@ def mixed(model: Model, ids: Any, adapters: Sequence[str] | None = None) -> Iter
             dimensions; numbers are given without `adapters`; an adapter has other layers than another, or layers of
             routed experts; the model is merged, has its adapter switched off or is in a mixed batch; a wrapper for data
             parallelism does not reduce the gradients of all these adapters. A call raises where its input has another
-            number of samples or tokens.
+            number of samples or tokens, or where gradients were enabled after the context was entered.
     """
     chunks = chunks_of(model)
     names = _names(chunks, adapters)
@@ -145,7 +145,7 @@ def _layers_of(chunk: nn.Module, batch: _Batch) -> list[tuple[DoRALinear, ...]]:
                     f"{site.path}: found no adapter {name!r} here and another of {list(batch.names)}, expected "
                     "adapters of the same layers in a mixed batch: pass `adapters`, the names of those that it may have"
                 )
-            if not {"experts", "local_experts"}.isdisjoint(site.path.split(".")):
+            if site.adapter.experts is not None:
                 raise ValueError(
                     f"{site.path}: found an expert's layer, whose tokens a router has put in another order, expected "
                     "adapters of other layers in a mixed batch"
@@ -179,7 +179,8 @@ def _check_wrappers(chunks: Sequence[nn.Module], layers: Sequence[list[tuple[DoR
 
 def _begin(chunk: nn.Module, layers: list[tuple[DoRALinear, ...]], batch: _Batch, name: str) -> None:
     bank = bank_of(chunk)
-    keep_bank(chunk, bank)
+    if bank.active is not None:
+        keep_bank(chunk, bank)
     for sites in layers:
         fit_to_base(sites)
     make_active(chunk, batch.names[0])
@@ -196,7 +197,7 @@ def _begin(chunk: nn.Module, layers: list[tuple[DoRALinear, ...]], batch: _Batch
             whole = batch.on(device, sequence_first=sequence_first)
             ids[device, tp_group] = whole, _own_part(whole, tp_group)
         adapters = [MixedAdapter.of(site, bank.record, has_samples=number in used) for number, site in enumerate(sites)]
-        called._mixture = SiteMixture(tuple(adapters), *ids[device, tp_group], sequence_first)
+        called._mixture = SiteMixture(tuple(adapters), *ids[device, tp_group], sequence_first, torch.is_grad_enabled())
 
 
 def _own_part(whole: torch.Tensor, tp_group: str) -> torch.Tensor:

@@ -34,7 +34,7 @@ from dora_fx.modules import (
     sites_of,
     take_out,
 )
-from dora_fx.ranks import of_all_stages
+from dora_fx.ranks import of_all_parts
 
 _NOT_REDUCED = (
     "found {} made for another adapter, which would not reduce the gradients of this one, expected a wrapper that was "
@@ -87,7 +87,7 @@ def add_adapter(model: ModelT, name: str, dora: DoRA) -> ModelT:
 def _names_of_all_stages(chunks: Sequence[nn.Module]) -> tuple[str, ...]:
     """Return the names of a model's adapters, the active one first, though a stage may have no layer of some."""
     own = adapter_names(chunks)
-    of_stages = of_all_stages(own) if parallel_state.model_parallel_is_initialized() else [own]
+    of_stages = of_all_parts(own) if parallel_state.model_parallel_is_initialized() else [own]
     return tuple(dict.fromkeys(name for names in of_stages for name in names))
 
 

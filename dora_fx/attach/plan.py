@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed._composable.replicate import DDP as ComposableDDP
 
 from dora_fx.attach.attach_listeners import call_attach_listeners
-from dora_fx.attach.frozen_experts import check_experts_are_layers, check_fused_experts
+from dora_fx.attach.frozen_experts import check_fused_experts
 from dora_fx.attach.layer_names import called_here_maybe, hint
-from dora_fx.attach.matching import find_targets
+from dora_fx.attach.matching import find_targets, router_maybe
 from dora_fx.attach.recomputation import train_through_recomputation
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.cache import have_no_values, is_traced
@@ -32,7 +32,7 @@ from dora_fx.modules import (
     kind_of_maybe,
     look_once_per_call,
 )
-from dora_fx.ranks import of_all_stages
+from dora_fx.ranks import of_all_parts
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,6 @@ def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> Atta
     Raises:
         ValueError, TypeError: as `DoRA.__call__` documents.
     """
-    check_experts_are_layers(settings, chunks)
     check_fused_experts(chunks, settings.target_modules, settings.exclude_modules)
     found = find_targets(chunks, settings.target_modules, settings.exclude_modules)
     new, existing = [], []
@@ -102,19 +101,21 @@ def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> Atta
 
 
 def check_targets_matched(settings: DoRASettings, chunks: Sequence[nn.Module], plan: AttachPlan) -> None:
-    """Raise ValueError for a target or a pattern that no pipeline stage has a layer for; every rank calls it.
+    """Raise ValueError for a target or a pattern that no rank of the model has a layer for; every rank calls it.
 
-    A stage may have no target at all.
+    A pipeline stage may have no target at all, and a rank none of the experts that are named.
     """
-    stages = of_all_stages((len(plan.new) + len(plan.existing), plan.unmatched_targets, plan.idle_patterns))
+    stages = of_all_parts((len(plan.new) + len(plan.existing), plan.unmatched_targets, plan.idle_patterns))
     if not any(num_targets for num_targets, *_ in stages):
+        why = next(filter(None, (router_maybe(chunks, pattern) for pattern in settings.target_modules)), None)
         raise ValueError(
             f"DoRA.target_modules: no module matched {list(settings.target_modules)}; "
-            f"{hint(chunks, settings.target_modules)}"
+            f"{why or hint(chunks, settings.target_modules)}"
         )
     for pattern in plan.unmatched_targets:
         if all(pattern in unmatched for _, unmatched, _ in stages):
-            _warn_or_raise(settings, f"DoRA.target_modules: {pattern!r} matched nothing; {hint(chunks, [pattern])}")
+            why = router_maybe(chunks, pattern) or hint(chunks, [pattern])
+            _warn_or_raise(settings, f"DoRA.target_modules: {pattern!r} matched nothing; {why}")
     for name, pattern in plan.idle_patterns:
         if all((name, pattern) in idle for *_, idle in stages):
             called = called_here_maybe(chunks, [pattern])
@@ -134,6 +135,9 @@ def _warn_or_raise(settings: DoRASettings, message: str) -> None:
 def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
     """Wrap the planned layers in place; `seed` is that of all initial factors, the same on every rank."""
     replacements: dict[nn.Module, dict[nn.Module, nn.Module]] = {}
+    for module in (module for chunk in dict.fromkeys(site.chunk for site in plan.new) for module in chunk.modules()):
+        if (kind := kind_of_maybe(module)) is not None:
+            kind.prepare(module)
     for site in plan.new:
         spec = site.spec
         adapter = ParallelLinearDoRAAdapter(
@@ -166,9 +170,6 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
         )
         replacements.setdefault(site.chunk, {})[site.linear] = adapted
     for chunk, of_chunk in replacements.items():
-        for module in chunk.modules():
-            if (kind := kind_of_maybe(module)) is not None:
-                kind.prepare(module)
         replace_modules(chunk, of_chunk)
         train_through_recomputation(chunk)
         look_once_per_call(unwrap(chunk))

@@ -133,13 +133,13 @@ class _Record(NamedTuple):
     The values are recorded too, since somebody may write into a buffer: a load, a cast, a user.
 
     Attributes:
-        step_count: of the optimizer's steps that may have changed the sources; None for frozen ones.
-        steps: that count at that time.
+        counter: of the optimizer's steps that may have changed the sources; None for frozen ones.
+        steps: their number at that time.
         sources: snapshots of the sources.
         values: snapshots of the values.
     """
 
-    step_count: StepCount | None
+    counter: StepCount | None
     steps: int
     sources: Snapshot
     values: Snapshot
@@ -147,12 +147,12 @@ class _Record(NamedTuple):
     @classmethod
     def of(cls, entry: CacheEntry) -> _Record:
         # The first source is A.
-        count = None if entry.frozen else step_count_of(entry.sources[0])
-        steps = 0 if count is None else count.steps
-        return cls(count, steps, Snapshot.of(entry.sources, sampled=entry.frozen), Snapshot.of(entry.values))
+        counter = None if entry.frozen else step_count_of(entry.sources[0])
+        steps = 0 if counter is None else counter.steps
+        return cls(counter, steps, Snapshot.of(entry.sources, sampled=entry.frozen), Snapshot.of(entry.values))
 
     def is_from_earlier_step(self) -> bool:
-        return self.step_count is not None and self.steps != self.step_count.steps
+        return self.counter is not None and self.steps != self.counter.steps
 
     def is_untouched(self, entry: CacheEntry) -> bool:
         """Return whether PyTorch counted no write into the values, nor into sources whose bits are not all compared."""

@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 
 # Between a layer's key and the name of a parameter of the norm of its input.
 NORM_OF_INPUT = ".layer_norm_"
-# In the keys of experts' layers. Their tensors have an axis of experts in front, behind that of layers if there is one.
+# In the keys of experts' layers, whose tensors have an axis of experts in front, or numbers behind it in their keys.
 EXPERTS = ".experts.experts."
 # Values of `layout["hybrid"]`, which only a HybridModel has: attention and MLP layers alternate, or there are others.
 ATTENTION_AND_MLP, OTHER_HYBRID = 1, 2
@@ -85,6 +85,7 @@ class Manifest:
         base: digests of the adapted layers' base weights by key, see `tensor_digests.py`.
         has_optimizer, has_extra: whether it holds optimizer state and the caller's `extra`.
         files: by name.
+        numbered_experts: keys have numbers of experts too, since some experts have no adapter.
     """
 
     save_id: str
@@ -97,6 +98,7 @@ class Manifest:
     has_optimizer: bool
     has_extra: bool
     files: dict[str, StoredFile]
+    numbered_experts: bool = False
 
     def write(self, directory: Path) -> None:
         """Write the file, with a checksum of its own contents."""
@@ -105,6 +107,8 @@ class Manifest:
             # A reader refuses fields that it does not know, so a field of a later version is left out at its default.
             if not site["use_rslora"]:
                 del site["use_rslora"]
+        if not self.numbered_experts:
+            del content["numbered_experts"]
         text = json.dumps(content | {"checksum": _checksum(content)}, indent=1)
         (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 

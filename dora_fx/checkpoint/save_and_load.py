@@ -49,7 +49,7 @@ from dora_fx.checkpoint.load_checks import (
 from dora_fx.checkpoint.manifest import Manifest, StoredFile
 from dora_fx.checkpoint.optimizer_state import OptimizerState
 from dora_fx.checkpoint.rank_steps import CheckpointError, collective_step, from_first_rank, gather
-from dora_fx.checkpoint.sharded_model import ShardedModel, all_shards, layout_of_world, sharded_model_of
+from dora_fx.checkpoint.sharded_model import Keys, ShardedModel, all_shards, layout_of_world, sharded_model_of
 from dora_fx.checkpoint.tensor_digests import add_digests, copy_digests, differing_copies, shard_digests
 from dora_fx.checkpoint.torch_dist import SaveStrategy, read_state
 from dora_fx.megatron import Model, chunks_of, update_main_copies, world_at_hand
@@ -98,6 +98,7 @@ def save_checkpoint(model: Model, path: str | os.PathLike[str], optimizer: Any =
                     versions=_versions(),
                     layout=layout_of_world(chunks),
                     non_homogeneous_layers=sharded.non_homogeneous_layers,
+                    numbered_experts=sharded.numbered_experts,
                     sites=sharded.sites,
                     tensors=sharded.stored_tensors(shards.of_ranks),
                     base=shards.base,
@@ -203,7 +204,7 @@ def _read(
     chunks: Sequence[nn.Module], optimizer: Any, directory: Path, manifest: Manifest, *, any_base: bool
 ) -> tuple[ShardedModel, dict[str, Any]]:
     """Check a checkpoint against the model and read it into new tensors."""
-    sharded = sharded_model_of(chunks, manifest.non_homogeneous_layers)
+    sharded = sharded_model_of(chunks, Keys(manifest.non_homogeneous_layers, manifest.numbered_experts))
     digests = gather(shard_digests(sharded.base), f"loading {directory}")
     with collective_step(f"loading {directory}"):
         check_same_manifest(directory, manifest)

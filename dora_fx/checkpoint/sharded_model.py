@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -29,7 +29,7 @@ from dora_fx.checkpoint.manifest import (
 )
 from dora_fx.checkpoint.rank_steps import CheckpointError, collective_step, gather
 from dora_fx.megatron import check_unsharded, hybrid_pattern_maybe, is_attention_and_mlp, unwrap
-from dora_fx.modules import DoRALinear, GroupedDoRALinear, TorchLinear
+from dora_fx.modules import NUMBERED_EXPERTS, DoRALinear, GroupedDoRALinear, TorchLinear, quantised_weight_maybe
 
 # Megatron's prefix of the tensors that an optimizer keeps for a parameter.
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
@@ -41,6 +41,7 @@ class ShardedModel:
 
     Attributes:
         non_homogeneous_layers: Megatron's metadata flag that the shards were made with.
+        numbered_experts: keys have the numbers of experts.
         adapter: chunk -> state-dict key -> this rank's shard, which holds the parameter itself.
         sites: key of an adapted layer -> DoRA's settings, over all ranks.
         unpadded: key of a tensor, or name of a parameter in the whole model -> shape within one layer, without the
@@ -49,6 +50,7 @@ class ShardedModel:
     """
 
     non_homogeneous_layers: bool
+    numbered_experts: bool
     adapter: dict[str, dict[str, Any]]
     sites: dict[str, SiteSettings]
     unpadded: dict[str, tuple[int, ...]]
@@ -65,13 +67,20 @@ class ShardedModel:
         return dict(sorted(tensors.items()))
 
 
-def sharded_model_of(chunks: Sequence[nn.Module], non_homogeneous_layers: bool | None = None) -> ShardedModel:
+class Keys(NamedTuple):
+    """What the keys of a checkpoint have in place of an axis of the tensors: numbers of layers, numbers of experts."""
+
+    non_homogeneous_layers: bool
+    numbered_experts: bool
+
+
+def sharded_model_of(chunks: Sequence[nn.Module], keys: Keys | None = None) -> ShardedModel:
     """Collect the shards and settings of a model's pipeline chunks. Every rank calls it.
 
     Args:
         chunks: bare or wrapped, from `chunks_of`.
-        non_homogeneous_layers: the flag of the checkpoint to load. None for a save: the layers of a kind are then one
-            tensor if every layer has an adapter of the same settings, as Megatron does by default.
+        keys: of the checkpoint to load. None for a save: the layers of a kind are then one tensor if every layer has an
+            adapter of the same settings, as Megatron does by default, and so are the experts of a layer.
 
     Raises:
         CheckpointError: the model has no adapters, or has Megatron's layers without a `sharded_state_dict`.
@@ -81,14 +90,15 @@ def sharded_model_of(chunks: Sequence[nn.Module], non_homogeneous_layers: bool |
     has_layers_in_front = all(
         hasattr(unwrap(chunk), "sharded_state_dict") and hybrid_pattern_maybe(chunk) is None for chunk in chunks
     )
-    flags = (False, True) if has_layers_in_front else (True,)
-    for flag in flags if non_homogeneous_layers is None else (non_homogeneous_layers,):
+    layers = (False, True) if has_layers_in_front else (True,)
+    possible = [Keys(flag, numbered) for numbered in (False, True) for flag in layers]
+    for tried in possible if keys is None else (keys,):
         with collective_step("collecting the adapters"):
-            adapter, sites, shapes, base = _collect_chunks(chunks, flag)
+            adapter, sites, shapes, base = _collect_chunks(chunks, tried)
             shards = [shard.without_data() for shard in all_shards(adapter)]
         everyone = zip(*gather((shards, sites, shapes), "collecting the adapters"), strict=True)
         shards, sites, shapes = (list(chain.from_iterable(of_ranks)) for of_ranks in everyone)
-        sharded = ShardedModel(flag, adapter, dict(sites), dict(shapes), base)
+        sharded = ShardedModel(*tried, adapter, dict(sites), dict(shapes), base)
         # Layers can share a tensor only if they have the same shapes and settings, and if none of them lacks an
         # adapter. A rank cannot tell alone: the layers that differ may be on another pipeline stage.
         differing = _with_several_values(sites) + _with_several_values(shapes) + _not_covered(shards)
@@ -96,10 +106,10 @@ def sharded_model_of(chunks: Sequence[nn.Module], non_homogeneous_layers: bool |
             break
     if not sharded.sites:
         raise CheckpointError("the model has no DoRA adapters; attach them with DoRA(...)(model) first")
-    if differing and non_homogeneous_layers is not None:
+    if differing and keys is not None:
         raise CheckpointError(
-            f"{differing[0]}: found adapters that differ between layers, or layers without one, expected one of the "
-            "same dim and alpha in every layer, as the checkpoint has; attach DoRA to all layers alike"
+            f"{differing[0]}: found adapters that differ between layers or experts, or some without one, expected one "
+            "of the same dim and alpha in each, as the checkpoint has; attach DoRA to all alike"
         )
     return sharded
 
@@ -116,25 +126,18 @@ def all_shards(state: Any) -> list[ShardedBase]:
 
 
 def layout_of_world(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """Return the sizes of Megatron's groups by their usual names, sequence parallelism, and a HybridModel's kind.
-
-    Those of experts are there for a model that has some.
-    """
+    """Return the sizes of Megatron's groups by their usual names, sequence parallelism, and a HybridModel's kind."""
     config: Any = getattr(unwrap(chunks[0]), "config", None)
     pattern = hybrid_pattern_maybe(chunks[0])
     hybrid = {} if pattern is None else {"hybrid": ATTENTION_AND_MLP if is_attention_and_mlp(pattern) else OTHER_HYBRID}
-    of_experts = {
-        "ep": parallel_state.get_expert_model_parallel_world_size(),
-        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
-    }
-    return {
-        **hybrid,
-        **(of_experts if getattr(config, "num_moe_experts", None) else {}),
+    return hybrid | {
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
         "vpp": len(chunks),
         "cp": parallel_state.get_context_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "etp": parallel_state.get_expert_tensor_parallel_world_size(),
         "sequence_parallel": bool(getattr(config, "sequence_parallel", False)),
     }
 
@@ -144,7 +147,7 @@ _Collected = tuple[
 ]
 
 
-def _collect_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) -> _Collected:
+def _collect_chunks(chunks: Sequence[nn.Module], keys: Keys) -> _Collected:
     """Return this rank's adapter shards, the settings and shapes by key, and the shards of the base."""
     adapter: dict[str, dict[str, Any]] = {}
     sites: list[tuple[str, SiteSettings]] = []
@@ -154,7 +157,7 @@ def _collect_chunks(chunks: Sequence[nn.Module], non_homogeneous_layers: bool) -
         inner: Any = unwrap(chunk)
         for _, named in adapted_layers([chunk]):
             check_unsharded(named.whole_path, named.module)
-        metadata = {"non_homogeneous_layers": non_homogeneous_layers}
+        metadata = {"non_homogeneous_layers": keys.non_homogeneous_layers, NUMBERED_EXPERTS: keys.numbered_experts}
         if hasattr(inner, "sharded_state_dict"):
             shards: dict[str, Any] = inner.sharded_state_dict(metadata=metadata)
         else:
@@ -202,7 +205,7 @@ def _shards_of_whole_layers(chunk: nn.Module, metadata: dict[str, Any]) -> dict[
     """Return shards of the adapted layers of a model without `sharded_state_dict`; every rank holds them whole."""
     shards: dict[str, Any] = {}
     for _, named in adapted_layers([chunk]):
-        if not issubclass(named.module.kind, TorchLinear):
+        if not issubclass(named.module.kind, TorchLinear) and quantised_weight_maybe(named.module.to_wrap) is None:
             raise CheckpointError(
                 f"{type(unwrap(chunk)).__name__} has no sharded_state_dict, and {named.path} is a "
                 f"{type(named.module.to_wrap).__name__}; expected a Megatron model such as GPTModel, or adapters on "

@@ -2,11 +2,11 @@
 
 The digest of a tensor is the sum over its elements of
 
-    bits(element) * mix(row) * mix(column) * mix(layer)      modulo 2^64
+    bits(element) * mix(row) * mix(column) * mix(layer) * mix(expert)      modulo 2^64
 
-where row, column and layer are the element's indices in the whole tensor, and bits(element) is an integer. Integer sums
-do not depend on their order, so each rank sums its shards and the sums are added. A zero adds nothing, so the padding
-that makes a layer divisible by the number of ranks does not change a digest.
+where row, column, layer and expert are the element's indices in the whole tensor, as far as it has these axes, and
+bits(element) is an integer. Integer sums do not depend on their order, so each rank sums its shards and the sums are
+added. A zero adds nothing, so the padding that makes a layer divisible by the number of ranks does not change a digest.
 
 It protects from loading onto the wrong base by mistake, not from an attacker: collisions are easy to construct.
 """
@@ -73,8 +73,9 @@ def _digest(shard: ShardedTensor) -> int:
         rows = matrix[first : first + step]
         row = mix(start_row + first, rows.shape[0], tensor.device)
         total += ((_bits(rows) * column).sum(1) * row).sum()
-    for layer in prepended:
-        total *= mix(layer, 1, tensor.device)[0]
+    for axis, index in enumerate(prepended):
+        # Expert 1 of layer 2 has other numbers than expert 2 of layer 1.
+        total *= mix(index + (axis << 32), 1, tensor.device)[0]
     return int(total)
 
 

@@ -1,4 +1,4 @@
-"""Reads and writes shards in Megatron's torch_dist format, with consecutive layers of a rank in one piece.
+"""Reads and writes shards in Megatron's torch_dist format, with consecutive layers or experts of a rank in one piece.
 
 Megatron writes each layer of each rank as a tensor of its own, in forked processes that a spawned manager watches.
 Adapters are small: a file header per layer would add more than one percent to their size, and starting the manager
@@ -88,7 +88,8 @@ def read_shards(sharded_state_dict: dict[str, Any], reader: CheckedReader) -> di
     # By identity, since shards are dataclasses with tensors, which are neither hashable nor comparable.
     values: dict[int, Any] = {}
     for index, run in enumerate(runs):
-        parts = loaded[str(index)].unbind(0) if _has_layer_axis(run[0]) else [loaded[str(index)]]
+        axis = _axis_in_front_maybe(run[0])
+        parts = [loaded[str(index)]] if axis is None else loaded[str(index)].flatten(0, axis).unbind(0)
         values |= {id(shard): part for shard, part in zip(run, parts, strict=True)}
     copy, _ = extract_matching_values(sharded_state_dict, lambda shard: True)
     return dict_list_map_inplace(lambda shard: values[id(shard)], copy)
@@ -108,19 +109,23 @@ def _read_requests(requests: dict[str, ShardedBase], reader: CheckedReader) -> d
     return {name: value for key in values for name, value in zip(names[key], values[key], strict=True)}
 
 
-def _has_layer_axis(shard: ShardedBase) -> bool:
-    return isinstance(shard, ShardedTensor) and shard.prepend_axis_num == 1
+def _axis_in_front_maybe(shard: ShardedBase) -> int | None:
+    """Return the last axis in front of a shard's own, that of layers or behind it that of experts; None without one."""
+    return shard.prepend_axis_num - 1 if isinstance(shard, ShardedTensor) and shard.prepend_axis_num else None
 
 
 def _runs_of_layers(shards: Sequence[ShardedBase]) -> list[list[ShardedBase]]:
-    """Group the shards of one key into runs that differ in nothing but consecutive layer numbers."""
-    if not all(map(_has_layer_axis, shards)):
+    """Group the shards of one key into runs that differ in nothing but consecutive numbers of layers, or of experts."""
+    axes = {_axis_in_front_maybe(shard) for shard in shards}
+    axis = axes.pop()
+    if axes or axis is None:
         return [[shard] for shard in shards]
     # Replicas are grouped apart: joined shards have one replica_id, by which Megatron picks the rank that writes.
     by_place: dict[Any, list[list[ShardedBase]]] = {}
-    for shard in sorted(shards, key=lambda shard: shard.global_offset[0]):
-        runs = by_place.setdefault((shard.global_offset[1:], shard.local_shape, shard.replica_id), [])
-        if runs and runs[-1][-1].global_offset[0] + 1 == shard.global_offset[0]:
+    for shard in sorted(shards, key=lambda shard: shard.global_offset[axis]):
+        others = (*shard.global_offset[:axis], *shard.global_offset[axis + 1 :])
+        runs = by_place.setdefault((others, shard.local_shape, shard.replica_id), [])
+        if runs and runs[-1][-1].global_offset[axis] + 1 == shard.global_offset[axis]:
             runs[-1].append(shard)
         else:
             runs.append([shard])
@@ -134,14 +139,16 @@ def _request(run: Sequence[ShardedBase]) -> ShardedBase:
 
 
 def _join(run: Sequence[ShardedBase]) -> ShardedBase:
-    """Join a run of shards into one of several layers; a shard without a layer axis is returned as it is."""
+    """Join a run of shards into one of several layers or experts; one without an axis for them is returned as it is."""
     first = run[0]
-    if not _has_layer_axis(first):
+    axis = _axis_in_front_maybe(first)
+    if axis is None:
         return first
+    shape = (*[1] * axis, len(run), *first.local_shape)
     return replace(
         first,
-        data=None if first.data is None else torch.stack([shard.data.detach() for shard in run]),
-        local_shape=(len(run), *first.local_shape),
+        data=None if first.data is None else torch.stack([shard.data.detach() for shard in run]).view(shape),
+        local_shape=shape,
         # A count of equal fragments per axis would be wrong, since ranks may hold different numbers of layers.
         axis_fragmentations=None,
         prepend_axis_num=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from dora_fx.checkpoint.checked_reader import CheckedReader, load_checked
 from dora_fx.checkpoint.directory import open_checkpoint, read_unreplaced, was_replaced
 from dora_fx.checkpoint.load_checks import check_finite, check_stored
-from dora_fx.checkpoint.manifest import EXPERTS, Manifest, SiteSettings, StoredTensor, check_file
+from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
 from dora_fx.checkpoint.rank_steps import CheckpointError
 from dora_fx.function import ADAPTER_TENSORS
 from dora_fx.ranks import error_text
@@ -36,8 +37,7 @@ class WholeAdapter:
 def read_adapters(path: str | os.PathLike[str]) -> dict[str, WholeAdapter]:
     """Read the adapters that `save_checkpoint` wrote, by the layers' paths in the whole model.
 
-    Layers of experts have the paths that they have in `SequentialMLP`, whatever held them. The files are checked first.
-    Optimizer state is not read.
+    The files are checked first. Optimizer state is not read.
 
     Raises:
         CheckpointError: there is no checkpoint, one of its files is damaged, or an adapter has NaN or inf.
@@ -77,14 +77,12 @@ def _expected_tensors(directory: Path, manifest: Manifest) -> dict[str, StoredTe
         tensors = {name: manifest.tensors.get(f"{site}.adapter.{name}") for name in ADAPTER_TENSORS}
         shapes = {name: tensor.shape if tensor else None for name, tensor in tensors.items()}
         a, b, magnitude = (shapes[name] or () for name in ("linear_in.weight", "linear_out.weight", "weight_magnitude"))
-        axes, dim = magnitude[:-1], settings.dim
-        of_experts = EXPERTS in site
-        if len(axes) - of_experts not in (0, 1) or a[:-1] != (*axes, dim) or b != (*magnitude, dim):
+        layers, dim = magnitude[:-1], settings.dim
+        if len(layers) > len(_axes(site)) or a[:-1] != (*layers, dim) or b != (*magnitude, dim):
             shown = ", ".join(f"{name} {shape or 'missing'}" for name, shape in shapes.items())
-            axis = "layers, experts" if of_experts else "layers"
             raise CheckpointError(
-                f"{directory}: the tensors of {site} do not fit together ({shown}), expected [{axis}, {dim}, in], "
-                f"[{axis}, out, {dim}] and [{axis}, out]; load another checkpoint"
+                f"{directory}: the tensors of {site} do not fit together ({shown}), expected {dim} rows of A, {dim} "
+                "columns of B, and the same layers and rows in all; load another checkpoint"
             )
         expected |= {f"{site}.adapter.{name}": tensor for name, tensor in tensors.items() if tensor}
     return expected
@@ -95,18 +93,23 @@ def _without_padding(stored: Tensor, expected: StoredTensor) -> Tensor:
     return stored[tuple(slice(size) for size in expected.shape)]
 
 
-def _split_layers(site: str, whole: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield each layer's path and tensors; a site whose tensors have no axis in front is one layer.
+# What a tensor's axes in front are counted over: the text in a key that its number follows in the layer's path.
+_LAYERS, _EXPERTS = re.compile(r"\blayers\.(?!\d)"), re.compile(r"\bexperts\.experts\.(?!\d)")
 
-    Layers may be an axis, and experts are one, the last in front.
-    """
+
+def _axes(site: str) -> list[re.Pattern[str]]:
+    """Return what the axes in front of a site's tensors may be counted over; a site with all numbers has none."""
+    return [axis for axis in (_LAYERS, _EXPERTS) if axis.search(site)]
+
+
+def _split_layers(site: str, whole: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield each layer's path and tensors, of all layers and experts that the tensors have axes for."""
     sizes = whole["weight_magnitude"].shape[:-1]
-    num_layer_axes = len(sizes) - (EXPERTS in site)
-    for place in itertools.product(*map(range, sizes)):
+    axes = _axes(site)[: len(sizes)]
+    for numbers in itertools.product(*map(range, sizes)):
         path = site
-        if num_layer_axes:
-            path = path.replace("layers.", f"layers.{place[0]}.", 1)
-        if len(place) > num_layer_axes:
-            path = path.replace(EXPERTS, f".experts.local_experts.{place[-1]}.", 1)
+        for axis, number in zip(axes, numbers, strict=True):
+            path = axis.sub(rf"\g<0>{number}.", path, count=1)
         # Clones, so that one layer that is kept does not keep the memory of all.
-        yield path, {name: whole[name][place].clone(memory_format=torch.contiguous_format) for name in ADAPTER_TENSORS}
+        parts = {name: tensor[numbers].clone() for name, tensor in whole.items()}
+        yield path.replace(".experts.experts.", ".experts.local_experts."), parts

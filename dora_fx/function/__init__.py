@@ -11,7 +11,7 @@ from dora_fx.function.dropout import DropoutFactors
 from dora_fx.function.formula import adapted_linear
 from dora_fx.function.grouped_formula import grouped_adapted_linear
 from dora_fx.function.grouped_norm import grouped_base_norm_squared
-from dora_fx.function.grouped_product import grouped_product
+from dora_fx.function.grouped_products import grouped_product
 from dora_fx.function.input_norm import InputNorm
 from dora_fx.function.mixture import MixedOperands, Samples, mix
 from dora_fx.function.placement import ADAPTER_TENSORS, LAYOUTS, Layout, ParameterPlacement, shard
@@ -23,7 +23,7 @@ from dora_fx.function.site_parameters import (
     complete_parameters,
     row_norms,
 )
-from dora_fx.function.weight_formats import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, TORCHAO
+from dora_fx.function.weight_formats import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, HQQ, TORCHAO
 from dora_fx.function.weight_norm import base_norm_squared, norm_dtype
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "BITSANDBYTES_4BIT",
     "BITSANDBYTES_8BIT",
     "DEPEND_ON_RANK",
+    "HQQ",
     "LAYOUTS",
     "TORCHAO",
     "BaseWeight",

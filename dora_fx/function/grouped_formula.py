@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dora_fx.function.grouped_product import aligned_size, grouped_product
+from dora_fx.function.grouped_products import aligned_size, grouped_product
 from dora_fx.function.site_parameters import SiteOperands
 
 

@@ -2,6 +2,7 @@
 
     bitsandbytes 4 bits    W0[i] = code[packed[i]] * absmax[i // blocksize]       elements in row-major order
     bitsandbytes 8 bits    W0[row] = int8[row] * scale[row] / 127
+    HQQ                    W0[group] = (integers[group] - zero[group]) * scale[group]       several groups in a byte
     torchao                the tensor subclass's own `dequantize`
 
 A format is known by its name, since a graph holds names and no functions of other packages. Those that own the formats
@@ -63,6 +64,21 @@ def _rows_of_8bit(
     return (integers[begin:end] * scales[begin:end, None] * (1.0 / 127.0)).to(dtype)
 
 
+def _rows_of_hqq(
+    tensors: Tensors, settings: tuple[Any, ...], shape: tuple[int, int], dtype: torch.dtype, begin: int, end: int
+) -> torch.Tensor:
+    """Dequantise the groups of the rows; the high bits of the bytes hold the first groups, the low bits the last."""
+    packed, scale, zero = tensors
+    nbits, group_size = settings
+    first, last = (row * shape[1] // group_size for row in (begin, end))
+    groups, at_once = [], packed.shape[0]
+    for part in range(first // at_once, -(-last // at_once)):
+        own = packed[max(first - part * at_once, 0) : last - part * at_once]
+        groups.append((own >> (8 - nbits * (part + 1))) & (2**nbits - 1))
+    integers = torch.cat(groups).to(dtype)
+    return ((integers - zero[first:last]) * scale[first:last]).view(end - begin, shape[1])
+
+
 def _rows_of_subclass(
     tensors: Tensors, settings: tuple[Any, ...], shape: tuple[int, int], dtype: torch.dtype, begin: int, end: int
 ) -> torch.Tensor:
@@ -85,9 +101,10 @@ def _inner(tensors: Tensors) -> Iterator[torch.Tensor]:
             yield from _themselves((tensor,))
 
 
-BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, TORCHAO = "bitsandbytes_4bit", "bitsandbytes_8bit", "torchao"
+BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, HQQ, TORCHAO = "bitsandbytes_4bit", "bitsandbytes_8bit", "hqq", "torchao"
 FORMATS = {
     BITSANDBYTES_4BIT: WeightFormat(_rows_of_4bit, _themselves),
     BITSANDBYTES_8BIT: WeightFormat(_rows_of_8bit, _themselves),
+    HQQ: WeightFormat(_rows_of_hqq, _themselves),
     TORCHAO: WeightFormat(_rows_of_subclass, _inner),
 }

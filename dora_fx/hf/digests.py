@@ -21,6 +21,7 @@ def base_digests(
     state_dict: Mapping[str, Tensor],
     keys: Collection[str],
     *,
+    adapted: Collection[str],
     non_homogeneous_layers: bool,
     names: DecoderNames | None = None,
 ) -> dict[str, str]:
@@ -29,6 +30,7 @@ def base_digests(
     Args:
         config, state_dict: of the checkpoint, in the dtype that was trained on.
         keys: the tensors to take.
+        adapted: paths of the adapted layers. Of the tensor of all experts a checkpoint has those that are adapted.
         non_homogeneous_layers: whether keys carry layer numbers, as a checkpoint's manifest says.
         names: of the model that wrote the checkpoint; a GPTModel by default.
     """
@@ -46,7 +48,7 @@ def base_digests(
                 # Experts are always one, behind that axis.
                 key = key.replace(expert[0], EXPERTS)
                 offsets.append((len(offsets), int(expert[1]), architecture.num_experts))
-            if key in keys:
+            if key in keys and (not expert or gpt_name.rpartition(".")[0] in adapted):
                 yield ShardedTensor.from_rank_offsets(key, tensor, *offsets, prepend_axis_num=len(offsets))
 
     return add_digests([shard_digests(shards())])

@@ -25,6 +25,7 @@ from dora_fx.models.hf_architectures import (
     SUPPORTED_MODEL_TYPES,
     HFArchitecture,
     expert_number_maybe,
+    is_expert_fc2,
 )
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
 from dora_fx.models.megatron_settings import check_states
@@ -236,9 +237,11 @@ def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor
             # It belongs to another pipeline stage.
             continue
         parameter = parameters.pop(name)
-        if getattr(parameter, "tensor_model_parallel", False):
-            group = dense if expert_number_maybe(name) is None else of_experts
-            full = shard_of(name, full, parameter.partition_dim, group.rank(), group.size())  # type: ignore[attr-defined]
+        if expert_number_maybe(name) is not None:
+            # Transformer Engine does not mark shards whose collectives the token dispatcher took over.
+            full = shard_of(name, full, int(is_expert_fc2(name)), of_experts.rank(), of_experts.size())
+        elif getattr(parameter, "tensor_model_parallel", False):
+            full = shard_of(name, full, parameter.partition_dim, dense.rank(), dense.size())  # type: ignore[attr-defined]
         if full.shape != parameter.shape:
             raise ValueError(f"{name}: the checkpoint has {tuple(full.shape)}, expected {tuple(parameter.shape)}")
         parameter.copy_(full)

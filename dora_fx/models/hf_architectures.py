@@ -96,6 +96,11 @@ def expert_number_maybe(path: str) -> int | None:
     return int(match[0]) if match else None
 
 
+def is_expert_fc2(name: str) -> bool:
+    """Return whether a parameter is one of an expert's second layer, which is sharded along its columns."""
+    return numberless(name).rpartition(".")[0].endswith(EXPERT_FC2)
+
+
 def numberless(linear: str) -> str:
     """Return a Megatron layer's name with `{}` instead of an expert's number, as `linears` has it."""
     return _EXPERT_NUMBER.sub("{}", linear)

@@ -3,7 +3,7 @@
 `kinds/` describes the linear layers that can be wrapped, and is a room of this room's own.
 """
 
-from dora_fx.modules.adapter import ParallelLinearDoRAAdapter
+from dora_fx.modules.adapter import NUMBERED_EXPERTS, ParallelLinearDoRAAdapter
 from dora_fx.modules.adapter_bank import (
     AdapterBank,
     bank_of,
@@ -50,6 +50,7 @@ from dora_fx.modules.whole_tensors import gather_whole
 
 __all__ = [
     "NO_DROPOUT",
+    "NUMBERED_EXPERTS",
     "AdapterBank",
     "AdapterTensors",
     "DoRALinear",

@@ -175,6 +175,9 @@ class AdaptedSite(BaseAttributes):
         adapter = self.adapter
         lora_a, lora_b, magnitude = self.factors() if factors is None else factors
         lora_a_leaf, lora_b_leaf, magnitude_leaf = leaves_for(self._accumulators, (lora_a, lora_b, magnitude))
+        if self.expert_weights is not None and magnitude is not None:
+            magnitude = magnitude.view_as(self.base_norm_sq)
+            magnitude_leaf = None if magnitude_leaf is None else magnitude_leaf.view(magnitude.shape)
         return StoredParameters(
             weight=weight,
             base_norm_sq=self.base_norm_sq,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,10 @@ from dora_fx.modules.grouped_state_dict import grouped_sharded_state_dict
 from dora_fx.modules.kinds import GroupedExperts, LocalExperts
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.ranks import group_rank, group_size
+
+# An entry of Megatron's metadata of state dicts: keys have the numbers of experts, and tensors have no axis for them.
+NUMBERED_EXPERTS = "dora_fx_numbered_experts"
+_LOCAL_EXPERT = re.compile(r"\blocal_experts\.\d+\.")
 
 
 class Factors(NamedTuple):
@@ -60,7 +65,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
         row layouts      A [dim, in/tp]    B [out/tp, dim]    m [out], equal on every rank
         nn.Linear        A [dim, in]       B [out, dim]       m [out]
 
-    For a grouped layer, which holds those of several experts, each has a dimension of this rank's experts in front.
+    For a grouped layer, which holds those of several experts, each has a dimension of this rank's experts in front, and
+    m is flat, see `init_weight_magnitude`.
 
     Scaling and dropout are tensors too, in buffers that are not saved. Compiled code takes tensors as inputs and
     numbers as constants, so layers that differ in alpha or dropout share a graph. The tensors have one dimension, since
@@ -224,8 +230,12 @@ class ParallelLinearDoRAAdapter(nn.Module):
         self.has_dropout = self.dropout > 0
 
     def init_weight_magnitude(self, value: torch.Tensor) -> None:
-        """Set m, `[out]` or this rank's `[out/tp]`, and mark all parameters for Megatron's optimizer."""
-        self.weight_magnitude = nn.Parameter(value.detach().clone())
+        """Set m, `[out]` or this rank's `[out/tp]`, and mark all parameters for Megatron's optimizer.
+
+        That of a grouped layer is given as `[experts, out]`, and is flat as a parameter: Megatron's optimizers spare
+        parameters of one dimension weight decay, and so the magnitudes of all other layers.
+        """
+        self.weight_magnitude = nn.Parameter(value.detach().clone().flatten())
         self._mark_sharded_parameters()
 
     def get_weight_magnitude(self) -> nn.Parameter:
@@ -283,7 +293,18 @@ class ParallelLinearDoRAAdapter(nn.Module):
     ) -> dict[str, Any]:
         """Return A, B and m as shards of global tensors; see `sharded_state_dict.py`."""
         own = self.state_dict(prefix="", keep_vars=True)
-        return self.shards_of(own, prefix, sharded_offsets, metadata)
+        key_prefix = prefix
+        if self.experts is not None and (metadata or {}).get(NUMBERED_EXPERTS):
+            if isinstance(self.experts, GroupedExperts):
+                raise ValueError(
+                    f"{prefix}: found a checkpoint of a model in which some experts have no adapter, expected one with "
+                    "adapters on all experts, as a grouped layer has"
+                )
+            # The last axis in front is that of the layer's experts, of which some have no adapter.
+            key_prefix = _LOCAL_EXPERT.sub(rf"\g<0>{self.experts.first}.", prefix)
+            sharded_offsets = sharded_offsets[:-1]
+        shards = self.shards_of(own, key_prefix, sharded_offsets, metadata)
+        return {prefix + key.removeprefix(key_prefix): shard for key, shard in shards.items()}
 
     def shards_of(
         self,

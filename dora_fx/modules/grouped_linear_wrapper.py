@@ -30,8 +30,8 @@ _compiled: weakref.WeakKeyDictionary[nn.Module, Callable[..., torch.Tensor]] = w
 class GroupedDoRALinear(DoRALinear):
     """The linear layers of several experts with DoRA adapters; a drop-in for the one layer that holds them.
 
-    Its A is `[experts, dim, in]`, B `[experts, out, dim]` and m `[experts, out]`, of this rank's experts, each sharded
-    over the expert-tensor-parallel group as that of one expert.
+    Its A is `[experts, dim, in]`, B `[experts, out, dim]` and m, flat, `[experts * out]`, of this rank's experts, each
+    sharded over the expert-tensor-parallel group as that of one expert.
     """
 
     @property
@@ -61,6 +61,7 @@ class GroupedDoRALinear(DoRALinear):
         counts = args[0] if args else kwargs["m_splits"]
         for weight in self.expert_weights:
             self._check_call(x, weight)
+            self._check_adapter(weight)
         if self.training and self.adapter.has_dropout:
             raise ValueError(NO_DROPOUT.format(self.path, self.adapter.dropout))
         self._check_counts(x, counts)

@@ -34,7 +34,7 @@ def grouped_sharded_state_dict(
     """Return A, B and m of this rank's experts, or tensors that are sharded as they are, as Megatron's shards.
 
     Args:
-        tensors: `[experts, ...]`, of this rank, by the parameters' names in the adapter.
+        tensors: `[experts, ...]`, or flat as m, of this rank, by the parameters' names in the adapter.
         placements: of the parameters, by the same names.
         experts: of the layer.
         tp_size: how many ranks share each expert.
@@ -67,11 +67,18 @@ def _shard(
     # Of ranks that hold the same, Megatron saves the part of the one whose numbers are all zero.
     replica_id = (0, 0 if placement.shard_dim is not None else experts.tp_rank, experts.dp_rank)
     build = functools.partial(_blocks, placement=placement, experts=experts, tp_size=tp_size, offsets=sharded_offsets)
-    if placement.shard_dim is None or placement.blocks == 1:
+    is_flat = tensor.dim() < len(placement.shape)
+    if not is_flat and placement.blocks == 1:
         [whole] = build(key, tensor, replica_id)
         return whole
-    join = functools.partial(torch.cat, dim=placement.shard_dim)
+    join = functools.partial(_join, dim=placement.shard_dim, is_flat=is_flat)
     return ShardedTensorFactory(key, tensor, build, join, replica_id)
+
+
+def _join(parts: list[torch.Tensor], *, dim: int | None, is_flat: bool) -> torch.Tensor:
+    """Make the tensor of its blocks."""
+    whole = parts[0] if dim is None else torch.cat(parts, dim)
+    return whole.flatten() if is_flat else whole
 
 
 def _blocks(
@@ -90,6 +97,8 @@ def _blocks(
         raise NotImplementedError(f"{key}: found a part of the tensor, expected all of it")
     first, dim = len(offsets), placement.shard_dim
     shards = []
+    if tensor.dim() < len(placement.shape):
+        tensor = tensor.detach().view(experts.count, -1)
     # One block is the parameter itself, by which optimizers find their state.
     parts = [tensor] if dim is None or placement.blocks == 1 else tensor.detach().chunk(placement.blocks, dim)
     for block, part in enumerate(parts):

@@ -97,8 +97,7 @@ class DoRALinear(AdaptedSite):
         self._check_call(x, weight)
         if mixture is None:
             # The adapters of a mixed batch are checked where the batch begins.
-            check_factors(self.path, self.adapter, weight)
-            check_magnitude(self.path, self.adapter.weight_magnitude, weight, self.base_norm_sq)
+            self._check_adapter(weight)
         _check_group_exists(self.adapter.tp_group)
         if torch.compiler.is_compiling():
             _prepare_trace()
@@ -151,6 +150,11 @@ class DoRALinear(AdaptedSite):
         features = weight.shape[1] * (self.adapter.tp_size if self.adapter.layout.enter == "split_features" else 1)
         if x.shape[-1] != features:
             raise ValueError(f"{self.path}: the input has {x.shape[-1]} features, the layer takes {features}")
+
+    def _check_adapter(self, weight: BaseWeight) -> None:
+        check_factors(self.path, self.adapter, weight)
+        # Magnitudes of a grouped layer are flat.
+        check_magnitude(self.path, self.adapter.weight_magnitude, weight, self.base_norm_sq.flatten())
 
     def enable_adapter_layers(self) -> None:
         """Let the adapter take part in the forward pass."""

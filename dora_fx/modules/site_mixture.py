@@ -53,12 +53,14 @@ class SiteMixture(NamedTuple):
             `[s, b]` for models with the sequence first and `[b, s]` for others.
         own_ids: as `ids`; for tokens those of this rank's part of the sequence, in the layer's tensor-parallel group.
         sequence_first: layers take `[s, b, in]`, and `[b, s, in]` otherwise.
+        trains: gradients were enabled when the batch began, and everything that concerns them was looked at.
     """
 
     adapters: tuple[MixedAdapter, ...]
     ids: torch.Tensor
     own_ids: torch.Tensor
     sequence_first: bool
+    trains: bool
 
     def drops(self, *, training: bool) -> bool:
         """Return whether a call is one with dropout: all adapters take part then, those without dropout with p = 0."""
@@ -84,8 +86,14 @@ class SiteMixture(NamedTuple):
             layout: of the call.
 
         Raises:
-            ValueError: the input has another number of samples or tokens than there are ids.
+            ValueError: the input has another number of samples or tokens than there are ids; or gradients are enabled,
+                and were not when the batch began.
         """
+        # In this order, since compiled code without gradients then has no guard on the second.
+        if torch.is_grad_enabled() and not self.trains:
+            raise ValueError(
+                f"{path}: found gradients enabled, expected them to be when the context of dora_fx.mixed is entered"
+            )
         dims = tuple(each.site.adapter.dim for each in self.adapters)
         if self.ids.dim() == 1 and x.dim() == 3:
             found = x.shape[1] if self.sequence_first else x.shape[0]

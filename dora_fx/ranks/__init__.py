@@ -2,7 +2,7 @@
 
 from dora_fx.ranks.agreement import (
     check_same_settings,
-    of_all_stages,
+    of_all_parts,
     problem_of_any_rank_maybe,
     raise_on_every_rank,
     raise_on_every_rank_of_model,
@@ -24,7 +24,7 @@ __all__ = [
     "group_rank",
     "group_size",
     "has_other_ranks",
-    "of_all_stages",
+    "of_all_parts",
     "problem_of_any_rank_maybe",
     "raise_on_every_rank",
     "raise_on_every_rank_of_model",

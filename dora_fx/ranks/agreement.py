@@ -19,28 +19,32 @@ from dora_fx.ranks.groups import has_other_ranks, resolve_group
 T = TypeVar("T")
 
 
-def check_same_settings(settings: Mapping[str, Any], group: dist.ProcessGroup) -> None:
+def check_same_settings(settings: Mapping[str, Any], group: dist.ProcessGroup, kind: str = "tensor-parallel") -> None:
     """Check that all ranks of a group pass the same settings; every rank calls it.
+
+    Args:
+        kind: of the group's ranks, for messages.
 
     Raises:
         ValueError: on every rank, naming the first setting and rank that differ from rank 0 of the group.
     """
     settings_of_ranks = gather_objects(dict(settings), group)
     first = settings_of_ranks[0]
-    for tp_rank, own in enumerate(settings_of_ranks):
+    for rank, own in enumerate(settings_of_ranks):
         # A rank may lack a setting that rank 0 has, such as the path of a layer, or have one more.
         for name in {**first, **own}:
             if own.get(name) != first.get(name):
                 raise ValueError(
-                    f"{name}: found {own.get(name)!r} on tensor-parallel rank {tp_rank} and {first.get(name)!r} on "
+                    f"{name}: found {own.get(name)!r} on {kind} rank {rank} and {first.get(name)!r} on "
                     "rank 0, expected the same on every rank"
                 )
 
 
-def of_all_stages(value: T) -> list[T]:
-    """Gather a value from every pipeline stage, in stage order; every rank calls it."""
-    group = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
-    return gather_objects(value, group)
+def of_all_parts(value: T) -> list[T]:
+    """Gather a value from every rank that holds other layers or experts, by pipeline stage; every rank calls it."""
+    experts = parallel_state.get_expert_model_parallel_group(check_initialized=False)
+    stages = parallel_state.get_pipeline_model_parallel_group(check_initialized=False)
+    return [each for of_stage in gather_objects(gather_objects(value, experts), stages) for each in of_stage]
 
 
 def value_of_first_replica(value: int) -> int:
@@ -49,7 +53,7 @@ def value_of_first_replica(value: int) -> int:
         return value
     # Along each axis of the mesh in turn. Layers' own groups do not serve: experts may be in one of one rank each.
     value = broadcast_object(value, parallel_state.get_tensor_model_parallel_group())
-    value = of_all_stages(value)[0]
+    value = of_all_parts(value)[0]
     return broadcast_object(value, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 

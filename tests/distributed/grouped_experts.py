@@ -16,6 +16,7 @@ from torch import nn
 
 import dora_fx
 from dora_fx import DoRALinear
+from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.modules import compile_grouped_linears
 from tests.distributed.moe_layers import (
     DIM,
@@ -38,14 +39,14 @@ from tests.distributed.moe_layers import (
 )
 from tests.distributed.moe_layers import set_base_values as set_values_of_sequential
 from tests.distributed.zoo import whole_values
+from tests.megatron_checkpoint import without_cuda_generators
 
 
 def build(layout: Layout, dtype: torch.dtype = torch.float64, **settings: Any) -> OneLayer:
     """A model that is one layer with grouped experts, frozen and with values by name."""
     settings = {"moe_grouped_gemm": True, "moe_shared_expert_intermediate_size": None} | settings
     config = moe_config(layout, dtype, **settings)
-    spec = get_gpt_layer_with_transformer_engine_spec(num_experts=EXPERTS, moe_grouped_gemm=True)
-    model = OneLayer(config, build_moe_layer(config, spec))
+    model = OneLayer(config, build_moe_layer(config, "te"))
     set_base_values(model)
     return model.requires_grad_(False)
 
@@ -73,7 +74,7 @@ class OneLayer(nn.Module):
 def build_sequential(layout: Layout, dtype: torch.dtype = torch.float64) -> OneLayer:
     """The same with Megatron's SequentialMLP."""
     config = moe_config(layout, dtype, moe_shared_expert_intermediate_size=None)
-    model = OneLayer(config, build_moe_layer(config))
+    model = OneLayer(config, build_moe_layer(config, "local"))
     set_values_of_sequential(model)
     return model.requires_grad_(False)
 
@@ -123,23 +124,29 @@ def adapter_tensors(site: DoRALinear) -> dict[str, nn.Parameter]:
     return dict(zip(TRAINED, tensors, strict=True))
 
 
+def of_experts(tensor: torch.Tensor, site: DoRALinear) -> torch.Tensor:
+    """A tensor of a site's adapter with a dimension of experts in front, which magnitudes lack."""
+    return tensor.unflatten(0, (site.to_wrap.num_gemms, -1)) if tensor.dim() == 1 else tensor
+
+
 @torch.no_grad()
 def set_adapter_values(model: nn.Module) -> None:
     of_layers, where = sites(model), places(model)
     for name, site in of_layers.items():
         wholes = whole_of(name)
         for kind, tensor in adapter_tensors(site).items():
-            tensor[where[name][1]].copy_(own_part(name, site.to_wrap, kind, wholes[kind]))
+            of_experts(tensor, site)[where[name][1]].copy_(own_part(name, site.to_wrap, kind, wholes[kind]))
 
 
 def tensors_of_experts(model: nn.Module, *, gradients: bool) -> Results:
     """The whole tensors of all experts' adapters, or their gradients, as layers of their own would have them."""
     of_layers, own = sites(model), {}
     for name, (_, index) in places(model).items():
-        for kind, tensor in adapter_tensors(of_layers[name]).items():
+        site = of_layers[name]
+        for kind, tensor in adapter_tensors(site).items():
             whole = tensor.grad if gradients else tensor
             assert whole is not None
-            own[f"{name} {kind}"] = whole[index]
+            own[f"{name} {kind}"] = of_experts(whole, site)[index]
     return whole_tensors(of_layers, own, total=gradients)
 
 
@@ -188,8 +195,10 @@ def gpt_step(model: nn.Module, number: int, length: int) -> Results:
     tokens = torch.randint(0, 32, (2, length + 1), generator=generator)
     positions = torch.arange(length).expand(2, -1)
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-    loss = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean()
-    loss.backward()
+    # Megatron's recomputation keeps the state of a device's generator.
+    with cuda_means_cpu(), without_cuda_generators():
+        loss = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean()
+        loss.backward()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
     assert all(value is not None for value in gradients.values())
     return {"loss": loss.detach(), **{name: value.clone() for name, value in gradients.items() if value is not None}}

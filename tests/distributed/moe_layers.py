@@ -7,20 +7,25 @@ and not read from the library.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import nn
 
@@ -62,16 +67,52 @@ class Layout:
     @contextmanager
     def world(self, rank: int, store: Path) -> Iterator[None]:
         """Be one rank of a world of this layout."""
-        with megatron_world(
-            tensor_model_parallel_size=self.tp,
-            pipeline_model_parallel_size=self.pp,
-            expert_model_parallel_size=self.ep,
-            expert_tensor_parallel_size=self.etp,
-            store=dist.FileStore(str(store), self.world_size),
-            global_rank=rank,
-            world_size=self.world_size,
+        with (
+            streams_on_cpu() if self.dispatcher == "alltoall" else nullcontext(),
+            megatron_world(
+                tensor_model_parallel_size=self.tp,
+                pipeline_model_parallel_size=self.pp,
+                expert_model_parallel_size=self.ep,
+                expert_tensor_parallel_size=self.etp,
+                store=dist.FileStore(str(store), self.world_size),
+                global_rank=rank,
+                world_size=self.world_size,
+            ),
         ):
             yield
+
+
+class _Stream:
+    """What Megatron's dispatcher asks of CUDA's streams and events, on a CPU."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record_event(self, *_: Any) -> _Stream:
+        return self
+
+    def wait_stream(self, *_: Any) -> None:
+        pass
+
+    wait_event = synchronize = wait = record = wait_stream
+
+
+@contextmanager
+def streams_on_cpu() -> Iterator[None]:
+    """Let the all-to-all dispatcher run on a CPU."""
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    with ExitStack() as stack:
+        for name in ("Stream", "Event"):
+            stack.enter_context(mock.patch.object(torch.cuda, name, _Stream))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_stream", lambda *_: _Stream()))
+        stack.enter_context(mock.patch.object(torch.cuda, "stream", lambda *_: nullcontext()))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda *_: None))
+        # Megatron leaves what is on the CPU already a tensor, and torch's all_to_all takes lists of numbers.
+        stack.enter_context(mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", moved))
+        yield
 
 
 def moe_config(layout: Layout, dtype: torch.dtype = torch.float64, **settings: Any) -> TransformerConfig:
@@ -114,10 +155,10 @@ def moe_config(layout: Layout, dtype: torch.dtype = torch.float64, **settings: A
 class MoE(nn.Module):
     """A model that is one mixture-of-experts layer."""
 
-    def __init__(self, config: TransformerConfig, layer: Any = None) -> None:
+    def __init__(self, config: TransformerConfig, spec: str = "local") -> None:
         super().__init__()
         self.config = config
-        self.mlp = build_moe_layer(config) if layer is None else layer
+        self.mlp = build_moe_layer(config, spec)
         set_base_values(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,11 +166,10 @@ class MoE(nn.Module):
         return output
 
 
-def build_moe_layer(config: TransformerConfig, spec: Any = None) -> Any:
-    """The layer of Megatron's local spec, or of another one."""
-    spec = spec or get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm"
-    )
+def build_moe_layer(config: TransformerConfig, name: str) -> Any:
+    """The layer of Megatron's "local" spec, or of that over Transformer Engine ("te")."""
+    build = get_gpt_layer_local_spec if name == "local" else get_gpt_layer_with_transformer_engine_spec
+    spec = build(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     mlp = spec.submodules.mlp
     if isinstance(mlp, ModuleSpec):
         layer = build_module(mlp, config=config)

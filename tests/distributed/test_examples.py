@@ -111,6 +111,18 @@ def test_the_adapter_of_a_hugging_face_model_is_peft_s(example_of_a_base: tuple[
 
 
 @pytest.mark.slow
+def test_trainer_on_a_base_in_4_bits(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    output = output_of(EXAMPLES / "quantised_trainer.py", out)
+    by_step = losses(output)
+    assert list(by_step) == [1, 2, 3, 4, 5] and by_step[5] < by_step[1] - 0.05, output
+    adapted, merged = (
+        float(re.search(rf"^{name} model: loss ([\d.]+)", output, re.M)[1]) for name in ("adapted", "merged")
+    )
+    assert merged == pytest.approx(adapted, abs=PRINTED) and (out / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
 def test_transformers_trainer_and_its_second_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for first_step in (1, 6):
@@ -145,6 +157,18 @@ def test_preferences_and_their_second_run(tmp_path: Path) -> None:
     # A fresh adapter is the reference itself. The reference of a trained one is still the base, and not where it began.
     assert margins[1][0] == pytest.approx(0, abs=PRINTED)
     assert margins[2][0] > margins[1][4]
+
+
+@pytest.mark.slow
+def test_a_policy_and_its_reference_in_two_runs(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the example trains with TRL")
+    for run in (1, 2):
+        output = output_of(EXAMPLES / "policy_grpo.py", tmp_path / "out")
+        found = re.findall(r"^step \d+: reward [\d.]+, kl ([\d.]+)", output, re.M)
+        # The reference is the base at first, and then the adapter of the run before: what each run begins with.
+        assert len(found) == 12 and float(found[0]) == 0 and min(map(float, found[2:])) > 0, output
+        assert re.search(r"^reference: logits changed by 0\.0e\+00$", output, re.M), output
+        assert (tmp_path / "out" / f"adapter-{run}" / "adapter_model.safetensors").is_file()
 
 
 def test_preferences_prefer_the_pirate() -> None:

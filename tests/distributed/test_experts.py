@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import dora_fx
 from dora_fx.megatron import walk
 from tests.closeness import assert_close, rounding
-from tests.distributed.launch import run_layout
+from tests.distributed import pipeline_gpt
+from tests.distributed.launch import run_layout, visit_worlds
 from tests.distributed.moe_layers import (
     EXPERTS,
     ROUNDINGS,
@@ -28,6 +31,7 @@ from tests.distributed.moe_layers import (
     oracle_step,
     oracle_training,
     own_tokens,
+    set_adapter_values,
     step,
     tensors_of_sites,
 )
@@ -40,8 +44,15 @@ LAYOUTS = [
     Layout(2, tp=2, etp=2),
     Layout(2, tp=2, ep=2),
     Layout(2, tp=2),
-    pytest.param(Layout(4, tp=2, ep=2, etp=2), marks=slow),
+    Layout(4, tp=2, ep=2, etp=2),
+    Layout(2, ep=2, dispatcher="alltoall"),
+    Layout(2, tp=2, ep=2, dispatcher="alltoall"),
 ]
+
+
+def cases(fast: Layout) -> list[Any]:
+    """All layouts, of which a plain run takes one."""
+    return [layout if layout == fast else pytest.param(layout, marks=slow) for layout in LAYOUTS]
 
 
 def run(layout: Layout) -> dict[str, Any]:
@@ -52,13 +63,18 @@ def run(layout: Layout) -> dict[str, Any]:
     adapted(model, set_values=False)
     found: dict[str, Any] = {"sites": described(model), "initial": tensors_of_sites(model)}
     assert torch.equal(model(x), base)
+    set_adapter_values(model)
+    expected = model(x)
+    with dora_fx.merged(model):
+        assert_close(model(x), expected, rounding(torch.float64, ROUNDINGS))
+    assert torch.equal(model(x), expected)
     found["steps"] = {mode: run_mode(layout, *mode) for mode in MODES}
     return found
 
 
-def run_mode(layout: Layout, compiler: str, dtype: torch.dtype) -> list[Results]:
+def run_mode(layout: Layout, compiler: str, dtype: torch.dtype, spec: str = "local") -> list[Results]:
     torch._dynamo.reset()
-    model = adapted(MoE(moe_config(layout, dtype)))
+    model = adapted(MoE(moe_config(layout, dtype), spec))
     if compiler == "compiled":
         compile_experts(model)
     return [step(model, layout, number, dtype) for number in range(2)]
@@ -84,7 +100,7 @@ def one_rank() -> dict[str, Any]:
     return run_layout(run, Layout())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", cases(Layout(2, tp=2, etp=2)), ids=str)
 def test_every_topology_computes_the_function_of_one_rank(layout: Layout, one_rank: dict[str, Any]) -> None:
     found = run_layout(run, layout) if layout.world_size > 1 else one_rank
     expected = [oracle_step(number) for number in range(2)]
@@ -124,7 +140,7 @@ def train(layout: Layout) -> dict[Mode, Results]:
     return {mode: Training(layout, mode).results() for mode in TRAINING}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", cases(Layout(2, tp=2, ep=2)), ids=str)
 def test_training_is_that_of_one_rank(layout: Layout) -> None:
     """Under Megatron's data parallelism, three steps of two micro-batches, with clipped gradients and Adam."""
     for mode, found in run_layout(train, layout).items():
@@ -135,3 +151,27 @@ def test_training_is_that_of_one_rank(layout: Layout) -> None:
         assert_close(norms, {name: expected[name] for name in norms}, rounding(coarse, ROUNDINGS))
         wanted = {name: expected[name] for name in found}
         assert_close(found, wanted, rounding(mode.dtype, ROUNDINGS * STEPS))
+
+
+def train_in_pipelines(layout: pipeline_gpt.Layout, folder: Path) -> None:
+    training = pipeline_gpt.Training(layout, pipeline_gpt.Kind(experts=True, sequence_parallel=True))
+    losses = torch.tensor([training.train(number) for number in range(3)], dtype=torch.float64)
+    if dist.get_rank() == 0:
+        torch.save(losses, folder / f"{layout}.pt")
+
+
+@pytest.mark.slow
+def test_losses_in_pipelines(tmp_path: Path) -> None:
+    """Through Megatron's schedule, in micro-batches, with attention and shared experts adapted too."""
+    layouts = [
+        pipeline_gpt.Layout(),
+        pipeline_gpt.Layout(pp=2, dp=2, ep=2),
+        pipeline_gpt.Layout(tp=2, pp=2, etp=1),
+        pipeline_gpt.Layout(tp=2, pp=2, ep=2, etp=1),
+        pipeline_gpt.Layout(pp=2, dp=2, vpp=2, ep=2),
+    ]
+    visit_worlds([(train_in_pipelines, layout) for layout in layouts], tmp_path)
+    expected, *others = (torch.load(tmp_path / f"{layout}.pt") for layout in layouts)
+    assert expected[0] > expected[-1]
+    for found in others:
+        assert_close(found, expected, rounding(torch.float32, 3 * pipeline_gpt.ROUNDINGS_OF_A_STEP))

@@ -17,7 +17,7 @@ from tests.closeness import assert_apart, assert_close, rounding
 from tests.distributed.finetune_ranks import finetune, losses
 from tests.finetune_runs import ROUNDINGS_OF_A_STEP, rows
 from tests.hf_models import adapter_of, finetune_inputs, tiny_hf_model
-from tests.models import GPT_TARGETS
+from tests.models import GPT_TARGETS, sites
 from tests.peft_models import hf_logits, megatron_logits
 
 STEPS = 4
@@ -41,7 +41,9 @@ def one_process(inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     "sizes",
     [
         "--dp 2 --ep 2",
-        pytest.param("--tp 2 --etp 2 --sequence-parallel", marks=pytest.mark.slow),
+        pytest.param(
+            "--tp 2 --etp 2 --sequence-parallel --compile layer --inner-compiler aot_eager", marks=pytest.mark.slow
+        ),
         pytest.param("--tp 2 --ep 2 --etp 1 --sequence-parallel", marks=pytest.mark.slow),
     ],
 )
@@ -69,6 +71,7 @@ def logits_of_the_run(run: Path) -> torch.Tensor:
         return megatron_logits(model)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_another_layout_and_is_exported(inputs: list[str], one_process: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     finetune(2, *inputs, "--dp", 2, "--ep", 2, "--steps", 2, "--run", run)
@@ -81,3 +84,19 @@ def test_a_run_goes_on_at_another_layout_and_is_exported(inputs: list[str], one_
         model = dora_fx.import_hf(build_gpt_model(hf.config, hf.state_dict()), tmp_path / "adapter")
         found = megatron_logits(model)
     assert_close(found, logits_of_the_run(run), BOUND)
+
+
+@pytest.mark.slow
+def test_adapters_of_some_experts_are_merged_into_these_alone(inputs: list[str], tmp_path: Path) -> None:
+    run, targets = tmp_path / "run", ["--target-modules", "*.local_experts.1-2.*", "--steps", 1]
+    finetune(2, *inputs, *targets, "--dp", 2, "--ep", 2, "--run", run)
+    for command, folder in (("merge", "merged"), ("export", "adapter")):
+        assert main([command, str(run), "--to", str(tmp_path / folder)]) == 0
+    hf = tiny_hf_model("qwen3_moe")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, base in hf.state_dict().items():
+        changed = [not torch.equal(*pair) for pair in zip(merged[name], base, strict=True)]
+        assert changed == ([False, True, True, False] if ".experts." in name else [False] * len(base)), name
+    with megatron_world():
+        model = dora_fx.import_hf(build_gpt_model(hf.config, hf.state_dict()), tmp_path / "adapter")
+        assert len(sites(model)) == 2 * 2 * 2

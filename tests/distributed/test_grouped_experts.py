@@ -268,7 +268,7 @@ def by_formula(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 def expert_linear(model: Any, name: str, number: int, x: torch.Tensor, of_bias: torch.Tensor | float) -> torch.Tensor:
     site = grouped.grouped_linears(model)[name]
-    trained = [tensor[number] for tensor in grouped.adapter_tensors(site).values()]
+    trained = [grouped.of_experts(tensor, site)[number] for tensor in grouped.adapter_tensors(site).values()]
     weight = site.to_wrap.get_parameter(f"weight{number}")
     y = dora_linear(x, weight, None, *trained, scaling=sequential.SCALING)
     return y + site.to_wrap.get_parameter(f"bias{number}") * of_bias if site.to_wrap.use_bias else y
@@ -390,3 +390,49 @@ def test_compiled_models_emulated_kernels(settings: dict[str, Any]) -> None:
     found = run_layout(compiled_gpt, Layout(2, ep=2), settings)
     assert_below(found["errors"], rounding(torch.float32, 4 * ROUNDINGS))
     assert found["graphs"][-1] == found["graphs"][4], found["graphs"]
+
+
+def in_training(form: str, layout: Layout, distributed: bool) -> tuple[Any, Any]:
+    """A wrapped model and its optimizer after two steps."""
+    model = (grouped if form == "grouped" else sequential).adapted(FORMS[form](layout, torch.float32))
+    settings = {"use_distributed_optimizer": distributed}
+    with cuda_means_cpu():
+        wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(**settings), model)
+        optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, **settings), [wrapped])
+    for number in range(2):
+        (wrapped(own_tokens(batch(number), layout).float().requires_grad_())).square().sum().backward()
+        with cuda_means_cpu():
+            finalize_model_grads([wrapped])
+            optimizer.step()
+            wrapped.zero_grad_buffer()
+    return wrapped, optimizer
+
+
+def save_trained(layout: Layout, folder: Path, distributed: bool) -> None:
+    for form in FORMS:
+        model, optimizer = in_training(form, layout, distributed)
+        with cuda_means_cpu():
+            dora_fx.save_checkpoint([model], folder / form, optimizer)
+
+
+def load_trained(layout: Layout, folder: Path, distributed: bool) -> None:
+    for form in FORMS:
+        model, optimizer = in_training(form, layout, distributed)
+        for source in FORMS:
+            with cuda_means_cpu():
+                dora_fx.load_checkpoint([model], folder / source, optimizer)
+                dora_fx.save_checkpoint([model], folder / f"{form} of {source}", optimizer)
+
+
+@pytest.mark.parametrize("distributed", [False, pytest.param(True, marks=slow)])
+def test_state_of_megatrons_optimizers_is_the_same_emulated_kernels(distributed: bool, tmp_path: Path) -> None:
+    run_layout(save_trained, Layout(2, ep=2), tmp_path, distributed)
+    run_layout(load_trained, Layout(2, tp=2, etp=2), tmp_path, distributed)
+    for source in FORMS:
+        expected = whole_tensors(tmp_path / source)
+        assert sum(key.startswith("optimizer") for key in expected) >= 12
+        for form in FORMS:
+            found = whole_tensors(tmp_path / f"{form} of {source}")
+            assert found.keys() == expected.keys()
+            different = [key for key, value in expected.items() if not torch.equal(found[key], value)]
+            assert not different, f"{form} of {source}"

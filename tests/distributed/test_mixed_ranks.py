@@ -167,7 +167,21 @@ class MainGradients:
         return found if any(bool(value.any()) for value in found.values()) else dict.fromkeys(found)
 
 
+def refuse_torchs_wrapper() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in ("one", "two"):
+        dora_fx.add_adapter(model, name, DoRA(["0"], dim=2))
+    wrapper = torch.nn.parallel.DistributedDataParallel(model)
+    for given in (model, wrapper):
+        with pytest.raises(ValueError, match="which does not reduce the gradients"), dora_fx.mixed(given, ["two"]):
+            pass
+        with torch.no_grad(), dora_fx.mixed(given, ["two"]):
+            wrapper(torch.ones(1, 1, 4))
+
+
 def check_wrapped(topology: Topology) -> None:
+    if topology.dp > 1:
+        refuse_torchs_wrapper()
     zoo = build(topology, FEW, 0.0)
     gradients, inputs = MainGradients(zoo), inputs_of(zoo)
     # The other data-parallel rank has no sample of one of them.

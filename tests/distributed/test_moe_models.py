@@ -23,9 +23,17 @@ from tests.peft_models import adapted_megatron, hf_logits
 
 KINDS = ["qwen3_moe", "mixtral"]
 TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(8))
-LAYOUTS = [Layout(2, ep=2), Layout(2, tp=2, etp=2), Layout(2, tp=2, ep=2)]
-MORE_LAYOUTS = [Layout(2, tp=2), Layout(2, pp=2), Layout(4, tp=2, ep=2, etp=2), Layout(4, pp=2, ep=2)]
-Tensors = dict[str, torch.Tensor]
+LAYOUTS = [Layout(2, ep=2), Layout(2, tp=2, etp=2)]
+MORE_LAYOUTS = [
+    Layout(2, tp=2, ep=2),
+    Layout(2, tp=2),
+    Layout(2, pp=2),
+    Layout(4, tp=2, ep=2, etp=2),
+    Layout(4, pp=2, ep=2),
+]
+_OF_LAYER = ["self_attention.linear_qkv", "self_attention.linear_proj"]
+_OF_LAYER += [f"mlp.experts.local_experts.{number}.linear_fc{i}" for number in range(4) for i in (1, 2)]
+PATHS = [f"decoder.layers.{index}.{name}" for index in range(2) for name in _OF_LAYER]
 
 
 def logits_of(model: nn.Module) -> torch.Tensor:
@@ -62,6 +70,10 @@ def visit(layout: Layout, folder: Path) -> None:
         dora_fx.import_hf(model, folder / kind)
         if layout.pp == 1:
             found["logits"] = logits_of(model)
+            labels = TOKENS.roll(-1, 1)
+            positions, mask = torch.arange(TOKENS.shape[1]).expand_as(TOKENS), causal_mask(TOKENS.shape[1], "cpu")
+            compared = dora_fx.compare_merged(model, TOKENS, positions, mask, labels=labels)
+            found["compared"] = [layer.path for layer in compared.layers], compared.mean_gap
         for name, iterate in (("adapter", dora_fx.iter_adapter), ("merged", dora_fx.iter_merged)):
             here, everywhere = list(iterate(model)), list(iterate(model, every_rank=True))
             assert bool(here) == (dist.get_rank() == 0)
@@ -86,6 +98,8 @@ def check(layout: Layout, folder: Path, expected: dict[str, dict[str, Any]]) -> 
             assert_close(found["base"], hf_logits(hf, TOKENS), bound)
             assert_close(found["logits"], own["logits"], bound)
             assert_apart(found["logits"], found["base"])
+            paths, gap = found["compared"]
+            assert sorted(paths) == sorted(PATHS) and gap < bound
         assert found["adapter"] and [name for name, _ in found["adapter"]] == [name for name, _ in own["adapter"]]
         torch.testing.assert_close(dict(found["adapter"]), dict(own["adapter"]), rtol=0, atol=0)
         assert [name for name, _ in found["merged"]] == [name for name, _ in own["merged"]]

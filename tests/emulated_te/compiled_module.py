@@ -143,7 +143,7 @@ def generic_gemm(
     tokens, a, b = b.shape[:-1], a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     y = (b.t() if transposes_b else b) @ (a.t() if transposes_a else a)
     if not transposes_b:
-        y = y.view(*tokens, -1)
+        y = y.view(*tokens, y.shape[-1])
     bias_grad = b.sum(0) if bias is not None and is_gradient else None
     if bias is not None and not is_gradient:
         y = y + bias

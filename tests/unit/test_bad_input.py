@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from torch import nn
 
 import dora_fx
-from tests.distributed.moe_layers import Layout, build_moe_layer, moe_config
 from tests.models import DIM, GPT_TARGETS, IN, OUT, LinearZoo, adapt_zoo, sites, tiny_gpt, trainable
 from tests.tables import every_case
 
@@ -351,21 +349,3 @@ def test_refused_twice_then_accepted() -> None:
         dora_fx.DoRA([*GPT_TARGETS, "linear_fc3"])(model)
     dora_fx.DoRA(GPT_TARGETS)(model)
     assert len(sites(model)) == 8
-
-
-def test_experts_that_are_parameters_of_one_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """megatron-core 0.16's GroupedMLP, beside shared experts that the same target names."""
-    from megatron.core.transformer.moe import experts
-
-    if not hasattr(experts, "GroupedMLP"):
-        pytest.skip("this megatron-core has no GroupedMLP")
-    # Its kernels are another package's.
-    monkeypatch.setattr(experts.gg, "assert_grouped_gemm_is_available", lambda: None)
-    layout = Layout()
-    spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=True, moe_use_legacy_grouped_gemm=True)
-    config = moe_config(layout, torch.float32, moe_grouped_gemm=True)
-    model = nn.ModuleDict({"mlp": build_moe_layer(config, spec)})
-    with unchanged(model), refuses(TypeError, "mlp.experts: found a GroupedMLP", "'mlp.experts.linear_fc1'"):
-        dora_fx.DoRA(["linear_fc1"], dim=DIM)(model)
-    dora_fx.DoRA(["linear_fc1"], exclude_modules=["mlp.experts.*"], dim=DIM)(model)
-    assert list(sites(model)) == ["mlp.shared_experts.linear_fc1"]

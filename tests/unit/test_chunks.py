@@ -125,6 +125,7 @@ def calls(folder: Path) -> dict[str, Callable[[Any], Any]]:
         "add_adapter": lambda model: dora_fx.add_adapter(model, "second", dora_fx.DoRA(["linear_qkv"], dim=DIM)),
         "set_adapter": lambda model: dora_fx.set_adapter(model, "second"),
         "adapter": lambda model: dora_fx.adapter(model, "second").__enter__(),
+        "mixed": lambda model: dora_fx.mixed(model, ["default"]).__enter__(),
         "delete_adapter": lambda model: dora_fx.delete_adapter(model, "second"),
         "active_adapter": dora_fx.active_adapter,
         "adapter_names": dora_fx.adapter_names,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.measuring import peak_bytes
-from dora_fx.function import grouped_norm, grouped_product, weight_norm
+from dora_fx.function import grouped_norm, grouped_products, weight_norm
 from dora_fx.function.grouped_formula import grouped_adapted_linear
 from dora_fx.function.row_scale import row_scale
 from dora_fx.function.site_parameters import SiteOperands
@@ -174,7 +174,7 @@ def test_gradients_by_differences() -> None:
     operands = [each.clone().requires_grad_() for each in operands]
     assert torch.autograd.gradcheck(function, operands, fast_mode=True)
     x, a = operands[0], operands[1]
-    assert torch.autograd.gradcheck(lambda x, a: grouped_product.grouped_product(x, a, ends), (x, a), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda x, a: grouped_products.grouped_product(x, a, ends), (x, a), fast_mode=True)
 
 
 def test_the_ops_are_what_they_promise_compilers() -> None:
@@ -182,12 +182,12 @@ def test_the_ops_are_what_they_promise_compilers() -> None:
     ends = torch.tensor([5, 5, 12], dtype=torch.int32)
     for dtype in (torch.float64, torch.bfloat16):
         x, y, matrices = (torch.randn(*shape).to(dtype) for shape in ((12, 16), (12, 8), (3, 16, 8)))
-        torch.library.opcheck(grouped_product._grouped_product, (x.requires_grad_(), matrices.requires_grad_(), ends))
-        torch.library.opcheck(grouped_product._grouped_outer_product, (x.detach(), y, ends))
-        product = grouped_product._grouped_product(x, matrices, ends)
-        assert_close(product, grouped_product.products_one_by_one(x, matrices, ends), rounding(dtype, 16))
-        outer = grouped_product._grouped_outer_product(x.detach(), y, ends)
-        assert_close(outer, grouped_product.outer_products_one_by_one(x, y, ends), rounding(dtype, 16))
+        torch.library.opcheck(grouped_products._grouped_product, (x.requires_grad_(), matrices.requires_grad_(), ends))
+        torch.library.opcheck(grouped_products._grouped_outer_product, (x.detach(), y, ends))
+        product = grouped_products._grouped_product(x, matrices, ends)
+        assert_close(product, grouped_products.products_one_by_one(x, matrices, ends), rounding(dtype, 16))
+        outer = grouped_products._grouped_outer_product(x.detach(), y, ends)
+        assert_close(outer, grouped_products.outer_products_one_by_one(x, y, ends), rounding(dtype, 16))
 
 
 def test_one_graph_for_every_routing() -> None:

@@ -18,7 +18,7 @@ from dora_fx.cache import parameter_cache
 from dora_fx.function import formula, mixture
 from tests.hf_models import tiny_hf_model
 from tests.mixing import Mixing, Outputs, assert_apart, own_gradients, parameters_of
-from tests.models import GPT_TARGETS, VOCAB, randomize_adapters, tiny_gpt, trainable
+from tests.models import GPT_TARGETS, VOCAB, column, randomize_adapters, tiny_gpt, trainable
 from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -243,6 +243,44 @@ def test_an_adapter_that_is_not_finite_leaves_other_samples_alone() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
+def test_generation_with_a_cache() -> None:
+    model = llama().eval()
+    prompts = torch.randint(0, VOCAB, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(3))
+
+    def answers(num_beams: int = 1) -> torch.Tensor:
+        return model.generate(prompts, max_new_tokens=4, do_sample=False, num_beams=num_beams, use_cache=True)
+
+    with dora_fx.mixed(model, IDS):
+        found = answers()
+        with pytest.raises(ValueError, match="found an input of 8 samples, expected one that fits the ids"):
+            answers(num_beams=2)
+    for index, name in enumerate(IDS):
+        with dora_fx.disable_adapter(model) if name is None else dora_fx.adapter(model, name):
+            assert torch.equal(answers()[index], found[index])
+
+
+def test_without_gradients() -> None:
+    model = plain()
+    for enter in (torch.no_grad, torch.inference_mode):
+        with enter(), dora_fx.mixed(model, IDS):
+            within = caller("plain", model, IDS)()["logits"]
+        with dora_fx.mixed(model, IDS), enter():
+            assert torch.equal(caller("plain", model, IDS)()["logits"], within)
+    compare("plain", IDS, model)
+
+
+def test_a_frozen_adapter_stays_frozen() -> None:
+    model = plain()
+    for parameter in parameters_of(model, "reward").values():
+        parameter.requires_grad_(False)
+    with dora_fx.mixed(model, IDS):
+        outputs = caller("plain", model, IDS)()
+    Mixing.loss(outputs).backward()
+    with dora_fx.adapter(model, "reward"):
+        assert not trainable(model) and all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in parameters_of(model, "policy").values())
+
+
 @every_case("use_reentrant", [False, True])
 def test_a_batch_that_ends_before_the_backward_pass_of_a_checkpoint(use_reentrant: bool) -> None:
     model = plain()
@@ -294,6 +332,12 @@ def with_a_wrapper_of_one() -> nn.Module:
     return model
 
 
+def gradients_within() -> None:
+    model = plain()
+    with torch.no_grad(), dora_fx.mixed(model, IDS), torch.enable_grad():
+        caller("plain", model, IDS)()
+
+
 def merged_mix() -> None:
     model = plain()
     with dora_fx.merged(model):
@@ -327,6 +371,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "flat": (lambda: mix(IDS, x=torch.randn(7, 6).double()), r"^0: found an input of shape \(7, 6\)"),
     "targets": (lambda: mix(IDS, model=with_other_targets()), "^2: found no adapter 'first layer' here"),
     "wrapper": (lambda: mix(IDS, model=with_a_wrapper_of_one()), "found Megatron's DistributedDataParallel made for"),
+    "gradients within": (gradients_within, "^0: found gradients enabled, expected them to be when the context"),
     "merged": (merged_mix, "found the adapter merged into it"),
     "off": (disabled_mix, "found its adapter switched off"),
     "set within": (lambda: within(lambda model: dora_fx.set_adapter(model, "reward")), "model: found a mixed batch"),
@@ -345,10 +390,10 @@ def test_refusals(case: str) -> None:
 
 
 def test_routed_experts_are_refused() -> None:
-    model = nn.ModuleDict({"experts": linears()})
+    model = nn.ModuleDict({"linear_fc1": column(is_expert=True)})
     for name in ("one", "two"):
-        dora_fx.add_adapter(model, name, DoRA(["experts.0"], dim=2))
-    with pytest.raises(ValueError, match=r"^experts\.0: found an expert's layer"), dora_fx.mixed(model, ["one"]):
+        dora_fx.add_adapter(model, name, DoRA(["linear_fc1"], dim=2))
+    with pytest.raises(ValueError, match=r"^linear_fc1: found an expert's layer"), dora_fx.mixed(model, ["one"]):
         pass
 
 

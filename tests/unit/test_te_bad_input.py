@@ -97,13 +97,14 @@ def op_fused_mlp() -> nn.Module:
     return nn.ModuleDict({"mlp": TEFusedMLP(make_config(Topology(), torch.float32), submodules)})
 
 
-def expert_of_a_sequential_mlp() -> nn.Module:
-    model, _ = layer_and_input("te_column")
+def no_communication_of_an_expert() -> nn.Module:
+    """On one rank an expert's layer is as any other."""
+    model = no_communication()
     return nn.ModuleDict({"experts": nn.ModuleDict({"local_experts": nn.ModuleList([model])})})
 
 
 def no_communication() -> nn.Module:
-    """As experts and overlapped shared experts have it: sizes divided beforehand, communication left to others."""
+    """As overlapped shared experts have it: sizes divided beforehand, communication left to others."""
     return with_attribute("parallel_mode", None)
 
 
@@ -140,14 +141,6 @@ def hooked() -> nn.Module:
     return model
 
 
-def grouped() -> nn.Module:
-    from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear
-
-    model, _ = layer_and_input("te_column")
-    model["linear"].__class__ = TEColumnParallelGroupedLinear
-    return model
-
-
 REFUSED: dict[Callable[[], nn.Module], tuple[str, str]] = {
     fp8_config: (
         "ValueError",
@@ -166,9 +159,9 @@ REFUSED: dict[Callable[[], nn.Module], tuple[str, str]] = {
         "TypeError",
         "mlp.linear_fc1: found a layer of a TEFusedMLP, which computes with its parameters and",
     ),
-    expert_of_a_sequential_mlp: (
-        "TypeError",
-        "experts.local_experts.0.linear: TEColumnParallelLinear of an expert is not supported",
+    no_communication_of_an_expert: (
+        "ValueError",
+        "experts.local_experts.0.linear: found a TELayerNormColumnParallelLinear with parallel_mode = None, expected",
     ),
     no_communication: (
         "ValueError",
@@ -191,7 +184,6 @@ REFUSED: dict[Callable[[], nn.Module], tuple[str, str]] = {
         "linear: found a TELayerNormColumnParallelLinear without a tensor-parallel group, expected",
     ),
     subclass: ("TypeError", "TELMHeadColumnParallelLinear has no DoRA layout; supported are ColumnParallelLinear,"),
-    grouped: ("TypeError", "TEColumnParallelGroupedLinear has no DoRA layout; supported are ColumnParallelLinear,"),
     hooked: ("ValueError", "linear: found a TEColumnParallelLinear with hooks or a forward of its own, expected none"),
 }
 

@@ -103,6 +103,7 @@ def _check_digests(saved: SavedAdapter, checkpoint: HFCheckpoint) -> None:
         checkpoint.config,
         checkpoint.state_dict,
         manifest.base,
+        adapted=saved.layers,
         non_homogeneous_layers=manifest.non_homogeneous_layers,
         names=saved.names,
     )

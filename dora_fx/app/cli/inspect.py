@@ -67,9 +67,10 @@ def problems_of(directory: Path, manifest: Manifest) -> list[str]:
 def tables_of(manifest: Manifest) -> str:
     """Format a checkpoint's tables: how it was written, sites, tensors and files."""
     layout = manifest.layout
-    sizes = ", ".join(
-        f"{name} {layout[name]}" for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp") if name in layout
-    )
+    # Sizes for experts are not in checkpoints of earlier versions.
+    has_own = layout.get("ep", 1) > 1 or layout.get("etp", layout["tp"]) != layout["tp"]
+    names = ("tp", "pp", "vpp", "cp", "dp", *(("ep", "etp") if has_own else ()))
+    sizes = ", ".join(f"{name} {layout[name]}" for name in names)
     sites: Rows = [("layer", "dim", "alpha", "scaling", "dropout")]
     sites += [
         (key, *(f"{getattr(site, name):g}" for name in sites[0][1:])) for key, site in sorted(manifest.sites.items())

@@ -13,6 +13,7 @@ from dora_fx.modules.kinds.grouped_linear import (
     expert_weights,
     is_grouped_linear,
 )
+from dora_fx.modules.kinds.hqq_linear import HQQLinear
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, LocalExperts
 from dora_fx.modules.kinds.megatron_linear import ColumnParallel, RowParallel
 from dora_fx.modules.kinds.refused import refused_package_maybe
@@ -37,6 +38,7 @@ KINDS: tuple[type[LinearKind], ...] = (
     TERowParallelGrouped,
     BitsAndBytes4bit,
     BitsAndBytes8bit,
+    HQQLinear,
     # Its layers are of the class of the last one.
     TorchAOLinear,
     TorchLinear,

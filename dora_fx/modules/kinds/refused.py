@@ -5,14 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 _SUPPORTED = (
-    "expected a plain layer, bitsandbytes' of 4 or 8 bits, or torchao's weight-only ones (docs/quantised.md): load the "
-    "model in one of these formats, or exclude the layer"
+    "expected a plain layer, bitsandbytes' of 4 or 8 bits, HQQ's, or torchao's weight-only ones (docs/quantised.md): "
+    "load the model in one of these formats, or exclude the layer"
 )
 _REASONS = {
     "gptqmodel": "GPTQ and AWQ layers of gptqmodel",
     "auto_gptq": "GPTQ layers of auto_gptq",
     "awq": "AWQ layers of autoawq",
-    "hqq": "HQQ layers",
     "quanto": "quanto's layers",
     "optimum": "quanto's layers",
     "aqlm": "AQLM layers",

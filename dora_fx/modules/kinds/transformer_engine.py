@@ -19,7 +19,7 @@ from torch import nn
 
 from dora_fx.function import LAYOUTS, InputNorm
 from dora_fx.megatron import TE_MODULE, derives_from
-from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, has_own_hooks
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, LocalExperts, has_own_hooks
 from dora_fx.modules.kinds.megatron_linear import row_blocks
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,9 @@ class _TELinear(LinearKind):
     @classmethod
     def describe(cls, path: str, linear: Any) -> LinearSpec:
         # The layer has no attribute that tells an expert's, so its path does.
-        if "experts" in path.split("."):
-            raise TypeError(f"{path}: {cls.class_name} of an expert is not supported")
+        is_expert = "experts" in path.split(".")
         _check_precision(path, linear)
-        _check_parallelism(path, linear, cls.parallel_mode)
+        _check_parallelism(path, linear, cls.parallel_mode, is_expert=is_expert)
         if (problem := cls.call_problem_maybe(linear)) is not None:
             raise ValueError(f"{path}: {problem}")
         _warn_of_other_transport(linear)
@@ -56,6 +55,7 @@ class _TELinear(LinearKind):
             weight=cls.stored_weight(linear),
             bias=_bias(linear),
             input_norm=cls.input_norm(linear),
+            experts=LocalExperts.of(path, linear, group) if is_expert else None,
         )
 
     @staticmethod
@@ -101,6 +101,8 @@ class TEColumnParallel(_TELinear):
 
     @staticmethod
     def layout_name(linear: Any) -> str:
+        if linear.parallel_mode is None:
+            return "column_expert"
         return "column_sequence_parallel" if linear.sequence_parallel else "column"
 
 
@@ -129,6 +131,8 @@ class TERowParallel(_TELinear):
 
     @staticmethod
     def layout_name(linear: Any) -> str:
+        if linear.parallel_mode is None:
+            return "row_expert"
         return "row_sequence_parallel" if linear.sequence_parallel else "row"
 
 
@@ -199,9 +203,12 @@ def _check_precision(path: str, linear: Any) -> None:
         )
 
 
-def _check_parallelism(path: str, linear: Any, parallel_mode: str | None) -> None:
+def _check_parallelism(path: str, linear: Any, parallel_mode: str | None, *, is_expert: bool) -> None:
     """Raise ValueError, naming the layer, if its collectives are not those of its kind."""
     name, group = type(linear).__name__, cast(dist.ProcessGroup | None, linear._tp_group)
+    # Megatron does not keep on the layer whether an expert's collectives are left to the dispatcher.
+    if is_expert and group is not None and (group.size() > 1 or linear.config.expert_model_parallel_size > 1):
+        parallel_mode = None
     if group is None:
         raise ValueError(
             f"{path}: found a {name} without a tensor-parallel group, expected one that was built after "
@@ -217,7 +224,9 @@ def _check_parallelism(path: str, linear: Any, parallel_mode: str | None) -> Non
             f"{path}: found a {name} that was built for {linear.tp_size} tensor-parallel ranks in a group of "
             f"{group.size()}, expected the same number"
         )
-    if (linear.sequence_parallel or linear.config.sequence_parallel) and group.size() == 1:
+    # The tokens of an expert come from its dispatcher.
+    has_own_tokens = linear.sequence_parallel or (linear.config.sequence_parallel and not is_expert)
+    if has_own_tokens and group.size() == 1:
         raise ValueError(
             f"{path}: found a {name} with sequence parallelism on one tensor-parallel rank, expected several ranks or "
             "sequence_parallel=False"

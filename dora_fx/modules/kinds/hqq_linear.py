@@ -1,0 +1,83 @@
+"""HQQ's linear layers, recognised by their class's name, since the package need not be installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_fx.function import HQQ, LAYOUTS, QuantisedWeight
+from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
+
+_PACKINGS = ("8bit_u8", "4bit_u8", "2bit_u8")
+
+
+class HQQLinear(LinearKind):
+    """Groups along the input features, of 8, 4 or 2 bits."""
+
+    class_module = "hqq.core.quantize"
+    class_name = "HQQLinear"
+
+    @classmethod
+    def describe(cls, path: str, linear: Any) -> LinearSpec:
+        if not linear.ready:
+            raise ValueError(f"{path}: found an HQQLinear that is not quantised yet, expected one with a weight")
+        meta = linear.meta
+        expected = {"axis": (1,), "packing": _PACKINGS, "view_as_float": (False,)}
+        expected |= {"quant_scale": (False,), "quant_zero": (False,)}
+        for name, values in expected.items():
+            if meta[name] not in values:
+                raise ValueError(
+                    f"{path}: found an HQQLinear with {name} = {meta[name]!r}, expected one of {list(values)}: rows "
+                    "of others are not read"
+                )
+        out_features, in_features = meta["shape"]
+        if in_features % meta["group_size"]:
+            raise ValueError(
+                f"{path}: found an HQQLinear with groups of {meta['group_size']} of {in_features} input features, "
+                "expected groups that divide them"
+            )
+        return LinearSpec(
+            kind=cls,
+            layout=LAYOUTS[cls.layout_name(linear)],
+            in_features=in_features,
+            out_features=out_features,
+            padded_in_features=0,
+            padded_out_features=0,
+            row_blocks=1,
+            tp_group=None,
+            weight=cls.stored_weight(linear),
+            bias=linear.bias,
+        )
+
+    @staticmethod
+    def layout_name(linear: Any) -> str:
+        return "replicated"
+
+    @classmethod
+    def stored_weight(cls, linear: Any) -> QuantisedWeight:
+        meta = linear.meta
+        out_features, in_features = meta["shape"]
+        return QuantisedWeight(
+            (linear.W_q, meta["scale"], meta["zero"]),
+            HQQ,
+            (out_features, in_features),
+            meta["compute_dtype"],
+            (meta["nbits"], meta["group_size"]),
+        )
+
+    @staticmethod
+    def prepare(linear: Any) -> None:
+        # HQQ quantises in inference mode, and autograd keeps no tensor that was made there.
+        if not linear.ready:
+            return
+        if linear.W_q.is_inference():
+            linear.W_q = nn.Parameter(linear.W_q.data.clone(), requires_grad=False)
+        for name, value in linear.meta.items():
+            if isinstance(value, torch.Tensor) and value.is_inference():
+                linear.meta[name] = value.clone()
+
+    @staticmethod
+    def product_eps(linear: Any, x: torch.Tensor) -> float:
+        return torch.finfo(linear.meta["compute_dtype"]).eps
