@@ -25,7 +25,7 @@ from dora_fx.megatron import (
     unwrap,
     walk,
 )
-from dora_fx.modules import set_look
+from dora_fx.modules import is_grouped_linear, set_call_check
 from dora_fx.transformers_calls import compile_layer, compile_whole, leave_out_caches
 
 Scope = Literal["layer", "model"]
@@ -55,7 +55,8 @@ def compile_model(
       rotary positions that Megatron keeps from a call in inference mode are copied for training.
 
     A mixture-of-experts layer is left uncompiled but for its experts, which share their graphs, and the layers around
-    it break their graphs there (`experts_compilation.py`).
+    it break their graphs there (`experts_compilation.py`). For grouped experts that is what their adapters add, with
+    numbers of tokens that are dynamic whatever `dynamic` is.
 
     A transformers model is called as it always is. In calls without a cache of keys and values its layers are compiled,
     gradient checkpointing included, and the input of the first one that is trained requires a gradient. Calls with a
@@ -78,8 +79,8 @@ def compile_model(
 
     Raises:
         ValueError: `scope` is neither, a chunk has no transformer layer to compile, it is compiled already, or it has
-            mixture-of-experts layers and `fullgraph` is True.
-            Options raise as in `dora_fx.backend.dora_fx`. Nothing is changed then.
+            mixture-of-experts layers and `fullgraph` is True, or grouped experts and a `weight_norm` other than
+            "once_per_step". Options raise as in `dora_fx.backend.dora_fx`. Nothing is changed then.
     """
     from dora_fx.backend import BackendOptions, dora_fx
 
@@ -90,14 +91,14 @@ def compile_model(
     chosen = BackendOptions.of(options)
     chunks = [unwrap(chunk) for chunk in chunks_of(model)]
     for chunk in chunks:
-        _check_compilable(chunk, scope, fullgraph)
+        _check_compilable(chunk, scope, fullgraph, chosen.weight_norm)
     for chunk in chunks:
         is_whole = not _may_break_graphs(chunk) if fullgraph is None else fullgraph
         settings = {"backend": dora_fx, "fullgraph": is_whole, "dynamic": dynamic, "options": options}
         _compile_chunk(chunk, scope, settings)
-        # Where norms are computed in the graphs, nobody reads those of a look.
+        # Where norms are computed in the graphs, nobody reads those of a check.
         computes_norms = chosen.weight_norm == "every_call"
-        set_look(chunk, rank_timeout=chosen.rank_timeout, leaves_it_to_layers=computes_norms)
+        set_call_check(chunk, rank_timeout=chosen.rank_timeout, leaves_it_to_layers=computes_norms)
     return model
 
 
@@ -125,7 +126,7 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, BaseTransformerLayer) or is_transformers_layer(module)
 
 
-def _check_compilable(chunk: nn.Module, scope: Scope, fullgraph: bool | None) -> None:
+def _check_compilable(chunk: nn.Module, scope: Scope, fullgraph: bool | None, weight_norm: str) -> None:
     if scope == "layer" and not _layers(chunk):
         raise ValueError(
             f"model: found no transformer layer in a {type(chunk).__name__}, expected at least one; "
@@ -137,6 +138,12 @@ def _check_compilable(chunk: nn.Module, scope: Scope, fullgraph: bool | None) ->
         raise ValueError(
             f"{layers[0]}: found fullgraph=True and a mixture-of-experts layer, expected None or False: a graph ends "
             "where tokens are routed to experts"
+        )
+    grouped = [named.whole_path for named in walk(chunk) if is_grouped_linear(named.module)]
+    if grouped and weight_norm != "once_per_step":
+        raise ValueError(
+            f"{grouped[0]}: found weight_norm={weight_norm!r} and a layer that holds several experts, expected "
+            "'once_per_step': what is compiled for it reads cached norms"
         )
 
 

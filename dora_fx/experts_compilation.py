@@ -2,9 +2,9 @@
 
 Routing asks for the numbers of tokens of each expert, and dispatchers allocate by them, so Dynamo would trace a layer
 again for every batch, and Megatron's dispatchers on several ranks not at all. Each expert takes some tokens `[n, h]`
-and is one graph. All experts of a kind share their graphs: with the first number of tokens, any number, a part of
-memory that does not begin where its storage does, no token, and one token. Of grouped experts, which Transformer Engine
-multiplies at once and Dynamo does not trace, the graph is what their adapters add, one for each kind of layer.
+and is one graph. All experts of a kind share their graphs, one each for the first number of tokens, any number, an
+input that is a view at an offset, no token, and one token. Of grouped experts, which Transformer Engine multiplies at
+once and Dynamo does not trace, the graph is what their adapters add, one for each kind of layer.
 """
 
 from __future__ import annotations

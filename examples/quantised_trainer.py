@@ -78,7 +78,7 @@ def main(out: Path, base: str | None) -> None:
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
-    # PEFT loads it over the base in 4 bits, or over another copy of the base.
+    # PEFT loads it over the same base, quantised alike.
     dora_fx.export_hf(model, out / "adapter")
     batch = {name: torch.stack([sample[name] for sample in samples[:4]]).to(model.device) for name in samples[0]}
     with torch.no_grad():

@@ -20,7 +20,7 @@ from dora_fx.attach.probe import try_layers
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron import ModelT, chunks_of, data_parallel_around, rebuild_gradient_buffers
 from dora_fx.modules import DoRALinear, inactive_adapters
-from dora_fx.ranks import broadcast_object, check_same_settings, resolve_group, value_of_first_replica
+from dora_fx.ranks import broadcast_object, check_same_settings, of_all_parts, resolve_group, value_of_first_replica
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,7 @@ class DoRA(DoRASettings):
         # Fields may have been set since the constructor checked them.
         self._check()
         chunks = chunks_of(model)
-        plan = plan_attachment(self, chunks)
-        check_experts(self, chunks, plan.new)
+        plan = self._plan_on_all_parts(chunks)
         check_targets_matched(self, chunks, plan)
         _check_buffers_are_of_one_adapter(chunks, plan)
         seed = self._agree(plan)
@@ -114,6 +113,21 @@ class DoRA(DoRASettings):
         self.report = report_on(chunks, plan.unmatched_linears)
         logger.info("%s", self.report)
         return model
+
+    def _plan_on_all_parts(self, chunks: Sequence[nn.Module]) -> AttachPlan:
+        """Plan and check; where a rank finds a problem, those of other stages and with other experts raise too."""
+        found: TypeError | ValueError | None = None
+        try:
+            plan = plan_attachment(self, chunks)
+            check_experts(self, chunks, plan.new)
+        except (TypeError, ValueError) as error:
+            found = error
+        problems = of_all_parts(None if found is None else str(found))
+        if found is not None:
+            raise found
+        if problem := next((each for each in problems if each is not None), None):
+            raise ValueError(problem)
+        return plan
 
     def _freeze(self, chunks: Iterable[nn.Module]) -> None:
         """Freeze all parameters but adapters'; those of an earlier call, perhaps with other targets, stay trainable."""

@@ -15,7 +15,7 @@ from dora_fx.attach.plan import PlannedSite
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron import walk
 from dora_fx.modules import DoRALinear
-from dora_fx.ranks import check_same_settings, gather_objects, raise_on_every_rank
+from dora_fx.ranks import check_same_settings, gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +33,14 @@ _TRIED_DISPATCHERS = ("allgather", "alltoall")
 
 
 def check_experts(settings: DoRASettings, chunks: Sequence[nn.Module], new: Sequence[PlannedSite]) -> None:
-    """Check the experts among the layers to wrap; every rank calls it.
+    """Check the experts among the layers to wrap, on this rank alone.
 
     Raises:
         ValueError: experts of a layer would get adapters of several ranks or alphas, or a setting is among those of
             `_NOT_CALLED`.
         TypeError: a target means the experts of a class that has no module for each of their layers.
     """
-    group = parallel_state.get_expert_model_parallel_group(check_initialized=False)
-    raise_on_every_rank(_problem_of_settings_maybe(new), group)
+    _check_alike(new)
     paths = [site.path for site in new if site.spec.experts is not None]
     for chunk in chunks:
         for named in walk(chunk, DoRALinear):
@@ -66,13 +65,12 @@ def check_same_on_expert_ranks(settings: Mapping[str, Any], new: Iterable[Planne
             raise ValueError(f"{path}: {_ALIKE.format(value, known[path])}")
 
 
-def _problem_of_settings_maybe(new: Iterable[PlannedSite]) -> str | None:
+def _check_alike(new: Iterable[PlannedSite]) -> None:
     first: dict[str, PlannedSite] = {}
     for site in new:
         known = first.setdefault(of_all_experts(site.path), site)
         if (known.dim, known.alpha) != (site.dim, site.alpha):
-            return f"{site.path}: {_ALIKE.format((site.dim, site.alpha), (known.dim, known.alpha))}"
-    return None
+            raise ValueError(f"{site.path}: {_ALIKE.format((site.dim, site.alpha), (known.dim, known.alpha))}")
 
 
 def _check_not_meant(settings: DoRASettings, path: str) -> None:

@@ -78,7 +78,7 @@ def text_on_fused_experts(chunks: Sequence[nn.Module]) -> str | None:
 def freeze_router_bias(chunk: nn.Module) -> None:
     """Let Megatron leave the biases alone by which routers choose experts: no gradient moves them, but each step does.
 
-    They are the base's. Files of adapters, and merged weights, would lack what they came to.
+    They are the base's. Files of adapters, and merged weights, would not contain the changed biases.
     """
     config: Any = getattr(unwrap(chunk), "config", None)
     rate = getattr(config, "moe_router_bias_update_rate", 0.0)

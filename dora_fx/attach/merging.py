@@ -107,7 +107,8 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
         if keep_adapter:
             _restore(plain_layers.values())
         else:
-            _replace(chunks, plain_layers)
+            # A dense layer in the place of a quantised one wrote nothing into that.
+            _replace(chunks, {site: layer for site, layer in plain_layers.items() if layer is site.to_wrap})
         raise
     _replace(chunks, plain_layers)
     if not keep_adapter:
@@ -317,6 +318,10 @@ def _raise_together(problem: str | None, tp_groups: Iterable[str]) -> None:
     """Raise ValueError on all ranks of the model if one of them found a problem; every rank calls it."""
     groups = [resolve_group(tp_group) for tp_group in sorted(set(tp_groups) - {""})]
     if parallel_state.model_parallel_is_initialized():
+        experts = parallel_state.get_expert_model_parallel_group(check_initialized=False)
+        if experts is not None and experts.size() > 1:
+            # Other ranks hold other experts, and an expert's own group may have one rank where dense layers have more.
+            groups += [parallel_state.get_tensor_model_parallel_group(), experts]
         groups.append(parallel_state.get_pipeline_model_parallel_group())
     # Every rank takes part in every exchange before it raises: ranks of another stage wait for it in the last one.
     for group in groups:

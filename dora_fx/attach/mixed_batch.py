@@ -183,6 +183,8 @@ def _begin(chunk: nn.Module, layers: list[tuple[DoRALinear, ...]], batch: _Batch
         keep_bank(chunk, bank)
     for sites in layers:
         fit_to_base(sites)
+        for site in sites:
+            site.check_adapter(site.base_weight)
     make_active(chunk, batch.names[0])
     guard_changes(chunk, bank)
     bank.is_mixed = True

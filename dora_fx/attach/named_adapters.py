@@ -260,7 +260,7 @@ class _WrapperGuard:
     chunk: nn.Module
 
     def __call__(self, wrapper: nn.Module, args: Any) -> None:
-        # Before a mixed batch, all its adapters are looked at.
+        # Before a mixed batch, all its adapters are checked.
         if torch.is_grad_enabled() and not bank_of(self.chunk).is_mixed:
             trained = [p for site in sites_of(self.chunk) for p in site.adapter.parameters() if p.requires_grad]
             if not reduces_all(wrapper, trained):

@@ -27,10 +27,11 @@ from dora_fx.modules import (
     GroupedDoRALinear,
     LinearSpec,
     ParallelLinearDoRAAdapter,
+    bank_of,
     bypasses_its_linears,
+    check_once_per_call,
     describe_linear,
     kind_of_maybe,
-    look_once_per_call,
 )
 from dora_fx.ranks import of_all_parts
 
@@ -83,6 +84,8 @@ def plan_attachment(settings: DoRASettings, chunks: Sequence[nn.Module]) -> Atta
     Raises:
         ValueError, TypeError: as `DoRA.__call__` documents.
     """
+    if any(bank_of(chunk).is_mixed for chunk in chunks):
+        raise ValueError("model: found a mixed batch, expected the end of the context of dora_fx.mixed")
     check_fused_experts(chunks, settings.target_modules, settings.exclude_modules)
     found = find_targets(chunks, settings.target_modules, settings.exclude_modules)
     new, existing = [], []
@@ -172,7 +175,7 @@ def attach(settings: DoRASettings, plan: AttachPlan, seed: int) -> None:
     for chunk, of_chunk in replacements.items():
         replace_modules(chunk, of_chunk)
         train_through_recomputation(chunk)
-        look_once_per_call(unwrap(chunk))
+        check_once_per_call(unwrap(chunk))
         call_attach_listeners(chunk)
 
 

@@ -149,9 +149,13 @@ def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> bool:
     for entry, flag in zip(entries, is_stale, strict=True):
         if flag:
             _raise_if_unreadable(entry)
-    # After a step every rank has the same stale sites, and they need not ask each other.
-    if any(is_stale) and not any(is_from_earlier_step(site.cached.delta) for site in sites):
-        is_stale = _agree(sites, is_stale, rank_timeout)
+    # What a step made stale is so on every rank, and they need not ask each other. They do for all else: adapters count
+    # their steps apart.
+    by_step = [is_from_earlier_step(site.cached.delta) for site in sites]
+    otherwise = [flag and not stepped for flag, stepped in zip(is_stale, by_step, strict=True)]
+    if any(otherwise):
+        agreed = _agree(sites, otherwise, rank_timeout)
+        is_stale = [flag or stepped for flag, stepped in zip(agreed, by_step, strict=True)]
     stale = [site for site, flag in zip(sites, is_stale, strict=True) if flag]
     completed = complete_parameters([site.stored for site in stale]) if stale else []
     for site, complete in zip(stale, completed, strict=True):

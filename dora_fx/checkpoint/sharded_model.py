@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -174,9 +175,10 @@ def _collect_chunks(chunks: Sequence[nn.Module], keys: Keys) -> _Collected:
                 # A torch optimizer's state is stored under the second name.
                 shapes += [(key, shape), (f"{whole_path}.adapter.{name}", shape)]
             sites.append((key.partition(".adapter.")[0], _settings(site)))
-            names = [f"{path}.{part}" for part in _base_names(site)]
+            names = (f"{path}.{part}" for part in _base_names(site))
             # What is stored beside the first tensor of a quantised weight has numbers.
-            own = [shards[key] for key in shards if key in names or re.fullmatch(r"\.\d+", key.removeprefix(names[0]))]
+            beside = itertools.takewhile(shards.__contains__, (f"{path}.weight.{n}" for n in itertools.count(1)))
+            own = [shards[key] for key in (*names, *beside) if key in shards]
             base += [shard for shard in all_shards(own) if isinstance(shard, ShardedTensor)]
         base += _input_norms(shards, {key for key, _ in sites})
     return adapter, sites, shapes, base

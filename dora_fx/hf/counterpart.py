@@ -23,7 +23,7 @@ from dora_fx.models import (
     check_settings,
     known_architecture_maybe,
 )
-from dora_fx.modules import DoRALinear, LinearSpec, describe_linear, looks_like_linear
+from dora_fx.modules import DoRALinear, GroupedDoRALinear, LinearSpec, describe_linear, looks_like_linear
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,12 @@ def gpt_counterpart(
     if config is None or not hasattr(model, "decoder"):
         raise ValueError(f"found a {type(model).__name__}, expected a Megatron GPTModel, whose layers have known names")
     decoder = DecoderNames.of(model)
+    for named in record.sites:
+        if isinstance(named.module, GroupedDoRALinear):
+            raise ValueError(
+                f"{named.whole_path}: found a layer that holds several experts, expected layers of single experts, as "
+                "files have them: load the adapters' checkpoint into the same model with SequentialMLP"
+            )
     check_settings(config, model)
     known = known_architecture_maybe(model, model_type)
     default = DEFAULT_EXPERTS_ARCHITECTURE if getattr(config, "num_moe_experts", None) else DEFAULT_ARCHITECTURE

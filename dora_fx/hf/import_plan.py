@@ -15,9 +15,9 @@ from dora_fx.hf.counterpart import Counterpart, GPTCounterpart, NamedLinear
 from dora_fx.hf.join import JoinedAdapter, Part, join_parts
 from dora_fx.hf.peft_numbers import check_numbers
 from dora_fx.hf.peft_reader import PeftAdapter
-from dora_fx.megatron import check_unsharded
+from dora_fx.megatron import check_unsharded, walk
 from dora_fx.models import HF_ARCHITECTURES, LM_HEAD, OUTPUT_LAYER
-from dora_fx.modules import DoRALinear
+from dora_fx.modules import DoRALinear, is_grouped_linear
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,27 @@ def plan_imports(hf: Counterpart, adapter: PeftAdapter, vocab_size: int | None) 
             f"expected layers such as {known[0]}; the model has {len(hf.linears)} linear layers"
         )
     _check_targets(adapter, known)
+    _check_experts_are_layers(hf, adapter)
     imports = [PlannedImport(linear, _joined_maybe(linear, hf, adapter)) for linear in hf.linears]
     if hf.adapted:
         for planned in imports:
             _check_fits(adapter.folder, planned)
     return imports
+
+
+def _check_experts_are_layers(hf: Counterpart, adapter: PeftAdapter) -> None:
+    """Raise ValueError for adapters of single experts where a module holds several: they would have no place."""
+    of_experts = next((path for path in adapter.shapes if ".experts." in path), None)
+    if of_experts is None:
+        return
+    for chunk in dict.fromkeys(linear.chunk for linear in hf.linears):
+        for _, path, module in walk(chunk):
+            if is_grouped_linear(module) or type(module).__name__ == "GroupedMLP":
+                raise ValueError(
+                    f"{adapter.folder}: found an adapter of {of_experts}, and in the model {path}, which holds several "
+                    "experts, expected layers of single experts: import into the same model with SequentialMLP, save a "
+                    "checkpoint, and load that"
+                )
 
 
 def _as_files_say(hf: GPTCounterpart, adapter: PeftAdapter, vocab_size: int | None) -> GPTCounterpart:

@@ -17,7 +17,7 @@ from dora_fx.hf.model_record import ModelRecord, model_record
 from dora_fx.hf.send import send_units
 from dora_fx.megatron import Model, check_unsharded, chunks_of
 from dora_fx.models import EMBEDDING_WEIGHT, FINAL_NORM, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER, ROUTER
-from dora_fx.modules import DoRALinear, LinearSpec, gather_whole, quantised_weight_maybe
+from dora_fx.modules import DoRALinear, LinearSpec, format_problem_maybe, gather_whole, quantised_weight_maybe
 from dora_fx.ranks import gather_objects, raise_on_every_rank
 
 _EMBEDDING = "embedding.word_embeddings"
@@ -198,6 +198,9 @@ def _own_tensors(record: ModelRecord, dtype: torch.dtype | None) -> Iterator[tup
     check_unsharded("model", record.model)
     sites = [(named.path, named.module) for named in record.sites]
     problem = merge_problem_maybe([record.model], sites) if sites else NOTHING_ADAPTED
+    for _, named in record.modules:
+        if problem is None and (found := format_problem_maybe(named.module)) is not None:
+            problem = f"{named.path}: {found}"
     if problem is not None:
         raise ValueError(problem)
     return _one_by_one(record, dtype)

@@ -107,8 +107,10 @@ def _as_it_is_saved(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iter
         ValueError: some layers are quantised and others, which were merged, are not: transformers loads no such model.
     """
     quantised = [path for path, module in model.named_modules() if quantised_weight_maybe(module) is not None]
+    if state_dict is not None:
+        quantised = [path for path in quantised if not _is_plain(state_dict.get(f"{path}.weight"))]
     hidden = [(model, "_hf_peft_config_loaded")]
-    if getattr(model, "is_quantized", False) and (state_dict is not None or not quantised):
+    if getattr(model, "is_quantized", False) and not quantised:
         hidden += [(model, "hf_quantizer"), (model.config, "quantization_config")]
     elif quantised and any(map(was_quantised, model.modules())):
         raise ValueError(
@@ -123,6 +125,12 @@ def _as_it_is_saved(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iter
     finally:
         for holder, name, value in found:
             setattr(holder, name, value)
+
+
+def _is_plain(weight: Tensor | None) -> bool:
+    """Return whether a weight to be saved is a matrix of numbers, and not what stands for it in a quantised layer."""
+    is_tensor = weight is None or type(weight) in (Tensor, nn.Parameter)
+    return is_tensor and (weight is None or (weight.dim() == 2 and weight.is_floating_point()))
 
 
 def _adapter_tensors(sites: Sequence[NamedModule]) -> dict[str, Tensor]:

@@ -34,6 +34,8 @@ from dora_fx.modules.kinds import (
     TorchLinear,
     bypasses_its_linears,
     describe_linear,
+    format_problem_maybe,
+    is_grouped_linear,
     kind_of_maybe,
     looks_like_linear,
     quantised_weight_maybe,
@@ -41,7 +43,7 @@ from dora_fx.modules.kinds import (
 from dora_fx.modules.linear_wrapper import DoRALinear
 from dora_fx.modules.marker import AdapterTensors, MarkedSite, dora_linear, operands_of_call, read_site
 from dora_fx.modules.model_adapters import disable_adapter, invalidate_norms
-from dora_fx.modules.model_calls import look_once_per_call, set_look
+from dora_fx.modules.model_calls import check_once_per_call, set_call_check
 from dora_fx.modules.partial_gradients import GradientCompletion, complete
 from dora_fx.modules.sharded_state_dict import adapter_sharded_state_dict
 from dora_fx.modules.site_mixture import MixedAdapter, SiteMixture
@@ -71,6 +73,7 @@ __all__ = [
     "check_dim",
     "check_dropout",
     "check_init_method",
+    "check_once_per_call",
     "check_places",
     "check_use_rslora",
     "compile_grouped_linears",
@@ -80,13 +83,14 @@ __all__ = [
     "disable_adapter",
     "dora_linear",
     "fit_to_base",
+    "format_problem_maybe",
     "gather_whole",
     "guard_changes",
     "inactive_adapters",
     "invalidate_norms",
+    "is_grouped_linear",
     "keep_bank",
     "kind_of_maybe",
-    "look_once_per_call",
     "looks_like_linear",
     "low_rank_scaling",
     "not_finite_maybe",
@@ -96,7 +100,7 @@ __all__ = [
     "put_in",
     "quantised_weight_maybe",
     "read_site",
-    "set_look",
+    "set_call_check",
     "sites_of",
     "take_out",
 ]

@@ -21,7 +21,7 @@ from torch import nn
 
 from dora_fx.cache import (
     CachedSite,
-    LookedAt,
+    SiteTensors,
     StepCount,
     empty_base_norm,
     empty_cache,
@@ -85,14 +85,14 @@ class AdaptedSite(BaseAttributes):
         guard_optimizers()
         self.register_load_state_dict_post_hook(_after_load_state_dict)
 
-    def looked_at(self) -> LookedAt:
-        """Return the tensors that a look is about."""
+    def site_tensors(self) -> SiteTensors:
+        """Return the tensors that the check in front of a call compares."""
         adapter, cached = self.adapter, self.cached_parameters()
         factors = (adapter.linear_in.weight, adapter.linear_out.weight)
         assert adapter.weight_magnitude is not None
         sources = (*factors, adapter.weight_magnitude, self.base_norm_sq, adapter.scaling_factor)
         values = tuple(each for each in cached[1:] if each is not None)
-        return LookedAt(cached.delta, values, sources, self.expert_weights or sources_of(self.base_weight))
+        return SiteTensors(cached.delta, values, sources, self.expert_weights or sources_of(self.base_weight))
 
     @property
     def expert_weights(self) -> tuple[torch.Tensor, ...] | None:
@@ -173,8 +173,9 @@ class AdaptedSite(BaseAttributes):
             factors: in a mixed batch, A, B and m or aliases of them, to be read in place of the adapter's.
         """
         adapter = self.adapter
-        lora_a, lora_b, magnitude = self.factors() if factors is None else factors
-        lora_a_leaf, lora_b_leaf, magnitude_leaf = leaves_for(self._accumulators, (lora_a, lora_b, magnitude))
+        lora_a, lora_b, own_magnitude = self.factors() if factors is None else factors
+        lora_a_leaf, lora_b_leaf, magnitude_leaf = leaves_for(self._accumulators, (lora_a, lora_b, own_magnitude))
+        magnitude: torch.Tensor | None = own_magnitude
         if self.expert_weights is not None and magnitude is not None:
             magnitude = magnitude.view_as(self.base_norm_sq)
             magnitude_leaf = None if magnitude_leaf is None else magnitude_leaf.view(magnitude.shape)

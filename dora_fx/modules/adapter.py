@@ -263,6 +263,9 @@ class ParallelLinearDoRAAdapter(nn.Module):
         parameter.allreduce = self.experts.allreduce  # type: ignore[attr-defined]
         if not is_shard and self.experts.tp_rank == 0:
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        elif not is_shard:
+            # With fewer ranks of dense layers than of experts, other ranks of an expert are rank 0 there too.
+            parameter.shared = True  # type: ignore[attr-defined]
 
     @torch.inference_mode(False)
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:

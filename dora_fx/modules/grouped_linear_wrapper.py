@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_fx.cache import CachedSite, are_covered, is_traced, refresh
+from dora_fx.cache import are_covered, is_traced, refresh
 from dora_fx.function import SiteOperands, complete_parameters, grouped_adapted_linear
 from dora_fx.modules.kinds import expert_weights, is_grouped_linear
 from dora_fx.modules.linear_wrapper import DoRALinear
+from dora_fx.modules.tensor_checks import check_buffers
 
 # The base's product of what dropout leaves would need a second call of the base layer.
 NO_DROPOUT = "{}: found dropout = {}, expected 0 for a layer that holds several experts"
@@ -39,11 +40,6 @@ class GroupedDoRALinear(DoRALinear):
         """Return W0 of each expert, or this rank's shards."""
         return expert_weights(self.to_wrap)
 
-    @property
-    def base_weight(self) -> torch.Tensor:
-        """Return W0 of the first expert; all have its dtype, device and shape."""
-        return self.expert_weights[0]
-
     @torch.compiler.disable
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the base layer returns, with its output adapted.
@@ -59,9 +55,7 @@ class GroupedDoRALinear(DoRALinear):
         if not self._adapter_enabled:
             return self.to_wrap(x, *args, **kwargs)
         counts = args[0] if args else kwargs["m_splits"]
-        for weight in self.expert_weights:
-            self._check_call(x, weight)
-            self._check_adapter(weight)
+        self._check_weights(x)
         if self.training and self.adapter.has_dropout:
             raise ValueError(NO_DROPOUT.format(self.path, self.adapter.dropout))
         self._check_counts(x, counts)
@@ -83,12 +77,21 @@ class GroupedDoRALinear(DoRALinear):
 
     def _operands(self, x: torch.Tensor) -> SiteOperands:
         """Return the factors, m and scales of a call; under a tracer they are computed anew, as in `marker.mark`."""
-        [site] = [self.cached_site()]
+        site = self.cached_site()
         if is_traced(x, site.stored.lora_a):
             return complete_parameters([site.stored._replace(base_norm_sq=None)])[0]
+        check_buffers(self.path, site.stored, site.cached)
         if not are_covered([site.cached.delta]):
-            refresh([CachedSite(self.path, site.stored, site.cached)])
+            refresh([site])
         return complete_parameters([site.stored], [site.cached])[0]
+
+    def _check_weights(self, x: torch.Tensor) -> None:
+        """Check the call and the adapter once, with the weight that differs from the first one if any does."""
+        first, *others = self.expert_weights
+        self._check_call(x, next((weight for weight in others if weight.requires_grad), first))
+        kind = (first.dtype, first.device, first.shape)
+        odd = (weight for weight in others if (weight.dtype, weight.device, weight.shape) != kind)
+        self.check_adapter(next(odd, first))
 
     def _check_counts(self, x: torch.Tensor, counts: Sequence[int] | torch.Tensor) -> None:
         """Raise ValueError unless there is a count for each expert, and together they are all tokens.

@@ -68,6 +68,18 @@ class DoRALinear(AdaptedSite):
         """Return whether the adapter takes part in calls."""
         return self._adapter_enabled
 
+    def sites_of_call(self) -> list[AdaptedSite]:
+        """Return the adapters that a call now reads: this one, or all of a mixed batch."""
+        return [self] if self._mixture is None else [each.site for each in self._mixture.adapters]
+
+    def check_mixture(self) -> None:
+        """Raise RuntimeError, naming the path, if an adapter of a mixed batch got other parameters since it began."""
+        if self._mixture is not None and not all(each.are_current() for each in self._mixture.adapters):
+            raise RuntimeError(
+                f"{self.path}: found other parameters than when the mixed batch began, expected the same: load "
+                "adapters in front of the context of dora_fx.mixed"
+            )
+
     @property
     def scaling(self) -> float:
         """Return the factor of the low-rank product."""
@@ -97,7 +109,7 @@ class DoRALinear(AdaptedSite):
         self._check_call(x, weight)
         if mixture is None:
             # The adapters of a mixed batch are checked where the batch begins.
-            self._check_adapter(weight)
+            self.check_adapter(weight)
         _check_group_exists(self.adapter.tp_group)
         if torch.compiler.is_compiling():
             _prepare_trace()
@@ -151,10 +163,13 @@ class DoRALinear(AdaptedSite):
         if x.shape[-1] != features:
             raise ValueError(f"{self.path}: the input has {x.shape[-1]} features, the layer takes {features}")
 
-    def _check_adapter(self, weight: BaseWeight) -> None:
+    def check_adapter(self, weight: BaseWeight) -> None:
+        """Raise ValueError, naming the path, where a tensor of the adapter has another dtype, shape or device."""
         check_factors(self.path, self.adapter, weight)
-        # Magnitudes of a grouped layer are flat.
-        check_magnitude(self.path, self.adapter.weight_magnitude, weight, self.base_norm_sq.flatten())
+        magnitude = self.adapter.weight_magnitude
+        # Those of a grouped layer are flat.
+        norm = self.base_norm_sq if self.expert_weights is None else self.base_norm_sq.flatten()
+        check_magnitude(self.path, magnitude, weight, norm)
 
     def enable_adapter_layers(self) -> None:
         """Let the adapter take part in the forward pass."""

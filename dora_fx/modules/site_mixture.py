@@ -23,7 +23,8 @@ class MixedAdapter(NamedTuple):
 
     Attributes:
         site: its wrapper around the layer, which need not be the one that is called.
-        factors: its own, or aliases of them for an adapter that no sample has, which keep its gradient None.
+        factors: its own, or aliases of them for an adapter that no sample has, which keep its gradient None. Whether
+            they are aliases is told by no attribute, which compiled code would be guarded by.
     """
 
     site: AdaptedSite
@@ -43,6 +44,12 @@ class MixedAdapter(NamedTuple):
             note_adapter(factors.lora_a, record)
         return cls(site, factors)
 
+    def are_current(self) -> bool:
+        """Return whether the factors are the adapter's, which other ones may have been loaded in the place of since."""
+        return all(
+            own.data_ptr() == found.data_ptr() for own, found in zip(self.site.factors(), self.factors, strict=True)
+        )
+
 
 class SiteMixture(NamedTuple):
     """What one layer knows of a mixed batch.
@@ -53,7 +60,7 @@ class SiteMixture(NamedTuple):
             `[s, b]` for models with the sequence first and `[b, s]` for others.
         own_ids: as `ids`; for tokens those of this rank's part of the sequence, in the layer's tensor-parallel group.
         sequence_first: layers take `[s, b, in]`, and `[b, s, in]` otherwise.
-        trains: gradients were enabled when the batch began, and everything that concerns them was looked at.
+        trains: gradients were enabled when the batch began, and everything that concerns them was checked.
     """
 
     adapters: tuple[MixedAdapter, ...]

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 from dora_fx.attach import adapted_layers
 from dora_fx.function import whole_of
 from dora_fx.megatron import Model, check_unsharded, chunks_of, data_parallel_around, unwrap, walk
-from dora_fx.modules import DoRALinear
+from dora_fx.modules import DoRALinear, GroupedDoRALinear
 from dora_fx.preflight.model_passes import Forward, ForwardBackward, megatron_runs, one_step, output_of, weight_of_loss
 from dora_fx.preflight.optimizers import complete_parts, is_megatron, single_optimizers
 from dora_fx.preflight.saved_state import RandomState
@@ -67,6 +67,12 @@ class SetUp:
         for _, named in adapted_layers(self.chunks):
             check_unsharded(named.whole_path, named.module)
             self.sites[named.whole_path] = named.module
+        grouped = [path for path, site in self.sites.items() if isinstance(site, GroupedDoRALinear)]
+        if found := next((paths[0] for paths in over_all_ranks(grouped) if paths), None):
+            raise ValueError(
+                f"{found}: found a layer that holds several experts, expected layers of single experts: a check moves "
+                "and compares one weight per layer. Check the same model with SequentialMLP"
+            )
         self.trainable = self._named_parameters()
         wrappers = data_parallel_around(self.chunks)
         self._wrappers: list[Any] = [wrapper for wrapper in wrappers if isinstance(wrapper, DistributedDataParallel)]

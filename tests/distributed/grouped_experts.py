@@ -5,6 +5,7 @@ Values are those of `moe_layers.py`, by the experts' numbers in the whole model.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -178,6 +179,9 @@ def gpt(layout: Layout, **settings: Any) -> nn.Module:
     """A GPT of two layers over Transformer Engine, of which every value is set; for the layers around the experts."""
     settings = {"moe_grouped_gemm": True, "num_layers": 2, "attention_backend": AttnBackend.unfused} | settings
     config = moe_config(layout, torch.float32, **settings)
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        # Megatron keeps the choice of its last model there.
+        os.environ.pop(name, None)
     spec = get_gpt_layer_with_transformer_engine_spec(num_experts=EXPERTS, moe_grouped_gemm=True)
     torch.manual_seed(5)
     model = GPTModel(config, spec, vocab_size=32, max_sequence_length=64)

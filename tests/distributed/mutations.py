@@ -50,7 +50,7 @@ MUTATIONS = [
     WRONG_GROUP,
     Mutation("bias scaled", row_scale._ScaleRows.forward, "output if bias is None else output - bias", "output"),
     Mutation("magnitude's gradient of the bias", row_scale._ScaleRows.backward, "else output - bias", "else output"),
-    Mutation("magnitude's gradient not scaled", row_scale._ScaleRows.backward, "* grad_scale, None", ", None"),
+    Mutation("magnitude's gradient not scaled", row_scale._ScaleRows.backward, "sum(0) * grad_scale", "sum(0)"),
     Mutation("output gradient not scaled", row_scale._ScaleRows.backward, "grads[0] * grad_gain", "grads[0]"),
     Mutation(
         "magnitude's gradient under dropout", row_scale._WithGradient.backward, "(grad_gain * grad_scale)", "grad_scale"
@@ -81,7 +81,7 @@ MUTATIONS = [
         formula._scaled_under_dropout,
         "change = dropped_product",
         "other = draw_dropout_key(x, stored.tp_group)\n"
-        "    other = dropout(x, other, *stored.dropout, layout.shards_input_features, layout.shards_input_tokens)\n"
+        "    other = _drop(x, other, stored, operands, own=stored.layout.shards_input_tokens)\n"
         "    change = F.linear(_all_tokens(other, stored), stored.weight)",
     ),
     Mutation("input gradient not reduced", formula.adapted_linear, "layout.enter in ENTER", 'layout.enter == "x"'),
@@ -112,7 +112,7 @@ MUTATIONS = [
         "_gathered_tokens_only(hidden, stored.tp_group) if stored.layout.gathers_tokens else hidden",
     ),
     Mutation("alpha and dim swapped", low_rank_scaling, "else alpha / dim", "else dim / alpha"),
-    Mutation("norm over the wrong axis", weight_norm.base_norm_squared, "dim=1", "dim=0"),
+    Mutation("norm over the wrong axis", weight_norm.base_norm_squared, "detach(), dim=1", "detach(), dim=0"),
     Mutation("norm over both axes", weight_norm.norm_of_terms, "gram) * wide_b).sum(1)", "gram) * wide_b).sum()"),
     Mutation("norm in bfloat16", weight_norm.norm_of_terms, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),
     Mutation("norm's terms not reduced", site_parameters._row_norms, "site.layout.shards_input_features", "False"),
@@ -121,11 +121,13 @@ MUTATIONS = [
     Mutation(
         "stale norm",
         site_parameters._row_norms,
-        "norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))",
+        "of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype))",
         "_stale.setdefault(site.weight.data_ptr(),"
-        " norm_of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype)))",
+        " of_terms(linear_terms, gram, b, scaling=site.scaling, dtype=norm_dtype(site.dtype)))",
     ),
-    Mutation("norms summed instead of squares", weight_norm.base_norm_squared, ".square()", ""),
+    Mutation(
+        "norms summed instead of squares", weight_norm.base_norm_squared, "(weight.dtype)).square()", "(weight.dtype))"
+    ),
     Mutation("base norm left out", weight_norm.norm_terms, "base_norm_sq + torch.cat(cross)", "torch.cat(cross)"),
     Mutation(
         "weight gradients not reduced",
@@ -154,16 +156,21 @@ MUTATIONS = [
         "self.total.add_(grad)",
         "self.total.copy_(grad)",
     ),
-    Mutation("sums not handed over", partial_gradients.complete, "main_grad.add_(gradient)", "main_grad.add_(0)"),
+    Mutation(
+        "sums not handed over",
+        partial_gradients.GradientAccumulator.add_completed,
+        "main_grad.add_(self._rows_first(gradient))",
+        "main_grad.add_(0)",
+    ),
     Mutation("factors gathered backwards", collectives._all_gather_rows, "part.reshape(", "part.flip(0).reshape("),
     Mutation("group of one rank", LinearSpec.tp_group_name.fget, "self.tp_size > 1", "self.tp_size > 2"),
     Mutation("mask shared between feature shards", dropout.keep_mask, "features + key[2] * x.shape[-1]", "features"),
     Mutation("mask shared between token shards", dropout.keep_mask, "tokens + key[2] * tokens.shape[0]", "tokens"),
     Mutation("mask differs between replicas", dropout.keep_mask, "tokens ^ key[0]", "tokens ^ key[0] ^ key[2]"),
-    Mutation("dropout without rescaling", dropout.dropout, "x * rescale", "x"),
-    Mutation("shards not marked", Adapter._mark_sharded_parameters, "placement.shard_dim is not None", "False"),
+    Mutation("dropout without rescaling", dropout.dropout, "x * rescale.view(())", "x"),
+    Mutation("shards not marked", Adapter._mark_sharded_parameters, "if placement.shard_dim is not None", "if False"),
     Mutation(
-        "magnitude marked as a shard", Adapter._mark_sharded_parameters, "placement.shard_dim is not None", "True"
+        "magnitude marked as a shard", Adapter._mark_sharded_parameters, "if placement.shard_dim is not None", "if True"
     ),
     Mutation("A drawn per rank", plan.seed_for, "(seed +", "(seed + _rank() +"),
     Mutation("gated rows sharded as one block", megatron_linear.row_blocks, "2 if linear", "1 if linear"),

@@ -125,6 +125,35 @@ def test_every_topology_computes_the_function_of_one_rank(layout: Layout, one_ra
     assert len(found["sites"]) == 2 * EXPERTS + 2
 
 
+def problems_of_one_rank(layout: Layout) -> list[str]:
+    """Messages of rank 0 where experts of rank 1 alone are not finite: when they are adapted, and when merged."""
+    found = []
+    model = MoE(moe_config(layout))
+    weight = model.mlp.experts.local_experts[0].linear_fc1.weight.data
+    kept = weight[0, 0].clone()
+    if dist.get_rank() == 1:
+        weight[0, 0] = torch.nan
+    with pytest.raises(ValueError) as error:
+        adapted(model)
+    found.append(str(error.value))
+    weight[0, 0] = kept
+    adapted(model)
+    sites = named_sites(model)
+    if dist.get_rank() == 1:
+        next(iter(sites.values())).adapter.linear_out.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError) as error:
+        dora_fx.merge(model)
+    found.append(str(error.value))
+    assert named_sites(model).keys() == sites.keys()
+    return found
+
+
+def test_what_is_wrong_on_one_rank_is_an_error_on_all() -> None:
+    attached, merged = run_layout(problems_of_one_rank, Layout(2, ep=2))
+    assert "local_experts.2.linear_fc1: the base weight has NaN or inf in 1 of" in attached
+    assert "local_experts.2.linear_fc1" in merged and "NaN" in merged
+
+
 TRAINING = [
     Mode(),
     Mode(complete_gradients="every_backward", late=True),

@@ -318,6 +318,10 @@ def refusals() -> dict[str, str]:
         found[name] = _raised(call)
     site.to_wrap.weight3.requires_grad_()
     found["trained base"] = _raised(lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [4, 0, 0, 0]))
+    gpt = grouped.gpt(Layout())
+    found["export"] = _raised(lambda: dora_fx.export_hf(gpt, "unused"))
+    found["stream"] = _raised(lambda: dora_fx.iter_merged(gpt))
+    found["check"] = _raised(lambda: dora_fx.check(gpt, {}))
     return found
 
 
@@ -353,6 +357,7 @@ def test_what_is_refused_is_named_emulated_kernels() -> None:
         "features": "mlp.experts.linear_fc1: the input has 17 features, the layer takes 16",
         "merge": f"{layer}a layer that holds 4 experts, expected one of a single matrix",
         "trained base": "mlp.experts.linear_fc1: the base weight requires grad",
+        **dict.fromkeys(("export", "stream", "check"), f"decoder.layers.0.{layer}a layer that holds several experts"),
     }
     assert found.keys() == expected.keys()
     assert {name: message[: len(expected[name])] for name, message in found.items()} == expected

@@ -82,7 +82,7 @@ def test_layers_adapted_alike_and_not(name: str, tmp_path: Path) -> None:
     alike = dora_fx.DoRA(GPT_TARGETS, dim=4, alpha=8)(tiny_gpt(num_layers=3))
     dora_fx.save_checkpoint(alike, tmp_path / "checkpoint")
     message = refusal(build(name, 2), tmp_path / "checkpoint")
-    assert "expected one of the same dim and alpha in every layer, as the checkpoint has" in message
+    assert "expected one of the same dim and alpha in each, as the checkpoint has" in message
     dora_fx.save_checkpoint(build(name, 2), tmp_path / "checkpoint")
     refusal(alike, tmp_path / "checkpoint")
 

@@ -29,7 +29,7 @@ def test_tables(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ["decoder.layers.mlp.linear_fc1.adapter.linear_out.weight", "1x96x4", "float32", "1,536"] in rows
     assert ["decoder.layers.mlp.linear_fc2.adapter.weight_magnitude", "1x32", "float32", "128"] in rows
     assert ["__0_0.distcp", f"{(checkpoint / '__0_0.distcp').stat().st_size:,}"] in rows
-    assert ["at", "layout", "tp", "1,", "pp", "1,", "vpp", "1,", "cp", "1,", "dp", "1,", "ep", "1,", "etp", "1"] in rows
+    assert ["at", "layout", "tp", "1,", "pp", "1,", "vpp", "1,", "cp", "1,", "dp", "1"] in rows
     [writers] = [" ".join(row) for row in rows if row[:2] == ["written", "by"]]
     assert f"dora_fx {dora_fx.__version__}, " in writers and f"torch {torch.__version__}" in writers
     assert ["optimizer", "no"] in rows

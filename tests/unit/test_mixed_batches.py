@@ -397,6 +397,20 @@ def test_routed_experts_are_refused() -> None:
         pass
 
 
+def test_other_parameters_within_a_batch_are_refused() -> None:
+    model = linears()
+    for name in ("one", "two"):
+        dora_fx.add_adapter(model, name, DoRA(["0", "2"], dim=4))
+    ids = ["one", "two", None, "two"]
+    run = caller("plain", model, ids)
+    with dora_fx.mixed(model, ids):
+        run()
+        factor = next(module for module in model.modules() if isinstance(module, dora_fx.DoRALinear)).adapter.linear_out
+        factor.weight = nn.Parameter(factor.weight.detach().clone())
+        with pytest.raises(RuntimeError, match=r"^0: found other parameters than when the mixed batch began"):
+            run()
+
+
 def test_one_adapter_beside_the_base() -> None:
     model = linears()
     DoRA(["0", "2"], dim=4)(model)

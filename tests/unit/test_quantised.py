@@ -391,3 +391,12 @@ def test_several_adapters(tmp_path: Path) -> None:
     assert_apart(hf_logits(model), first)
     dora_fx.set_adapter(model, "default")
     assert torch.equal(hf_logits(model), first)
+
+
+def test_layers_in_formats_that_cannot_be_read_may_be_left_alone() -> None:
+    model = nn.ModuleDict({"plain": nn.Linear(64, 32), "others": bnb.nn.Linear4bit(64, 32)})
+    dora = DoRA(["plain"], dim=4)
+    dora(model)
+    assert dora.report is not None and len(dora.report.sites) == 1
+    with pytest.raises(ValueError, match=r"^others: found a Linear4bit whose weight is not quantised yet"):
+        DoRA(["others"], dim=4)(model)

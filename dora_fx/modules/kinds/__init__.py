@@ -71,10 +71,19 @@ def kind_of_maybe(module: nn.Module) -> type[LinearKind] | None:
 
 
 def quantised_weight_maybe(module: nn.Module) -> QuantisedWeight | None:
-    """Return the weight of a layer, adapted or not, that stores it quantised; None for any other module."""
+    """Return the weight of a layer, adapted or not, that stores it quantised.
+
+    None for any other module, and for a format that cannot be read, see `format_problem_maybe`.
+    """
     kind = kind_of_maybe(module)
-    weight = None if kind is None else kind.stored_weight(module)
+    weight = None if kind is None or kind.format_problem_maybe(module) is not None else kind.stored_weight(module)
     return weight if isinstance(weight, QuantisedWeight) else None
+
+
+def format_problem_maybe(module: nn.Module) -> str | None:
+    """Return what was found and expected where a layer stores its weight in a format that cannot be read."""
+    kind = kind_of_maybe(module)
+    return None if kind is None else kind.format_problem_maybe(module)
 
 
 def looks_like_linear(module: nn.Module) -> bool:
@@ -96,6 +105,7 @@ __all__ = [
     "bypasses_its_linears",
     "describe_linear",
     "expert_weights",
+    "format_problem_maybe",
     "is_grouped_linear",
     "kind_of_maybe",
     "looks_like_linear",

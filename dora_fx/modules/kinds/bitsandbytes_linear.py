@@ -6,7 +6,6 @@ stored for the backward pass. DoRA takes its output as it is.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -31,11 +30,6 @@ class _BitsAndBytesLinear(TorchLinear):
         if (problem := cls.format_problem_maybe(linear)) is not None:
             raise ValueError(f"{path}: {problem}")
         return super().describe(path, linear)
-
-    @staticmethod
-    @abstractmethod
-    def format_problem_maybe(linear: Any) -> str | None:
-        """Return what was found and expected where the weight is not in the kind's format."""
 
     @classmethod
     def is_product_alone(cls, linear: Any) -> bool:
@@ -108,8 +102,8 @@ class BitsAndBytes8bit(_BitsAndBytesLinear):
         shape = (linear.out_features, linear.in_features)
         return QuantisedWeight((linear.weight, scales), BITSANDBYTES_8BIT, shape, torch.float32, ())
 
-    @staticmethod
-    def format_problem_maybe(linear: Any) -> str | None:
+    @classmethod
+    def format_problem_maybe(cls, linear: Any) -> str | None:
         if linear.state.has_fp16_weights:
             return "found a Linear8bitLt with has_fp16_weights=True, expected False: its weight is no quantised one"
         if linear.weight.dtype != torch.int8:

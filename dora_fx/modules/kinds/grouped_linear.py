@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dora_fx.function import LAYOUTS
+from dora_fx.function import LAYOUTS, BaseWeight
 from dora_fx.megatron import TE_MODULE
 from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, LocalExperts
 from dora_fx.modules.kinds.megatron_linear import row_blocks
@@ -82,6 +82,10 @@ class _TEGroupedLinear(LinearKind):
             experts=GroupedExperts.of_layer(linear, group),
             expert_weights=weights,
         )
+
+    @classmethod
+    def stored_weight(cls, linear: Any) -> BaseWeight | None:
+        return expert_weights(linear)[0]
 
     @staticmethod
     def added_bias(linear: Any) -> torch.Tensor | None:

@@ -21,23 +21,9 @@ class HQQLinear(LinearKind):
 
     @classmethod
     def describe(cls, path: str, linear: Any) -> LinearSpec:
-        if not linear.ready:
-            raise ValueError(f"{path}: found an HQQLinear that is not quantised yet, expected one with a weight")
-        meta = linear.meta
-        expected = {"axis": (1,), "packing": _PACKINGS, "view_as_float": (False,)}
-        expected |= {"quant_scale": (False,), "quant_zero": (False,)}
-        for name, values in expected.items():
-            if meta[name] not in values:
-                raise ValueError(
-                    f"{path}: found an HQQLinear with {name} = {meta[name]!r}, expected one of {list(values)}: rows "
-                    "of others are not read"
-                )
-        out_features, in_features = meta["shape"]
-        if in_features % meta["group_size"]:
-            raise ValueError(
-                f"{path}: found an HQQLinear with groups of {meta['group_size']} of {in_features} input features, "
-                "expected groups that divide them"
-            )
+        if (problem := cls.format_problem_maybe(linear)) is not None:
+            raise ValueError(f"{path}: {problem}")
+        out_features, in_features = linear.meta["shape"]
         return LinearSpec(
             kind=cls,
             layout=LAYOUTS[cls.layout_name(linear)],
@@ -50,6 +36,28 @@ class HQQLinear(LinearKind):
             weight=cls.stored_weight(linear),
             bias=linear.bias,
         )
+
+    @classmethod
+    def format_problem_maybe(cls, linear: Any) -> str | None:
+        if not linear.ready:
+            return "found an HQQLinear that is not quantised yet, expected one with a weight"
+        meta = linear.meta
+        expected = {"axis": (1,), "packing": _PACKINGS, "view_as_float": (False,)}
+        expected |= {"quant_scale": (False,), "quant_zero": (False,)}
+        for name, values in expected.items():
+            if meta[name] not in values:
+                return (
+                    f"found an HQQLinear with {name} = {meta[name]!r}, expected one of {list(values)}: rows of others "
+                    "are not read"
+                )
+        out_features, in_features = meta["shape"]
+        group_size = meta["group_size"]
+        if in_features % group_size or meta["scale"].numel() != out_features * in_features // group_size:
+            return (
+                f"found an HQQLinear with groups of {group_size} of {in_features} input features and "
+                f"{meta['scale'].numel()} scales, expected a scale for each group of a row"
+            )
+        return None
 
     @staticmethod
     def layout_name(linear: Any) -> str:

@@ -157,6 +157,11 @@ class LinearKind(ABC):
         """Return W0, or this rank's shard, as the layer stores it; None where it multiplies by a borrowed one."""
         return cast(torch.Tensor | None, linear.weight)
 
+    @classmethod
+    def format_problem_maybe(cls, linear: Any) -> str | None:
+        """Return what was found and expected where the weight is not in a format that can be read, else None."""
+        return None
+
     @staticmethod
     def added_bias(linear: Any) -> torch.Tensor | None:
         """Return the bias that a call adds itself, `[out]` or this rank's `[out/tp]`."""

@@ -28,19 +28,26 @@ class TorchAOLinear(TorchLinear):
 
     @classmethod
     def describe(cls, path: str, linear: Any) -> LinearSpec:
+        if (problem := cls.format_problem_maybe(linear)) is not None:
+            raise ValueError(f"{path}: {problem}")
         found = type(linear.weight).__name__
-        if found not in _QUANTISES_INPUT:
-            raise ValueError(
-                f"{path}: found a base weight of torchao's class {found}, expected a plain one or one of "
-                f"{list(_QUANTISES_INPUT)}, which IntxWeightOnlyConfig, Int8WeightOnlyConfig and "
-                "Float8WeightOnlyConfig make: the rows of others cannot be read, or calls give no gradients"
-            )
         if (setting := getattr(linear.weight, _QUANTISES_INPUT[found], None)) is not None:
             raise ValueError(
                 f"{path}: found a base weight of torchao's class {found} that has its input quantised as well "
                 f"({_QUANTISES_INPUT[found]} = {setting}), expected a weight-only configuration"
             )
         return super().describe(path, linear)
+
+    @classmethod
+    def format_problem_maybe(cls, linear: Any) -> str | None:
+        found = type(linear.weight).__name__
+        if found in _QUANTISES_INPUT:
+            return None
+        return (
+            f"found a base weight of torchao's class {found}, expected a plain one or one of {list(_QUANTISES_INPUT)}, "
+            "which IntxWeightOnlyConfig, Int8WeightOnlyConfig and Float8WeightOnlyConfig make: the rows of others "
+            "cannot be read, or calls give no gradients"
+        )
 
     @classmethod
     def stored_weight(cls, linear: Any) -> QuantisedWeight:

@@ -1,4 +1,4 @@
-"""Calls of a model look once at all its layers, and its layers look by themselves wherever they are called alone."""
+"""Calls of a model check all its layers once, and layers check for themselves wherever they are called alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dora_fx
-from dora_fx.cache import model_look
+from dora_fx.cache import call_check
 from tests.closeness import assert_apart, assert_close
 from tests.distributed.mutations import Mutation, planted
 from tests.models import LinearZoo, adapt_zoo, logits_of, sites, tiny_gpt, token_ids, trainable
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("world")
 
 KINDS = ["column", "linear"]
 BITS_OF_A_MODEL_ARE_NOT_COMPARED = Mutation(
-    "stale norm", model_look.ModelLook.holds_for, "digest_of(known.runs) == known.bits", "True"
+    "stale norm", call_check.CallCheck.holds_for, "digest_of(known.runs) == known.bits", "True"
 )
 
 
@@ -80,20 +80,40 @@ def call_in_vain(zoo: LinearZoo) -> None:
     hook.remove()
 
 
+def call_until_interrupted(zoo: LinearZoo) -> None:
+    """Torch's hooks do not learn of this end, so the next call of the model has to."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = zoo.linear.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        zoo(inputs())
+    hook.remove()
+
+
 def call_a_part(zoo: LinearZoo) -> None:
     zoo.column(inputs()["column"])
 
 
 @pytest.mark.parametrize("call", [warm_up, call_in_vain, call_a_part])
-def test_a_layer_that_is_called_alone_looks(zoo: LinearZoo, call: Callable[[LinearZoo], None]) -> None:
+def test_a_layer_that_is_called_alone_checks(zoo: LinearZoo, call: Callable[[LinearZoo], None]) -> None:
     call(zoo)
     write_silently(zoo)
     x = inputs()
     assert_equals_oracle(zoo, {"column": zoo.column(x["column"])[0], "linear": zoo.linear(x["linear"])})
 
 
+@pytest.mark.parametrize("call", [warm_up, call_in_vain, call_until_interrupted])
+def test_a_call_checks_in_its_next_call(zoo: LinearZoo, call: Callable[[LinearZoo], None]) -> None:
+    for _ in range(3):
+        call(zoo)
+        write_silently(zoo)
+        assert_equals_oracle(zoo)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_look_at_their_own_layers(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_check_their_own_layers(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = dora_fx.DoRA(dim=4, target_modules=["0"])(nn.Sequential(nn.Linear(24, 16, dtype=torch.float64)))
     x = inputs()["linear"]
     for _ in range(3):
@@ -111,24 +131,24 @@ def test_copies_look_at_their_own_layers(duplicate: Callable[[nn.Module], nn.Mod
 
 def test_on_an_accelerator_few_calls_compare_bits(zoo: LinearZoo) -> None:
     """The bits of what is in host memory are at hand, so a record without them stands for one of an accelerator."""
-    looks = model_look.ModelLook()
-    looked_at = [site.looked_at() for site in sites(zoo).values()]
+    check = call_check.CallCheck()
+    site_tensors = [site.site_tensors() for site in sites(zoo).values()]
     cached = [site.cached_site() for site in sites(zoo).values()]
     compared = []
     for call in range(1, 20):
-        if not looks.holds_for(looked_at):
-            looks.look(looked_at, cached)
+        if not check.holds_for(site_tensors):
+            check.refresh(site_tensors, cached)
             compared.append(call)
-        if looks._known is not None:
-            looks._known = looks._known._replace(runs=None)
+        if check._known is not None:
+            check._known = check._known._replace(runs=None)
     # The first computes, and the second leaves a record.
     assert compared == [1, 2, 3, 4, 6, 10, 18]
     with torch.no_grad():
         trainable(zoo)["column.adapter.weight_magnitude"].mul_(2.0)
-    assert not looks.holds_for(looked_at)
+    assert not check.holds_for(site_tensors)
 
 
-def test_an_optimizer_that_steps_while_the_model_runs_ends_its_look(zoo: LinearZoo) -> None:
+def test_an_optimizer_that_steps_while_the_model_runs_ends_its_check(zoo: LinearZoo) -> None:
     warm_up(zoo)
     sum(y.square().sum() for y in zoo(inputs()).values()).backward()
     optimizer = torch.optim.SGD(trainable(zoo).values(), lr=0.01)
@@ -154,7 +174,7 @@ def test_compiled_models_notice_silent_writes_in_every_mode(scope: Any) -> None:
             assert_close(logits_of(model, token_ids()), logits_of(twin, token_ids()), 1e-12)
 
 
-def test_a_whole_model_that_is_recomputed_looks_again() -> None:
+def test_a_whole_model_that_is_recomputed_checks_again() -> None:
     model = dora_fx.DoRA(dim=6, alpha=12, lora_B_init_method="normal")(tiny_gpt().double())
     expected = {}
     for recompute in (False, True):

@@ -1,12 +1,13 @@
-"""Look once per call of a model at what each of its layers would look at in front of its own call.
+"""Check once per call of a model what each of its layers would check in front of its own call.
 
-A model's call begins with one refresh of all its layers. Until it ends, the layers do not look again: after a step of
+A model's call begins with one refresh of all its layers. Until it ends, the layers do not check again: after a step of
 the optimizer there is one gather and one reduction per process group for all of them, and otherwise one comparison. A
-layer that is called outside of its model's call, as a checkpoint calls it in the backward pass, looks by itself, and so
-does one whose buffers are not those that were looked at.
+layer that is called outside of its model's call, as a checkpoint calls it in the backward pass, checks for itself, and
+so does one whose buffers are not those that were checked.
 
 A write into a parameter while its model runs is so noticed by the model's next call. An optimizer's step ends what was
-looked at, whenever it is.
+checked, whenever it is. A call that KeyboardInterrupt ends leaves its layers covered until the model is called again or
+the optimizer steps: torch has no hook for that end.
 
 On an accelerator the host would launch a comparison of all bits in front of every call, and at large tensor-parallel
 sizes the device would wait for it. So between two steps only the first, second, fourth, eighth, ... call compares bits,
@@ -16,6 +17,7 @@ further calls as the step has had.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -29,22 +31,40 @@ from dora_fx.cache.step_counts import optimizer_steps
 # Bytes of factors that are completed at once: what is gathered and reduced is held a second time until it is copied.
 _BYTES_AT_ONCE = 2**26
 
-# The number of optimizer steps at the look, by the identities of the scales that it covers. The sites hold the scales.
-_covered: dict[int, int] = {}
+# The scales that a check covers, by their identities. Weak references tell a later tensor of the same identity.
+_covered: dict[int, _Coverage] = {}
+
+
+class _Coverage(NamedTuple):
+    """A scale that was up to date when a call of its model began.
+
+    Attributes:
+        scale: a weak reference.
+        steps: the number of optimizer steps then.
+        check: that of the model.
+    """
+
+    scale: weakref.ref[torch.Tensor]
+    steps: int
+    check: CallCheck
 
 
 def are_covered(scales: Iterable[torch.Tensor]) -> bool:
-    """Return whether sites need no look of their own, since a call of their model has begun with one.
+    """Return whether sites need no check of their own, since a call of their model has begun with one.
 
     Args:
         scales: delta of each site's buffers.
     """
     steps = optimizer_steps()
-    return all(_covered.get(id(scale)) == steps for scale in scales)
+    for scale in scales:
+        known = _covered.get(id(scale))
+        if known is None or known.steps != steps or known.scale() is not scale:
+            return False
+    return True
 
 
-class LookedAt(NamedTuple):
-    """The tensors of one site that a look is about.
+class SiteTensors(NamedTuple):
+    """The tensors of one site that a check compares.
 
     Attributes:
         scale: delta of its buffers.
@@ -60,7 +80,7 @@ class LookedAt(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """The tensors of a look that found nothing stale, in a form that is quick to compare.
+    """The tensors of a check that found nothing stale, in a form that is quick to compare.
 
     Attributes:
         steps: the number of optimizer steps at that time.
@@ -75,7 +95,7 @@ class _Record(NamedTuple):
     bits: int
 
     @classmethod
-    def of_maybe(cls, sites: Sequence[LookedAt]) -> _Record | None:
+    def of_maybe(cls, sites: Sequence[SiteTensors]) -> _Record | None:
         """Return the record; None where tensors are strided, made in inference mode, or on several devices."""
         tensors = _tensors_of(sites)
         is_plain = all(tensor.is_contiguous() and not tensor.is_inference() for tensor in tensors)
@@ -88,19 +108,19 @@ class _Record(NamedTuple):
         memory = tuple(map(Memory.of, tensors))
         return cls(optimizer_steps(), memory, None if runs is None else tuple(runs), digest_of(runs or ()))
 
-    def is_of(self, sites: Sequence[LookedAt]) -> bool:
+    def is_of(self, sites: Sequence[SiteTensors]) -> bool:
         """Return whether these are the same tensors in the same step, and PyTorch counted no write into them."""
         tensors = _tensors_of(sites)
         is_same = self.steps == optimizer_steps() and len(tensors) == len(self.memory)
         return is_same and all(map(Memory.is_still, self.memory, tensors))
 
 
-def _tensors_of(sites: Iterable[LookedAt]) -> list[torch.Tensor]:
+def _tensors_of(sites: Iterable[SiteTensors]) -> list[torch.Tensor]:
     return [tensor for scale, values, sources, weights in sites for tensor in (scale, *values, *sources, *weights)]
 
 
-class ModelLook:
-    """The looks of one model.
+class CallCheck:
+    """The checks of one model's calls.
 
     Args:
         rank_timeout: as `refresh` takes it, in seconds.
@@ -110,16 +130,16 @@ class ModelLook:
         self._timeout = () if rank_timeout is None else (rank_timeout,)
         self._known: _Record | None = None
         self._calls = 0
-        self._begun: list[list[int]] = []
+        self._begun: list[int] = []
 
-    def __reduce__(self) -> tuple[type[ModelLook], tuple[float, ...]]:
+    def __reduce__(self) -> tuple[type[CallCheck], tuple[float, ...]]:
         """Copies and pickles know nothing yet: their tensors are others."""
-        return ModelLook, self._timeout
+        return CallCheck, self._timeout
 
-    def holds_for(self, sites: Sequence[LookedAt]) -> bool:
-        """Return whether nothing has changed since the last look; False where a look has to tell."""
+    def holds_for(self, sites: Sequence[SiteTensors]) -> bool:
+        """Return whether nothing has changed since the last refresh; False where another has to tell."""
         known = self._known
-        # Only a look tells whether a call that a backward pass repeats has another adapter.
+        # Only a refresh tells whether a call that a backward pass repeats has another adapter.
         if known is None or torch._C._current_graph_task_id() != -1 or not known.is_of(sites):
             self._calls = 0
             return False
@@ -129,7 +149,7 @@ class ModelLook:
             return not is_power_of_two
         return digest_of(known.runs) == known.bits
 
-    def look(self, sites: Sequence[LookedAt], cached: Sequence[CachedSite]) -> None:
+    def refresh(self, sites: Sequence[SiteTensors], cached: Sequence[CachedSite]) -> None:
         """Bring the sites up to date.
 
         Raises:
@@ -137,21 +157,25 @@ class ModelLook:
         """
         self._known = None
         were_stale = [refresh(run, *self._timeout) for run in _runs(cached)]
-        # Only for a second look, since training computes everything at each step.
+        # Only for a second one, since training computes everything at each step.
         if not any(were_stale):
             self._known = _Record.of_maybe(sites)
 
-    def begin(self, scales: Iterable[torch.Tensor]) -> None:
+    def begin(self, scales: Sequence[torch.Tensor]) -> None:
         """Let sites that are up to date be until `end`."""
-        ids = [id(scale) for scale in scales]
-        # A call inside another one of the same model ends before it.
-        self._begun.append([each for each in ids if each not in _covered])
-        _covered.update(dict.fromkeys(ids, optimizer_steps()))
+        # A call that KeyboardInterrupt ended had no end, and one that began inside another ends the outer one's.
+        self.end()
+        steps = optimizer_steps()
+        self._begun = [id(scale) for scale in scales]
+        for scale in scales:
+            _covered[id(scale)] = _Coverage(weakref.ref(scale), steps, self)
 
     def end(self) -> None:
-        """End the call that began last, if one began."""
-        for each in self._begun.pop() if self._begun else ():
-            _covered.pop(each, None)
+        """Let sites check for themselves again."""
+        for each in self._begun:
+            if each in _covered and _covered[each].check is self:
+                del _covered[each]
+        self._begun = []
 
 
 def _runs(sites: Sequence[CachedSite]) -> Iterable[Sequence[CachedSite]]:
