@@ -90,9 +90,10 @@ def mark(site: MarkedSite) -> torch.Tensor:
 def _keywords(site: MarkedSite) -> dict[str, Any]:
     """What a site has, by the names in a marker; None or an empty name stands for what it lacks."""
     operands: dict[str, Any] = {"base_output": site.base_output, "x": site.x, "bias": site.bias}
-    records: list[tuple[str, Any]] = [(_NORM, site.input_norm), (_SAMPLES, site.samples)]
+    records: list[tuple[str, Any]] = []
     for number, each in enumerate(site.adapters):
         records += [(_of(number) + _STORED, each.stored), (_of(number) + _CACHED, each.cached)]
+    records += [(_NORM, site.input_norm), (_SAMPLES, site.samples)]
     for prefix, record in records:
         if record is not None:
             operands.update({prefix + name: value for name, value in zip(record._fields, record, strict=True)})

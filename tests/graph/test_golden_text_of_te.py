@@ -31,7 +31,7 @@ def test_before_emulated_kernels():
         text("TELayerNormColumnParallelLinear", before=True),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[8, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", norm_weight: "f32[48]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[8, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm_weight: "f32[48]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
         output: "f32[8, 2, 80]" = dora_fx_modules_marker_dora_linear(x = x, weight = weight, base_norm_sq = base_norm_sq, lora_a = lora_a, lora_b = lora_b, magnitude = magnitude, scaling = scaling, layout_name = 'column', dtype = torch.float32, cached_delta = delta, cached_grad_gain = grad_gain, cached_grad_scale = grad_scale, norm_weight = norm_weight, norm_name = 'RMSNorm', norm_eps = 1e-05, norm_zero_centered = False)
         return (output,)
@@ -44,7 +44,7 @@ def test_norm_column_emulated_kernels():
         text("TELayerNormColumnParallelLinear"),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[8, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", norm_weight: "f32[48]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[8, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", norm_weight: "f32[48]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
         rms_norm: "f32[8, 2, 48]" = dora_fx_function_input_norm_rms_norm(x, norm_weight, 1e-05, False)
         linear: "f32[8, 2, 16]" = torch._C._nn.linear(rms_norm, lora_a)
@@ -66,7 +66,7 @@ def test_layer_norm_column_with_bias_emulated_kernels():
         text("TELayerNormColumnParallelLinear", **settings),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 48]", x: "f32[8, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", bias: "f32[80]", norm_weight: "f32[48]", norm_bias: "f32[48]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
+    def forward(self, weight: "f32[80, 48]", x: "f32[8, 2, 48]", lora_a: "f32[16, 48]", lora_b: "f32[80, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", norm_weight: "f32[48]", norm_bias: "f32[48]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]"):
 
         layer_norm: "f32[8, 2, 48]" = dora_fx_function_input_norm_layer_norm(x, norm_weight, norm_bias, 1e-05, True)
         linear: "f32[8, 2, 16]" = torch._C._nn.linear(layer_norm, lora_a)
@@ -88,7 +88,7 @@ def test_norm_column_sequence_parallel_on_two_ranks_emulated_kernels():
         text("TELayerNormColumnParallelLinear", 2, sequence_parallel=True),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[40, 48]", x: "f32[8, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]", scaling: "f32[1]", norm_weight: "f32[48]", delta: "f32[40]", grad_gain: "f32[40]", grad_scale: "f32[40]", whole_lora_a: "f32[16, 48]"):
+    def forward(self, weight: "f32[40, 48]", x: "f32[8, 2, 48]", lora_a: "f32[8, 48]", lora_b: "f32[40, 16]", magnitude: "f32[40]", base_norm_sq: "f32[40]", norm_weight: "f32[48]", scaling: "f32[1]", delta: "f32[40]", grad_gain: "f32[40]", grad_scale: "f32[40]", whole_lora_a: "f32[16, 48]"):
 
         substitute_gathered_rows = dora_fx_function_collectives_substitute_gathered_rows([lora_a], 'tp', [whole_lora_a])
         getitem: "f32[16, 48]" = substitute_gathered_rows[0]
@@ -113,7 +113,7 @@ def test_norm_column_on_eight_ranks_emulated_kernels():
         text("TELayerNormColumnParallelLinear", 8),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[10, 48]", x: "f32[8, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]", scaling: "f32[1]", norm_weight: "f32[48]", delta: "f32[10]", grad_gain: "f32[10]", grad_scale: "f32[10]", whole_lora_a: "f32[16, 48]"):
+    def forward(self, weight: "f32[10, 48]", x: "f32[8, 2, 48]", lora_a: "f32[2, 48]", lora_b: "f32[10, 16]", magnitude: "f32[10]", base_norm_sq: "f32[10]", norm_weight: "f32[48]", scaling: "f32[1]", delta: "f32[10]", grad_gain: "f32[10]", grad_scale: "f32[10]", whole_lora_a: "f32[16, 48]"):
 
         substitute_gathered_rows = dora_fx_function_collectives_substitute_gathered_rows([lora_a], 'tp', [whole_lora_a])
         getitem: "f32[16, 48]" = substitute_gathered_rows[0]
@@ -137,7 +137,7 @@ def test_row_with_bias_on_two_ranks_emulated_kernels():
         text("TERowParallelLinear", 2, bias=True, skip_bias_add=False),
         """\
 class GraphModule(torch.nn.Module):
-    def forward(self, weight: "f32[80, 24]", x: "f32[8, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", scaling: "f32[1]", bias: "f32[80]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]", whole_lora_b: "f32[80, 16]"):
+    def forward(self, weight: "f32[80, 24]", x: "f32[8, 2, 24]", lora_a: "f32[16, 24]", lora_b: "f32[40, 16]", magnitude: "f32[80]", base_norm_sq: "f32[80]", bias: "f32[80]", scaling: "f32[1]", delta: "f32[80]", grad_gain: "f32[80]", grad_scale: "f32[80]", whole_lora_b: "f32[80, 16]"):
 
         substitute_gathered_rows = dora_fx_function_collectives_substitute_gathered_rows([lora_b], 'tp', [whole_lora_b])
         getitem: "f32[80, 16]" = substitute_gathered_rows[0]
