@@ -146,8 +146,10 @@ def test_samples_in_one_dimension_with_their_tokens() -> None:
 
 
 def compiled(kind: str, model: nn.Module, inner: str) -> Any:
-    if kind == "llama":
-        return dora_fx.compile_model(model, inner_compiler=inner)
+    if kind in ("llama", "gpt"):
+        # One graph of all layers of transformers' kind, and one of a whole Megatron model.
+        scope: Any = "layer" if kind == "llama" else "model"
+        return dora_fx.compile_model(model, scope, inner_compiler=inner)
     return torch.compile(model, backend="dora_fx", fullgraph=True, options={"inner_compiler": inner})
 
 
