@@ -14,18 +14,11 @@ from dora_fx.attach.matching import matches, of_all_experts
 from dora_fx.attach.plan import PlannedSite
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron import walk
-from dora_fx.modules import DoRALinear
+from dora_fx.modules import DoRALinear, refused_setting_of_experts_maybe
 from dora_fx.ranks import check_same_settings, gather_objects
 
 logger = logging.getLogger(__name__)
 
-# Settings under which Megatron does not call the layers of experts, or hands their gradients on before these exist.
-_NOT_CALLED = (
-    "use_transformer_engine_op_fuser",
-    "moe_single_grouped_weight",
-    "moe_paged_stash",
-    "overlap_dispatch_backward_with_experts_wgrad",
-)
 _ALIKE = (
     "found dim and alpha {} and {}, expected the same for all experts of a layer, which are one tensor in checkpoints"
 )
@@ -36,8 +29,8 @@ def check_experts(settings: DoRASettings, chunks: Sequence[nn.Module], new: Sequ
     """Check the experts among the layers to wrap, on this rank alone.
 
     Raises:
-        ValueError: experts of a layer would get adapters of several ranks or alphas, or a setting is among those of
-            `_NOT_CALLED`.
+        ValueError: experts of a layer would get adapters of several ranks or alphas, or Megatron has a setting with
+            which they would not compute or train what they should.
         TypeError: a target means the experts of a class that has no module for each of their layers.
     """
     _check_alike(new)
@@ -87,12 +80,8 @@ def _check_not_meant(settings: DoRASettings, path: str) -> None:
 
 
 def _check_config(path: str, config: Any) -> None:
-    for name in _NOT_CALLED:
-        if getattr(config, name, False):
-            raise ValueError(
-                f"{path}: found {name} = {getattr(config, name)!r} and adapted experts, expected False: Megatron then "
-                "computes with the experts' weights and does not call their layers"
-            )
+    if (problem := refused_setting_of_experts_maybe(config)) is not None:
+        raise ValueError(f"{path}: found adapted experts with {problem}")
     dispatcher = config.moe_token_dispatcher_type
     if dispatcher not in _TRIED_DISPATCHERS:
         logger.warning(

@@ -340,11 +340,11 @@ def _check_plain(path: str, weight: torch.Tensor) -> None:
     if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64) or weight.dim() != 2:
         raise ValueError(
             f"{path}: found a {weight.dtype} base weight of shape {tuple(weight.shape)}, expected a floating-point "
-            "matrix of 16, 32 or 64 bits; quantised base weights are not supported"
+            "matrix of 16, 32 or 64 bits, or a quantised weight in one of the formats of docs/quantised.md"
         )
     if hasattr(weight, "__tensor_flatten__"):
         # Quantisation libraries keep the layer's class and replace its weight by a tensor subclass.
         raise ValueError(
             f"{path}: found a base weight of class {type(weight).__module__}.{type(weight).__name__}, expected a plain "
-            "tensor; quantised base weights are not supported"
+            "tensor, or a quantised weight in one of the formats of docs/quantised.md"
         )

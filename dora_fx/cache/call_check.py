@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 
 from dora_fx.cache.fingerprint import HostMemory, digest_of, host_memory
-from dora_fx.cache.freshness import Memory
-from dora_fx.cache.parameter_cache import CachedSite, refresh
+from dora_fx.cache.freshness import Memory, raise_if_found_stale
+from dora_fx.cache.parameter_cache import RANK_TIMEOUT, CachedSite, refresh
 from dora_fx.cache.step_counts import optimizer_steps
 
 # Bytes of factors that are completed at once: what is gathered and reduced is held a second time until it is copied.
@@ -126,18 +126,22 @@ class CallCheck:
         rank_timeout: as `refresh` takes it, in seconds.
     """
 
-    def __init__(self, rank_timeout: float | None = None) -> None:
-        self._timeout = () if rank_timeout is None else (rank_timeout,)
+    def __init__(self, rank_timeout: float = RANK_TIMEOUT) -> None:
+        self._rank_timeout = rank_timeout
         self._known: _Record | None = None
         self._calls = 0
         self._begun: list[int] = []
 
-    def __reduce__(self) -> tuple[type[CallCheck], tuple[float, ...]]:
+    def __reduce__(self) -> tuple[type[CallCheck], tuple[float]]:
         """Copies and pickles know nothing yet: their tensors are others."""
-        return CallCheck, self._timeout
+        return CallCheck, (self._rank_timeout,)
 
     def holds_for(self, sites: Sequence[SiteTensors]) -> bool:
-        """Return whether nothing has changed since the last refresh; False where another has to tell."""
+        """Return whether nothing has changed since the last refresh; False where another has to tell.
+
+        Raises:
+            StaleParametersError: an earlier call on an accelerator used a value that was out of date.
+        """
         known = self._known
         # Only a refresh tells whether a call that a backward pass repeats has another adapter.
         if known is None or torch._C._current_graph_task_id() != -1 or not known.is_of(sites):
@@ -145,6 +149,7 @@ class CallCheck:
             return False
         self._calls += 1
         if known.runs is None:
+            raise_if_found_stale()
             is_power_of_two = self._calls & (self._calls - 1) == 0
             return not is_power_of_two
         return digest_of(known.runs) == known.bits
@@ -156,7 +161,7 @@ class CallCheck:
             StaleParametersError, RuntimeError, ValueError: as `refresh` raises.
         """
         self._known = None
-        were_stale = [refresh(run, *self._timeout) for run in _runs(cached)]
+        were_stale = [refresh(run, self._rank_timeout) for run in _runs(cached)]
         # Only for a second one, since training computes everything at each step.
         if not any(were_stale):
             self._known = _Record.of_maybe(sites)

@@ -35,9 +35,8 @@ from dora_fx.function import (
     RowScale,
     SiteOperands,
     StoredParameters,
-    base_norm_squared,
     complete_parameters,
-    grouped_base_norm_squared,
+    measured_base_norm,
     norm_dtype,
     sources_of,
     tensors_of,
@@ -45,7 +44,7 @@ from dora_fx.function import (
 from dora_fx.ranks import group_size, stale_on_any_rank
 
 # Seconds. Ranks come to a refresh apart by as much as their earlier work differs, compilation included.
-_RANK_TIMEOUT = 300.0
+RANK_TIMEOUT = 300.0
 
 
 class CachedSite(NamedTuple):
@@ -98,7 +97,7 @@ def empty_cache(
     )
 
 
-def refresh(sites: Sequence[CachedSite], rank_timeout: float = _RANK_TIMEOUT) -> bool:
+def refresh(sites: Sequence[CachedSite], rank_timeout: float = RANK_TIMEOUT) -> bool:
     """Bring the buffers of all stale sites up to date, in place, and return whether any were stale.
 
     Args:
@@ -142,7 +141,7 @@ def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> bool:
     is_stale = [not flag for flag in up_to_date[len(sites) :]]
     for index, base_is_up_to_date in enumerate(up_to_date[: len(sites)]):
         if not base_is_up_to_date:
-            _compute_base_norm(bases[index], sites[index].stored.weight)
+            _compute_base_norm(bases[index], sites[index].stored)
             # The base's norm is a source of the scales, which were compared with the norm as it was before.
             [flag] = are_up_to_date([entries[index]])
             is_stale[index] = not flag
@@ -199,14 +198,12 @@ def measure_base(site: CachedSite) -> None:
     entry = _base_entry(site)
     [is_up_to_date] = are_up_to_date([entry])
     if not is_up_to_date:
-        _compute_base_norm(entry, site.stored.weight)
+        _compute_base_norm(entry, site.stored)
 
 
-def _compute_base_norm(entry: CacheEntry, weight: BaseWeight) -> None:
+def _compute_base_norm(entry: CacheEntry, stored: StoredParameters) -> None:
     _raise_if_unreadable(entry)
-    base_norm_sq = entry.value
-    is_grouped = base_norm_sq.dim() == 2
-    squares = grouped_base_norm_squared(entry.sources) if is_grouped else base_norm_squared(weight)
+    base_norm_sq, squares = entry.value, measured_base_norm(stored)
     # Equal norms are not written: the write would count as one into a source of the scales.
     if not torch.equal(squares, base_norm_sq):
         base_norm_sq.copy_(squares)

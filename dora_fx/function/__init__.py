@@ -10,7 +10,6 @@ from dora_fx.function.collectives import (
 from dora_fx.function.dropout import DropoutFactors
 from dora_fx.function.formula import adapted_linear
 from dora_fx.function.grouped_formula import grouped_adapted_linear
-from dora_fx.function.grouped_norm import grouped_base_norm_squared
 from dora_fx.function.grouped_products import grouped_product
 from dora_fx.function.input_norm import InputNorm
 from dora_fx.function.mixture import MixedOperands, Samples, mix
@@ -21,6 +20,7 @@ from dora_fx.function.site_parameters import (
     SiteOperands,
     StoredParameters,
     complete_parameters,
+    measured_base_norm,
     row_norms,
 )
 from dora_fx.function.weight_formats import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, HQQ, TORCHAO
@@ -52,9 +52,9 @@ __all__ = [
     "complete_parameters",
     "gather_rows_coalesced",
     "grouped_adapted_linear",
-    "grouped_base_norm_squared",
     "grouped_product",
     "magnitude_delta",
+    "measured_base_norm",
     "mix",
     "norm_dtype",
     "reduce_scatter_rows",

@@ -69,7 +69,7 @@ def sources_of(weight: BaseWeight) -> tuple[torch.Tensor, ...]:
     )
 
 
-def rows_of(weight: BaseWeight, rows: slice) -> torch.Tensor:
+def weight_rows(weight: BaseWeight, rows: slice) -> torch.Tensor:
     """Return rows of W0, detached: a view of a plain matrix, or the dequantised rows `[rows, in]` in its dtype."""
     if not isinstance(weight, QuantisedWeight):
         return weight.detach()[rows]
@@ -80,7 +80,7 @@ def rows_of(weight: BaseWeight, rows: slice) -> torch.Tensor:
 
 def whole_of(weight: BaseWeight) -> torch.Tensor:
     """Return W0 `[out, in]`, detached; a plain matrix itself."""
-    return rows_of(weight, slice(None)) if isinstance(weight, QuantisedWeight) else weight.detach()
+    return weight_rows(weight, slice(None)) if isinstance(weight, QuantisedWeight) else weight.detach()
 
 
 class _DequantisedProduct(torch.autograd.Function):

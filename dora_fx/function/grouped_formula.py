@@ -55,7 +55,12 @@ def _aligned(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 class _ScaleRowsOfExperts(torch.autograd.Function):
-    """As `row_scale.scale_rows`; the gradient of m is a sum over an expert's own tokens, in the dtype of m."""
+    """As `row_scale.scale_rows`, with the rows of each token's expert; m's gradient sums over an expert's own tokens.
+
+    `output` is `[tokens, out]`, `bias`, m and the scales `[experts, out]`, m and the scales float32 at least, `expert`
+    int64 `[tokens]`. Rows that were gathered before, as `mixture.rows_of` does for samples, would be kept for the
+    backward pass as four tensors of the output's size; here they are gathered twice.
+    """
 
     @staticmethod
     def forward(

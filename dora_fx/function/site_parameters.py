@@ -258,12 +258,18 @@ def _row_norms(
 def _norm_terms(
     site: StoredParameters, lora_a: torch.Tensor, lora_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype, squares = norm_dtype(site.dtype), site.base_norm_sq
+    dtype = norm_dtype(site.dtype)
+    squares = measured_base_norm(site) if site.base_norm_sq is None else site.base_norm_sq
     if site.expert_weights is None:
-        squares = base_norm_squared(site.weight) if squares is None else squares
         return norm_terms(squares, site.weight, lora_a, lora_b, scaling=site.scaling, dtype=dtype)
-    squares = grouped_base_norm_squared(site.expert_weights) if squares is None else squares
     return grouped_norm_terms(squares, site.expert_weights, lora_a, lora_b, scaling=site.scaling, dtype=dtype)
+
+
+def measured_base_norm(site: StoredParameters) -> torch.Tensor:
+    """Squared row norms of a site's frozen weight, see `base_norm_squared`; `[experts, out]` of a grouped site."""
+    if site.expert_weights is None:
+        return base_norm_squared(site.weight)
+    return grouped_base_norm_squared(site.expert_weights)
 
 
 def _with_complete_gradients(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.overrides import handle_torch_function, has_torch_function
 
-from dora_fx.function.base_weight import BaseWeight, QuantisedWeight, rows_of
+from dora_fx.function.base_weight import BaseWeight, QuantisedWeight, weight_rows
 
 _BLOCK_BYTES = 32 * 2**20
 # Numbers for each element of a dequantised row: the element itself, and what a format or a cast makes on the way.
@@ -45,8 +45,10 @@ def base_norm_squared(weight: BaseWeight) -> torch.Tensor:
     if any(isinstance(tensor, fx.Proxy) for tensor in weight.tensors):
         return handle_torch_function(base_norm_squared, weight.tensors, weight)
     dtype, (num_rows, columns) = norm_dtype(weight.dtype), weight.shape
-    blocks = _row_blocks(num_rows, _DEQUANTISED * columns, dtype)
-    norms = [torch.linalg.vector_norm(rows_of(weight, rows), dim=1, dtype=dtype) for rows in blocks]
+    norms = [
+        torch.linalg.vector_norm(weight_rows(weight, rows), dim=1, dtype=dtype)
+        for rows in _row_blocks(num_rows, _DEQUANTISED * columns, dtype)
+    ]
     return torch.cat(norms).square()
 
 
@@ -82,7 +84,7 @@ def norm_terms(
         copies = _DEQUANTISED
     wide_per_row = 2 * lora_a.shape[0] + copies * weight.shape[1]
     cross = [
-        (_wide_linear(rows_of(weight, rows), lora_a, wide_a) * lora_b[rows]).sum(1)
+        (_wide_linear(weight_rows(weight, rows), lora_a, wide_a) * lora_b[rows]).sum(1)
         for rows in _row_blocks(weight.shape[0], wide_per_row, dtype)
     ]
     return base_norm_sq + torch.cat(cross) * (2.0 * scaling), F.linear(wide_a, wide_a)

@@ -39,6 +39,7 @@ from dora_fx.modules.kinds import (
     kind_of_maybe,
     looks_like_linear,
     quantised_weight_maybe,
+    refused_setting_of_experts_maybe,
 )
 from dora_fx.modules.linear_wrapper import DoRALinear
 from dora_fx.modules.marker import AdapterTensors, MarkedSite, dora_linear, operands_of_call, read_site
@@ -100,6 +101,7 @@ __all__ = [
     "put_in",
     "quantised_weight_maybe",
     "read_site",
+    "refused_setting_of_experts_maybe",
     "set_call_check",
     "sites_of",
     "take_out",

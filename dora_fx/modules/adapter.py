@@ -248,7 +248,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
             if placement.shard_dim is not None:
                 parameter = self.get_parameter(name)
                 parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-                parameter.partition_dim = placement.shard_dim  # type: ignore[attr-defined]
+                # A grouped layer's m is flat.
+                parameter.partition_dim = min(placement.shard_dim, parameter.dim() - 1)  # type: ignore[attr-defined]
                 parameter.partition_stride = placement.blocks  # type: ignore[attr-defined]
             if self.experts is not None:
                 self._mark_of_expert(self.get_parameter(name), is_shard=placement.shard_dim is not None)

@@ -94,7 +94,8 @@ def _blocks(
 ) -> list[ShardedTensor]:
     """Return the shards of a tensor: one for each block of rows that is sharded by itself, as gate and up are."""
     if flattened_range is not None:
-        raise NotImplementedError(f"{key}: found a part of the tensor, expected all of it")
+        # An old format of the distributed optimizer's state, which Megatron's own shards refuse too (0.16 to 0.19).
+        raise ValueError(f"{key}: found a part of a flat tensor, expected the whole tensor")
     first, dim = len(offsets), placement.shard_dim
     shards = []
     if tensor.dim() < len(placement.shape):

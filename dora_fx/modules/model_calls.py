@@ -13,7 +13,7 @@ from dora_fx.modules.linear_wrapper import DoRALinear
 
 
 def check_once_per_call(chunk: nn.Module) -> None:
-    """Have calls of a chunk begin with a check of the layers that are adapted now, and at those that were before.
+    """Have calls of a chunk begin with a check of the layers that are adapted now, and of those that were before.
 
     Other wrappers that take a layer's place later, or put the layer itself back, are checked as they are.
 

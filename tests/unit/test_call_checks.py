@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -58,6 +58,20 @@ def test_planted_fault_is_seen(zoo: LinearZoo) -> None:
     with planted(BITS_OF_A_MODEL_ARE_NOT_COMPARED), pytest.raises(AssertionError):
         assert_equals_oracle(zoo)
     assert_equals_oracle(zoo)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_check_compares_the_memory_that_a_refresh_compares(zoo: LinearZoo, kind: str) -> None:
+    site = getattr(zoo, kind)
+    found, stored, cached = site.site_tensors(), *site.cached_site()[1:]
+    expected = {stored.lora_a, stored.lora_b, stored.magnitude, stored.base_norm_sq, stored.scaling}
+    assert addresses(found.sources) == addresses(expected)
+    assert addresses(found.weights) == {stored.weight.data_ptr()}
+    assert addresses((found.scale, *found.values)) == addresses(each for each in cached if each is not None)
+
+
+def addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
+    return {tensor.data_ptr() for tensor in tensors}
 
 
 def test_a_write_while_the_model_runs_is_noticed_by_its_next_call(zoo: LinearZoo) -> None:

@@ -19,7 +19,7 @@ import dora_fx
 from dora_fx import DoRA, DoRALinear
 from dora_fx.checkpoint import CheckpointError
 from dora_fx.function import base_norm_squared, whole_of
-from dora_fx.function.base_weight import rows_of
+from dora_fx.function.base_weight import weight_rows
 from dora_fx.modules import describe_linear
 from tests.closeness import assert_apart, assert_close, relative_error, rounding, roundings_of
 from tests.models import randomize_adapters, sites
@@ -165,7 +165,7 @@ def test_rows_alone_are_bitwise_those_of_the_whole(kind: str, shape: tuple[int, 
         whole = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     assert torch.equal(whole_of(weight), whole)
     for rows in (slice(0, 1), slice(5, 23), slice(shape[0] - 3, shape[0])):
-        assert torch.equal(rows_of(weight, rows), whole[rows])
+        assert torch.equal(weight_rows(weight, rows), whole[rows])
 
 
 def test_norms_dequantise_32_mib_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

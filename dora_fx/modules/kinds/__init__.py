@@ -14,7 +14,12 @@ from dora_fx.modules.kinds.grouped_linear import (
     is_grouped_linear,
 )
 from dora_fx.modules.kinds.hqq_linear import HQQLinear
-from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, LocalExperts
+from dora_fx.modules.kinds.linear_kind import (
+    LinearKind,
+    LinearSpec,
+    LocalExperts,
+    refused_setting_of_experts_maybe,
+)
 from dora_fx.modules.kinds.megatron_linear import ColumnParallel, RowParallel
 from dora_fx.modules.kinds.refused import refused_package_maybe
 from dora_fx.modules.kinds.torch_linear import TorchLinear
@@ -110,4 +115,5 @@ __all__ = [
     "kind_of_maybe",
     "looks_like_linear",
     "quantised_weight_maybe",
+    "refused_setting_of_experts_maybe",
 ]

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from dora_fx.function import BITSANDBYTES_4BIT, BITSANDBYTES_8BIT, QuantisedWeight
-from dora_fx.modules.kinds.linear_kind import LinearSpec
-from dora_fx.modules.kinds.torch_linear import TorchLinear
+from dora_fx.modules.kinds.quantised_linear import QuantisedLinear
 
 # A format of its own that a layer's weight is in after an evaluation on a CPU with AVX512-BF16.
 _REPACKED = (
@@ -22,23 +21,13 @@ _REPACKED = (
 )
 
 
-class _BitsAndBytesLinear(TorchLinear):
-    class_module = "bitsandbytes.nn.modules"
-
-    @classmethod
-    def describe(cls, path: str, linear: Any) -> LinearSpec:
-        if (problem := cls.format_problem_maybe(linear)) is not None:
-            raise ValueError(f"{path}: {problem}")
-        return super().describe(path, linear)
-
-    @classmethod
-    def is_product_alone(cls, linear: Any) -> bool:
-        return False
+_MODULE = "bitsandbytes.nn.modules"
 
 
-class BitsAndBytes4bit(_BitsAndBytesLinear):
+class BitsAndBytes4bit(QuantisedLinear):
     """NF4 and FP4, their scales quantised again or not."""
 
+    class_module = _MODULE
     class_name = "Linear4bit"
     _class_names = ("Linear4bit", "LinearNF4", "LinearFP4")
 
@@ -89,9 +78,10 @@ class BitsAndBytes4bit(_BitsAndBytesLinear):
         return torch.finfo(linear.compute_dtype or x.dtype).eps
 
 
-class BitsAndBytes8bit(_BitsAndBytesLinear):
+class BitsAndBytes8bit(QuantisedLinear):
     """LLM.int8(): a call rounds its input to 8 bits as well."""
 
+    class_module = _MODULE
     class_name = "Linear8bitLt"
 
     @classmethod

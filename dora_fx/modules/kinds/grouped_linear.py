@@ -15,15 +15,14 @@ from torch import nn
 
 from dora_fx.function import LAYOUTS, BaseWeight
 from dora_fx.megatron import TE_MODULE
-from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec, LocalExperts
+from dora_fx.modules.kinds.linear_kind import (
+    A_PARAMETER_EACH,
+    LinearKind,
+    LinearSpec,
+    LocalExperts,
+    refused_setting_of_experts_maybe,
+)
 from dora_fx.modules.kinds.megatron_linear import row_blocks
-
-# Settings under which Megatron computes with a layer's parameters and does not call it, or its weights are not there.
-_REFUSED_SETTINGS = {
-    "use_transformer_engine_op_fuser": "the op fuser computes with its parameters and never calls it",
-    "overlap_dispatch_backward_with_experts_wgrad": "its backward pass would be run in two parts",
-    "moe_paged_stash": "tokens that overflow a page are in none of the experts' counts",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +137,12 @@ def expert_weights(linear: Any) -> tuple[nn.Parameter, ...]:
 def _check_settings(path: str, linear: Any) -> None:
     """Raise ValueError, naming the layer and the setting, if the layer would be passed by or holds no plain weights."""
     name = type(linear).__name__
-    for setting, reason in _REFUSED_SETTINGS.items():
-        if getattr(linear.config, setting, False):
-            raise ValueError(f"{path}: found a {name} with {setting} = True, expected False: {reason}")
+    if (problem := refused_setting_of_experts_maybe(linear.config)) is not None:
+        raise ValueError(f"{path}: found a {name} with {problem}")
     for setting in ("single_grouped_weight", "single_grouped_bias"):
-        if getattr(linear, setting, False) or getattr(linear.config, f"moe_{setting}", False):
-            raise ValueError(
-                f"{path}: found a {name} with moe_{setting} = True, expected False: an adapted layer reads a "
-                "parameter for each expert"
-            )
+        # Of the layer, whatever its configuration says.
+        if getattr(linear, setting, False):
+            raise ValueError(f"{path}: found a {name} with {setting} = True, expected False: {A_PARAMETER_EACH}")
     if linear._tp_group is None:
         raise ValueError(
             f"{path}: found a {name} without an expert-tensor-parallel group, expected one that was built after "
@@ -162,6 +158,6 @@ def _check_weight(name: str, weight: torch.Tensor) -> None:
         )
     if type(weight) is not nn.Parameter:
         raise ValueError(
-            f"{name}: found a {type(weight).__name__}, expected a plain parameter; quantised base weights are not "
-            "supported"
+            f"{name}: found a {type(weight).__name__}, expected a plain parameter; experts whose weights are quantised "
+            "are not supported"
         )

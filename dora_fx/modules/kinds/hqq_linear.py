@@ -7,35 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_fx.function import HQQ, LAYOUTS, QuantisedWeight
-from dora_fx.modules.kinds.linear_kind import LinearKind, LinearSpec
+from dora_fx.function import HQQ, QuantisedWeight
+from dora_fx.modules.kinds.quantised_linear import QuantisedLinear
 
 _PACKINGS = ("8bit_u8", "4bit_u8", "2bit_u8")
 
 
-class HQQLinear(LinearKind):
+class HQQLinear(QuantisedLinear):
     """Groups along the input features, of 8, 4 or 2 bits."""
 
     class_module = "hqq.core.quantize"
     class_name = "HQQLinear"
-
-    @classmethod
-    def describe(cls, path: str, linear: Any) -> LinearSpec:
-        if (problem := cls.format_problem_maybe(linear)) is not None:
-            raise ValueError(f"{path}: {problem}")
-        out_features, in_features = linear.meta["shape"]
-        return LinearSpec(
-            kind=cls,
-            layout=LAYOUTS[cls.layout_name(linear)],
-            in_features=in_features,
-            out_features=out_features,
-            padded_in_features=0,
-            padded_out_features=0,
-            row_blocks=1,
-            tp_group=None,
-            weight=cls.stored_weight(linear),
-            bias=linear.bias,
-        )
 
     @classmethod
     def format_problem_maybe(cls, linear: Any) -> str | None:
@@ -58,10 +40,6 @@ class HQQLinear(LinearKind):
                 f"{meta['scale'].numel()} scales, expected a scale for each group of a row"
             )
         return None
-
-    @staticmethod
-    def layout_name(linear: Any) -> str:
-        return "replicated"
 
     @classmethod
     def stored_weight(cls, linear: Any) -> QuantisedWeight:

@@ -13,6 +13,23 @@ from torch.nn.modules import module as module_hooks
 
 from dora_fx.function import BaseWeight, InputNorm, Layout, ParameterPlacement
 
+A_PARAMETER_EACH = "an adapted layer reads a parameter for each expert"
+_REFUSED_FOR_EXPERTS = {
+    "use_transformer_engine_op_fuser": "the op fuser computes with the layers' parameters and never calls them",
+    "moe_single_grouped_weight": A_PARAMETER_EACH,
+    "moe_single_grouped_bias": A_PARAMETER_EACH,
+    "moe_paged_stash": "tokens that overflow a page are in none of the experts' counts",
+    "overlap_dispatch_backward_with_experts_wgrad": "the layers' backward passes would be run in two parts",
+}
+
+
+def refused_setting_of_experts_maybe(config: Any) -> str | None:
+    """Return the first of Megatron's settings under which adapted experts would compute or train something else."""
+    for name, reason in _REFUSED_FOR_EXPERTS.items():
+        if getattr(config, name, False):
+            return f"{name} = {getattr(config, name)!r}, expected False: {reason}"
+    return None
+
 
 @dataclass(frozen=True)
 class LocalExperts:

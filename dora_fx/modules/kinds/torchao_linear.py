@@ -8,6 +8,7 @@ from torch import nn
 
 from dora_fx.function import TORCHAO, QuantisedWeight
 from dora_fx.modules.kinds.linear_kind import LinearSpec
+from dora_fx.modules.kinds.quantised_linear import QuantisedLinear
 from dora_fx.modules.kinds.torch_linear import TorchLinear
 
 _PACKAGE = "torchao"
@@ -19,7 +20,7 @@ _QUANTISES_INPUT = {
 }
 
 
-class TorchAOLinear(TorchLinear):
+class TorchAOLinear(QuantisedLinear):
     """Weights of 8 and 4 bits and of float8; inputs are not quantised."""
 
     @classmethod
@@ -28,15 +29,13 @@ class TorchAOLinear(TorchLinear):
 
     @classmethod
     def describe(cls, path: str, linear: Any) -> LinearSpec:
-        if (problem := cls.format_problem_maybe(linear)) is not None:
-            raise ValueError(f"{path}: {problem}")
-        found = type(linear.weight).__name__
+        spec, found = super().describe(path, linear), type(linear.weight).__name__
         if (setting := getattr(linear.weight, _QUANTISES_INPUT[found], None)) is not None:
             raise ValueError(
                 f"{path}: found a base weight of torchao's class {found} that has its input quantised as well "
                 f"({_QUANTISES_INPUT[found]} = {setting}), expected a weight-only configuration"
             )
-        return super().describe(path, linear)
+        return spec
 
     @classmethod
     def format_problem_maybe(cls, linear: Any) -> str | None:
@@ -53,7 +52,3 @@ class TorchAOLinear(TorchLinear):
     def stored_weight(cls, linear: Any) -> QuantisedWeight:
         shape = (linear.out_features, linear.in_features)
         return QuantisedWeight((linear.weight,), TORCHAO, shape, linear.weight.dtype, ())
-
-    @classmethod
-    def is_product_alone(cls, linear: Any) -> bool:
-        return False
