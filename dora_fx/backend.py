@@ -148,11 +148,11 @@ class RefreshingGraph:
     ) -> None:
         self.compiled, self.site_inputs = compiled, site_inputs
         self.checked, self.rank_timeout = checked, rank_timeout
-        self.scales = [where.position_of_scale for where in site_inputs]
+        self.scale_positions = [where.position_of_scale for where in site_inputs]
         self.to_detach = sorted({position for where in site_inputs for position in where.to_detach})
 
     def __call__(self, *inputs: Any) -> Any:
-        if self.checked or not are_covered(inputs[position] for position in self.scales):
+        if self.checked or not are_covered(inputs[position] for position in self.scale_positions):
             sites = [where.site(inputs) for where in self.site_inputs]
             refresh(sites, self.rank_timeout)
             if self.checked:

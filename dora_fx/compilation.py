@@ -157,20 +157,23 @@ def _may_break_graphs(chunk: nn.Module) -> bool:
 def _compile_chunk(chunk: nn.Module, scope: Scope, settings: dict[str, Any]) -> None:
     _compiled.add(chunk)
     _prepare_megatron_modules(chunk, scope)
-    with_experts = moe_layers(chunk.modules())
-    compile_experts(with_experts, settings)
+    compile_experts(moe_layers(chunk.modules()), settings)
     if scope == "model" and is_transformers_model(chunk):
         compile_whole(chunk, settings)
     elif scope == "model":
-        chunk.compile(**(settings | {"fullgraph": False} if with_experts else settings))
+        chunk.compile(**_settings_for(chunk, settings))
     else:
         leave_out_caches(chunk)
         for layer in _layers(chunk):
             if is_transformers_layer(unwrap(layer)):
                 compile_layer(layer, settings)
             else:
-                has_experts = bool(moe_layers(layer.modules()))
-                layer.compile(**(settings | {"fullgraph": False} if has_experts else settings))
+                layer.compile(**_settings_for(layer, settings))
+
+
+def _settings_for(module: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a module's graphs, which end where tokens are routed to experts."""
+    return {**settings, "fullgraph": False} if moe_layers(module.modules()) else settings
 
 
 def _prepare_megatron_modules(chunk: nn.Module, scope: Scope) -> None:

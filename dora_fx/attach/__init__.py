@@ -3,20 +3,12 @@
 from dora_fx.attach.attach_listeners import on_attach
 from dora_fx.attach.attach_report import DoRAReport
 from dora_fx.attach.config import DoRA
+from dora_fx.attach.kept_adapter import merged_layer_maybe, was_quantised
 from dora_fx.attach.learning_rates import config_overrides, parameter_groups
 from dora_fx.attach.matching import adapted_layers
-from dora_fx.attach.merging import (
-    NOTHING_ADAPTED,
-    merge,
-    merge_problem_maybe,
-    merge_tensors,
-    merged,
-    merged_layer_maybe,
-    merged_weight,
-    served_dtype,
-    unmerge,
-    was_quantised,
-)
+from dora_fx.attach.merge_checks import NOTHING_ADAPTED, merge_problem_maybe
+from dora_fx.attach.merged_weights import merge_tensors, merged_weight, served_dtype
+from dora_fx.attach.merging import merge, merged, unmerge
 from dora_fx.attach.mixed_batch import mixed
 from dora_fx.attach.named_adapters import (
     active_adapter,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from dora_fx.attach.frozen_experts import text_on_fused_experts
 from dora_fx.attach.matching import adapted_layers, of_all_experts
+from dora_fx.megatron import expert_number_maybe
 from dora_fx.modules import quantised_weight_maybe
 
 
@@ -68,15 +68,12 @@ def _rows(sites: Sequence[SiteReport]) -> list[tuple[str, ...]]:
     ]
 
 
-_EXPERT = re.compile(r"\blocal_experts\.(\d+)")
-
-
 def _joined(paths: Sequence[str]) -> list[str]:
     """Return paths in their order, with experts that differ in their numbers alone as one, `local_experts.0-3`."""
     numbers: dict[str, list[int]] = {}
     for path in paths:
-        found = _EXPERT.search(path)
-        numbers.setdefault(of_all_experts(path), []).extend([int(found[1])] if found else [])
+        number = expert_number_maybe(path)
+        numbers.setdefault(of_all_experts(path), []).extend([] if number is None else [number])
     return [path.replace("*", _ranges(experts)) if experts else path for path, experts in numbers.items()]
 
 

@@ -14,7 +14,7 @@ from dora_fx.attach.matching import matches, of_all_experts
 from dora_fx.attach.plan import PlannedSite
 from dora_fx.attach.settings import DoRASettings
 from dora_fx.megatron import walk
-from dora_fx.modules import DoRALinear, refused_setting_of_experts_maybe
+from dora_fx.modules import DoRALinear, is_grouped_mlp, refused_setting_of_experts_maybe
 from dora_fx.ranks import check_same_settings, gather_objects
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def check_experts(settings: DoRASettings, chunks: Sequence[nn.Module], new: Sequ
     paths = [site.path for site in new if site.spec.experts is not None]
     for chunk in chunks:
         for named in walk(chunk, DoRALinear):
-            if type(named.module).__name__ == "GroupedMLP":
+            if is_grouped_mlp(named.module):
                 _check_not_meant(settings, named.whole_path)
             is_adapted = any(path.startswith(f"{named.whole_path}.") for path in paths)
             if isinstance(named.module, MoELayer) and is_adapted:

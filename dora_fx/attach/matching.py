@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dora_fx.megatron import NamedModule, unwrap, walk
+from dora_fx.megatron import NamedModule, unwrap, walk, with_expert_number
 from dora_fx.modules import DoRALinear, looks_like_linear
 
 # PEFT's name for all linear layers but those that put out logits.
@@ -17,8 +17,6 @@ ALL_LINEAR = "all-linear"
 _MEGATRON_OUTPUT_LAYER = "output_layer"
 # A name and the first and last of the numbers that may follow it.
 _RANGE = re.compile(r"([A-Za-z_]+)\.(\d+)-(\d+)(?=\.|$)")
-# An expert's number in a path.
-_EXPERT = re.compile(r"(?<=\blocal_experts\.)\d+")
 # Projections of the tokens between a layer and all its experts, which wildcards alone do not name.
 _LATENT = re.compile(r"\.fc[12]_latent_proj$")
 # The heads that PEFT leaves out of a sequence classifier.
@@ -52,7 +50,7 @@ def matches(pattern: str, path: str) -> bool:
 
 def of_all_experts(path: str) -> str:
     """Return a path with `*` in place of an expert's number; other paths as they are."""
-    return _EXPERT.sub("*", path)
+    return with_expert_number(path, "*")
 
 
 def adapted_layers(chunks: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, NamedModule]]:

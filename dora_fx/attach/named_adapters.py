@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dora_fx.attach.config import DoRA
-from dora_fx.attach.merging import is_merged
+from dora_fx.attach.kept_adapter import is_merged
 from dora_fx.megatron import Model, ModelT, chunks_of, data_parallel_around, reduces_all, unwrap, walk
 from dora_fx.modules import (
     AdapterBank,

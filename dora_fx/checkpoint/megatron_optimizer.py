@@ -6,8 +6,6 @@
   of its state among all. Magnitudes are float32 and factors are 16-bit, so the numbers would not match.
 * Megatron's distributed optimizer looks for a torch Adam's `step` among the loaded tensors, where it never is. It also
   gives all parameters the same tensor as their `step`, which each of them then increments.
-* Megatron chains an optimizer of experts to that of the dense layers where other ranks reduce their gradients, which
-  depends on the layout. So hyper-parameters of a chain are loaded into another chain by parameter group.
 * Where experts alone are adapted, a chain has an optimizer without torch's, which cannot be saved and is left out.
 * On a rank without adapters, such as a pipeline stage that has none, nothing counts the steps and the lists of main
   copies are empty. Megatron's optimizers expect a count on every rank, and lists that can be merged with rank 0's.
@@ -16,21 +14,19 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, param_group_identifier_keys
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-from dora_fx.checkpoint.rank_steps import CheckpointError
+from dora_fx.checkpoint.optimizer_chain import of_torch, single_optimizers, single_states
 
 # The only format of the distributed optimizer that can be loaded at any layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _MAIN_COPIES = "fp32_from_fp16_params"
 _NO_PARAMETER = "the rank has no parameter"
-_OF_EXPERTS = "is_expert_parallel"
 
 
 class StepCount(NamedTuple):
@@ -53,7 +49,7 @@ def sharded_state_dict(optimizer: Any, adapter: dict[str, Any], *, is_loading: b
         adapter: sharded state dict of the adapters that it trains, with the parameters themselves as data.
         is_loading: whether the state is about to be replaced.
     """
-    for single in _single_optimizers(optimizer):
+    for single in single_optimizers(optimizer):
         _allocate_state(single.optimizer)
     # Megatron's default gathers the state with NCCL, which a run on CPUs does not have.
     metadata = dict(_METADATA, distrib_optim_fully_reshardable_mem_efficient=dist.get_backend() == "gloo")
@@ -64,8 +60,8 @@ def sharded_state_dict(optimizer: Any, adapter: dict[str, Any], *, is_loading: b
         _with_some_count(optimizer),
     ):
         state: dict[str, Any] = optimizer.sharded_state_dict(adapter, is_loading=is_loading, metadata=metadata)
-    for single_state in _single_states(optimizer, state):
-        _of_torch(single_state).get("state", {}).pop(_NO_PARAMETER, None)
+    for single_state in single_states(optimizer, state):
+        of_torch(single_state).get("state", {}).pop(_NO_PARAMETER, None)
         if _MAIN_COPIES in single_state:
             # Dicts by group and index: Megatron merges lists of ranks by position, and those of this rank may be empty.
             groups = enumerate(single_state.pop(_MAIN_COPIES))
@@ -81,8 +77,8 @@ def step_counts(optimizer: Any, state: dict[Any, Any]) -> list[StepCount | None]
         state: from `sharded_state_dict`.
     """
     return [
-        _step_count(_of_torch(single_state)) if single.get_parameters() else None
-        for single, single_state in zip(_single_optimizers(optimizer), _single_states(optimizer, state), strict=True)
+        _step_count(of_torch(single_state)) if single.get_parameters() else None
+        for single, single_state in zip(single_optimizers(optimizer), single_states(optimizer, state), strict=True)
     ]
 
 
@@ -98,78 +94,28 @@ def set_step_counts(
         state: the part of `sharded_state_dict` that is not sharded.
         counts_of_ranks: `step_counts` of all ranks.
     """
-    for index, single_state in enumerate(_single_states(optimizer, state)):
+    for index, single_state in enumerate(single_states(optimizer, state)):
         known = next((counts[index] for counts in counts_of_ranks if counts[index] is not None), None)
         if known is None:
             continue
         common, of_group = known
-        of_torch = _of_torch(single_state)
+        torchs = of_torch(single_state)
         if common is not None:
-            of_torch.setdefault("state", {})["common_step"] = common
-        for group in of_torch["param_groups"] if of_group is not None else ():
+            torchs.setdefault("state", {})["common_step"] = common
+        for group in torchs["param_groups"] if of_group is not None else ():
             group["step"] = of_group
-
-
-def fit_to_chain(optimizer: Any, state: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the part of a saved state that is not sharded, in the chain of optimizers and groups of another one.
-
-    Raises:
-        CheckpointError: a parameter group has hyper-parameters that no saved group was trained by.
-    """
-    number = len(state) if all(isinstance(key, int) for key in state) else 1
-    saved = [state] if number == 1 and 0 not in state else [state[index] for index in range(number)]
-    singles = _single_optimizers(optimizer)
-    if [_identities(part) for part in map(_of_torch, saved)] == [_identities(_own_groups(each)) for each in singles]:
-        return state
-    parts = [_fitted(single, saved[min(index, number - 1)], saved) for index, single in enumerate(singles)]
-    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
-
-
-def _fitted(single: Any, at_its_place: dict[str, Any], saved: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return a state for one optimizer of a chain, with the saved groups that have its groups' hyper-parameters."""
-    found = [(group, part) for part in saved for group in _of_torch(part)["param_groups"]]
-    groups, source = [], at_its_place
-    for own in _own_groups(single)["param_groups"]:
-        alike = [(group, part) for group, part in found if _identity(group)[1:] == _identity(own)[1:]]
-        if not alike:
-            raise CheckpointError(
-                f"found no parameter group with {dict(zip(_IDENTITY, _identity(own)[1:], strict=True))} in the saved "
-                "state, expected the groups that the optimizer given has"
-            )
-        group, source = next((pair for pair in alike if _identity(pair[0]) == _identity(own)), alike[0])
-        groups.append({**group, _OF_EXPERTS: own.get(_OF_EXPERTS, False)})
-    # Megatron merges what is sharded into it in place, and two optimizers may be fitted from one.
-    fitted = copy.deepcopy(source)
-    _of_torch(fitted)["param_groups"] = groups
-    return fitted
-
-
-_IDENTITY = tuple(key for key in param_group_identifier_keys if key != _OF_EXPERTS)
-
-
-def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what Megatron tells parameter groups apart by: whether they are experts', and hyper-parameters."""
-    return (group.get(_OF_EXPERTS, False), *(group.get(key, group.get(f"pre_{key}")) for key in _IDENTITY))
-
-
-def _identities(of_torch: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [_identity(group) for group in of_torch["param_groups"]]
-
-
-def _own_groups(single: Any) -> dict[str, Any]:
-    return {"param_groups": [] if single.optimizer is None else single.optimizer.param_groups}
 
 
 def load_state(optimizer: Any, state: dict[Any, Any]) -> None:
     """Load a state dict, as `read_state` returns it, into a Megatron optimizer."""
-    singles = _single_optimizers(optimizer)
-    states = _single_states(optimizer, state)
+    singles = single_optimizers(optimizer)
+    states = single_states(optimizer, state)
     distributed = [single_state.pop("param_state", None) for single_state in states]
     with _without_idle(optimizer), _all_parameters_as_16_bit(optimizer), _own_steps(optimizer):
         for single, single_state in zip(singles, states, strict=True):
             if "param_state_sharding_type" not in single_state:
                 # Megatron leaves a count of zero out, and fails without one.
-                _of_torch(single_state).setdefault("state", {}).setdefault("common_step", torch.tensor(0.0))
+                of_torch(single_state).setdefault("state", {}).setdefault("common_step", torch.tensor(0.0))
             if isinstance(single, Float16OptimizerWithFloat16Params):
                 loaded = single_state.get(_MAIN_COPIES, {})
                 groups = enumerate(single.fp32_from_float16_groups)
@@ -181,11 +127,6 @@ def load_state(optimizer: Any, state: dict[Any, Any]) -> None:
                 single.load_parameter_state_from_fully_reshardable(tensors)
 
 
-def _single_optimizers(optimizer: Any) -> list[Any]:
-    singles = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [single for single in singles if single.optimizer is not None] or singles
-
-
 @contextlib.contextmanager
 def _without_idle(optimizer: Any) -> Iterator[None]:
     """Within the block, leave the optimizers that have nothing to train on any rank out of a chain."""
@@ -193,28 +134,16 @@ def _without_idle(optimizer: Any) -> Iterator[None]:
         yield
         return
     chained = optimizer.chained_optimizers
-    optimizer.chained_optimizers = _single_optimizers(optimizer)
+    optimizer.chained_optimizers = single_optimizers(optimizer)
     try:
         yield
     finally:
         optimizer.chained_optimizers = chained
 
 
-def _single_states(optimizer: Any, state: dict[Any, Any]) -> list[dict[str, Any]]:
-    """Return the states of the chained optimizers within the state of the chain."""
-    number = len(_single_optimizers(optimizer))
-    return [state] if number == 1 else [state[index] for index in range(number)]
-
-
-def _of_torch(single_state: dict[str, Any]) -> dict[str, Any]:
-    """Return torch's part of the state: parameter groups and the state of parameters."""
-    of_torch: dict[str, Any] = single_state.get("optimizer", single_state)
-    return of_torch
-
-
-def _step_count(of_torch: dict[str, Any]) -> StepCount:
-    of_groups = [group["step"] for group in of_torch["param_groups"] if "step" in group]
-    return StepCount(of_torch.get("state", {}).get("common_step"), of_groups[0] if of_groups else None)
+def _step_count(torchs: dict[str, Any]) -> StepCount:
+    of_groups = [group["step"] for group in torchs["param_groups"] if "step" in group]
+    return StepCount(torchs.get("state", {}).get("common_step"), of_groups[0] if of_groups else None)
 
 
 def _allocate_state(optimizer: Any) -> None:
@@ -239,7 +168,7 @@ def _own_steps(optimizer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for single in _single_optimizers(optimizer):
+        for single in single_optimizers(optimizer):
             for state in single.optimizer.state.values():
                 if isinstance(state.get("step"), torch.Tensor):
                     state["step"] = state["step"].clone()
@@ -248,7 +177,7 @@ def _own_steps(optimizer: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _with_some_count(optimizer: Any) -> Iterator[None]:
     """Within the block, give torch's optimizers without parameters on this rank a count of zero steps."""
-    lacking = [single.optimizer for single in _single_optimizers(optimizer) if not single.optimizer.state]
+    lacking = [single.optimizer for single in single_optimizers(optimizer) if not single.optimizer.state]
     try:
         for inner in lacking:
             inner.state[_NO_PARAMETER] = {"step": torch.tensor(0.0)}
@@ -277,7 +206,7 @@ def _all_parameters_as_16_bit(optimizer: Any) -> Iterator[None]:
     """
     changed = [
         single
-        for single in _single_optimizers(optimizer)
+        for single in single_optimizers(optimizer)
         if isinstance(single, Float16OptimizerWithFloat16Params) and any(single.fp32_from_fp32_groups)
     ]
     before = [(single.float16_groups, single.fp32_from_float16_groups) for single in changed]

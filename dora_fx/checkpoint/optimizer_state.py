@@ -12,8 +12,9 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dora_fx.checkpoint.manifest import StoredTensor
-from dora_fx.checkpoint.megatron_optimizer import fit_to_chain, set_step_counts, sharded_state_dict, step_counts
 from dora_fx.checkpoint.megatron_optimizer import load_state as load_megatrons
+from dora_fx.checkpoint.megatron_optimizer import set_step_counts, sharded_state_dict, step_counts
+from dora_fx.checkpoint.optimizer_chain import fit_to_chain
 from dora_fx.checkpoint.rank_steps import CheckpointError
 from dora_fx.checkpoint.torch_optimizer import check_metadata, join_metadata, state_to_load, state_to_save
 from dora_fx.checkpoint.torch_optimizer import load_state as load_torchs

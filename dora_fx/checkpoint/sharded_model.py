@@ -36,13 +36,22 @@ from dora_fx.modules import NUMBERED_EXPERTS, DoRALinear, GroupedDoRALinear, Tor
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.state\.\w+\.")
 
 
+class Keys(NamedTuple):
+    """What the keys of a checkpoint have in place of an axis of the tensors: numbers of layers, numbers of experts.
+
+    The first is Megatron's metadata flag of that name.
+    """
+
+    non_homogeneous_layers: bool
+    numbered_experts: bool
+
+
 @dataclass(frozen=True)
 class ShardedModel:
     """A model as a checkpoint sees it: this rank's shards, and the settings and shapes of all ranks.
 
     Attributes:
-        non_homogeneous_layers: Megatron's metadata flag that the shards were made with.
-        numbered_experts: keys have the numbers of experts.
+        keys: what the shards' keys have.
         adapter: chunk -> state-dict key -> this rank's shard, which holds the parameter itself.
         sites: key of an adapted layer -> DoRA's settings, over all ranks.
         unpadded: key of a tensor, or name of a parameter in the whole model -> shape within one layer, without the
@@ -50,8 +59,7 @@ class ShardedModel:
         base: this rank's shards of the adapted layers' weights and biases, and of the norms of their inputs.
     """
 
-    non_homogeneous_layers: bool
-    numbered_experts: bool
+    keys: Keys
     adapter: dict[str, dict[str, Any]]
     sites: dict[str, SiteSettings]
     unpadded: dict[str, tuple[int, ...]]
@@ -66,13 +74,6 @@ class ShardedModel:
                 layers = tuple(shard.global_shape)[: len(shard.global_shape) - len(own)]
                 tensors[shard.key] = StoredTensor(layers + own, str(shard.dtype).removeprefix("torch."))
         return dict(sorted(tensors.items()))
-
-
-class Keys(NamedTuple):
-    """What the keys of a checkpoint have in place of an axis of the tensors: numbers of layers, numbers of experts."""
-
-    non_homogeneous_layers: bool
-    numbered_experts: bool
 
 
 def sharded_model_of(chunks: Sequence[nn.Module], keys: Keys | None = None) -> ShardedModel:
@@ -99,7 +100,7 @@ def sharded_model_of(chunks: Sequence[nn.Module], keys: Keys | None = None) -> S
             shards = [shard.without_data() for shard in all_shards(adapter)]
         everyone = zip(*gather((shards, sites, shapes), "collecting the adapters"), strict=True)
         shards, sites, shapes = (list(chain.from_iterable(of_ranks)) for of_ranks in everyone)
-        sharded = ShardedModel(*tried, adapter, dict(sites), dict(shapes), base)
+        sharded = ShardedModel(tried, adapter, dict(sites), dict(shapes), base)
         # Layers can share a tensor only if they have the same shapes and settings, and if none of them lacks an
         # adapter. A rank cannot tell alone: the layers that differ may be on another pipeline stage.
         differing = _with_several_values(sites) + _with_several_values(shapes) + _not_covered(shards)

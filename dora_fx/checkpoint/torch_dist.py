@@ -47,7 +47,7 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path | str) -> None:
         """Write this rank's shards. Every rank calls it; it raises on every rank or on none."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        joined = {key: [_join(run) for run in _runs_of_layers(shards)] for key, shards in by_key.items()}
+        joined = {key: [_join(run) for run in _runs_of_neighbours(shards)] for key, shards in by_key.items()}
         checkpoint.save(
             mcore_to_pyt_state_dict(joined, False),
             storage_writer=FileSystemWriter(str(checkpoint_dir)),
@@ -83,7 +83,7 @@ def read_shards(sharded_state_dict: dict[str, Any], reader: CheckedReader) -> di
     for shard in nested_values(sharded_state_dict):
         by_key.setdefault(shard.key, []).append(shard)
     # One request per run of layers, as they were written: a request per layer would read each piece once per layer.
-    runs = [run for shards in by_key.values() for run in _runs_of_layers(shards)]
+    runs = [run for shards in by_key.values() for run in _runs_of_neighbours(shards)]
     loaded = _read_requests({str(index): _request(run) for index, run in enumerate(runs)}, reader)
     # By identity, since shards are dataclasses with tensors, which are neither hashable nor comparable.
     values: dict[int, Any] = {}
@@ -114,11 +114,10 @@ def _axis_in_front_maybe(shard: ShardedBase) -> int | None:
     return shard.prepend_axis_num - 1 if isinstance(shard, ShardedTensor) and shard.prepend_axis_num else None
 
 
-def _runs_of_layers(shards: Sequence[ShardedBase]) -> list[list[ShardedBase]]:
+def _runs_of_neighbours(shards: Sequence[ShardedBase]) -> list[list[ShardedBase]]:
     """Group the shards of one key into runs that differ in nothing but consecutive numbers of layers, or of experts."""
-    axes = {_axis_in_front_maybe(shard) for shard in shards}
-    axis = axes.pop()
-    if axes or axis is None:
+    axis, *several = {_axis_in_front_maybe(shard) for shard in shards}
+    if several or axis is None:
         return [[shard] for shard in shards]
     # Replicas are grouped apart: joined shards have one replica_id, by which Megatron picks the rank that writes.
     by_place: dict[Any, list[list[ShardedBase]]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 from dora_fx.checkpoint.checked_reader import CheckedReader, load_checked
 from dora_fx.checkpoint.directory import open_checkpoint, read_unreplaced, was_replaced
 from dora_fx.checkpoint.load_checks import check_finite, check_stored
-from dora_fx.checkpoint.manifest import Manifest, SiteSettings, StoredTensor, check_file
+from dora_fx.checkpoint.manifest import EXPERTS, Manifest, SiteSettings, StoredTensor, check_file
 from dora_fx.checkpoint.rank_steps import CheckpointError
 from dora_fx.function import ADAPTER_TENSORS
 from dora_fx.ranks import error_text
@@ -94,7 +94,7 @@ def _without_padding(stored: Tensor, expected: StoredTensor) -> Tensor:
 
 
 # What a tensor's axes in front are counted over: the text in a key that its number follows in the layer's path.
-_LAYERS, _EXPERTS = re.compile(r"\blayers\.(?!\d)"), re.compile(r"\bexperts\.experts\.(?!\d)")
+_LAYERS, _EXPERTS = re.compile(r"\blayers\.(?!\d)"), re.compile(rf"{re.escape(EXPERTS)}(?!\d)")
 
 
 def _axes(site: str) -> list[re.Pattern[str]]:
@@ -112,4 +112,4 @@ def _split_layers(site: str, whole: dict[str, Tensor]) -> Iterator[tuple[str, di
             path = axis.sub(rf"\g<0>{number}.", path, count=1)
         # Clones, so that one layer that is kept does not keep the memory of all.
         parts = {name: tensor[numbers].clone() for name, tensor in whole.items()}
-        yield path.replace(".experts.experts.", ".experts.local_experts."), parts
+        yield path.replace(EXPERTS, ".experts.local_experts."), parts

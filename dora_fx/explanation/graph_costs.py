@@ -116,7 +116,7 @@ def counted(calls: Iterable[CollectiveCall]) -> tuple[Collective, ...]:
 
 def _described(call: CollectiveCall, site: str) -> tuple[Any, ...]:
     """Return the (kind, bytes, group, ranks, site) of a collective that a module at a path belongs to."""
-    return call.kind, call.nbytes, group_named(call.group), call.num_ranks, site
+    return call.kind, max(bytes_of(call.inputs), bytes_of(call.outputs)), group_named(call.group), call.num_ranks, site
 
 
 def in_order(found: Counter[tuple[Any, ...]]) -> tuple[Collective, ...]:

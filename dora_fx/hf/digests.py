@@ -10,10 +10,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from dora_fx.checkpoint import EXPERTS, add_digests, shard_digests
+from dora_fx.megatron import expert_number_maybe
 from dora_fx.models import DecoderNames, architecture_with_tensors, full_tensors
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
-_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 
 
 def base_digests(
@@ -44,11 +44,11 @@ def base_digests(
             # Without numbers in the keys the layers of a kind are one tensor, with an axis of layers in front.
             key = match[1] + match[3] if match else name
             offsets = [(0, int(match[2]), architecture.num_layers)] if match else []
-            if expert := _EXPERT.search(key):
+            if (number := expert_number_maybe(key)) is not None:
                 # Experts are always one, behind that axis.
-                key = key.replace(expert[0], EXPERTS)
-                offsets.append((len(offsets), int(expert[1]), architecture.num_experts))
-            if key in keys and (not expert or gpt_name.rpartition(".")[0] in adapted):
+                key = key.replace(f".experts.local_experts.{number}.", EXPERTS)
+                offsets.append((len(offsets), number, architecture.num_experts))
+            if key in keys and (number is None or gpt_name.rpartition(".")[0] in adapted):
                 yield ShardedTensor.from_rank_offsets(key, tensor, *offsets, prepend_axis_num=len(offsets))
 
     return add_digests([shard_digests(shards())])

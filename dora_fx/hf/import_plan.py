@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from dora_fx.attach import AttachPlan, DoRA, plan_attachment
 from dora_fx.hf.counterpart import Counterpart, GPTCounterpart, NamedLinear
 from dora_fx.hf.join import JoinedAdapter, Part, join_parts
+from dora_fx.hf.peft_files import is_of_expert
 from dora_fx.hf.peft_numbers import check_numbers
 from dora_fx.hf.peft_reader import PeftAdapter
 from dora_fx.megatron import check_unsharded, walk
 from dora_fx.models import HF_ARCHITECTURES, LM_HEAD, OUTPUT_LAYER
-from dora_fx.modules import DoRALinear, is_grouped_linear
+from dora_fx.modules import DoRALinear, is_grouped_linear, is_grouped_mlp
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +64,12 @@ def plan_imports(hf: Counterpart, adapter: PeftAdapter, vocab_size: int | None) 
 
 def _check_experts_are_layers(hf: Counterpart, adapter: PeftAdapter) -> None:
     """Raise ValueError for adapters of single experts where a module holds several: they would have no place."""
-    of_experts = next((path for path in adapter.shapes if ".experts." in path), None)
+    of_experts = next(filter(is_of_expert, adapter.shapes), None)
     if of_experts is None:
         return
     for chunk in dict.fromkeys(linear.chunk for linear in hf.linears):
         for _, path, module in walk(chunk):
-            if is_grouped_linear(module) or type(module).__name__ == "GroupedMLP":
+            if is_grouped_linear(module) or is_grouped_mlp(module):
                 raise ValueError(
                     f"{adapter.folder}: found an adapter of {of_experts}, and in the model {path}, which holds several "
                     "experts, expected layers of single experts: import into the same model with SequentialMLP, save a "

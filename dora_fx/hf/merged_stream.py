@@ -16,7 +16,7 @@ from dora_fx.hf.counterpart import GPTCounterpart, NamedLinear, check_own, gpt_c
 from dora_fx.hf.model_record import ModelRecord, model_record
 from dora_fx.hf.send import send_units
 from dora_fx.megatron import Model, check_unsharded, chunks_of
-from dora_fx.models import EMBEDDING_WEIGHT, FINAL_NORM, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER, ROUTER
+from dora_fx.models import EMBEDDING_WEIGHT, FINAL_NORM, FINAL_NORM_WEIGHT, LAYERS, OUTPUT_LAYER
 from dora_fx.modules import DoRALinear, LinearSpec, format_problem_maybe, gather_whole, quantised_weight_maybe
 from dora_fx.ranks import gather_objects, raise_on_every_rank
 
@@ -145,8 +145,8 @@ def _other_unit(
     """The unit of an embedding, a norm or a router: one weight, whole on every rank or sharded along its rows."""
     layer = path.removeprefix("decoder.layers.").partition(".")
     names = {_EMBEDDING: EMBEDDING_WEIGHT, FINAL_NORM: FINAL_NORM_WEIGHT}
-    own = {**hf.parts.hf.norms, ROUTER: hf.parts.hf.router}
-    if layer[0].isdigit() and own.get(layer[2]):
+    own = hf.parts.hf.plain_modules
+    if layer[0].isdigit() and layer[2] in own:
         names[path] = f"{LAYERS}.{layer[0]}.{own[layer[2]]}.weight"
     if path not in names or parameters.keys() != {"weight"}:
         raise ValueError(
@@ -175,7 +175,7 @@ def _layer_modules(hf: GPTCounterpart) -> Iterator[str]:
     """Paths, in a GPTModel of the local spec, of the modules in its layers that have parameters."""
     architecture = hf.parts.hf
     linears = architecture.linears_of_layer(range(hf.parts.num_experts))
-    names = [*architecture.norms, *([ROUTER] if architecture.router else []), *linears]
+    names = [*architecture.plain_modules, *linears]
     for index in range(hf.decoder.num_layers):
         yield from (f"decoder.layers.{index}.{name}" for name in names)
 

@@ -53,6 +53,11 @@ class PeftModule:
         return low_rank_scaling(self.alpha, self.lora_a.shape[0], self.use_rslora)
 
 
+def is_of_expert(path: str) -> bool:
+    """Return whether a Hugging Face layer is one of an expert's."""
+    return _OF_EXPERT.search(path) is not None
+
+
 def peft_tensors(modules: Mapping[str, PeftModule]) -> dict[str, Tensor]:
     """Tensors of adapters by the names that PEFT's files have; `modules` by the path in the Hugging Face model."""
     return {
@@ -128,7 +133,7 @@ def write_peft_adapter(
         "task_type": task_type,
         "use_dora": True,
         "use_rslora": use_rslora,
-        **({EXPERTS_KEY: PER_EXPERT} if any(map(_OF_EXPERT.search, modules)) else {}),
+        **({EXPERTS_KEY: PER_EXPERT} if any(map(is_of_expert, modules)) else {}),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -58,7 +58,7 @@ class AdapterSaver:
 
         Raises:
             ValueError: a setting asks for what an adapter cannot be saved as, the adapters have several dropouts, or
-                one has NaN or inf.
+                one has NaN or inf; or some layers are quantised and others merged.
         """
         record = model_record([self.model])
         if not record.sites or (state_dict is not None and not any(".adapter." in name for name in state_dict)):
@@ -128,9 +128,13 @@ def _as_it_is_saved(model: Any, state_dict: Mapping[str, Tensor] | None) -> Iter
 
 
 def _is_plain(weight: Tensor | None) -> bool:
-    """Return whether a weight to be saved is a matrix of numbers, and not what stands for it in a quantised layer."""
-    is_tensor = weight is None or type(weight) in (Tensor, nn.Parameter)
-    return is_tensor and (weight is None or (weight.dim() == 2 and weight.is_floating_point()))
+    """Return whether a weight to be saved is a matrix of numbers, and not what stands for it in a quantised layer.
+
+    HQQ's layers have no entry of this name.
+    """
+    if weight is None or type(weight) not in (Tensor, nn.Parameter):
+        return False
+    return weight.dim() == 2 and weight.is_floating_point()
 
 
 def _adapter_tensors(sites: Sequence[NamedModule]) -> dict[str, Tensor]:

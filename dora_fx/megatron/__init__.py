@@ -8,6 +8,7 @@ from dora_fx.megatron.data_parallel import (
     reduces_all,
 )
 from dora_fx.megatron.dynamo_settings import allow_many_graphs, capture_megatron_whole
+from dora_fx.megatron.expert_paths import expert_number_maybe, with_expert_number
 from dora_fx.megatron.gradient_buckets import GradientBucket, find_bucket_maybe
 from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp
 from dora_fx.megatron.layer_inputs import Arguments, need_gradient, with_gradient, without_gradient
@@ -60,6 +61,7 @@ __all__ = [
     "data_parallel_around",
     "derives_from",
     "differing",
+    "expert_number_maybe",
     "find_bucket_maybe",
     "hybrid_pattern_maybe",
     "is_attention_and_mlp",
@@ -78,6 +80,7 @@ __all__ = [
     "unwrap",
     "update_main_copies",
     "walk",
+    "with_expert_number",
     "with_gradient",
     "without_gradient",
     "world_at_hand",

@@ -81,11 +81,13 @@ def architecture_of(config: Any) -> GPTArchitecture:
         return _refuse("model_type", config.model_type, f"one of {', '.join(SUPPORTED_MODEL_TYPES)}")
     _check_features(hf, config)
     factors, experts = _rope_factors(config.rope_parameters), _experts(config) if hf.router else None
+    # Configs keep fields that are not theirs, so a dense model's may have a size of experts.
+    has_own_size = experts is not None and hasattr(config, "moe_intermediate_size")
     return GPTArchitecture(
         hf=hf,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=getattr(config, "moe_intermediate_size", config.intermediate_size),
+        ffn_hidden_size=config.moe_intermediate_size if has_own_size else config.intermediate_size,
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads,
         kv_channels=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,

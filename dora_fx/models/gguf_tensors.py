@@ -76,7 +76,7 @@ def gguf_state_dict(opened: GGUFFile, config: Any, dtype: torch.dtype) -> dict[s
     expected = expected_shapes(config)
     hf_names = _hf_names(config, expected)
     gguf_names = {hf_names.get(name, name): name for name in opened.tensors if name != ROPE_FREQS}
-    check_names(opened.path, config, gguf_names)
+    check_names(opened.path, config, gguf_names, expected)
     tensors = {}
     for name, gguf_name in gguf_names.items():
         check_shape(opened.path, gguf_name, opened.shape(gguf_name), expected[name])

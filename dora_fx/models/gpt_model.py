@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from dora_fx.files import listed
+from dora_fx.megatron import expert_number_maybe
 from dora_fx.models.architecture import GPTArchitecture, architecture_of, with_query_groups
 from dora_fx.models.decoder_names import parameters_by_gpt_name
 from dora_fx.models.fused_experts import per_expert
@@ -24,7 +25,6 @@ from dora_fx.models.hf_architectures import (
     OUTPUT_WEIGHT,
     SUPPORTED_MODEL_TYPES,
     HFArchitecture,
-    expert_number_maybe,
     is_expert_fc2,
 )
 from dora_fx.models.layer_tensors import hf_layer_names, megatron_layer_tensors, shard_of
@@ -239,7 +239,8 @@ def _copy_weights(architecture: GPTArchitecture, state_dict: Mapping[str, Tensor
         parameter = parameters.pop(name)
         if expert_number_maybe(name) is not None:
             # Transformer Engine does not mark shards whose collectives the token dispatcher took over.
-            full = shard_of(name, full, int(is_expert_fc2(name)), of_experts.rank(), of_experts.size())
+            dim = int(is_expert_fc2(name.rpartition(".")[0]))
+            full = shard_of(name, full, dim, of_experts.rank(), of_experts.size())
         elif getattr(parameter, "tensor_model_parallel", False):
             full = shard_of(name, full, parameter.partition_dim, dense.rank(), dense.size())  # type: ignore[attr-defined]
         if full.shape != parameter.shape:

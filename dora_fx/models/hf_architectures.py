@@ -11,9 +11,10 @@ experts of a layer in two tensors (`fused_experts.py`), and writes the hub's nam
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from dora_fx.megatron import expert_number_maybe, with_expert_number
 
 # Megatron's linear layers within a layer of the decoder, and the one after it.
 LINEAR_QKV, LINEAR_PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
@@ -32,8 +33,6 @@ EMBEDDING_WEIGHT, FINAL_NORM_WEIGHT, OUTPUT_WEIGHT = "model.embed_tokens.weight"
 ROTARY_FREQUENCIES = "rotary_emb.inv_freq"
 # transformers' own parameters of a layer with experts: `[E, 2 f, h]` with gate before up, `[E, h, f]` and `[E, h]`.
 FUSED_FC1, FUSED_FC2, FUSED_ROUTER = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate"
-
-_EXPERT_NUMBER = re.compile(r"(?<=\.local_experts\.)\d+")
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,11 @@ class HFArchitecture:
     gguf_rotary_pairs: bool = False
 
     @property
+    def plain_modules(self) -> dict[str, str]:
+        """Megatron module -> Hugging Face module, of those that have the same weight: the norms and the router."""
+        return {**self.norms, ROUTER: self.router} if self.router else {**self.norms}
+
+    @property
     def qk_layernorm(self) -> bool:
         """True if each head of query and key is normalised."""
         return _Q_LAYERNORM in self.norms
@@ -77,12 +81,13 @@ class HFArchitecture:
         number = expert_number_maybe(linear)
         return tuple(name.format(number) for name in self.linears.get(numberless(linear), ()))
 
-    def linears_of_layer(self, experts: Iterable[int]) -> dict[str, tuple[str, ...]]:
+    def linears_of_layer(self, experts: Sequence[int]) -> dict[str, tuple[str, ...]]:
         """Return `linears` with the numbers of these experts filled in."""
-        names: dict[str, tuple[str, ...]] = {}
-        for number in [*experts] if self.router else [0]:
-            names |= {linear.format(number): self.names_of(linear.format(number)) for linear in self.linears}
-        return names
+        return {
+            linear.format(number): tuple(name.format(number) for name in names)
+            for linear, names in self.linears.items()
+            for number in (experts if linear in (EXPERT_FC1, EXPERT_FC2) else (0,))
+        }
 
     def linear_paths(self, num_layers: int, num_experts: int) -> tuple[str, ...]:
         """Paths of all linear layers of a model with so many layers, and so many experts in each of them."""
@@ -90,20 +95,19 @@ class HFArchitecture:
         return (*(f"{LAYERS}.{i}.{name}" for i in range(num_layers) for name in names), LM_HEAD)
 
 
-def expert_number_maybe(path: str) -> int | None:
-    """Return the number of the expert that a Megatron layer or parameter is of; None for one of no expert."""
-    match = _EXPERT_NUMBER.search(path)
-    return int(match[0]) if match else None
+def is_fc1(linear: str) -> bool:
+    """Return whether a layer, by its path or its name within a layer, holds gate and up, of the MLP or of an expert."""
+    return numberless(linear).endswith((LINEAR_FC1, EXPERT_FC1))
 
 
-def is_expert_fc2(name: str) -> bool:
-    """Return whether a parameter is one of an expert's second layer, which is sharded along its columns."""
-    return numberless(name).rpartition(".")[0].endswith(EXPERT_FC2)
+def is_expert_fc2(linear: str) -> bool:
+    """Return whether a layer is an expert's second one, which is sharded along its columns."""
+    return numberless(linear).endswith(EXPERT_FC2)
 
 
 def numberless(linear: str) -> str:
     """Return a Megatron layer's name with `{}` instead of an expert's number, as `linears` has it."""
-    return _EXPERT_NUMBER.sub("{}", linear)
+    return with_expert_number(linear, "{}")
 
 
 _LLAMA = HFArchitecture(

@@ -148,8 +148,9 @@ def _with_split_experts(config: Any, tensors: dict[str, Tensor]) -> dict[str, Te
     split: dict[str, Tensor] = {}
     for name in list(tensors):
         own = {name: tensors.pop(name)}
-        split |= {part: tensor.clone() for part, tensor in per_expert(hf, own).items()} if are_fused(own) else own
-    return per_expert(hf, split)
+        is_split = are_fused(own)
+        split |= {part: tensor.clone() if is_split else tensor for part, tensor in per_expert(hf, own).items()}
+    return split
 
 
 def _with_tied_names(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_fx.megatron import expert_number_maybe
 from dora_fx.models.architecture import GPTArchitecture
 from dora_fx.models.hf_architectures import (
     EXPERT_FC1,
@@ -30,7 +31,7 @@ from dora_fx.models.hf_architectures import (
     LM_HEAD,
     OUTPUT_LAYER,
     HFArchitecture,
-    expert_number_maybe,
+    is_fc1,
     numberless,
 )
 
@@ -107,7 +108,7 @@ class HFParts:
 
     def _blocks(self, path: str, out_features: int) -> tuple[Tensor, ...]:
         linear, rows = _within_layer(path), torch.arange(out_features)
-        if linear in (LINEAR_FC1, EXPERT_FC1):
+        if is_fc1(linear):
             if out_features != 2 * self.ffn_hidden_size:
                 raise ValueError(
                     f"{path}: found {out_features} rows, expected {2 * self.ffn_hidden_size}, twice ffn_hidden_size "

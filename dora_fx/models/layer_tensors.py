@@ -8,30 +8,21 @@ All functions are pure functions of tensors, without a model, a process group or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dora_fx.function import shard
 from dora_fx.models.architecture import GPTArchitecture
-from dora_fx.models.hf_architectures import (
-    EXPERT_FC1,
-    LINEAR_FC1,
-    LINEAR_PROJ,
-    LINEAR_QKV,
-    ROUTER,
-    HFArchitecture,
-    numberless,
-)
+from dora_fx.models.hf_architectures import LINEAR_PROJ, LINEAR_QKV, HFArchitecture, is_fc1
 from dora_fx.models.hf_parts import HFParts
 
 
-def hf_layer_names(architecture: GPTArchitecture, experts: Iterable[int] | None = None) -> list[str]:
+def hf_layer_names(architecture: GPTArchitecture, experts: Sequence[int] | None = None) -> list[str]:
     """Return the names within a layer of the Hugging Face tensors that `megatron_layer_tensors` reads."""
     hf = architecture.hf
-    names = [*hf.norms.values(), *([hf.router] if hf.router else [])]
-    return [f"{name}.weight" for name in names] + [
+    return [f"{name}.weight" for name in hf.plain_modules.values()] + [
         f"{name}.{kind}"
         for linear, parts in hf.linears_of_layer(_numbers(architecture, experts)).items()
         for name in parts
@@ -40,7 +31,7 @@ def hf_layer_names(architecture: GPTArchitecture, experts: Iterable[int] | None 
 
 
 def megatron_layer_tensors(
-    architecture: GPTArchitecture, hf: Mapping[str, Tensor], experts: Iterable[int] | None = None
+    architecture: GPTArchitecture, hf: Mapping[str, Tensor], experts: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
     """Build one layer's full Megatron tensors, by their names within the layer.
 
@@ -50,9 +41,7 @@ def megatron_layer_tensors(
         experts: numbers of those to build; None for all.
     """
     parts = HFParts.of(architecture.hf, architecture)
-    tensors = {f"{norm}.weight": hf[f"{name}.weight"] for norm, name in architecture.hf.norms.items()}
-    if architecture.hf.router:
-        tensors[f"{ROUTER}.weight"] = hf[f"{architecture.hf.router}.weight"]
+    tensors = {f"{own}.weight": hf[f"{name}.weight"] for own, name in architecture.hf.plain_modules.items()}
     for linear, names in architecture.hf.linears_of_layer(_numbers(architecture, experts)).items():
         for kind in _kinds(architecture.hf, linear):
             own = {f"{name}.{kind}": hf[f"{name}.{kind}"] for name in names}
@@ -92,14 +81,14 @@ def shard_of(name: str, full: Tensor, partition_dim: int, tp_rank: int, tp_size:
     Raises:
         ValueError: the dimension is not divisible by the number of shards.
     """
-    blocks = 2 if numberless(name).rpartition(".")[0].endswith((LINEAR_FC1, EXPERT_FC1)) else 1
+    blocks = 2 if is_fc1(name.rpartition(".")[0]) else 1
     size = full.shape[partition_dim] // blocks
     if size % tp_size:
         raise ValueError(f"{name}: size {size} of dimension {partition_dim} does not divide by {tp_size} ranks")
     return shard(full, partition_dim, tp_rank, tp_size, blocks)
 
 
-def _numbers(architecture: GPTArchitecture, experts: Iterable[int] | None) -> Iterable[int]:
+def _numbers(architecture: GPTArchitecture, experts: Sequence[int] | None) -> Sequence[int]:
     return range(architecture.num_experts) if experts is None else experts
 
 

@@ -35,19 +35,20 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float32) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
 
 
-def check_names(source: Path, config: Any, found: Collection[str]) -> None:
+def check_names(source: Path, config: Any, found: Collection[str], expected: Collection[str]) -> None:
     """Raise ValueError unless the tensors are exactly those of the config's model; one of two tied names is enough.
 
     Args:
         source: the file or folder of the tensors, for the message.
         config: of the model.
         found: names of the tensors, as the model or checkpoints on the hub name them.
+        expected: those of `expected_shapes`.
     """
-    expected, tied = set(expected_shapes(config, found)), {EMBEDDING_WEIGHT, OUTPUT_WEIGHT}
-    missing = expected - set(found)
+    tied = {EMBEDDING_WEIGHT, OUTPUT_WEIGHT}
+    missing = set(expected) - set(found)
     if config.tie_word_embeddings and not tied <= missing:
         missing -= tied
-    raise_for_names(f"{source}: the tensors are not those of its config", missing, set(found) - expected)
+    raise_for_names(f"{source}: the tensors are not those of its config", missing, set(found) - set(expected))
 
 
 def raise_for_names(message: str, missing: Collection[str], unexpected: Collection[str]) -> None:

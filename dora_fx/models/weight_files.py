@@ -92,7 +92,7 @@ def weights_by_name(folder: Path, config: Any, headers: Iterable[StoredWeight]) 
             )
         weights[name] = weight
     rotary = {name: weights.pop(name) for name in list(weights) if name.endswith(ROTARY_FREQUENCIES)}
-    check_names(folder, config, weights)
+    check_names(folder, config, weights, expected)
     for name, weight in weights.items():
         check_shape(weight.file, name, weight.shape, expected[name])
         if not weight.dtype.removeprefix("torch.").lower().startswith(("f", "bf")):

@@ -26,6 +26,7 @@ from dora_fx.ranks import group_rank, group_size
 
 # An entry of Megatron's metadata of state dicts: keys have the numbers of experts, and tensors have no axis for them.
 NUMBERED_EXPERTS = "dora_fx_numbered_experts"
+# Megatron cuts this text off keys afterwards, so a number that is to stay in them stands behind it.
 _LOCAL_EXPERT = re.compile(r"\blocal_experts\.\d+\.")
 
 

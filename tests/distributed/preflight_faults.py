@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dora_fx
-from dora_fx.attach import merging, recomputation
+from dora_fx.attach import merged_weights, recomputation
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.models import causal_mask
 from dora_fx.modules import tensor_checks
@@ -151,7 +151,7 @@ def differ_on_one_rank(setup: SetUp) -> None:
 
 @contextlib.contextmanager
 def merging_without_scaling() -> Iterator[None]:
-    with planted(Mutation("merged without scaling", merging.merge_tensors, "alpha=scaling", "alpha=1.0")):
+    with planted(Mutation("merged without scaling", merged_weights.merge_tensors, "alpha=scaling", "alpha=1.0")):
         yield
 
 

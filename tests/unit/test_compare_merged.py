@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import dora_fx
-from dora_fx.attach.merging import merged_weight
+from dora_fx.attach.merged_weights import merged_weight
 from dora_fx.hf import MergedComparison
 from dora_fx.models import causal_mask
 from tests.hf_models import tiny_hf_model

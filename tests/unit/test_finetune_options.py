@@ -10,14 +10,8 @@ import yaml
 from dora_fx.app.cli.main import main, parse
 from dora_fx.app.cli.option_order import options_in_order
 from dora_fx.app.errors import UserError
+from dora_fx.app.options import DEMO_DEFAULTS, FinetuneOptions, check_resumable, options_from, saved_options
 from dora_fx.app.options.command_line import aliases_of
-from dora_fx.app.options.finetune_options import (
-    DEMO_DEFAULTS,
-    FinetuneOptions,
-    check_resumable,
-    options_from,
-    saved_options,
-)
 from dora_fx.app.training.adapter_optimizer import learning_rate
 from dora_fx.checkpoint.manifest import Manifest
 from tests.tables import every_case

@@ -91,9 +91,9 @@ def test_a_hybrid_model_of_experts_is_refused() -> None:
         (
             "llama",
             dict(dp=2, ep=2, gradient_accumulation=2),
-            "--ep: found 2, expected 1: the base, a llama, has no",
+            "--ep: found 2, expected it left out: the base, a llama, has no",
         ),
-        ("llama", dict(tp=2, etp=2), "--etp: found 2, expected 1: the base, a llama, has no experts"),
+        ("llama", dict(tp=2, etp=2), "--etp: found 2, expected it left out: the base, a llama, has no experts"),
         ("mixtral", dict(tp=2), "--tp: found 2 for a base with experts, expected --sequence-parallel beside it"),
     ],
 )

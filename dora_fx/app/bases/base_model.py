@@ -111,9 +111,11 @@ def resolve_spec(options: ModelOptions, device: str) -> Spec:
 def check_experts(config: Any, options: ModelOptions) -> None:
     """Raise UserError if the parallel sizes are not for a base, which has experts or has none."""
     if architecture_of(config).experts is None:
-        for name, size in (("ep", options.ep), ("etp", options.etp or 1)):
-            if size > 1:
-                raise UserError(f"--{name}: found {size}, expected 1: the base, a {config.model_type}, has no experts")
+        for name, size, default in (("ep", options.ep, 1), ("etp", options.etp, None)):
+            if size != default:
+                raise UserError(
+                    f"--{name}: found {size}, expected it left out: the base, a {config.model_type}, has no experts"
+                )
     elif options.tp > 1 and not options.sequence_parallel:
         raise UserError(
             f"--tp: found {options.tp} for a base with experts, expected --sequence-parallel beside it, as Megatron "

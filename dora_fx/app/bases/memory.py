@@ -15,7 +15,7 @@ from dora_fx.app.errors import UserError
 from dora_fx.app.options import FinetuneOptions
 from dora_fx.files import is_out_of_memory, reason_of
 from dora_fx.models import DecoderNames
-from dora_fx.modules import DoRALinear
+from dora_fx.modules import sites_of
 
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _LOGIT_BYTES = 4
@@ -68,7 +68,7 @@ def estimate_memory(model: Any, options: FinetuneOptions) -> MemoryEstimate:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
     narrow = sum(parameter.numel() for parameter in trained if parameter.dtype.itemsize < 4)
-    sums = sum(module.num_partial_sums for module in model.modules() if isinstance(module, DoRALinear))
+    sums = sum(site.num_partial_sums for site in sites_of(model))
     return MemoryEstimate(
         parameters=sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors),
         gradients=(count + sums) * _GRADIENT_BYTES,

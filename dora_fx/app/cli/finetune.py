@@ -178,7 +178,8 @@ def _place(options: FinetuneOptions, device: str) -> str:
     shown = [f"{size} {name}-parallel" for name, size in sizes.items() if size > 1]
     if not shown:
         return device
-    experts = f", experts on {options.ep} x {options.expert_tensor_parallel} of them" if options.ep > 1 else ""
+    own = options.ep > 1 or options.expert_tensor_parallel != options.tp
+    experts = f", experts on {options.ep} x {options.expert_tensor_parallel} of them" if own else ""
     return f"{device}, {' x '.join(shown)} ranks{' with sequence parallelism' * options.sequence_parallel}{experts}"
 
 

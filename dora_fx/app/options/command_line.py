@@ -76,6 +76,8 @@ _ELSEWHERE = {
     "prompt": "message input text question",
     "raw": "no-template no-chat-template completion",
 }
+# Options of other programs that quantise the base.
+_QUANTISED = "load-in load-in-4bit load-in-8bit qlora quantize quantization quant-method bits"
 
 
 def aliases_of(name: str) -> list[str]:
@@ -164,10 +166,6 @@ def _parts(values: list[str]) -> list[str]:
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
-# Options of others that quantise the base.
-_QUANTISED = "load-in load-in-4bit load-in-8bit qlora quantize quantization quant-method bits"
-
-
 def with_hint(message: str, names: Collection[str]) -> str:
     """The parser's message, with the nearest of `names` for each option, key or command that it does not know.
 
@@ -175,7 +173,9 @@ def with_hint(message: str, names: Collection[str]) -> str:
         message: of argparse or jsonargparse.
         names: of what there is, without dashes in front.
     """
-    if any(found.strip("-").replace("_", "-") in _QUANTISED.split() for found in _unknown(message)):
+    # Nothing but a training has this one.
+    trains = "gradient-accumulation" in names
+    if trains and any(found.strip("-").replace("_", "-") in _QUANTISED.split() for found in _unknown(message)):
         return (
             f"{message}; Megatron's layers hold no quantised weights: train on a quantised base with transformers' "
             "Trainer, as docs/quantised.md and examples/quantised_trainer.py show"

@@ -31,7 +31,12 @@ def generate_greedily(
     """
     model.eval()
     tokens = prompt.to(device)[None]
-    multiple = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    config = model.config
+    # Replicas send each other tokens, and wait for each other's, where the ranks of one do not hold all experts.
+    shares_experts = (
+        config.expert_model_parallel_size * config.expert_tensor_parallel_size > config.tensor_model_parallel_size
+    )
+    multiple = config.tensor_model_parallel_size if config.sequence_parallel else 1
     with torch.compiler.set_stance("force_eager"):
         for _ in range(num_tokens):
             # Sequence parallelism needs a length that it divides. Padding after the last token does not affect it.
@@ -42,7 +47,7 @@ def generate_greedily(
             # Each tensor-parallel rank has the logits of its part of the vocabulary.
             last = gather_from_tensor_model_parallel_region(logits[:, length - 1])
             following = last.argmax(dim=-1, keepdim=True)
-            if model.config.expert_model_parallel_size > 1:
+            if shares_experts:
                 # The copies of a token may round otherwise on the way to its experts and back, and all stop together.
                 replicas = parallel_state.get_data_parallel_group()
                 dist.broadcast(following, dist.get_global_rank(replicas, 0), group=replicas)

@@ -12,6 +12,7 @@ from dora_fx.modules.kinds.grouped_linear import (
     TERowParallelGrouped,
     expert_weights,
     is_grouped_linear,
+    is_grouped_mlp,
 )
 from dora_fx.modules.kinds.hqq_linear import HQQLinear
 from dora_fx.modules.kinds.linear_kind import (
@@ -112,6 +113,7 @@ __all__ = [
     "expert_weights",
     "format_problem_maybe",
     "is_grouped_linear",
+    "is_grouped_mlp",
     "kind_of_maybe",
     "looks_like_linear",
     "quantised_weight_maybe",

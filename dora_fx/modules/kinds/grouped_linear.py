@@ -129,6 +129,11 @@ def is_grouped_linear(module: nn.Module) -> bool:
     return TEColumnParallelGrouped.matches(module) or TERowParallelGrouped.matches(module)
 
 
+def is_grouped_mlp(module: nn.Module) -> bool:
+    """Return whether a module holds the weights of several experts and no linear layers, as Megatron's GroupedMLP."""
+    return type(module).__name__ == "GroupedMLP"
+
+
 def expert_weights(linear: Any) -> tuple[nn.Parameter, ...]:
     """Return W0 `[out, in]` of each of a grouped layer's experts, or this rank's shards."""
     return tuple(getattr(linear, f"weight{number}") for number in range(linear.num_gemms))

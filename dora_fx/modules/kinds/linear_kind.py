@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from dora_fx.function import BaseWeight, InputNorm, Layout, ParameterPlacement
+from dora_fx.megatron import expert_number_maybe
 
 A_PARAMETER_EACH = "an adapted layer reads a parameter for each expert"
 _REFUSED_FOR_EXPERTS = {
@@ -57,13 +58,6 @@ class LocalExperts:
         config = linear.config
         is_as_dense = config.expert_model_parallel_size == 1 and group.size() == config.tensor_model_parallel_size
         return cls(group.group_name, group.rank(), allreduce=is_as_dense, first=expert_number_maybe(path))
-
-
-def expert_number_maybe(path: str) -> int | None:
-    """Return the number that follows `local_experts` in a path with numbers of the whole model; None without one."""
-    _, _, within = f".{path}".partition(".local_experts.")
-    number = within.partition(".")[0]
-    return int(number) if number.isdecimal() else None
 
 
 @dataclass(frozen=True)
