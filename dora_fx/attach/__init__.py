@@ -3,6 +3,7 @@
 from dora_fx.attach.attach_listeners import on_attach
 from dora_fx.attach.attach_report import DoRAReport
 from dora_fx.attach.config import DoRA
+from dora_fx.attach.first_step import check_torch_wrappers
 from dora_fx.attach.kept_adapter import merged_layer_maybe, was_quantised
 from dora_fx.attach.learning_rates import config_overrides, parameter_groups
 from dora_fx.attach.matching import adapted_layers
@@ -21,6 +22,7 @@ from dora_fx.attach.named_adapters import (
 from dora_fx.attach.other_trainables import warn_of_other_trainables
 from dora_fx.attach.plan import AttachPlan, attach, plan_attachment
 from dora_fx.attach.probe import try_layers
+from dora_fx.attach.routers import routers_of
 
 __all__ = [
     "NOTHING_ADAPTED",
@@ -33,6 +35,7 @@ __all__ = [
     "adapter_names",
     "add_adapter",
     "attach",
+    "check_torch_wrappers",
     "config_overrides",
     "delete_adapter",
     "merge",
@@ -45,6 +48,7 @@ __all__ = [
     "on_attach",
     "parameter_groups",
     "plan_attachment",
+    "routers_of",
     "served_dtype",
     "set_adapter",
     "try_layers",

@@ -3,6 +3,8 @@
 With a checkpoint that keeps no graph, a detached output or a layer that is never called, only a part of the model is
 trained, and nothing raises. B and m have gradients other than zero from the first backward pass on, A once B is not
 zero, so a layer without any is one that the loss does not depend on.
+
+A wrapper of torch's that would make different parts of a model equal is an error then: nothing has been trained.
 """
 
 from __future__ import annotations
@@ -10,16 +12,19 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dora_fx.attach.matching import of_all_experts
-from dora_fx.megatron import memory_of
+from dora_fx.megatron import check_joins_replicas, data_parallel_around, memory_of
 from dora_fx.modules import DoRALinear
+from dora_fx.ranks import resolve_group
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +55,18 @@ def _check_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Mappin
             _sites_before_first_step.remove(sites)
         elif _trains_any(optimizer, alive.values()):
             _sites_before_first_step.remove(sites)
+            check_torch_wrappers(alive.values())
             _warn_of(alive)
+
+
+def check_torch_wrappers(sites: Collection[DoRALinear]) -> None:
+    """Raise ValueError if torch's DistributedDataParallel around layers joins ranks that hold other parts of them."""
+    groups = [("tensor", resolve_group(name)) for name in {site.adapter.tp_group for site in sites} - {""}]
+    if any(site.adapter.experts is not None for site in sites):
+        groups.append(("expert", parallel_state.get_expert_model_parallel_group()))
+    for wrapper in data_parallel_around(sites) if groups else ():
+        if isinstance(wrapper, DistributedDataParallel):
+            check_joins_replicas(wrapper, groups)
 
 
 def _trains_any(optimizer: torch.optim.Optimizer, sites: Iterable[DoRALinear]) -> bool:

@@ -1,7 +1,7 @@
 """What of experts stays frozen: those that a transformers model holds as parameters, and the bias of a router.
 
-Experts that are parameters `[E, out, in]` are no linear layers. A target that means them is refused, because it may
-name dense layers too, and nothing would tell that they alone train.
+Experts that are parameters, `[E, out, in]` or `[E * out, in]`, are no linear layers. A target that means them is
+refused, because it may name dense layers too, and nothing would tell that they alone train.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from dora_fx.attach.layer_names import projections_of
 from dora_fx.attach.matching import ALL_LINEAR, matches
+from dora_fx.attach.routers import modules_of_routers
 from dora_fx.megatron import unwrap, walk
-from dora_fx.modules import DoRALinear
+from dora_fx.modules import DoRALinear, looks_like_linear
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +25,21 @@ _NAME = "expert"
 
 
 def fused_experts(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the path and the parameter of all experts of each layer that holds them in one."""
-    for named in (named for chunk in chunks for named in walk(chunk, DoRALinear)):
-        of_experts = _NAME in f"{named.whole_path} {type(named.module).__name__}".lower()
-        for name, parameter in named.module.named_parameters(recurse=False):
-            if of_experts and parameter.dim() == 3:
-                yield f"{named.whole_path}.{name}", parameter
+    """Yield the path and the parameter of all experts of each layer that holds them in one.
+
+    Several matrices that are one parameter are taken for experts, whatever they are called; a single matrix where a
+    name says so. Positions, which are `[1, tokens, hidden]`, and kernels of convolutions are none.
+    """
+    for chunk in chunks:
+        of_routers = modules_of_routers(chunk)
+        for named in walk(chunk, DoRALinear):
+            module = named.module
+            if looks_like_linear(module) or isinstance(module, (nn.Embedding, _ConvNd)) or module in of_routers:
+                continue
+            dims = (2, 3) if _NAME in f"{named.whole_path} {type(module).__name__}".lower() else (3,)
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() in dims and parameter.shape[0] > 1 and "bias" not in name:
+                    yield f"{named.whole_path}.{name}", parameter
 
 
 def check_fused_experts(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: Sequence[str]) -> None:
@@ -42,11 +53,12 @@ def check_fused_experts(chunks: Sequence[nn.Module], targets: Sequence[str], exc
         for target in targets:
             if target != ALL_LINEAR and _means(target, path):
                 shape = "x".join(map(str, parameter.shape))
+                number = f"{parameter.shape[0]} " if parameter.dim() == 3 else ""
                 raise TypeError(
-                    f"{path}: target {target!r} names a parameter of {shape}, which holds {parameter.shape[0]} "
-                    "experts, expected a linear layer: experts of a transformers model stay frozen. Adapt them in a "
-                    "Megatron model (dora_fx.models.build_gpt_model), where each one has layers, or leave them out "
-                    f"here: exclude_modules=['*.{path.split('.')[-2]}.*']"
+                    f"{path}: target {target!r} names a parameter of {shape}, which holds {number}experts, expected a "
+                    "linear layer: experts of a transformers model stay frozen. Adapt them in a Megatron model "
+                    "(dora_fx.models.build_gpt_model), where each one has layers, or leave them out here: "
+                    f"exclude_modules=['*.{path.split('.')[-2]}.*']"
                 )
 
 
@@ -56,10 +68,11 @@ def _means(target: str, path: str) -> bool:
         return True
     before, dot, last = target.rpartition(".")
     name = path.rpartition(".")[2]
-    wanted = projections_of(last)
+    # A wildcard may be a part of the last name.
+    wanted = projections_of(last.strip("*"))
     # Files of adapters name experts one by one.
     is_part = bool(wanted) and wanted <= projections_of(name)
-    return is_part and (_NAME in before or matches(f"{before}{dot}{name}", path))
+    return is_part and (_NAME in before or matches(f"{before}{dot}{last.replace(last.strip('*'), name)}", path))
 
 
 def text_on_fused_experts(chunks: Sequence[nn.Module]) -> str | None:

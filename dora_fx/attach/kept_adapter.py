@@ -22,13 +22,13 @@ class KeptAdapter:
 
     Attributes:
         site: the adapted layer that the merged one stands in for.
-        weight: a copy of W0, or of this rank's shard, in host memory; None where the merged layer is another one than
-            the base, which has its weight still.
+        weights: copies of W0, or of this rank's shards, in host memory, of the layer or of each of its experts; None
+            where the merged layer is another one than the base, which has its weight still.
         merged_again: another adapter was merged into the layer since, which unmerging would lose.
     """
 
     site: DoRALinear
-    weight: torch.Tensor | None
+    weights: tuple[torch.Tensor, ...] | None
     merged_again: bool = False
 
 

@@ -7,10 +7,12 @@ projections that the layers hold.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from torch import nn
 
+from dora_fx.attach.routers import modules_of_routers
 from dora_fx.megatron import walk
 from dora_fx.modules import DoRALinear, looks_like_linear
 
@@ -39,12 +41,18 @@ _PROJECTIONS: dict[str, frozenset[str]] = {
 }
 
 
+# None of these is in the name of a module.
+_OF_REGULAR_EXPRESSIONS = re.compile(r"[\\^$|()+?\[\]{}]")
+
+
 def hint(chunks: Sequence[nn.Module], patterns: Sequence[str]) -> str:
     """Return the end of a message about patterns that match nothing: which layers they seem to mean.
 
     Those are the layers that hold the same projections, or else the ones that are spelled most like the first pattern.
     """
     nearest = f"the nearest linear layers are {_nearest(_names_of_linears(chunks), patterns[0] if patterns else '')}"
+    if any(_OF_REGULAR_EXPRESSIONS.search(pattern) for pattern in patterns):
+        return f"patterns have `*` for any text, and are no regular expressions; {nearest}"
     return called_here_maybe(chunks, patterns) or nearest
 
 
@@ -62,8 +70,10 @@ def projections_of(name: str) -> frozenset[str]:
 
 
 def _names_of_linears(chunks: Sequence[nn.Module]) -> list[str]:
-    """Return the last names of the model's linear layers, once each, in model order."""
-    linears = [named for chunk in chunks for named in walk(chunk, DoRALinear) if looks_like_linear(named.module)]
+    """Return the last names of the model's linear layers but routers', once each, in model order."""
+    of_routers = {module for chunk in chunks for module in modules_of_routers(chunk)}
+    everywhere = (named for chunk in chunks for named in walk(chunk, DoRALinear) if named.module not in of_routers)
+    linears = [named for named in everywhere if looks_like_linear(named.module)]
     return list(dict.fromkeys(named.path.rpartition(".")[2] for named in linears))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from dora_fx.attach.routers import modules_of_routers
 from dora_fx.megatron import NamedModule, unwrap, walk, with_expert_number
 from dora_fx.modules import DoRALinear, looks_like_linear
 
@@ -79,13 +80,15 @@ class Matches:
 def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: Sequence[str]) -> Matches:
     """Find the modules that `targets` name and `excluded` does not, by their paths in the whole model.
 
+    Linear layers in routers of experts are left out, unless a target is the whole path of one.
+
     Raises:
         TypeError: a target names, without a wildcard, a module that is no linear layer.
     """
     found = Matches()
     used: set[str] = set()
     for chunk in chunks:
-        output_layers = _output_layers(chunk)
+        output_layers, of_routers = _output_layers(chunk), modules_of_routers(chunk)
         for named in walk(chunk, DoRALinear):
             _, path, module = named
             is_linear = looks_like_linear(module)
@@ -99,8 +102,11 @@ def find_targets(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: 
                 by = [pattern for pattern in by if "latent" in pattern]
             exact = [pattern for pattern in by if "*" not in pattern]
             if exact and not is_linear:
-                found_there = f"{type(module).__name__}{_ROUTERS if _is_router(module) else ''}"
+                found_there = f"{type(module).__name__}{_ROUTERS if module in of_routers else ''}"
                 raise TypeError(f"{path}: target {exact[0]!r} names a {found_there}, expected a linear layer")
+            if module in of_routers:
+                # Files of PEFT may have adapters of them, and name them so.
+                by = [pattern for pattern in by if pattern == path]
             if by and is_linear:
                 used.update(by)
                 found.targets.append((chunk, named))
@@ -116,16 +122,17 @@ _ROUTERS = (
 )
 
 
-def _is_router(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("Router")
-
-
 def router_maybe(chunks: Iterable[nn.Module], pattern: str) -> str | None:
     """Return why a pattern that names nothing but routers of experts matches nothing; None for other patterns."""
     for chunk in chunks:
+        of_routers = modules_of_routers(chunk)
         for named in walk(chunk, DoRALinear):
-            if _is_router(named.module) and matches(pattern, named.whole_path):
-                return f"it names {named.whole_path}, a {type(named.module).__name__}{_ROUTERS}"
+            router = of_routers.get(named.module)
+            if router is None or not matches(pattern, named.whole_path):
+                continue
+            if router.module is named.module or looks_like_linear(named.module):
+                within = "" if router.module is named.module else f"{named.whole_path} in "
+                return f"it names {within}{router.whole_path}, a {type(router.module).__name__}{_ROUTERS}"
     return None
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from megatron.core import parallel_state
-from torch import nn
+from torch import Tensor, nn
 
 from dora_fx.attach.kept_adapter import KeptAdapter, is_merged, merged_layers
 from dora_fx.attach.shared_weights import sharing_problem_maybe
 from dora_fx.function import QuantisedWeight
 from dora_fx.megatron import NamedModule, check_unsharded, walk
-from dora_fx.modules import DoRALinear, GroupedDoRALinear, adapter_not_finite_maybe, bank_of, inactive_adapters
+from dora_fx.modules import DoRALinear, adapter_not_finite_maybe, bank_of, inactive_adapters
 from dora_fx.ranks import of_all_parts, problem_of_any_rank_maybe, resolve_group
 
 NOTHING_ADAPTED = "found no adapted layer, expected a model that DoRA was called on"
@@ -87,15 +87,16 @@ def _restore_problem_maybe(
             path = named.whole_path.removesuffix(".to_wrap")
             what = "and that adapter was merged too" if kept.merged_again else "by an adapter that is there"
             return f"{path}: found it adapted again since it was merged, {what}; undoing the merge would lose that one"
-        if kept.weight is None:
+        if kept.weights is None:
             continue
-        weight = named.module.weight
-        if weight is None or weight.is_meta or weight.shape != kept.weight.shape:
-            found = "none" if weight is None else f"one of shape {tuple(weight.shape)} on {weight.device}"
-            return (
-                f"{named.whole_path}.weight: found {found}, expected one of shape {tuple(kept.weight.shape)} with "
-                "memory, for the base weight of before the merge"
-            )
+        for name, kept_weight in zip(kept.site.kind.weight_names(named.module), kept.weights, strict=True):
+            weight = getattr(named.module, name)
+            if weight is None or weight.is_meta or weight.shape != kept_weight.shape:
+                found = "none" if weight is None else f"one of shape {tuple(weight.shape)} on {weight.device}"
+                return (
+                    f"{named.whole_path}.{name}: found {found}, expected one of shape {tuple(kept_weight.shape)} with "
+                    "memory, for the base weight of before the merge"
+                )
         written[named.whole_path] = named.module
     return sharing_problem_maybe(chunks, written)
 
@@ -111,14 +112,17 @@ def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> 
         check_unsharded(path, site)
     except ValueError as error:
         return str(error)
-    if isinstance(site, GroupedDoRALinear):
-        return (
-            f"{path}: found a layer that holds {len(site.expert_weights)} experts, expected one of a single matrix: "
-            "load the adapters' checkpoint into the same model with SequentialMLP, and merge that"
-        )
-    weight = site.base_weight
-    own = weight.tensors[0] if isinstance(weight, QuantisedWeight) else site.weight
-    if own is None:
+    if not site._adapter_enabled:
+        return f"{path}: the adapter is disabled, so merging would change the function; enable it first"
+    for weight in site.base_weights:
+        own = weight.tensors[0] if isinstance(weight, QuantisedWeight) else weight
+        if (problem := _weight_problem_maybe(path, site, own, users)) is not None:
+            return problem
+    return adapter_not_finite_maybe([(path, site)])
+
+
+def _weight_problem_maybe(path: str, site: DoRALinear, own: Tensor, users: dict[int, list[str]]) -> str | None:
+    if site.kind.stored_weight(site.to_wrap) is None:
         return (
             f"{path}: the layer multiplies by the embedding's weight, and merging would change the embedding; "
             "untie them, or exclude this layer from DoRA"
@@ -127,11 +131,9 @@ def _problem_maybe(path: str, site: DoRALinear, users: dict[int, list[str]]) -> 
     if others or getattr(own, "shared_embedding", False):
         shared_with = ", ".join(others) or "the embedding of another pipeline stage"
         return f"{path}: the layer shares its weight with {shared_with}, which merging would change too; untie them"
-    if not site._adapter_enabled:
-        return f"{path}: the adapter is disabled, so merging would change the function; enable it first"
     if own.is_meta:
         return f"{path}: the base weight is on the meta device; load it before merging"
-    return adapter_not_finite_maybe([(path, site)])
+    return None
 
 
 def _users_of_weights(chunks: Sequence[nn.Module]) -> dict[int, list[str]]:

@@ -8,26 +8,25 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dora_fx.function import QuantisedWeight, gather_rows_coalesced, magnitude_delta, norm_dtype, whole_of
+from dora_fx.function import QuantisedWeight, complete_parameters, norm_dtype, whole_of
 from dora_fx.megatron import walk
 from dora_fx.modules import DoRALinear, kind_of_maybe, quantised_weight_maybe
 
 
 @torch.no_grad()
-def merged_weight(site: DoRALinear) -> torch.Tensor:
+def merged_weight(site: DoRALinear, index: int = 0) -> torch.Tensor:
     """Return g * (W0 + s B A), `[out, in]` or this rank's shard; float32, or float64 in a float64 model.
 
     Every rank of the layer's tensor-parallel group calls it.
+
+    Args:
+        site: an adapted layer.
+        index: which of its `base_weights`, of which a layer that holds several experts has one each.
     """
-    adapter, layout = site.adapter, site.adapter.layout
-    lora_a, lora_b = adapter.linear_in.weight.detach(), adapter.linear_out.weight.detach()
-    if adapter.tp_group:
-        if layout.gathers_lora_a:
-            [lora_a] = gather_rows_coalesced([lora_a], adapter.tp_group)
-        if layout.gathers_lora_b:
-            [lora_b] = gather_rows_coalesced([lora_b], adapter.tp_group)
-    delta = magnitude_delta(adapter.weight_magnitude, site._get_weight_norm())
-    return merge_tensors(whole_of(site.base_weight), lora_a, lora_b, delta, adapter.scaling)
+    stored = site.matrix_parameters(index)
+    [operands] = complete_parameters([stored])
+    weight = whole_of(stored.weight)
+    return merge_tensors(weight, operands.lora_a, operands.lora_b, operands.scale.delta, site.scaling)
 
 
 @torch.no_grad()

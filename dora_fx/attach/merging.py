@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from dora_fx.attach.merge_checks import check_mergeable, check_restorable
 from dora_fx.attach.merged_weights import merged_weight, served_dtype
 from dora_fx.function import QuantisedWeight
 from dora_fx.megatron import ModelT, chunks_of, rebuild_gradient_buffers, replace_modules
-from dora_fx.modules import DoRALinear, keep_bank
+from dora_fx.modules import DoRALinear, keep_bank, weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,8 @@ def merge(model: ModelT, *, keep_adapter: bool = False) -> ModelT:
     float64 for a float64 model) and rounded to the base weight's dtype once, so the merged model computes what the
     adapted one does up to rounding, without dropout. Biases are left as they are, and the weights stay frozen.
     A quantised layer's place is taken by a dense one in the dtype of the activations: quantised again it would lose
-    much of what was trained. Everything is checked before anything is changed.
+    much of what was trained. A layer of several experts takes memory for the merged weights of all of them. Everything
+    is checked before anything is changed.
 
     Args:
         model: a model, or a list or a tuple of model chunks, bare or wrapped. Megatron's DistributedDataParallel
@@ -121,14 +121,17 @@ def _say_dense(plain_layers: Mapping[nn.Module, nn.Module]) -> None:
 
 def _merge_site(site: DoRALinear, dtype: torch.dtype, *, keep_adapter: bool) -> nn.Module:
     """Merge one layer and return the plain one: the base with another weight, or a new one if it is quantised."""
-    linear, weight = site.to_wrap, site.base_weight
-    kept = None
-    if isinstance(weight, QuantisedWeight):
+    linear, kept = site.to_wrap, None
+    if isinstance(site.base_weight, QuantisedWeight):
         linear = _dense_layer(site, dtype)
         kept = KeptAdapter(site, None) if keep_adapter else None
     else:
-        kept = KeptAdapter(site, weight.detach().to("cpu", copy=True)) if keep_adapter else None
-        _write_weight(linear.weight, merged_weight(site))
+        weights = weights_of(linear)
+        if keep_adapter:
+            kept = KeptAdapter(site, tuple(each.detach().to("cpu", copy=True) for each in weights))
+        # All of a layer's before one is written: a layer of several experts is merged whole, or as it was.
+        values = [merged_weight(site, index).to(each.dtype) for index, each in enumerate(weights)]
+        _write_weights(weights, values)
     before = kept_adapter_maybe(linear)
     if kept is None and before is not None:
         kept = replace(before, merged_again=True)
@@ -152,16 +155,17 @@ def _restore(linears: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
     """Write the weights of before into merged layers; return the adapted layer of each."""
     sites: dict[nn.Module, nn.Module] = {}
     for linear in linears:
-        kept, weight = kept_adapter_maybe(linear), cast(torch.Tensor, linear.weight)
+        kept, weights = kept_adapter_maybe(linear), weights_of(linear)
         assert kept is not None
         keep(linear, None)
-        if kept.weight is None:
+        weight = weights[0]
+        if kept.weights is None:
             # Its weight cannot be cast, so neither are its adapter's factors. A weight of torchao's that compiled code
             # knows cannot be moved either.
             if kept.site.base_weight.device != weight.device:
                 kept.site.to(device=weight.device)
         else:
-            _write_weight(weight, kept.weight)
+            _write_weights(weights, kept.weights)
             # The wrapper's own cast keeps the magnitude in float32 and measures the base weight again.
             kept.site.to(device=weight.device, dtype=weight.dtype)
         kept.site.train(linear.training)
@@ -174,7 +178,8 @@ def _replace(chunks: Iterable[nn.Module], replacements: Mapping[nn.Module, nn.Mo
         replace_modules(chunk, replacements)
 
 
-def _write_weight(weight: torch.Tensor, value: torch.Tensor) -> None:
-    # A weight that a user made in inference mode can be written in inference mode alone.
-    with torch.inference_mode(weight.is_inference()), torch.no_grad():
-        weight.copy_(value)
+def _write_weights(weights: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        # A weight that a user made in inference mode can be written in inference mode alone.
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
+            weight.copy_(value)

@@ -22,7 +22,6 @@ from dora_fx.cache import have_no_values, is_traced
 from dora_fx.function import BaseWeight, QuantisedWeight, base_norm_squared, tensors_of
 from dora_fx.megatron import NamedModule, TorchDDP, check_unsharded, data_parallel_around, replace_modules, unwrap, walk
 from dora_fx.modules import (
-    NO_DROPOUT,
     DoRALinear,
     GroupedDoRALinear,
     LinearSpec,
@@ -264,8 +263,6 @@ def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> 
     path, linear = named.whole_path, named.module
     check_unsharded(path, linear)
     spec = describe_linear(path, linear)
-    if spec.expert_weights is not None and settings.dropout > 0:
-        raise ValueError(NO_DROPOUT.format(path, settings.dropout))
     _check_rows(path, linear, spec)
     weight = spec.weight if spec.weight is not None else _tied_weight(unwrap(chunk), path)
     _check_weight(path, weight)

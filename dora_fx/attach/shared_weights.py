@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dora_fx.megatron import walk
-from dora_fx.modules import DoRALinear
+from dora_fx.modules import DoRALinear, weights_of
 
 
 class _Memory(NamedTuple):
@@ -41,7 +41,8 @@ def sharing_problem_maybe(chunks: Sequence[nn.Module], linears: Mapping[str, nn.
     own = sorted(
         (memory, path)
         for path, linear in linears.items()
-        if (memory := _memory_maybe(linear.get_parameter("weight"))) is not None
+        for weight in weights_of(linear)
+        if (memory := _memory_maybe(weight)) is not None
     )
     written = set(linears.values())
     if next(_sharing(own, written), None) is None:

@@ -21,10 +21,11 @@ class Collective:
     """Equal messages that a rank sends.
 
     Attributes:
-        kind: "all_reduce", "all_gather", "reduce_scatter", or "send" and "receive" between pipeline stages.
+        kind: "all_reduce", "all_gather", "reduce_scatter", "all_to_all_single" of tokens between experts' ranks, or
+            "send" and "receive" between pipeline stages.
         num_bytes: of the larger side of one message.
         count: how many there are.
-        group: "tp", "dp", "pp" or "cp", or the name of another process group.
+        group: "tp", "dp", "pp" or "cp", of experts "ep", "etp" or "edp", or the name of another process group.
         num_ranks: of that group.
         site: path of the module in the layer that they belong to; empty where they serve several.
     """
@@ -209,6 +210,7 @@ class Explanation:
         run: the layout, batches and adapters.
         kinds: kinds of layers and the model's ends, of the whole model.
         stages: the pipeline stages; those between the first and the last are alike but for the micro-batches in flight.
+        num_experts: of each layer, to which tokens are taken to be spread evenly; 0 without any.
         torch, megatron_core: versions that made the graphs.
     """
 
@@ -216,6 +218,7 @@ class Explanation:
     run: PlannedRun
     kinds: tuple[KindCosts, ...]
     stages: tuple[StageCosts, ...]
+    num_experts: int
     torch: str
     megatron_core: str
 

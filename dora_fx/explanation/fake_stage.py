@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 
 from dora_fx.attach import DoRA
-from dora_fx.explanation.planned_run import Attention, PlannedRun, check_no_experts
+from dora_fx.explanation.even_experts import spread_evenly
+from dora_fx.explanation.planned_run import Attention, PlannedRun
 from dora_fx.megatron import megatron_world, replace_modules
 from dora_fx.models import GPTArchitecture, empty_gpt_model, with_query_groups
 from dora_fx.modules import sites_of
@@ -70,6 +71,7 @@ def fake_stage(architecture: GPTArchitecture, run: PlannedRun, stage: int) -> It
         if run.attention == "flash":
             replace_attention(model)
         attach_adapters(model, run)
+        replace_modules(model, spread_evenly(model))
         yield FakeStage(model, _data_parallel(model))
 
 
@@ -81,22 +83,24 @@ def stage_of_model(model: Any, run: PlannedRun) -> Iterator[FakeStage]:
 
     Raises:
         TypeError: it has no `decoder.layers`.
-        ValueError: it has experts or real parameters, Megatron's groups are missing, or the run does not match it.
+        ValueError: it has real parameters or grouped experts, Megatron's groups are missing, or the run does not match
+            it.
     """
     if not hasattr(getattr(model, "decoder", None), "layers"):
         raise TypeError(f"base: found a {type(model).__name__} without decoder.layers, expected a Megatron GPTModel")
-    check_no_experts(getattr(model.config, "num_moe_experts", None))
     parameter = next(model.parameters())
     if not isinstance(parameter, FakeTensor):
         raise ValueError("base: found a model with real parameters, expected one that was built under FakeTensorMode")
     _check_same_run(model, run)
-    is_adapted = bool(sites_of(model))
+    is_adapted, replaced = bool(sites_of(model)), spread_evenly(model)
     try:
         with parameter.fake_mode:
             if not is_adapted:
                 attach_adapters(model, run)
+            replace_modules(model, replaced)
             yield FakeStage(model, _data_parallel(model))
     finally:
+        replace_modules(model, {even: layer for layer, even in replaced.items()})
         if not is_adapted:
             replace_modules(model, {site: site.to_wrap for site in sites_of(model)})
         # Its tensors are fake now; a real model allocates them anew.
@@ -112,6 +116,8 @@ def _check_same_run(model: Any, run: PlannedRun) -> None:
         "tp": parallel_state.get_tensor_model_parallel_world_size(),
         "pp": parallel_state.get_pipeline_model_parallel_world_size(),
         "dp": parallel_state.get_data_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel": parallel_state.get_expert_tensor_parallel_world_size(),
         "sequence_parallel": model.config.sequence_parallel,
         "torch_dtype": model.config.params_dtype,
         "attention": attention_of(model),
@@ -120,7 +126,7 @@ def _check_same_run(model: Any, run: PlannedRun) -> None:
         expected["dim"] = run.dim if run.dim in dims else min(dims)
     for name, value in expected.items():
         if getattr(run, name) != value:
-            option = name.removeprefix("torch_")
+            option = {"torch_dtype": "dtype", "expert_tensor_parallel": "etp"}.get(name, name)
             raise ValueError(f"{option}: found {getattr(run, name)}, expected {value}, as the model was built")
     for what, size in (
         ("virtual pipeline", parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1),
@@ -165,6 +171,8 @@ def _world(run: PlannedRun, stage: int) -> contextlib.AbstractContextManager[Non
         global_rank=stage * run.tp * run.dp,
         tensor_model_parallel_size=run.tp,
         pipeline_model_parallel_size=run.pp,
+        expert_model_parallel_size=run.ep,
+        expert_tensor_parallel_size=run.expert_tensor_parallel,
     )
 
 

@@ -29,6 +29,8 @@ _GROUPS: dict[str, Callable[[], Any]] = {
     "pp": partial(parallel_state.get_pipeline_model_parallel_group, check_initialized=False),
     "cp": partial(parallel_state.get_context_parallel_group, check_initialized=False),
     "dp": parallel_state.get_data_parallel_group,
+    "ep": partial(parallel_state.get_expert_model_parallel_group, check_initialized=False),
+    "etp": partial(parallel_state.get_expert_tensor_parallel_group, check_initialized=False),
 }
 
 

@@ -24,6 +24,8 @@ class PlannedRun:
 
     Attributes:
         tp, pp, dp: tensor-, pipeline- and data-parallel sizes; their product is the number of ranks.
+        ep: expert-parallel size: the ranks of tp times dp share the experts of a base that has some.
+        etp: tensor-parallel size of each expert; None for tp.
         sequence_parallel: shard the sequence between tensor-parallel layers too.
         batch_size: sequences of one forward pass, a micro-batch.
         gradient_accumulation: micro-batches of one optimizer step, over all data-parallel ranks; 0 is dp * pp, the
@@ -39,6 +41,8 @@ class PlannedRun:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int | None = None
     sequence_parallel: bool = False
     batch_size: int = 1
     gradient_accumulation: int = 0
@@ -59,8 +63,14 @@ class PlannedRun:
             found = getattr(self, name)
             if not isinstance(found, (tuple, list)) or not all(isinstance(target, str) for target in found):
                 raise ValueError(f"{name}: found {found!r}, expected a list of names")
-        for name in ("tp", "pp", "dp", "batch_size", "sequence_length", "dim"):
+        for name in ("tp", "pp", "dp", "ep", "batch_size", "sequence_length", "dim"):
             _check_count(name, getattr(self, name), 1)
+        _check_count("etp", self.expert_tensor_parallel, 1)
+        if (self.tp * self.dp) % (self.ep * self.expert_tensor_parallel):
+            raise ValueError(
+                f"ep: found {self.ep} with etp {self.expert_tensor_parallel}, expected a product that divides the "
+                f"{self.tp * self.dp} ranks of tp {self.tp} times dp {self.dp}"
+            )
         _check_count("gradient_accumulation", self.gradient_accumulation, 0)
         for name, choices in (("dtype", typing.get_args(DType)), ("attention", typing.get_args(Attention))):
             if getattr(self, name) not in choices:
@@ -77,6 +87,11 @@ class PlannedRun:
                 f"sequence_length: found {self.sequence_length}, expected a multiple of tp {self.tp} with "
                 "sequence_parallel"
             )
+
+    @property
+    def expert_tensor_parallel(self) -> int:
+        """Return how many ranks share an expert."""
+        return self.tp if self.etp is None else self.etp
 
     @property
     def num_ranks(self) -> int:
@@ -101,14 +116,15 @@ class PlannedRun:
         return min(self.pp - stage, self.micro_batches)
 
     def check_fits(self, architecture: GPTArchitecture) -> None:
-        """Raise ValueError where a base has experts, or where the ranks cannot share it equally, naming the option."""
-        check_no_experts(architecture.num_experts)
+        """Raise ValueError where the ranks cannot share a base equally, naming the option."""
+        self._check_experts_fit(architecture)
         if architecture.num_layers % self.pp:
             raise ValueError(f"pp: found {self.pp}, expected a divisor of the {architecture.num_layers} layers")
         shared = {
-            "features of the MLP": architecture.ffn_hidden_size,
             "tokens of the vocabulary": architecture.vocab_size,
         }
+        if not architecture.num_experts:
+            shared["features of the MLP"] = architecture.ffn_hidden_size
         for what, size in shared.items():
             if size % self.tp:
                 raise ValueError(f"tp: found {self.tp}, expected a divisor of the {size} {what}")
@@ -120,14 +136,23 @@ class PlannedRun:
                 f"{architecture.max_sequence_length} tokens of the base"
             )
 
-
-def check_no_experts(number: int | None) -> None:
-    """Raise ValueError for a base with experts."""
-    if number:
-        raise ValueError(
-            f"base: found {number} experts in a layer, expected an MLP: what a rank computes and keeps of experts "
-            "depends on where tokens go"
-        )
+    def _check_experts_fit(self, architecture: GPTArchitecture) -> None:
+        number, etp = architecture.num_experts, self.expert_tensor_parallel
+        if not number:
+            for name, size in (("ep", self.ep), ("etp", self.etp or 1)):
+                if size > 1:
+                    raise ValueError(f"{name}: found {size} for a base without experts, expected it left out")
+            return
+        if self.tp > 1 and not self.sequence_parallel:
+            raise ValueError("sequence_parallel: found False with experts and tp above 1, expected it, as in Megatron")
+        for name, size, shared, what in (
+            ("ep", self.ep, number, "experts"),
+            ("etp", etp, architecture.ffn_hidden_size, "features of an expert"),
+        ):
+            if shared % size:
+                raise ValueError(f"{name}: found {size}, expected a divisor of the {shared} {what}")
+        if self.dim % etp:
+            raise ValueError(f"dim: found {self.dim}, expected a multiple of etp {etp}, over which A is sharded")
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

@@ -189,22 +189,25 @@ def _step_costs(variant: str, stage: FakeStage, kinds: list[MeasuredKind], run: 
             joined[one.kind, one.group, one.num_ranks, one.site] += one.num_bytes * one.count * kind.count
     for (name, group, ranks, site), num_bytes in joined.items():
         gradients[name, num_bytes, group, ranks, site] += 1
-    if run.dp > 1:
-        for num_bytes in _gradient_buffers(stage, variant):
-            gradients["all_reduce", num_bytes, "dp", run.dp, ""] += 1
+    replicas = {"dp": run.dp, "edp": run.tp * run.dp // (run.ep * run.expert_tensor_parallel)}
+    for num_bytes, group in _gradient_buffers(stage, variant):
+        if replicas[group] > 1:
+            gradients["all_reduce", num_bytes, group, replicas[group], ""] += 1
     flops = sum(kind.count * kind.steps[variant].refresh_flops for kind in kinds)
     return StepCosts(flops, in_order(refresh), in_order(gradients))
 
 
-def _gradient_buffers(stage: FakeStage, variant: str) -> list[int]:
-    """Bytes of each of Megatron's gradient buffers, which data-parallel ranks add up."""
+def _gradient_buffers(stage: FakeStage, variant: str) -> list[tuple[int, str]]:
+    """Bytes of each of Megatron's gradient buffers, and the group of the replicas that add it up."""
     magnitudes = {id(site.adapter.weight_magnitude) for site in sites_of(stage.model)}
     left_out = {"base": lambda p: True, "lora": lambda p: id(p) in magnitudes, "dora": lambda p: False}[variant]
+    wrapper = stage.wrapper
     sizes = [
-        sum(bytes_of(parameter.main_grad) for parameter in buffer.params if not left_out(parameter))
-        for buffer in stage.wrapper.buffers
+        (sum(bytes_of(parameter.main_grad) for parameter in buffer.params if not left_out(parameter)), group)
+        for group, buffers in (("dp", wrapper.buffers), ("edp", wrapper.expert_parallel_buffers))
+        for buffer in buffers
     ]
-    return [size for size in sizes if size]
+    return [(size, group) for size, group in sizes if size]
 
 
 def _memory(variant: str, number: int, stage: FakeStage, kinds: list[MeasuredKind], run: PlannedRun) -> Memory:
@@ -217,7 +220,7 @@ def _memory(variant: str, number: int, stage: FakeStage, kinds: list[MeasuredKin
         base=base_bytes,
         adapters=sum(map(bytes_of, trained)),
         cached=sum(bytes_of(_cached(site, variant)) for site in sites),
-        gradients=sum(_gradient_buffers(stage, variant)),
+        gradients=sum(size for size, _ in _gradient_buffers(stage, variant)),
         partial_sums=_partial_sums(kinds, variant),
         optimizer=sum(p.numel() for p in trained) * _MOMENT_BYTES + narrow * _MAIN_COPY_BYTES,
         activations=saved * run.in_flight(number),

@@ -43,12 +43,19 @@ def explain(base: str | Path | GPTArchitecture | Any, run: PlannedRun | None = N
         FileNotFoundError, UnsafeFileError, UnsupportedModelError: as from `load_hf_config`.
     """
     run = _planned(run, options)
-    layers, ends, stages = _of_model(base, run) if isinstance(base, nn.Module) else _of_architecture(base, run)
+    if isinstance(base, nn.Module):
+        num_experts = getattr(getattr(base, "config", None), "num_moe_experts", None) or 0
+        layers, ends, stages = _of_model(base, run)
+    else:
+        architecture = architecture_named(base)
+        num_experts = architecture.num_experts
+        layers, ends, stages = _of_architecture(architecture, run)
     return Explanation(
         base=base if isinstance(base, str) else str(getattr(base, "name_or_path", None) or type(base).__name__),
         run=run,
         kinds=tuple(kind.costs for kind in (*layers, *ends)),
         stages=tuple(stages),
+        num_experts=num_experts,
         torch=torch.__version__,
         megatron_core=megatron.core.__version__,
     )
@@ -57,8 +64,7 @@ def explain(base: str | Path | GPTArchitecture | Any, run: PlannedRun | None = N
 _Costs = tuple[list[MeasuredKind], list[MeasuredKind], list[StageCosts]]
 
 
-def _of_architecture(base: Any, run: PlannedRun) -> _Costs:
-    architecture = architecture_named(base)
+def _of_architecture(architecture: GPTArchitecture, run: PlannedRun) -> _Costs:
     run.check_fits(architecture)
     layers: list[MeasuredKind] = []
     ends: list[MeasuredKind] = []

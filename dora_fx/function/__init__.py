@@ -9,7 +9,7 @@ from dora_fx.function.collectives import (
 )
 from dora_fx.function.dropout import DropoutFactors
 from dora_fx.function.formula import adapted_linear
-from dora_fx.function.grouped_formula import grouped_adapted_linear
+from dora_fx.function.grouped_formula import drop_tokens, grouped_adapted_linear
 from dora_fx.function.grouped_products import grouped_product
 from dora_fx.function.input_norm import InputNorm
 from dora_fx.function.mixture import MixedOperands, Samples, mix
@@ -50,6 +50,7 @@ __all__ = [
     "all_reduce_coalesced",
     "base_norm_squared",
     "complete_parameters",
+    "drop_tokens",
     "gather_rows_coalesced",
     "grouped_adapted_linear",
     "grouped_product",

@@ -3,6 +3,10 @@
     z[t] = z0[t] + s B[e] A[e] x[t]           z0[t] = W0[e] x[t], what the layer returned, e = e(t) the token's expert
     y[t] = z[t] + delta[e] z[t] + bias[e]     as in `formula.py`, with a delta for each expert's rows
 
+and with dropout d(x), one mask for both terms, where the layer is called a second time for z0[t] = W0[e] d(x[t]),
+
+    y[t] = W0[e] x[t] + bias[e] + (z[t] + delta[e] z[t] - z0[t])
+
 A is `[experts, dim, in]`, B `[experts, out, dim]`, m and delta `[experts, out]`. The layer itself is called, since it
 has neither a norm nor a collective that DoRA could share, and its product, in whatever precision, stays its own. What
 is here is one graph for all experts: the numbers of tokens are data in it, and an expert may have none.
@@ -15,7 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from dora_fx.function.dropout import DropoutFactors, draw_dropout_key, dropout
 from dora_fx.function.grouped_products import aligned_size, grouped_product
+from dora_fx.function.placement import Layout
 from dora_fx.function.site_parameters import SiteOperands
 
 
@@ -26,6 +32,7 @@ def grouped_adapted_linear(
     counts: torch.Tensor,
     operands: SiteOperands,
     scaling: torch.Tensor,
+    dropped: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return the output of one DoRA layer of many experts, `[tokens, out]`, in the dtype of `base_output`.
 
@@ -36,7 +43,11 @@ def grouped_adapted_linear(
         counts: int32 `[experts]`, how many tokens each expert has; together the number of tokens.
         operands: with A `[experts, dim, in]`, B `[experts, out, dim]`, m and the scales `[experts, out]`.
         scaling: s, `[1]`.
+        dropped: what dropout leaves of x, and what the layer returned for that; None without dropout.
     """
+    if dropped is not None:
+        changed = grouped_adapted_linear(*dropped, bias, counts, operands, scaling)
+        return base_output + (changed - dropped[1])
     ends = counts.cumsum(0, dtype=torch.int32)
     lora_a, lora_b = _aligned(operands.lora_a, operands.lora_b)
     hidden = grouped_product(x.to(lora_a.dtype), lora_a, ends) * scaling.view(())
@@ -45,6 +56,15 @@ def grouped_adapted_linear(
     expert = torch.searchsorted(ends, tokens, right=True)
     z = (base_output + low_rank).to(base_output.dtype)
     return _ScaleRowsOfExperts.apply(z, bias, operands.magnitude, *operands.scale, expert)
+
+
+def drop_tokens(x: torch.Tensor, factors: DropoutFactors, layout: Layout, tp_group: str) -> torch.Tensor:
+    """Return what dropout leaves of a layer's input `[tokens, in]`.
+
+    Masks go by a token's place among those of all experts of this rank, and are the same, or parts of the same, on the
+    ranks of the expert-tensor-parallel group.
+    """
+    return dropout(x, draw_dropout_key(x, tp_group), *factors, sharded_features=layout.shards_input_features)
 
 
 def _aligned(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,6 +72,24 @@ class StoredParameters(NamedTuple):
         """Return whether the site is grouped."""
         return self.expert_weights is not None
 
+    def of_expert(self, index: int) -> StoredParameters:
+        """The parameters of one expert of a grouped site, as a site of its own has them, outside any call.
+
+        Its base norm is computed with its norm.
+        """
+        assert self.expert_weights is not None
+        return self._replace(
+            weight=self.expert_weights[index],
+            base_norm_sq=None,
+            lora_a=self.lora_a[index],
+            lora_b=self.lora_b[index],
+            magnitude=self.magnitude[index],
+            lora_a_leaf=None,
+            lora_b_leaf=None,
+            magnitude_leaf=None,
+            expert_weights=None,
+        )
+
     @property
     def layout(self) -> Layout:
         """The site's row in the layout table."""

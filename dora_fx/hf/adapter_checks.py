@@ -59,11 +59,11 @@ def check_adapters(hf: Counterpart, base: NamedBase) -> None:
     for linear in hf.adapted:
         check_unsharded(linear.whole_path, linear.module)
         if isinstance(hf, GPTCounterpart):
-            num_rows = int(linear.module.adapter.placements["weight_magnitude"].shape[0])
+            num_rows = int(linear.module.adapter.matrix_placements["weight_magnitude"].shape[0])
             hf.parts.rows(linear.gpt_path, num_rows)
             if linear.whole_path == OUTPUT_LAYER:
                 _check_vocabulary(hf.vocabulary or num_rows, base)
-    problem = adapter_not_finite_maybe((linear.whole_path, linear.module) for linear in hf.adapted)
+    problem = adapter_not_finite_maybe(dict.fromkeys((linear.whole_path, linear.module) for linear in hf.adapted))
     if problem is not None:
         raise ValueError(problem)
 

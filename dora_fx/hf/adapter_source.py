@@ -15,6 +15,7 @@ from dora_fx.function import ADAPTER_TENSORS
 from dora_fx.hf.counterpart import Counterpart, GPTCounterpart, NamedLinear
 from dora_fx.hf.model_record import ModelRecord
 from dora_fx.hf.peft_files import PeftModule
+from dora_fx.megatron import expert_number_maybe
 from dora_fx.models import OUTPUT_LAYER, HFParts
 from dora_fx.modules import gather_whole
 
@@ -62,7 +63,8 @@ def _layer_by_layer(hf: GPTCounterpart) -> Iterator[dict[str, PeftModule]]:
     prefixes = [*(f"decoder.layers.{index}." for index in range(hf.decoder.num_layers)), OUTPUT_LAYER]
     for prefix in prefixes:
         own: dict[str, PeftModule] = {}
-        for linear in hf.adapted:
+        # Expert by expert, also of a module that holds several.
+        for linear in sorted(hf.adapted, key=_expert_or_none_first):
             if linear.gpt_path.startswith(prefix):
                 whole = _whole_adapter(linear)
                 if linear.whole_path == OUTPUT_LAYER and hf.vocabulary is not None:
@@ -72,13 +74,17 @@ def _layer_by_layer(hf: GPTCounterpart) -> Iterator[dict[str, PeftModule]]:
         yield own
 
 
+def _expert_or_none_first(linear: NamedLinear) -> int:
+    number = expert_number_maybe(linear.gpt_path)
+    return -1 if number is None else number
+
+
 def _whole_adapter(linear: NamedLinear) -> dict[str, Tensor]:
     """The whole tensors of an adapter on the CPU; every rank of the layer's tensor-parallel group calls it."""
     adapter = linear.module.adapter
-    parameters = dict(adapter.named_parameters())
     return {
-        name: gather_whole(parameters[name], adapter.placements[name], adapter.tp_group).cpu()
-        for name in ADAPTER_TENSORS
+        name: gather_whole(tensor, adapter.matrix_placements[name], adapter.tp_group).cpu()
+        for name, tensor in zip(ADAPTER_TENSORS, linear.module.matrix_factors(linear.matrix), strict=True)
     }
 
 
@@ -108,6 +114,5 @@ def split_adapter(
 def _copied_adapter(linear: NamedLinear) -> PeftModule:
     """The adapter of a transformers model's layer, in new tensors on the CPU."""
     adapter = linear.module.adapter
-    tensors = dict(adapter.named_parameters())
-    a, b, magnitude = (tensors[name].detach().to("cpu", copy=True) for name in ADAPTER_TENSORS)
+    a, b, magnitude = (tensor.detach().to("cpu", copy=True) for tensor in linear.module.factors())
     return PeftModule(a, b, magnitude, adapter.alpha, adapter.use_rslora)

@@ -5,7 +5,7 @@ A path in it is the same at every pipeline size. Which names a Megatron model's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_fx.hf.model_record import ModelRecord
+from dora_fx.megatron import path_of_expert
 from dora_fx.models import (
     DEFAULT_ARCHITECTURE,
     DEFAULT_EXPERTS_ARCHITECTURE,
@@ -23,18 +24,20 @@ from dora_fx.models import (
     check_settings,
     known_architecture_maybe,
 )
-from dora_fx.modules import DoRALinear, GroupedDoRALinear, LinearSpec, describe_linear, looks_like_linear
+from dora_fx.modules import DoRALinear, LinearSpec, describe_linear, is_grouped_linear, looks_like_linear
 
 
 @dataclass(frozen=True)
 class NamedLinear:
-    """A linear layer of a chunk.
+    """A linear layer of a chunk, or that of one expert in a layer that holds several.
 
     Attributes:
         chunk: as it was given, bare or wrapped.
-        path, whole_path: see `wrappers.NamedModule`.
-        gpt_path: the path in a GPTModel, whose layers Hugging Face's are; in a transformers model `whole_path`.
+        path, whole_path: of the module, see `wrappers.NamedModule`.
+        gpt_path: the path in a GPTModel with a module for each expert, whose layers Hugging Face's are; in a
+            transformers model `whole_path`.
         module: a `DoRALinear`, or a linear layer that is not adapted.
+        matrix: which of the module's matrices; 0 where it has one.
     """
 
     chunk: nn.Module
@@ -42,6 +45,7 @@ class NamedLinear:
     whole_path: str
     gpt_path: str
     module: Any
+    matrix: int = 0
 
     @property
     def base(self) -> Any:
@@ -50,7 +54,7 @@ class NamedLinear:
 
     def describe(self) -> LinearSpec:
         """The description of the layer itself."""
-        return describe_linear(self.whole_path, self.base)
+        return describe_linear(self.whole_path, self.base).of_matrix(self.matrix)
 
 
 class OwnNames:
@@ -160,12 +164,6 @@ def gpt_counterpart(
     if config is None or not hasattr(model, "decoder"):
         raise ValueError(f"found a {type(model).__name__}, expected a Megatron GPTModel, whose layers have known names")
     decoder = DecoderNames.of(model)
-    for named in record.sites:
-        if isinstance(named.module, GroupedDoRALinear):
-            raise ValueError(
-                f"{named.whole_path}: found a layer that holds several experts, expected layers of single experts, as "
-                "files have them: load the adapters' checkpoint into the same model with SequentialMLP"
-            )
     check_settings(config, model)
     known = known_architecture_maybe(model, model_type)
     default = DEFAULT_EXPERTS_ARCHITECTURE if getattr(config, "num_moe_experts", None) else DEFAULT_ARCHITECTURE
@@ -183,11 +181,20 @@ def gpt_counterpart(
 
 
 def _linears(record: ModelRecord, decoder: DecoderNames | None = None) -> tuple[NamedLinear, ...]:
-    return tuple(
-        NamedLinear(chunk, path, whole_path, decoder.gpt_path(whole_path) if decoder else whole_path, module)
-        for chunk, (path, whole_path, module) in record.modules
-        if looks_like_linear(module)
-    )
+    linears: list[NamedLinear] = []
+    for chunk, (path, whole_path, module) in record.modules:
+        if not looks_like_linear(module):
+            continue
+        named = NamedLinear(chunk, path, whole_path, decoder.gpt_path(whole_path) if decoder else whole_path, module)
+        linears += _of_experts(named) if is_grouped_linear(named.base) else [named]
+    return tuple(linears)
+
+
+def _of_experts(grouped: NamedLinear) -> Iterator[NamedLinear]:
+    experts = describe_linear(grouped.whole_path, grouped.base).experts
+    assert experts is not None and experts.first is not None
+    for index in range(experts.count):
+        yield replace(grouped, gpt_path=path_of_expert(grouped.gpt_path, str(experts.first + index)), matrix=index)
 
 
 def _adapted(linears: Sequence[NamedLinear]) -> tuple[NamedLinear, ...]:

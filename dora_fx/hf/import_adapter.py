@@ -74,7 +74,7 @@ def import_hf(
     sites = {named.whole_path: named.module for _, named in adapted_layers(record.chunks)}
     for planned in imports:
         if planned.joined is not None:
-            _copy(sites[planned.linear.whole_path], planned.joined)
+            _copy(sites[planned.linear.whole_path], planned.linear.matrix, planned.joined)
     update_main_copies(parameter for site in sites.values() for parameter in site.adapter.parameters())
     logger.info("imported %d adapters from %s", sum(p.joined is not None for p in imports), folder)
     return model
@@ -93,17 +93,17 @@ def _attach(chunks: Sequence[nn.Module], plans: Sequence[tuple[DoRA, AttachPlan]
 
 
 @torch.no_grad()
-def _copy(site: DoRALinear, joined: JoinedAdapter) -> None:
-    """Copy this rank's shards of an adapter into a layer; every rank of its tensor-parallel group calls it."""
-    adapter = site.adapter
+def _copy(site: DoRALinear, matrix: int, joined: JoinedAdapter) -> None:
+    """Copy this rank's shards of an adapter into one matrix's; every rank of its tensor-parallel group calls it."""
+    adapter, factors = site.adapter, site.matrix_factors(matrix)
 
     def own(name: str, whole: Tensor) -> Tensor:
-        return adapter.placements[name].pad_and_shard(whole, adapter.tp_rank, adapter.tp_size)
+        return adapter.matrix_placements[name].pad_and_shard(whole, adapter.tp_rank, adapter.tp_size)
 
-    adapter.linear_in.weight.copy_(own("linear_in.weight", joined.lora_a))
-    adapter.linear_out.weight.copy_(own("linear_out.weight", joined.lora_b))
+    factors.lora_a.copy_(own("linear_in.weight", joined.lora_a))
+    factors.lora_b.copy_(own("linear_out.weight", joined.lora_b))
     # The norm itself, as a forward pass computes it, so that a row without an adapter is bitwise its base.
-    norm = site._get_weight_norm()
+    norm = site.matrix_norm(matrix)
     magnitude = own("weight_magnitude", joined.magnitude).to(norm)
     is_adapted = own("weight_magnitude", joined.has_magnitude).to(norm.device)
-    adapter.weight_magnitude.copy_(torch.where(is_adapted, magnitude, norm))
+    factors.magnitude.copy_(torch.where(is_adapted, magnitude, norm))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,14 @@ from dora_fx.hf.peft_numbers import check_numbers
 from dora_fx.hf.peft_reader import PeftAdapter
 from dora_fx.megatron import check_unsharded, walk
 from dora_fx.models import HF_ARCHITECTURES, LM_HEAD, OUTPUT_LAYER
-from dora_fx.modules import DoRALinear, is_grouped_linear, is_grouped_mlp
+from dora_fx.modules import DoRALinear, is_grouped_mlp
 
 logger = logging.getLogger(__name__)
+
+_FUSED_EXPERTS = (
+    ", and none of single experts, which are parameters here: import into a Megatron model "
+    "(dora_fx.models.build_gpt_model), whose merged weights transformers loads"
+)
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,16 @@ def plan_imports(hf: Counterpart, adapter: PeftAdapter, vocab_size: int | None) 
         known = [linear.gpt_path for linear in hf.linears]
     unknown = sorted(set(adapter.shapes) - set(known))
     if unknown:
+        fused = is_of_expert(unknown[0]) and not isinstance(hf, GPTCounterpart)
         raise ValueError(
             f"{adapter.folder}: found an adapter of {unknown[0]} ({len(unknown)} without a place in the model), "
             f"expected layers such as {known[0]}; the model has {len(hf.linears)} linear layers"
+            f"{_FUSED_EXPERTS if fused else ''}"
         )
     _check_targets(adapter, known)
     _check_experts_are_layers(hf, adapter)
     imports = [PlannedImport(linear, _joined_maybe(linear, hf, adapter)) for linear in hf.linears]
+    _check_experts_are_alike(adapter.folder, imports)
     if hf.adapted:
         for planned in imports:
             _check_fits(adapter.folder, planned)
@@ -69,12 +78,36 @@ def _check_experts_are_layers(hf: Counterpart, adapter: PeftAdapter) -> None:
         return
     for chunk in dict.fromkeys(linear.chunk for linear in hf.linears):
         for _, path, module in walk(chunk):
-            if is_grouped_linear(module) or is_grouped_mlp(module):
+            if is_grouped_mlp(module):
                 raise ValueError(
-                    f"{adapter.folder}: found an adapter of {of_experts}, and in the model {path}, which holds several "
-                    "experts, expected layers of single experts: import into the same model with SequentialMLP, save a "
-                    "checkpoint, and load that"
+                    f"{adapter.folder}: found an adapter of {of_experts}, and in the model {path}, a GroupedMLP, which "
+                    "has no linear layers; expected a TEGroupedMLP or a SequentialMLP"
                 )
+
+
+def _check_experts_are_alike(folder: Path, imports: Sequence[PlannedImport]) -> None:
+    """Raise ValueError unless the experts that one module holds are all adapted or none, with one rank and scaling."""
+    first: dict[nn.Module, PlannedImport] = {}
+    for planned in imports:
+        other = first.setdefault(planned.linear.module, planned)
+        if _settings_maybe(planned.joined) != _settings_maybe(other.joined):
+            one, two = (f"{each.linear.gpt_path} with {_said(each.joined)}" for each in (other, planned))
+            raise ValueError(
+                f"{folder}: found {one} and {two}, expected one rank and scaling for the experts of "
+                f"{planned.linear.whole_path}, which has one adapter for all of them. Import into the same model with "
+                "SequentialMLP, whose experts may differ"
+            )
+
+
+def _settings_maybe(joined: JoinedAdapter | None) -> tuple[int, float, bool] | None:
+    return None if joined is None else (joined.dim, joined.alpha, joined.use_rslora)
+
+
+def _said(adapter: Any) -> str:
+    """The rank and the scaling of a joined adapter, or of a module's."""
+    if adapter is None:
+        return "no adapter"
+    return f"dim {adapter.dim} and alpha {adapter.alpha:g}{' with rsLoRA' * adapter.use_rslora}"
 
 
 def _as_files_say(hf: GPTCounterpart, adapter: PeftAdapter, vocab_size: int | None) -> GPTCounterpart:
@@ -149,25 +182,23 @@ def _check_fits(folder: Path, planned: PlannedImport) -> None:
         found, expected = ("", "no ") if joined is None else ("no ", "")
         raise ValueError(f"{path}: found {found}adapter in the model, expected {expected}adapter as in {folder}")
     if joined is not None and (site.adapter.dim, site.scaling) != (joined.dim, joined.scaling):
-        found, expected = (
-            f"dim {adapter.dim} and alpha {adapter.alpha:g}{' with rsLoRA' * adapter.use_rslora}"
-            for adapter in (site.adapter, joined)
-        )
+        found, expected = _said(site.adapter), _said(joined)
         raise ValueError(f"{path}: found {found} in the model, expected {expected} for {folder}")
 
 
 def plan_attachments(imports: Sequence[PlannedImport], dropout: float) -> list[tuple[DoRA, AttachPlan]]:
     """Plans for the layers of each chunk that have the same dim and alpha."""
-    groups: dict[tuple[int, int, float, bool], tuple[nn.Module, list[str]]] = {}
+    groups: dict[tuple[int, int, float, bool], tuple[nn.Module, dict[str, None]]] = {}
     for planned in imports:
         if planned.joined is not None:
             chunk, joined = planned.linear.chunk, planned.joined
-            _, paths = groups.setdefault((id(chunk), joined.dim, joined.alpha, joined.use_rslora), (chunk, []))
-            paths.append(planned.linear.whole_path)
+            _, paths = groups.setdefault((id(chunk), joined.dim, joined.alpha, joined.use_rslora), (chunk, {}))
+            # Experts that one module holds have its path.
+            paths[planned.linear.whole_path] = None
     plans = []
     for (_, dim, alpha, use_rslora), (chunk, paths) in groups.items():
         dora = DoRA(
-            target_modules=paths,
+            target_modules=list(paths),
             dim=dim,
             alpha=alpha,
             dropout=dropout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from dora_fx.function import whole_of
 from dora_fx.hf.counterpart import check_own
 from dora_fx.hf.model_record import ModelRecord, model_record
 from dora_fx.megatron import Model, chunks_of
-from dora_fx.modules import DoRALinear
+from dora_fx.modules import DoRALinear, weights_of
 from dora_fx.ranks import gather_objects, raise_on_every_rank, world_group
 
 # Pairs of dtypes of which the first holds every value of the second.
@@ -136,8 +137,8 @@ def compare_merged(
             expected = run()
         with merged(model):
             plain = _in_their_places(record.chunks, adapted)
-            for linear in plain.values():
-                linear.weight.copy_(linear.weight.to(dtype or linear.weight.dtype))
+            for weight in itertools.chain.from_iterable(map(weights_of, plain.values())):
+                weight.copy_(weight.to(dtype or weight.dtype))
             with _recorded(plain) as merged_outputs:
                 found = run()
     sums = {path: (weights[path], _output_sums(outputs[path], merged_outputs[path])) for path in adapted}
@@ -234,14 +235,18 @@ def _recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tenso
 
 def _weight_sums(site: DoRALinear, dtype: torch.dtype) -> Tensor:
     """Squares of W0, of W' - W0 and of R(W') - W', and how many elements are changed, and put back; of this rank."""
-    stored = whole_of(site.base_weight)
-    base, exact = stored.double(), merged_weight(site)
-    rounded = exact.to(dtype).double()
-    change, lost = exact.double() - base, rounded - exact.double()
-    is_changed = change != 0
-    # What is served where nothing was trained is the base, rounded alike.
-    is_put_back = is_changed & (rounded == stored.to(dtype).double())
-    return torch.stack([x.square().sum() for x in (base, change, lost)] + [is_changed.sum(), is_put_back.sum()]).cpu()
+    sums = torch.zeros(5, dtype=torch.float64)
+    for index, weight in enumerate(site.base_weights):
+        stored = whole_of(weight)
+        base, exact = stored.double(), merged_weight(site, index)
+        rounded = exact.to(dtype).double()
+        change, lost = exact.double() - base, rounded - exact.double()
+        is_changed = change != 0
+        # What is served where nothing was trained is the base, rounded alike.
+        is_put_back = is_changed & (rounded == stored.to(dtype).double())
+        squares = [x.square().sum() for x in (base, change, lost)]
+        sums += torch.stack([*squares, is_changed.sum(), is_put_back.sum()]).cpu()
+    return sums
 
 
 def _output_sums(adapted: Sequence[Tensor], merged_: Sequence[Tensor]) -> Tensor:

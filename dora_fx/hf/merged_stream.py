@@ -84,18 +84,18 @@ def _units(record: ModelRecord, hf: GPTCounterpart, dtype: torch.dtype | None, *
         ValueError: naming a parameter that has no Hugging Face name.
     """
     units: dict[str, Unit] = {}
-    linears = {linear.module: linear for linear in hf.linears}
+    linears: dict[nn.Module, list[NamedLinear]] = {}
+    for each in hf.linears:
+        linears.setdefault(each.module, []).append(each)
     for _, (_, path, module) in record.modules:
         check_unsharded(path, module)
-        linear = linears.get(module)
+        own = linears.get(module, [])
         if path == OUTPUT_LAYER and is_tied:
             # The last stage has a copy of the embedding there.
             continue
-        if linear is not None:
-            units[linear.gpt_path] = _linear_unit(linear, hf, dtype)
-            module = linear.base
+        units |= {linear.gpt_path: _linear_unit(linear, hf, dtype) for linear in own}
         of_modules: dict[str, dict[str, nn.Parameter]] = {}
-        for name, parameter in hf.decoder.gpt_parameters(path, module):
+        for name, parameter in hf.decoder.gpt_parameters(path, own[0].base if own else module):
             owner, _, kind = name.rpartition(".")
             of_modules.setdefault(owner, {})[kind] = parameter
         for owner, parameters in of_modules.items():
@@ -131,7 +131,7 @@ def _linear_unit(linear: NamedLinear, hf: GPTCounterpart, dtype: torch.dtype | N
 
 def _whole_weight(linear: NamedLinear, spec: LinearSpec, dtype: torch.dtype | None) -> Tensor:
     if isinstance(linear.module, DoRALinear):
-        weight = merged_weight(linear.module)
+        weight = merged_weight(linear.module, linear.matrix)
         own = linear.module.base_weight.dtype
     else:
         assert spec.weight is not None

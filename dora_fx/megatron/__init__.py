@@ -2,13 +2,19 @@
 
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.megatron.data_parallel import (
+    check_joins_replicas,
     data_parallel_around,
     is_parameter_gather_hook,
     rebuild_gradient_buffers,
     reduces_all,
 )
 from dora_fx.megatron.dynamo_settings import allow_many_graphs, capture_megatron_whole
-from dora_fx.megatron.expert_paths import expert_number_maybe, with_expert_number
+from dora_fx.megatron.expert_paths import (
+    expert_maybe,
+    expert_number_maybe,
+    path_of_expert,
+    with_expert_number,
+)
 from dora_fx.megatron.gradient_buckets import GradientBucket, find_bucket_maybe
 from dora_fx.megatron.hybrid_pattern import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp
 from dora_fx.megatron.layer_inputs import Arguments, need_gradient, with_gradient, without_gradient
@@ -54,6 +60,7 @@ __all__ = [
     "TorchDDP",
     "allow_many_graphs",
     "capture_megatron_whole",
+    "check_joins_replicas",
     "check_unsharded",
     "chunks_of",
     "copies_stepped_by",
@@ -61,6 +68,7 @@ __all__ = [
     "data_parallel_around",
     "derives_from",
     "differing",
+    "expert_maybe",
     "expert_number_maybe",
     "find_bucket_maybe",
     "hybrid_pattern_maybe",
@@ -74,6 +82,7 @@ __all__ = [
     "memory_of",
     "need_gradient",
     "parameters_changed_by",
+    "path_of_expert",
     "rebuild_gradient_buffers",
     "reduces_all",
     "replace_modules",

@@ -76,6 +76,26 @@ def reduces_all(wrapper: Any, parameters: Iterable[nn.Parameter]) -> bool:
     return all(id(parameter) in known for parameter in parameters)
 
 
+def check_joins_replicas(wrapper: Any, groups: Iterable[tuple[str, dist.ProcessGroup]]) -> None:
+    """Raise ValueError if torch's wrapper joins ranks that hold other parts of a model.
+
+    It makes the ranks' parameters equal when it is constructed, frozen ones too, and then their gradients.
+
+    Args:
+        wrapper: torch's DistributedDataParallel.
+        groups: of the ranks that share the model out, with the kind of their parallelism.
+    """
+    joined = set(dist.get_process_group_ranks(wrapper.process_group)) - {dist.get_rank()}
+    for kind, group in groups:
+        if parts := sorted(joined.intersection(dist.get_process_group_ranks(group))):
+            raise ValueError(
+                "torch.nn.parallel.DistributedDataParallel: found one that joins this rank with rank "
+                f"{parts[0]}, which holds another {kind}-parallel part of the model, expected Megatron's "
+                "DistributedDataParallel, or process_group=parallel_state.get_data_parallel_group() where no experts "
+                "are spread over ranks. It has made frozen weights equal that differ: build the model again"
+            )
+
+
 def data_parallel_objects() -> list[nn.Module]:
     """Megatron's and torch's DistributedDataParallel objects of this process."""
     if not live_objects(_DATA_PARALLEL):

@@ -64,15 +64,23 @@ def chunks_of(model: Model) -> list[nn.Module]:
     return list(chunks)
 
 
+_WITHOUT_FSDP = (
+    "expected the whole tensor or Megatron's shard of it; FSDP2 (fully_shard) may be applied to an adapted model to "
+    "train it, but attach, save, load, merge and export without it"
+)
+
+
 def check_unsharded(path: str, module: nn.Module) -> None:
-    """Raise ValueError, naming the parameter, if one of a module's is a DTensor, of which a rank holds a piece."""
+    """Raise ValueError, naming the parameter, if one of a module's is a DTensor, of which a rank holds a piece.
+
+    Between its forward and its backward pass a module of FSDP2 has whole tensors, whose memory goes away again.
+    """
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"{path}.{name}: found a DTensor with placements {parameter.placements}, expected the whole tensor or "
-                "Megatron's shard of it; FSDP2 (fully_shard) may be applied to an adapted model to train it, but "
-                "attach, save, load, merge and export without it"
-            )
+            raise ValueError(f"{path}.{name}: found a DTensor with placements {parameter.placements}, {_WITHOUT_FSDP}")
+    # What FSDP tells Dynamo by (torch 2.13 to 2.15).
+    if any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules()):
+        raise ValueError(f"{path}: found a module of FSDP, {_WITHOUT_FSDP}")
 
 
 def held_module(module: nn.Module) -> nn.Module | None:

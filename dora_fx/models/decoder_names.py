@@ -21,8 +21,9 @@ from typing import Any
 
 from torch import nn
 
-from dora_fx.megatron import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp, walk
+from dora_fx.megatron import ATTENTION, MLP, hybrid_pattern_maybe, is_attention_and_mlp, path_of_expert, walk
 from dora_fx.models.hf_architectures import LINEAR_FC1, LINEAR_QKV
+from dora_fx.modules import LinearSpec, describe_linear, is_grouped_linear
 
 FINAL_NORM, INPUT_NORM, PRE_MLP_NORM = "decoder.final_layernorm", "input_layernorm", "pre_mlp_layernorm"
 # Linear layers that may normalise their input themselves -> the norm before them in specs where they do not.
@@ -89,8 +90,11 @@ class DecoderNames:
         return f"decoder.layers.{index}.{within}"
 
     def gpt_parameters(self, path: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield a module's own parameters with their names in the GPTModel."""
+        """Yield a module's own parameters with their names in the GPTModel, which has a layer for each expert."""
         gpt_path = self.gpt_path(path)
+        if is_grouped_linear(module):
+            yield from _parameters_of_experts(gpt_path, describe_linear(path, module))
+            return
         match = _LAYER_PATH.fullmatch(gpt_path)
         norm = FUSED_NORMS.get(match[2]) if match else None
         for name, parameter in module.named_parameters(recurse=False):
@@ -98,6 +102,17 @@ class DecoderNames:
                 yield f"decoder.layers.{match[1]}.{norm}.{name.removeprefix(_FUSED)}", parameter
             else:
                 yield f"{gpt_path}.{name}", parameter
+
+
+def _parameters_of_experts(grouped_path: str, spec: LinearSpec) -> Iterator[tuple[str, nn.Parameter]]:
+    assert spec.experts is not None
+    for index in range(spec.experts.count):
+        own = spec.of_matrix(index)
+        assert own.experts is not None and own.experts.first is not None and isinstance(own.weight, nn.Parameter)
+        path = path_of_expert(grouped_path, str(own.experts.first))
+        yield f"{path}.weight", own.weight
+        if own.bias is not None:
+            yield f"{path}.bias", own.bias
 
 
 def parameters_by_gpt_name(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -60,8 +60,9 @@ def build_gpt_model(
             is the least number that the tensor-parallel size divides.
         sequence_parallel: shard the sequence between the tensor-parallel layers.
         spec: "local" for a GPTModel of Megatron's own layers, "te" for a GPTModel of Transformer Engine's layers,
-            "hybrid" for a HybridModel of Transformer Engine's layers. The default is "te" on CUDA where Transformer
-            Engine is installed, and "local" elsewhere. An adapter trained on either GPTModel loads on the other.
+            "te_grouped" for the same with grouped experts, "hybrid" for a HybridModel of Transformer Engine's layers.
+            The default is "te" on CUDA where Transformer Engine is installed, and "local" elsewhere. An adapter trained
+            on one GPTModel loads on the others.
 
     Raises:
         UnsupportedModelError: the config has a feature that this model would compute differently.

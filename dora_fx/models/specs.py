@@ -1,8 +1,9 @@
-"""Builds Megatron models without weights, of one architecture and any of three layer specs.
+"""Builds Megatron models without weights, of one architecture and any of four layer specs.
 
-local     GPTModel of torch's layers and Megatron's own linear layers
-te        GPTModel of Transformer Engine's layers, whose linear layers normalise their input themselves
-hybrid    HybridModel of Transformer Engine's layers: each attention and each MLP is a layer of its own
+local         GPTModel of torch's layers and Megatron's own linear layers
+te            GPTModel of Transformer Engine's layers, whose linear layers normalise their input themselves
+te_grouped    the same with experts in grouped layers, which multiply the tokens of all experts of a rank at once
+hybrid        HybridModel of Transformer Engine's layers: each attention and each MLP is a layer of its own
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from dora_fx.megatron import ATTENTION, MLP
 from dora_fx.models.architecture import GPTArchitecture
 
-Spec = Literal["local", "te", "hybrid"]
-SPECS: tuple[Spec, ...] = ("local", "te", "hybrid")
+Spec = Literal["local", "te", "te_grouped", "hybrid"]
+SPECS: tuple[Spec, ...] = ("local", "te", "te_grouped", "hybrid")
 
 
 def default_spec(device: str) -> Spec:
@@ -57,8 +58,10 @@ def empty_model(
     """Build a model whose parameters are allocated but not initialised.
 
     Raises:
-        ValueError: a HybridModel is asked for, and the architecture has experts.
+        ValueError: a HybridModel is asked for, and the architecture has experts; or grouped layers, and it has none.
     """
+    if spec == "te_grouped" and not architecture.experts:
+        raise ValueError(f"spec {spec}: found a model without experts, expected some; take spec te or local")
     if spec == "hybrid" and architecture.experts:
         raise ValueError(
             f"spec {spec}: found a model with {architecture.num_experts} experts in each layer, expected an MLP; take "
@@ -101,9 +104,10 @@ def _gpt_model(architecture: GPTArchitecture, spec: Spec, settings: dict[str, An
 
     # Positions that restart are for packed samples, which only the local spec can separate by a mask.
     is_local = spec == "local"
-    layers = _local_layers(architecture) if is_local else _te_layers(architecture)
+    is_grouped = spec == "te_grouped"
+    layers = _local_layers(architecture) if is_local else _te_layers(architecture, grouped=is_grouped)
     return (PositionedGPTModel if is_local else GPTModel)(
-        config=TransformerConfig(**settings),
+        config=TransformerConfig(**settings, moe_grouped_gemm=is_grouped),
         transformer_layer_spec=layers,
         vocab_size=architecture.vocab_size,
         max_sequence_length=architecture.max_sequence_length,
@@ -136,12 +140,12 @@ def _local_layers(architecture: GPTArchitecture) -> Any:
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=FrozenRMSNorm)
 
 
-def _te_layers(architecture: GPTArchitecture) -> Any:
+def _te_layers(architecture: GPTArchitecture, *, grouped: bool) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     return get_gpt_layer_with_transformer_engine_spec(
         num_experts=architecture.num_experts or None,
-        moe_grouped_gemm=False,
+        moe_grouped_gemm=grouped,
         qk_layernorm=architecture.hf.qk_layernorm,
     )
 

@@ -27,7 +27,7 @@ from dora_fx.modules.adapter_settings import (
     low_rank_scaling,
 )
 from dora_fx.modules.finite import adapter_not_finite_maybe, not_finite_maybe
-from dora_fx.modules.grouped_linear_wrapper import NO_DROPOUT, GroupedDoRALinear, compile_grouped_linears
+from dora_fx.modules.grouped_linear_wrapper import GroupedDoRALinear, compile_grouped_linears
 from dora_fx.modules.kinds import (
     LinearKind,
     LinearSpec,
@@ -41,6 +41,7 @@ from dora_fx.modules.kinds import (
     looks_like_linear,
     quantised_weight_maybe,
     refused_setting_of_experts_maybe,
+    weights_of,
 )
 from dora_fx.modules.linear_wrapper import DoRALinear
 from dora_fx.modules.marker import AdapterTensors, MarkedSite, dora_linear, operands_of_call, read_site
@@ -53,7 +54,6 @@ from dora_fx.modules.site_paths import path_of
 from dora_fx.modules.whole_tensors import gather_whole
 
 __all__ = [
-    "NO_DROPOUT",
     "NUMBERED_EXPERTS",
     "AdapterBank",
     "AdapterTensors",
@@ -107,4 +107,5 @@ __all__ = [
     "set_call_check",
     "sites_of",
     "take_out",
+    "weights_of",
 ]

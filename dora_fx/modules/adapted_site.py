@@ -100,6 +100,11 @@ class AdaptedSite(BaseAttributes):
         return None
 
     @property
+    def base_weights(self) -> tuple[BaseWeight, ...]:
+        """Return the weights of the matrices that are adapted: one, or that of each expert of a grouped layer."""
+        return self.expert_weights or (self.base_weight,)
+
+    @property
     def num_partial_sums(self) -> int:
         """Return how many numbers this rank adds up within a step where Megatron's wrapper reduces the gradients."""
         lora_a, lora_b, magnitude = self._accumulators
@@ -155,6 +160,27 @@ class AdaptedSite(BaseAttributes):
         site = self.cached_site()
         measure_base(site)
         return row_norms([site.stored])[0]
+
+    def matrix_parameters(self, index: int) -> StoredParameters:
+        """Return the parameters of one of `base_weights` by itself, outside any call."""
+        site = self.cached_site()
+        if site.stored.is_grouped:
+            return site.stored.of_expert(index)
+        measure_base(site)
+        return site.stored
+
+    @torch.no_grad()
+    def matrix_norm(self, index: int) -> torch.Tensor:
+        """Return the row norms of one of `base_weights` with its adapter, as `_get_weight_norm` does those of all."""
+        return row_norms([self.matrix_parameters(index)])[0]
+
+    def matrix_factors(self, index: int) -> Factors:
+        """Return A, B and m of one of `base_weights`, or this rank's shards; of a grouped layer views of them."""
+        factors = self.factors()
+        if self.expert_weights is None:
+            return factors
+        lora_a, lora_b, magnitude = factors
+        return Factors(lora_a[index], lora_b[index], magnitude.view(len(self.expert_weights), -1)[index])
 
     def cached_site(self) -> CachedSite:
         """Return the parameters outside any call and the buffers made of them, for `parameter_cache.refresh`."""

@@ -102,6 +102,8 @@ class ParallelLinearDoRAAdapter(nn.Module):
         dropout_threshold: see `dropout.DropoutFactors`.
         dropout_rescale: see `dropout.DropoutFactors`.
         has_dropout: whether `dropout` is above zero.
+        placements: of the parameters on the ranks, by their names.
+        matrix_placements: those of one matrix by itself; of a grouped layer `placements` have its experts in front.
     """
 
     weight_magnitude: nn.Parameter
@@ -148,6 +150,7 @@ class ParallelLinearDoRAAdapter(nn.Module):
             padded_in_features=padded_in_features,
             padded_out_features=padded_out_features,
         )
+        self.matrix_placements = self.placements
         self.experts = experts
         self.tp_size, self.tp_rank = group_size(tp_group), group_rank(tp_group)
         methods = {"linear_in.weight": column_init_method, "linear_out.weight": row_init_method}

@@ -16,13 +16,16 @@ import torch
 from torch import nn
 
 from dora_fx.cache import are_covered, is_traced, refresh
-from dora_fx.function import SiteOperands, complete_parameters, grouped_adapted_linear
+from dora_fx.function import (
+    DropoutFactors,
+    SiteOperands,
+    complete_parameters,
+    drop_tokens,
+    grouped_adapted_linear,
+)
 from dora_fx.modules.kinds import expert_weights, is_grouped_linear
 from dora_fx.modules.linear_wrapper import DoRALinear
 from dora_fx.modules.tensor_checks import check_buffers
-
-# The base's product of what dropout leaves would need a second call of the base layer.
-NO_DROPOUT = "{}: found dropout = {}, expected 0 for a layer that holds several experts"
 
 # By the base layers, as adapters come and go.
 _compiled: weakref.WeakKeyDictionary[nn.Module, Callable[..., torch.Tensor]] = weakref.WeakKeyDictionary()
@@ -56,24 +59,36 @@ class GroupedDoRALinear(DoRALinear):
             return self.to_wrap(x, *args, **kwargs)
         counts = args[0] if args else kwargs["m_splits"]
         self._check_weights(x)
-        if self.training and self.adapter.has_dropout:
-            raise ValueError(NO_DROPOUT.format(self.path, self.adapter.dropout))
         self._check_counts(x, counts)
         output, *beside = self.to_wrap(x, *args, **kwargs)
-        adapted = self._adapted(x.flatten(0, -2), output.flatten(0, -2), counts)
+        dropped = None
+        if self.training and self.adapter.has_dropout:
+            adapter = self.adapter
+            factors = DropoutFactors(adapter.dropout_threshold, adapter.dropout_rescale)
+            left = drop_tokens(x, factors, adapter.layout, adapter.tp_group)
+            dropped = (left, self.to_wrap(left, *args, **kwargs)[0])
+        adapted = self._adapted(x, output, dropped, counts)
         return (adapted.view_as(output), *beside)
 
-    def _adapted(self, x: torch.Tensor, output: torch.Tensor, counts: Any) -> torch.Tensor:
-        counts = torch.as_tensor(counts, dtype=torch.int32, device=x.device)
-        bias = self.kind.added_bias(self.to_wrap)
-        operands = self._operands(x)
+    def _adapted(
+        self, x: torch.Tensor, output: torch.Tensor, dropped: tuple[torch.Tensor, torch.Tensor] | None, counts: Any
+    ) -> torch.Tensor:
+        activations = [each.flatten(0, -2) for each in (x, output, *(dropped or ()))]
+        first, second, *others = activations
+        operands = (
+            self.kind.added_bias(self.to_wrap),
+            torch.as_tensor(counts, dtype=torch.int32, device=x.device),
+            self._operands(x),
+            self.adapter.scaling_factor,
+            tuple(others) or None,
+        )
         # Graphs of no token and of one would be graphs of their own.
-        if x.shape[0] < 2 or is_traced(x):
-            return grouped_adapted_linear(x, output, bias, counts, operands, self.adapter.scaling_factor)
-        for activation in (x, output):
+        if first.shape[0] < 2 or is_traced(x):
+            return grouped_adapted_linear(first, second, *operands)
+        for activation in activations:
             torch._dynamo.maybe_mark_dynamic(activation, 0)
         formula = _compiled.get(self.to_wrap, grouped_adapted_linear)
-        return formula(x, output, bias, counts, operands, self.adapter.scaling_factor)
+        return formula(first, second, *operands)
 
     def _operands(self, x: torch.Tensor) -> SiteOperands:
         """Return the factors, m and scales of a call; under a tracer they are computed anew, as in `marker.mark`."""

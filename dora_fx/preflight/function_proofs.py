@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo import OptimizedModule
 
-from dora_fx.attach import merge_problem_maybe, merged, merged_weight
+from dora_fx.attach import adapted_layers, merge_problem_maybe, merged, merged_weight
 from dora_fx.modules import disable_adapter
 from dora_fx.preflight.check_report import Finding, failed_at
 from dora_fx.preflight.model_passes import call, loss_of
@@ -27,6 +27,7 @@ from dora_fx.preflight.set_up import (
     not_finite,
     over_all_ranks,
     uncompiled,
+    without_idle_experts,
     without_recomputation,
 )
 from dora_fx.ranks import resolve_group
@@ -39,17 +40,22 @@ def gradients_arrive(setup: SetUp, eager: Pass) -> Finding:
     """Prove that every adapter tensor gets a finite gradient that is not zero, away from the initial B and m."""
     name = "gradients"
     gradients = {path: eager.gradients.get(path) for path in setup.adapter_parameters}
+    norms = {path: float(gradient.double().norm()) for path, gradient in gradients.items() if gradient is not None}
+    zeros, others = (
+        [path for path, norm in norms.items() if norm == 0.0],
+        [path for path in norms if norms[path] != 0.0],
+    )
     problems = (
         ([path for path, gradient in gradients.items() if gradient is None], "no gradient"),
         (not_finite(gradients), "a gradient that is not finite"),
-        ([path for path, gradient in gradients.items() if gradient is not None and not gradient.any()], "zeros alone"),
+        (without_idle_experts(zeros, others), "zeros alone"),
     )
     for paths, found in problems:
         if paths:
             return failed_at(name, paths, f"{found}, expected a gradient in every adapted layer")
-    norms = {path: float(gradient.double().norm()) for path, gradient in gradients.items() if gradient is not None}
-    least = min(norms, key=lambda path: norms[path], default="none here")
-    return Finding(name, "ok", f"all are there and finite; least norm {norms.get(least, 0.0):.1e} ({least})")
+    least = min(others, key=lambda path: norms[path], default="none here")
+    idle = f"; {len(zeros)} of experts without a token are zero" if zeros else ""
+    return Finding(name, "ok", f"all are there and finite; least norm {norms.get(least, 0.0):.1e} ({least}){idle}")
 
 
 def compiled_is_eager(setup: SetUp, eager: Pass) -> Finding:
@@ -87,7 +93,8 @@ def adapter_off_is_base(setup: SetUp) -> Finding:
 def merged_is_adapted(setup: SetUp) -> Finding:
     """Prove that the merged model computes what the adapted model computes."""
     name = "merged"
-    problems = over_all_ranks(merge_problem_maybe(setup.chunks, list(setup.sites.items())))
+    sites = [(named.whole_path, named.module) for _, named in adapted_layers(setup.chunks)]
+    problems = over_all_ranks(merge_problem_maybe(setup.chunks, sites))
     problem = next((problem for problem in problems if problem is not None), None)
     if problem is not None:
         return Finding(name, "skipped", problem)
@@ -104,13 +111,13 @@ def magnitudes_are_lengths(setup: SetUp) -> Finding:
     """Prove that the rows of m / n * (W0 + s B A) have the norm m, at any number of ranks, so that n is right."""
     name = "magnitudes"
     errors = {}
-    for path, site in setup.sites.items():
+    for path, (site, index) in setup.matrices.items():
         adapter = site.adapter
-        squares = merged_weight(site).square().sum(1)
+        squares = merged_weight(site, index).square().sum(1)
         if adapter.tp_group and adapter.layout.shards_input_features:
             # Each rank has the squares of its own input features.
             dist.all_reduce(squares, group=resolve_group(adapter.tp_group))
-        errors[path] = _error(squares.sqrt(), adapter.weight_magnitude.detach().abs())
+        errors[path] = _error(squares.sqrt(), site.matrix_factors(index).magnitude.detach().abs())
     worst = max(errors, key=lambda path: errors[path], default="none here")
     if errors and not errors[worst] <= math.sqrt(setup.rounding):
         return Finding(

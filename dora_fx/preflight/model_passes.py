@@ -35,6 +35,13 @@ def model_replicas() -> int:
     return ranks // (parallel_state.get_tensor_model_parallel_world_size() * stages)
 
 
+def expert_replicas() -> int:
+    """Return the number of replicas of every expert, which has tensor-parallel ranks of its own."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    ranks_of_experts = dist.get_world_size(parallel_state.get_expert_tensor_and_model_parallel_group())
+    return dist.get_world_size() // (ranks_of_experts * stages)
+
+
 def weight_of_loss() -> float:
     """Return the weight of this rank's loss, which differs between data-parallel ranks.
 

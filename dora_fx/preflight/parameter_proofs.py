@@ -14,7 +14,7 @@ from dora_fx.checkpoint import OptimizerState, all_shards, copy_digests, differi
 from dora_fx.megatron import differing, world_at_hand
 from dora_fx.preflight.check_report import Finding, failed_at
 from dora_fx.preflight.optimizers import copies_of, torch_optimizers, trained_parameters
-from dora_fx.preflight.set_up import SetUp, not_finite, over_all_ranks
+from dora_fx.preflight.set_up import SetUp, not_finite, over_all_ranks, without_idle_experts
 
 _OF_NO_MODULE = "a parameter of no module"
 _NO_OPTIMIZER = "no optimizer was given"
@@ -109,8 +109,10 @@ def steps_move_everything(setup: SetUp) -> Finding:
     copies = {id(copy.parameter): copy.main for copy in copies_of(setup.optimizer)}
     held = {path: [p, *([copies[id(p)]] if id(p) in copies else [])] for path, p in setup.trainable.items()}
     before = {path: [tensor.detach().clone() for tensor in tensors] for path, tensors in held.items()}
+    reached: set[str] = set()
     for number in (1, 2):
         gradients = setup.training_pass().gradients
+        reached.update(path for path, gradient in gradients.items() if gradient is not None and gradient.any())
         wrong = not_finite(gradients)
         if any(over_all_ranks(bool(wrong))):
             return failed_at(name, wrong, f"a gradient that is not finite, in step {number}")
@@ -127,12 +129,14 @@ def steps_move_everything(setup: SetUp) -> Finding:
     for of_rank in over_all_ranks(moves):
         for path, move in of_rank.items():
             everywhere[path] = max(move, everywhere.get(path, 0.0))
-    still = [path for path, move in everywhere.items() if move == 0.0]
+    unmoved = [path for path, move in everywhere.items() if move == 0.0]
+    still = without_idle_experts(unmoved, reached)
     if still:
         dtype = str(setup.trainable[still[0]].dtype).removeprefix("torch.") if still[0] in setup.trainable else "it"
         return failed_at(name, still, f"the old value after two steps ({dtype})")
-    least = min(everywhere, key=lambda path: everywhere[path]) if everywhere else ""
-    return Finding(name, "ok", f"every tensor moves; least {everywhere.get(least, 0.0):.1e} ({least})")
+    least = min(everywhere.keys() - set(unmoved), key=lambda path: everywhere[path], default="")
+    idle = f"; {len(unmoved)} of experts without a token stay" if unmoved else ""
+    return Finding(name, "ok", f"every tensor moves; least {everywhere.get(least, 0.0):.1e} ({least}){idle}")
 
 
 def _all_parameters(setup: SetUp) -> dict[str, nn.Parameter]:

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
+from torch.utils._pytree import tree_map_only
 
-from dora_fx.attach import adapted_layers
+from dora_fx.attach import adapted_layers, check_torch_wrappers, routers_of
 from dora_fx.function import whole_of
-from dora_fx.megatron import Model, check_unsharded, chunks_of, data_parallel_around, unwrap, walk
-from dora_fx.modules import DoRALinear, GroupedDoRALinear
+from dora_fx.megatron import (
+    Model,
+    NamedModule,
+    check_unsharded,
+    chunks_of,
+    data_parallel_around,
+    expert_maybe,
+    path_of_expert,
+    unwrap,
+    walk,
+    with_expert_number,
+)
+from dora_fx.modules import DoRALinear
 from dora_fx.preflight.model_passes import Forward, ForwardBackward, megatron_runs, one_step, output_of, weight_of_loss
 from dora_fx.preflight.optimizers import complete_parts, is_megatron, single_optimizers
 from dora_fx.preflight.saved_state import RandomState
@@ -46,10 +59,13 @@ class SetUp:
     """A model with its wrappers, a batch, and an optimizer or None.
 
     Attributes:
-        sites: this rank's adapted layers, by their paths in the whole model.
+        sites: this rank's adapted layers, by their paths in the whole model; one that holds several experts by a path
+            with their numbers, as other ranks hold others.
+        matrices: the matrices that they adapt, each its site and its number among the site's `base_weights`, by paths
+            in the whole model with a layer for each expert.
         trainable: parameters that require gradients, by their names in the whole model.
         rounding: machine epsilon of the coarsest dtype of the adapted weights, the same on every rank.
-        num_layers: number of adapted layers in the whole model.
+        num_layers: number of adapted matrices in the whole model.
     """
 
     def __init__(
@@ -64,15 +80,12 @@ class SetUp:
         self.chunks = chunks_of(model)
         self._forward_backward, self._forward = forward_backward, forward
         self.sites: dict[str, DoRALinear] = {}
+        self.matrices: dict[str, tuple[DoRALinear, int]] = {}
         for _, named in adapted_layers(self.chunks):
             check_unsharded(named.whole_path, named.module)
-            self.sites[named.whole_path] = named.module
-        grouped = [path for path, site in self.sites.items() if isinstance(site, GroupedDoRALinear)]
-        if found := next((paths[0] for paths in over_all_ranks(grouped) if paths), None):
-            raise ValueError(
-                f"{found}: found a layer that holds several experts, expected layers of single experts: a check moves "
-                "and compares one weight per layer. Check the same model with SequentialMLP"
-            )
+            self.sites[_path_of_site(named)] = named.module
+            self.matrices |= _matrices(named)
+        check_torch_wrappers(self.sites.values())
         self.trainable = self._named_parameters()
         wrappers = data_parallel_around(self.chunks)
         self._wrappers: list[Any] = [wrapper for wrapper in wrappers if isinstance(wrapper, DistributedDataParallel)]
@@ -80,7 +93,7 @@ class SetUp:
         # The maximum over all ranks: errors of other stages reach a pipeline stage without adapters too.
         own = max((torch.finfo(site.base_weight.dtype).eps for site in self.sites.values()), default=0.0)
         self.rounding = max(over_all_ranks(own))
-        self.num_layers = len(set().union(*over_all_ranks(list(self.sites))))
+        self.num_layers = len(set().union(*over_all_ranks(list(self.matrices))))
 
     @property
     def room(self) -> float:
@@ -165,45 +178,46 @@ class SetUp:
         train.
         """
         share = _SHARE / math.sqrt(self.num_layers)
-        for path, size in zip(self.sites, self._sizes_of_b(share), strict=True):
-            adapter, generator = self.sites[path].adapter, torch.Generator().manual_seed(zlib.crc32(path.encode()))
+        for path, size in self._sizes_of_b(share).items():
+            site, index = self.matrices[path]
+            adapter, generator = site.adapter, torch.Generator().manual_seed(zlib.crc32(path.encode()))
 
             def draw(name: str, adapter: Any = adapter, generator: torch.Generator = generator) -> torch.Tensor:
-                placement = adapter.placements[name]
+                placement = adapter.matrix_placements[name]
                 whole = torch.rand(placement.shape, dtype=torch.float64, generator=generator) * 2 - 1
                 return placement.pad_and_shard(whole, adapter.tp_rank, adapter.tp_size)
 
-            lora_b, magnitude = adapter.linear_out.weight, adapter.weight_magnitude
+            _, lora_b, magnitude = site.matrix_factors(index)
             lora_b.copy_(draw("linear_out.weight") * (size * math.sqrt(3.0)))
             gain = 1.0 + share * draw("weight_magnitude").to(magnitude.device)
-            magnitude.copy_(self.sites[path]._get_weight_norm() * gain)
+            magnitude.copy_(site.matrix_norm(index) * gain)
 
     @torch.no_grad()
     def make_adapters_fresh(self) -> None:
         """Set B to zero and m to the norms, so that an adapted layer computes what its base computes."""
         for site in self.sites.values():
             site.adapter.linear_out.weight.zero_()
-            site.adapter.weight_magnitude.copy_(site._get_weight_norm())
+            site.adapter.weight_magnitude.copy_(site._get_weight_norm().flatten())
 
-    def _sizes_of_b(self, share: float) -> list[float]:
-        """Return the root mean squares of B for which rows of s B A have a share of W0's length; every rank calls it.
+    def _sizes_of_b(self, share: float) -> dict[str, float]:
+        """Return the root mean squares of B for which rows of s B A have a share of W0's length, by matrices' paths.
+
+        Every rank calls it.
 
         Computed from sums over each layer's ranks, so that it is the same at every layout.
         """
         own: dict[str, tuple[float, ...]] = {}
-        for path, site in self.sites.items():
-            adapter, weight = site.adapter, whole_of(site.base_weight)
-            own[path] = tuple(
-                float(tensor.double().square().sum()) for tensor in (weight, adapter.linear_in.weight.detach())
-            )
-        sizes = {path: share * self._size_of_b(site, [own[path]]) for path, site in self.sites.items()}
+        for path, (site, index) in self.matrices.items():
+            operands = (whole_of(site.base_weights[index]), site.matrix_factors(index).lora_a.detach())
+            own[path] = tuple(float(tensor.double().square().sum()) for tensor in operands)
+        sizes = {path: share * self._size_of_b(self.matrices[path][0], [squares]) for path, squares in own.items()}
         for tp_group in dict.fromkeys(site.adapter.tp_group for site in self.sites.values()):
             if tp_group:
                 of_ranks = gather_objects(own, resolve_group(tp_group))
-                for path, site in self.sites.items():
+                for path, (site, _) in self.matrices.items():
                     if site.adapter.tp_group == tp_group:
                         sizes[path] = share * self._size_of_b(site, [of_rank[path] for of_rank in of_ranks])
-        return list(sizes.values())
+        return sizes
 
     @staticmethod
     def _size_of_b(site: DoRALinear, squares: Sequence[tuple[float, ...]]) -> float:
@@ -216,16 +230,38 @@ class SetUp:
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         return {
-            f"{named.whole_path}.{name}".replace(".to_wrap.", ".").lstrip("."): parameter
+            f"{_path_of_site(named)}.{name}".replace(".to_wrap.", ".").lstrip("."): parameter
             for chunk in self.chunks
-            for named in walk(chunk)
-            for name, parameter in named.module.named_parameters(recurse=False)
+            for named in walk(chunk, DoRALinear)
+            for name, parameter in named.module.named_parameters(recurse=isinstance(named.module, DoRALinear))
             if parameter.requires_grad
         }
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         scaled: torch.Tensor = self.optimizer.scale_loss(loss) if is_megatron(self.optimizer) else loss
         return scaled
+
+
+def _numbers_maybe(site: nn.Module) -> range | None:
+    """Return the numbers of the experts that an adapted layer holds; None for a layer of one matrix."""
+    if not isinstance(site, DoRALinear) or site.expert_weights is None:
+        return None
+    experts = site.adapter.experts
+    assert experts is not None and experts.first is not None
+    return range(experts.first, experts.first + experts.count)
+
+
+def _path_of_site(named: NamedModule) -> str:
+    numbers = _numbers_maybe(named.module)
+    return named.whole_path if numbers is None else path_of_expert(named.whole_path, f"{numbers[0]}-{numbers[-1]}")
+
+
+def _matrices(named: NamedModule) -> dict[str, tuple[Any, int]]:
+    """Return the matrices of an adapted layer as `SetUp.matrices` has them."""
+    numbers, site = _numbers_maybe(named.module), named.module
+    if numbers is None:
+        return {named.whole_path: (site, 0)}
+    return {path_of_expert(named.whole_path, str(number)): (site, index) for index, number in enumerate(numbers)}
 
 
 @contextlib.contextmanager
@@ -264,6 +300,40 @@ def without_recomputation(setup: SetUp) -> Iterator[bool]:
             setattr(holder, name, value)
 
 
+@contextlib.contextmanager
+def kept_routing(setup: SetUp, done: Pass) -> Iterator[Pass]:
+    """Within the block, routers of experts return constants, those of one pass; yield that pass, or `done` without any.
+
+    A loss jumps where a token goes to another expert, and then differences of it say nothing of gradients.
+    """
+    returned: dict[nn.Module, list[Any]] = {named.module: [] for chunk in setup.chunks for named in routers_of(chunk)}
+    if not any(over_all_ranks(bool(returned))):
+        yield done
+        return
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        constants = tree_map_only(torch.Tensor, torch.Tensor.detach, output)
+        returned[module].append(constants)
+        return constants
+
+    with _hooked(returned, keep):
+        done = setup.training_pass()
+    # Each pass has the same calls in the same order.
+    outputs = {module: itertools.cycle(each) for module, each in returned.items()}
+    with _hooked(returned, lambda module, args, output: next(outputs[module])):
+        yield done
+
+
+@contextlib.contextmanager
+def _hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def drops_in_base(setup: SetUp) -> bool:
     """Return whether the base has dropout; compiled code draws other masks for it than eager code."""
     names = ("hidden_dropout", "attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
@@ -271,6 +341,25 @@ def drops_in_base(setup: SetUp) -> bool:
     configs = [getattr(unwrap(module), "config", None) for module in modules]
     by_config = any((getattr(config, name, 0.0) or 0.0) > 0.0 for config in configs for name in names)
     return by_config or any(isinstance(module, nn.Dropout) and module.p > 0.0 for module in modules)
+
+
+def without_idle_experts(paths: Iterable[str], with_gradient: Iterable[str]) -> list[str]:
+    """Return the paths without those of experts that had no token; every rank calls it.
+
+    An expert had none if no tensor of it has a gradient, and one of another expert of the layer has, on any rank.
+
+    Args:
+        paths: of tensors that did not get what all should get.
+        with_gradient: paths of all that have a gradient other than zero.
+    """
+    reached = set().union(*over_all_ranks({expert for path in with_gradient if (expert := expert_maybe(path))}))
+    layers = {with_expert_number(expert, "*") for expert in reached}
+
+    def is_idle(path: str) -> bool:
+        expert = expert_maybe(path)
+        return expert is not None and expert not in reached and with_expert_number(expert, "*") in layers
+
+    return [path for path in paths if not is_idle(path)]
 
 
 def over_all_ranks(value: Any) -> list[Any]:

@@ -14,9 +14,9 @@ import torch
 
 from dora_fx.function import ADAPTER_TENSORS
 from dora_fx.preflight.check_report import Finding
-from dora_fx.preflight.model_passes import model_replicas
+from dora_fx.preflight.model_passes import expert_replicas, model_replicas
 from dora_fx.preflight.saved_state import SavedValues
-from dora_fx.preflight.set_up import Pass, SetUp, over_all_ranks, uncompiled
+from dora_fx.preflight.set_up import Pass, SetUp, kept_routing, over_all_ranks, uncompiled
 
 # Relative changes of the loss to try: small enough to be linear, and above its rounding. If the loss is curved over one
 # change, the next one is tried; a wrong gradient is wrong over all of them.
@@ -36,7 +36,8 @@ def gradients_are_slopes(setup: SetUp, eager: Pass) -> Finding:
     if not all(over_all_ranks(known)):
         return Finding(name, "skipped", "there are layers without a gradient")
     bound = _ROOM + 3.0 * math.sqrt(setup.rounding)
-    errors = {kind: _least_error_of(setup, eager, kind, bound) for kind in ADAPTER_TENSORS}
+    with uncompiled(), kept_routing(setup, eager) as kept:
+        errors = {kind: _least_error_of(setup, kept, kind, bound) for kind in ADAPTER_TENSORS}
     worst = max(errors, key=lambda kind: errors[kind])
     if not errors[worst] <= bound:
         paths = [path for path in gradients if path.endswith(worst)]
@@ -79,8 +80,7 @@ def _error_of(setup: SetUp, eager: Pass, kind: str, relative_change: float) -> f
     for sign in (1.0, -1.0):
         before = {path: parameters[path].detach().double() for path in moved}
         _move(setup, kind, eager, sign * distance, gains)
-        with uncompiled():
-            loss = _objective(setup.training_pass())
+        loss = _objective(setup.training_pass())
         dots = {
             path: float((g.double() * (parameters[path].detach().double() - before[path])).sum())
             for path, g in moved.items()
@@ -100,13 +100,15 @@ def _move(setup: SetUp, kind: str, eager: Pass, distance: float, gains: dict[str
         assert gradient is not None
         parameter.add_(gradient.to(parameter.dtype), alpha=distance)
         if kind != "weight_magnitude":
-            site.adapter.weight_magnitude.copy_(gains[path] * site._get_weight_norm())
+            site.adapter.weight_magnitude.copy_(gains[path] * site._get_weight_norm().flatten())
 
 
 @torch.no_grad()
 def _gain(setup: SetUp, path: str) -> torch.Tensor:
     """Return m / n of each row, and 0 for a row of zeros."""
-    norm, magnitude = setup.sites[path]._get_weight_norm(), setup.sites[path].adapter.weight_magnitude
+    site = setup.sites[path]
+    # Of a layer that holds several experts, magnitudes are flat.
+    norm, magnitude = site._get_weight_norm().flatten(), site.adapter.weight_magnitude
     return torch.where(norm > 0, magnitude / norm, torch.zeros_like(norm))
 
 
@@ -123,5 +125,6 @@ def _total(setup: SetUp, numbers: dict[str, float]) -> float:
         site, _, kind = path.partition(".adapter.")
         adapter = setup.sites[site].adapter
         # A tensor that is not sharded is on every tensor-parallel rank, and each counts its share of it.
-        own += number if adapter.placements[kind].shard_dim is not None else number / adapter.tp_size
-    return sum(over_all_ranks(own)) / model_replicas()
+        share = number if adapter.placements[kind].shard_dim is not None else number / adapter.tp_size
+        own += share / (model_replicas() if adapter.experts is None else expert_replicas())
+    return sum(over_all_ranks(own))

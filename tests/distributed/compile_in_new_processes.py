@@ -93,7 +93,7 @@ def compile_and_report(name: str, tp: int, folder: str) -> None:
 
 def main(rank: str, name: str, tp: str, cache: str, folder: str) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-    enter_rank(int(rank), compile_and_report, int(tp), int(tp), folder, (name, int(tp), folder))
+    enter_rank(int(rank), folder, compile_and_report, int(tp), int(tp), (name, int(tp), folder))
 
 
 if __name__ == "__main__":

@@ -18,66 +18,36 @@ from torch import nn
 import dora_fx
 from dora_fx import DoRALinear
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
-from dora_fx.modules import compile_grouped_linears
 from tests.distributed.moe_layers import (
     DIM,
     EXPERTS,
     FEATURES,
-    HIDDEN,
     SCALING,
     TRAINED,
-    Layout,
-    Oracle,
+    ExpertLayout,
+    MoE,
+    Read,
     Results,
-    all_tokens,
-    batch,
-    build_moe_layer,
+    attach,
     moe_config,
     own_part,
-    own_tokens,
+    set_router,
     whole_of,
     whole_tensors,
 )
-from tests.distributed.moe_layers import set_base_values as set_values_of_sequential
 from tests.distributed.zoo import whole_values
 from tests.megatron_checkpoint import without_cuda_generators
 
 
-def build(layout: Layout, dtype: torch.dtype = torch.float64, **settings: Any) -> OneLayer:
+def build(layout: ExpertLayout, dtype: torch.dtype = torch.float64, **settings: Any) -> MoE:
     """A model that is one layer with grouped experts, frozen and with values by name."""
     settings = {"moe_grouped_gemm": True, "moe_shared_expert_intermediate_size": None} | settings
-    config = moe_config(layout, dtype, **settings)
-    model = OneLayer(config, build_moe_layer(config, "te"))
-    set_base_values(model)
-    return model.requires_grad_(False)
+    return MoE(moe_config(layout, dtype, **settings), "te", set_base_values).requires_grad_(False)
 
 
-class OneLayer(nn.Module):
-    """A model that is one mixture-of-experts layer."""
-
-    def __init__(self, config: Any, layer: nn.Module) -> None:
-        super().__init__()
-        self.config = config
-        self.mlp = layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.mlp(x)[0]
-        return output
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """As a GPTModel of one layer, for checkpoints."""
-        shards: dict[str, Any] = self.mlp.sharded_state_dict(f"{prefix}mlp.", sharded_offsets, metadata)
-        return shards
-
-
-def build_sequential(layout: Layout, dtype: torch.dtype = torch.float64) -> OneLayer:
+def build_sequential(layout: ExpertLayout, dtype: torch.dtype = torch.float64) -> MoE:
     """The same with Megatron's SequentialMLP."""
-    config = moe_config(layout, dtype, moe_shared_expert_intermediate_size=None)
-    model = OneLayer(config, build_moe_layer(config, "local"))
-    set_values_of_sequential(model)
-    return model.requires_grad_(False)
+    return MoE(moe_config(layout, dtype, moe_shared_expert_intermediate_size=None)).requires_grad_(False)
 
 
 def grouped_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -96,9 +66,7 @@ def places(model: nn.Module) -> dict[str, tuple[str, int]]:
 @torch.no_grad()
 def set_base_values(model: nn.Module) -> None:
     linears = grouped_linears(model)
-    for module in model.modules():
-        if type(module).__name__ == "TopKRouter":
-            module.weight.copy_(whole_values((EXPERTS, HIDDEN), "router", 0.5))
+    set_router(model)
     for name, (layer, index) in places(model).items():
         weight = linears[layer].get_parameter(f"weight{index}")
         weight.copy_(own_part(name, linears[layer], "weight", whole_of(name)["weight"]))
@@ -106,8 +74,7 @@ def set_base_values(model: nn.Module) -> None:
 
 def adapted(model: nn.Module, *, set_values: bool = True, **settings: Any) -> nn.Module:
     """The model with adapters on all its experts, whose values come from whole tensors or are the initial ones."""
-    torch.manual_seed(11)
-    dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM, alpha=SCALING * DIM, **settings)(model)
+    attach(model, **settings)
     if set_values:
         set_adapter_values(model)
     return model
@@ -139,43 +106,17 @@ def set_adapter_values(model: nn.Module) -> None:
             of_experts(tensor, site)[where[name][1]].copy_(own_part(name, site.to_wrap, kind, wholes[kind]))
 
 
-def tensors_of_experts(model: nn.Module, *, gradients: bool) -> Results:
-    """The whole tensors of all experts' adapters, or their gradients, as layers of their own would have them."""
+def tensors_of_experts(model: nn.Module, read: Read = lambda parameter: parameter, *, total: bool = False) -> Results:
+    """What `tensors_of_sites` gives of layers of their own."""
     of_layers, own = sites(model), {}
     for name, (_, index) in places(model).items():
         site = of_layers[name]
-        for kind, tensor in adapter_tensors(site).items():
-            whole = tensor.grad if gradients else tensor
-            assert whole is not None
-            own[f"{name} {kind}"] = of_experts(whole, site)[index]
-    return whole_tensors(of_layers, own, total=gradients)
+        for kind, parameter in adapter_tensors(site).items():
+            own[f"{name} {kind}"] = of_experts(read(parameter), site)[index]
+    return whole_tensors(of_layers, own, total=total)
 
 
-def step(model: nn.Module, layout: Layout, number: int, dtype: torch.dtype) -> Results:
-    """Output and gradients of one batch."""
-    model.zero_grad()
-    x = own_tokens(batch(number), layout).to(dtype).requires_grad_()
-    y = model(x)
-    (y * own_tokens(batch(number, "loss"), layout).to(dtype)).sum().backward()
-    gradients = tensors_of_experts(model, gradients=True)
-    return {"y": all_tokens(y), "dx": all_tokens(x.grad), **{f"d {key}": value for key, value in gradients.items()}}
-
-
-def oracle_step(number: int) -> Results:
-    """The same of the oracle of `moe_layers.py` without shared experts."""
-    oracle, x = Oracle(num_shared=0), batch(number).requires_grad_()
-    y = oracle(x)
-    (y * batch(number, "loss")).sum().backward()
-    gradients = {f"d {key}": torch.zeros_like(p) if p.grad is None else p.grad for key, p in oracle.trained.items()}
-    return {"y": y.detach(), "dx": x.grad, **gradients}
-
-
-def compile_experts(model: nn.Module, inner_compiler: str = "aot_eager") -> None:
-    """Compile the one function of each grouped layer."""
-    compile_grouped_linears(model.modules(), {"backend": "dora_fx", "options": {"inner_compiler": inner_compiler}})
-
-
-def gpt(layout: Layout, **settings: Any) -> nn.Module:
+def gpt(layout: ExpertLayout, **settings: Any) -> nn.Module:
     """A GPT of two layers over Transformer Engine, of which every value is set; for the layers around the experts."""
     settings = {"moe_grouped_gemm": True, "num_layers": 2, "attention_backend": AttnBackend.unfused} | settings
     config = moe_config(layout, torch.float32, **settings)

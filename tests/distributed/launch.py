@@ -19,7 +19,7 @@ from tests.processes import run_processes
 
 
 def enter_rank(
-    rank: int, function: Callable[..., Any], world_size: int, tp: int, folder: str, args: tuple[Any, ...]
+    rank: int, folder: str, function: Callable[..., Any], world_size: int, tp: int, args: tuple[Any, ...]
 ) -> None:
     """Be one rank of a Megatron world; rank 0 leaves what `function` returns in `folder`."""
     torch.set_num_threads(1)
@@ -39,9 +39,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, tp: int, *args: Any
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        _spawn(enter_rank, (function, world_size, tp, folder, args), world_size, folder)
-        return torch.load(Path(folder) / "result", weights_only=False)
+    return _result_of(world_size, enter_rank, function, world_size, tp, args)
 
 
 def run_layout(function: Callable[..., Any], layout: Any, *args: Any) -> Any:
@@ -50,12 +48,10 @@ def run_layout(function: Callable[..., Any], layout: Any, *args: Any) -> Any:
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of the rank that failed first.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        _spawn(_enter_layout, (function, layout, folder, args), layout.world_size, folder)
-        return torch.load(Path(folder) / "result", weights_only=False)
+    return _result_of(layout.world_size, _enter_layout, function, layout, args)
 
 
-def _enter_layout(rank: int, function: Callable[..., Any], layout: Any, folder: str, args: tuple[Any, ...]) -> None:
+def _enter_layout(rank: int, folder: str, function: Callable[..., Any], layout: Any, args: tuple[Any, ...]) -> None:
     with _leaving_a_traceback(rank, folder), layout.world(rank, Path(folder) / "store"):
         result = function(layout, *args)
     if rank == 0:
@@ -68,12 +64,10 @@ def call_in_process(function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         torch.multiprocessing.ProcessRaisedException: with the traceback of what it raised.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        _spawn(_keep_result, (function, folder, args), 1, folder)
-        return torch.load(Path(folder) / "result", weights_only=False)
+    return _result_of(1, _enter_alone, function, args)
 
 
-def _keep_result(rank: int, function: Callable[..., Any], folder: str, args: tuple[Any, ...]) -> None:
+def _enter_alone(rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     with _leaving_a_traceback(rank, folder):
         torch.save(function(*args), Path(folder) / "result")
 
@@ -95,6 +89,13 @@ def _visit(rank: int, visits: Sequence[tuple[Callable[..., Any], Any]], folder: 
         if rank < layout.world_size:
             with _leaving_a_traceback(rank, folder), layout.world(rank, Path(folder) / str(number)):
                 function(layout, *args)
+
+
+def _result_of(nprocs: int, entry: Callable[..., None], *args: Any) -> Any:
+    """Run `entry(rank, folder, *args)` in processes and return what one of them left in the folder as "result"."""
+    with tempfile.TemporaryDirectory() as folder:
+        _spawn(entry, (folder, *args), nprocs, folder)
+        return torch.load(Path(folder) / "result", weights_only=False)
 
 
 @contextmanager

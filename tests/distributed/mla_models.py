@@ -32,32 +32,38 @@ _LOCAL_NAMES = {
 }
 
 
+# Settings of tiny models with latent attention.
+LATENT: dict[str, Any] = dict(
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_head_dim=8,
+    qk_pos_emb_head_dim=8,
+    rope_type="rope",
+    multi_latent_attention=True,
+    normalization="RMSNorm",
+    qk_layernorm=True,
+    gated_linear_unit=True,
+    activation_func=F.silu,
+    add_bias_linear=False,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    use_cpu_initialization=True,
+    apply_rope_fusion=False,
+    gradient_accumulation_fusion=False,
+    bias_dropout_fusion=False,
+)
+
+
 def mla_config(sequence_parallel: bool) -> MLATransformerConfig:
     return MLATransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
-        ffn_hidden_size=48,
-        num_attention_heads=4,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_head_dim=8,
-        qk_pos_emb_head_dim=8,
         v_head_dim=8,
-        rope_type="rope",
-        multi_latent_attention=True,
-        normalization="RMSNorm",
-        qk_layernorm=True,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         sequence_parallel=sequence_parallel,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
+        **LATENT,
     )
 
 

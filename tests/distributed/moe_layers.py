@@ -6,7 +6,7 @@ and not read from the library.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +46,16 @@ TRAINED = ("lora_a", "lora_b", "magnitude")
 ROUNDINGS = 3 * (2 * HIDDEN + FFN + SHARED_FFN + 4 * DIM)
 
 Results = dict[str, torch.Tensor]
+# What is taken of each parameter of an adapter: its value, or a gradient.
+Read = Callable[[Any], torch.Tensor]
+# A model, and what to read -> the whole tensors of all adapters; `total` as `whole_tensors` takes it.
+TensorsOf = Callable[..., Results]
+# How experts are compiled in tests that are not about compilation.
+COMPILED: dict[str, Any] = {"backend": "dora_fx", "fullgraph": True, "options": {"inner_compiler": "aot_eager"}}
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExpertLayout:
     """Sizes of a world; data parallelism, of dense layers and of experts, fills what the others leave."""
 
     world_size: int = 1
@@ -115,7 +121,7 @@ def streams_on_cpu() -> Iterator[None]:
         yield
 
 
-def moe_config(layout: Layout, dtype: torch.dtype = torch.float64, **settings: Any) -> TransformerConfig:
+def moe_config(layout: ExpertLayout, dtype: torch.dtype = torch.float64, **settings: Any) -> TransformerConfig:
     defaults: dict[str, Any] = dict(
         num_layers=layout.pp,
         hidden_size=HIDDEN,
@@ -153,17 +159,31 @@ def moe_config(layout: Layout, dtype: torch.dtype = torch.float64, **settings: A
 
 
 class MoE(nn.Module):
-    """A model that is one mixture-of-experts layer."""
+    """A model that is one mixture-of-experts layer.
 
-    def __init__(self, config: TransformerConfig, spec: str = "local") -> None:
+    Args:
+        spec: as `build_moe_layer` takes it.
+        set_values: sets the weights of the layer; None for `set_base_values`.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, spec: str = "local", set_values: Callable[[nn.Module], None] | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.mlp = build_moe_layer(config, spec)
-        set_base_values(self)
+        (set_values or set_base_values)(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = self.mlp(x)[0]
         return output
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As a GPTModel of one layer, for checkpoints."""
+        shards: dict[str, Any] = self.mlp.sharded_state_dict(f"{prefix}mlp.", sharded_offsets, metadata)
+        return shards
 
 
 def build_moe_layer(config: TransformerConfig, name: str) -> Any:
@@ -226,19 +246,29 @@ def own_part(name: str, linear: nn.Module, tensor_name: str, whole: torch.Tensor
 
 
 @torch.no_grad()
-def set_base_values(model: nn.Module) -> None:
-    """Set the weights of the router and of all linear layers from whole tensors."""
+def set_router(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ == "TopKRouter":
             module.weight.copy_(whole_values((EXPERTS, HIDDEN), "router", 0.5))
+
+
+@torch.no_grad()
+def set_base_values(model: nn.Module) -> None:
+    """Set the weights of the router and of all linear layers from whole tensors."""
+    set_router(model)
     for name, linear in named_linears(model).items():
         linear.weight.copy_(own_part(name, linear, "weight", whole_of(name)["weight"]))
 
 
+def attach(model: nn.Module, **settings: Any) -> nn.Module:
+    """The model with adapters on all its experts, with their initial values."""
+    torch.manual_seed(11)
+    return dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM, alpha=SCALING * DIM, **settings)(model)
+
+
 def adapted(model: nn.Module, *, set_values: bool = True, **settings: Any) -> nn.Module:
     """The model with adapters on all its experts, whose values come from whole tensors or are the initial ones."""
-    torch.manual_seed(11)
-    dora_fx.DoRA(["linear_fc1", "linear_fc2"], dim=DIM, alpha=SCALING * DIM, **settings)(model)
+    attach(model, **settings)
     if set_values:
         set_adapter_values(model)
     return model
@@ -264,7 +294,7 @@ def batch(number: int, kind: str = "x") -> torch.Tensor:
     return whole
 
 
-def own_tokens(whole: torch.Tensor, layout: Layout) -> torch.Tensor:
+def own_tokens(whole: torch.Tensor, layout: ExpertLayout) -> torch.Tensor:
     """This rank's part of a batch."""
     dp_rank, dp = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     own = split(whole, 1, dp_rank, dp)
@@ -336,55 +366,49 @@ class Oracle(nn.Module):
         return dora_linear(x, self.weights[name], None, *trained, scaling=SCALING)
 
 
-def tensors_of_sites(model: nn.Module) -> Results:
-    """The whole tensors of all adapters."""
+def tensors_of_sites(model: nn.Module, read: Read = lambda parameter: parameter, *, total: bool = False) -> Results:
+    """The whole tensors of all adapters, of what is read from each parameter."""
     sites = named_sites(model)
-    own = {f"{name} {key}": tensors_of(site)[key] for name, site in sites.items() for key in TRAINED}
-    return whole_tensors(sites, own, total=False)
+    own = {f"{name} {key}": read(tensors_of(site)[key]) for name, site in sites.items() for key in TRAINED}
+    return whole_tensors(sites, own, total=total)
 
 
-def oracle_step(number: int) -> Results:
+def weighted_sum(y: torch.Tensor, layout: ExpertLayout, number: int) -> torch.Tensor:
+    """The loss of this rank's part of a batch, in float64."""
+    return (y.double() * own_tokens(batch(number, "loss"), layout)).sum()
+
+
+def oracle_step(number: int, num_shared: int = 1) -> Results:
     """Output and gradients of one batch."""
-    oracle, x = Oracle(), batch(number).requires_grad_()
+    oracle, x = Oracle(num_shared), batch(number).requires_grad_()
     y = oracle(x)
     (y * batch(number, "loss")).sum().backward()
     gradients = {f"d {key}": torch.zeros_like(p) if p.grad is None else p.grad for key, p in oracle.trained.items()}
     return {"y": y.detach(), "dx": x.grad, **gradients}
 
 
-def step(model: nn.Module, layout: Layout, number: int, dtype: torch.dtype) -> Results:
+def step(
+    model: nn.Module, layout: ExpertLayout, number: int, dtype: torch.dtype, read_tensors: TensorsOf = tensors_of_sites
+) -> Results:
     """The same of a model that is spread over ranks."""
     model.zero_grad()
     x = own_tokens(batch(number), layout).to(dtype).requires_grad_()
     y = model(x)
-    (y * own_tokens(batch(number, "loss"), layout).to(dtype)).sum().backward()
-    sites = named_sites(model)
-    own = {
-        f"{name} {tensor_name}": tensors_of(site)[tensor_name].grad
-        for name, site in sites.items()
-        for tensor_name in TRAINED
-    }
-    whole = whole_tensors(sites, own, total=True)
-    return {"y": all_tokens(y), "dx": all_tokens(x.grad), **{f"d {key}": tensor for key, tensor in whole.items()}}
-
-
-def compile_experts(model: nn.Module) -> None:
-    """Compile the experts alone."""
-    for module in model.modules():
-        if type(module).__name__ in ("MLP", "SharedExpertMLP"):
-            module.compile(backend="dora_fx", fullgraph=True, options={"inner_compiler": "aot_eager"})
+    weighted_sum(y, layout, number).backward()
+    gradients = read_tensors(model, lambda parameter: parameter.grad, total=True)
+    return {"y": all_tokens(y), "dx": all_tokens(x.grad), **{f"d {key}": value for key, value in gradients.items()}}
 
 
 LEARNING_RATE, CLIP, MICRO_BATCHES, STEPS = 1e-2, 1.0, 2, 3
 
 
-def oracle_training(clip: float) -> Results:
+def oracle_training(clip: float, num_shared: int = 1) -> Results:
     """Gradients of the first step, their norm in every step, and the parameters after three steps of Adam.
 
     Args:
         clip: the largest norm of gradients; 0 for any.
     """
-    oracle = Oracle()
+    oracle = Oracle(num_shared)
     parameters = dict(oracle.trained)
     optimizer = torch.optim.AdamW(parameters.values(), lr=LEARNING_RATE, weight_decay=0.0, eps=1e-8)
     found: Results = {}
@@ -425,17 +449,29 @@ class Mode:
 
 
 class Training:
-    """The layer under Megatron's DistributedDataParallel and optimizer on one rank."""
+    """The layer under Megatron's DistributedDataParallel and optimizer on one rank.
 
-    def __init__(self, layout: Layout, mode: Mode) -> None:
+    Args:
+        model: with adapters, in place of a new one of sequential experts.
+        read_tensors: reads the model's adapters.
+    """
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        mode: Mode,
+        model: nn.Module | None = None,
+        read_tensors: TensorsOf = tensors_of_sites,
+    ) -> None:
         torch._dynamo.reset()
-        self.layout, self.mode = layout, mode
-        config = moe_config(layout, mode.dtype)
-        self.model: Any = MoE(config)
+        assert model is None or (mode.complete_gradients, mode.late) == ("auto", False), "it has its adapters"
+        self.layout, self.mode, self.read_tensors = layout, mode, read_tensors
+        self.model: Any = MoE(moe_config(layout, mode.dtype)) if model is None else model
+        config = self.model.config
         is_bf16 = mode.dtype == torch.bfloat16
         settings = {"complete_gradients": mode.complete_gradients}
         with cuda_means_cpu():
-            if not mode.late:
+            if model is None and not mode.late:
                 adapted(self.model, **settings)
             ddp_config = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=is_bf16,
@@ -466,9 +502,8 @@ class Training:
             which = number * MICRO_BATCHES + part
             x = own_tokens(batch(which), self.layout).to(self.mode.dtype).requires_grad_()
             with nullcontext() if part == MICRO_BATCHES - 1 else self.ddp.no_sync():
-                weights = own_tokens(batch(which, "loss"), self.layout)
                 # Data parallelism averages over its ranks.
-                loss = (self.ddp(x).double() * weights).sum() * dp / BATCH
+                loss = weighted_sum(self.ddp(x), self.layout, which) * dp / BATCH
                 with cuda_means_cpu() if self.mode.overlap else nullcontext():
                     loss.backward()
         with cuda_means_cpu():
@@ -478,13 +513,12 @@ class Training:
         return float(norm)
 
     def _gradients(self) -> Results:
-        sites = named_sites(self.model)
-        own = {f"{name} {key}": tensors_of(site)[key].main_grad for name, site in sites.items() for key in TRAINED}
-        return {f"d {name}": value for name, value in whole_tensors(sites, own, total=False).items()}
+        found = self.read_tensors(self.model, lambda parameter: parameter.main_grad)
+        return {f"d {name}": value for name, value in found.items()}
 
     def results(self) -> Results:
         found: Results = {}
         for number in range(STEPS):
             found[f"norm {number}"] = torch.tensor([self.step(number)], dtype=torch.float64)
             found |= self.gradients
-        return {**found, **{f"trained {name}": value for name, value in tensors_of_sites(self.model).items()}}
+        return {**found, **{f"trained {name}": value for name, value in self.read_tensors(self.model).items()}}

@@ -46,13 +46,22 @@ KINDS = [Kind(), Kind(sequence_parallel=True, optimizer="distributed"), Kind(opt
 def check_sound_set_ups(layout: Layout, folder: Path) -> None:
     """Nothing is wrong and nothing is changed; the loss is that of one rank."""
     for kind in KINDS:
-        loss = _loss_on_one_rank(layout, kind, folder)
-        setup = SetUp(layout, kind, compiles=kind.optimizer == "fp32")
-        before = state_of(setup)
-        report = setup.check(loss)
-        assert not report.failed, f"{layout} {kind}\n{report}"
-        assert {finding.verdict for finding in report.findings if finding.name == "slope"} == {"ok"}, report
-        torch.testing.assert_close(state_of(setup), before, rtol=0, atol=0, equal_nan=True)
+        assert_sound(layout, kind, _loss_on_one_rank(layout, kind, folder))
+
+
+def check_experts(layout: Layout, folder: Path) -> None:
+    """Tokens go to other experts as adapters move, and each expert is on other ranks than a dense layer."""
+    for optimizer in ("fp32", "distributed"):
+        assert_sound(layout, Kind(experts=True, sequence_parallel=layout.tp > 1, optimizer=optimizer), None)
+
+
+def assert_sound(layout: Layout, kind: Kind, loss: float | None) -> None:
+    setup = SetUp(layout, kind, compiles=kind.optimizer == "fp32")
+    before = state_of(setup)
+    report = setup.check(loss)
+    assert not report.failed, f"{layout} {kind}\n{report}"
+    assert {finding.verdict for finding in report.findings if finding.name == "slope"} == {"ok"}, report
+    torch.testing.assert_close(state_of(setup), before, rtol=0, atol=0, equal_nan=True)
 
 
 def check_a_bare_stage(layout: Layout, folder: Path) -> None:
@@ -88,6 +97,17 @@ def test_sound_set_ups_pass_and_are_left_as_they_were(tmp_path):
     layouts = [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(pp=2, vpp=2)]
     visits = [(check_sound_set_ups, layout) for layout in layouts]
     visit_worlds([*visits, (check_a_bare_stage, Layout(pp=2))], tmp_path)
+
+
+EXPERT_LAYOUTS = [Layout(dp=2, ep=2, etp=1), Layout(tp=2, etp=2)]
+MORE_EXPERT_LAYOUTS = [Layout(), Layout(tp=2, ep=2, etp=1), Layout(tp=2, etp=1)]
+
+
+@pytest.mark.parametrize(
+    "layouts", [EXPERT_LAYOUTS, pytest.param(MORE_EXPERT_LAYOUTS, marks=pytest.mark.slow)], ids=["two", "more"]
+)
+def test_sound_experts_pass(layouts, tmp_path):
+    visit_worlds([(check_experts, layout) for layout in layouts], tmp_path)
 
 
 @pytest.mark.default

@@ -18,6 +18,7 @@ from dora_fx.experts_compilation import compile_experts, moe_layers
 from dora_fx.models import causal_mask
 from tests.closeness import assert_close, rounding
 from tests.distributed.launch import run_layout
+from tests.distributed.moe_layers import COMPILED
 from tests.distributed.pipeline_gpt import (
     LAYERS,
     ROUNDINGS_OF_A_STEP,
@@ -72,8 +73,7 @@ def run_case(layout: Layout, case: Case) -> int:
             stack.enter_context(without_cuda_generators())
             recompute(model, case.recompute)
         if case.scope == "experts":
-            settings = {"backend": "dora_fx", "fullgraph": True, "options": {"inner_compiler": "aot_eager"}}
-            compile_experts(moe_layers(model.modules()), settings)
+            compile_experts(moe_layers(model.modules()), COMPILED)
         else:
             dora_fx.compile_model(model, case.scope, inner_compiler="aot_eager")
         for number, wanted in enumerate(expected):
@@ -116,4 +116,4 @@ def run(layout: Layout, case: Case) -> list[int]:
 )
 def test_compiled_experts_are_those_of_eager_code(layout: Layout, case: Case) -> None:
     graphs = run_layout(run, layout, case)
-    assert max(graphs) <= case.most_graphs, graphs
+    assert 0 < min(graphs) <= max(graphs) <= case.most_graphs, graphs

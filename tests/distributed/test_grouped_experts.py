@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,64 +10,86 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch._dynamo.utils import counters
 
 import dora_fx
+from dora_fx.experts_compilation import compile_experts, moe_layers
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
-from tests.closeness import assert_below, assert_close, relative_error, rounding
+from tests.closeness import assert_apart, assert_below, assert_close, relative_error, rounding
 from tests.distributed import grouped_experts as grouped
 from tests.distributed import moe_layers as sequential
 from tests.distributed.launch import run_layout
-from tests.distributed.moe_layers import DIM, EXPERTS, FFN, HIDDEN, ROUNDINGS, Layout, Results, batch, own_tokens
+from tests.distributed.moe_layers import (
+    COMPILED,
+    DIM,
+    EXPERTS,
+    FEATURES,
+    FFN,
+    HIDDEN,
+    ROUNDINGS,
+    SCALING,
+    TRAINED,
+    ExpertLayout,
+    Mode,
+    Results,
+    TensorsOf,
+    Training,
+    batch,
+    oracle_step,
+    own_tokens,
+    step,
+)
 from tests.distributed.test_checkpoint_reshaping import whole_tensors
+from tests.distributed.test_experts import assert_trained
+from tests.distributed.zoo import whole_values
 from tests.reference import dora_linear
 
 pytestmark = pytest.mark.usefixtures("emulated_te")
 
 slow = pytest.mark.slow
-LEARNING_RATE = 1e-2
 MODES = [("eager", torch.float64), ("eager", torch.float32), ("compiled", torch.float64)]
 LAYOUTS = [
-    Layout(),
-    Layout(2, ep=2),
-    Layout(2, tp=2, etp=2),
-    pytest.param(Layout(2, tp=2, ep=2), marks=slow),
-    pytest.param(Layout(2, tp=2), marks=slow),
-    pytest.param(Layout(4, tp=2, ep=2, etp=2), marks=slow),
+    ExpertLayout(),
+    ExpertLayout(2, ep=2),
+    ExpertLayout(2, tp=2, etp=2),
+    pytest.param(ExpertLayout(2, tp=2, ep=2), marks=slow),
+    pytest.param(ExpertLayout(2, tp=2), marks=slow),
+    pytest.param(ExpertLayout(4, tp=2, ep=2, etp=2), marks=slow),
+    pytest.param(ExpertLayout(2, etp=2), marks=slow),
+    pytest.param(ExpertLayout(2, ep=2, dispatcher="alltoall"), marks=slow),
+    pytest.param(ExpertLayout(2, tp=2, ep=2, dispatcher="alltoall"), marks=slow),
 ]
 
 
-def run(layout: Layout) -> dict[str, Any]:
+def run(layout: ExpertLayout) -> dict[str, Any]:
     """On every rank: what attaching makes, and two batches of each mode; the second leaves experts without tokens."""
     model = grouped.build(layout)
     x = own_tokens(batch(0), layout)
     base = model(x)
     grouped.adapted(model, set_values=False)
     assert torch.equal(model(x), base)
-    initial = grouped.tensors_of_experts(model, gradients=False)
+    initial = grouped.tensors_of_experts(model)
     alike = sequential.adapted(grouped.build_sequential(layout), set_values=False)
     found = {"initial": initial, "initial of sequential experts": sequential.tensors_of_sites(alike)}
     return {**found, "steps": {mode: run_mode(layout, *mode) for mode in MODES}}
 
 
-def run_mode(layout: Layout, compiler: str, dtype: torch.dtype) -> list[Results]:
+def run_mode(layout: ExpertLayout, compiler: str, dtype: torch.dtype) -> list[Results]:
     torch._dynamo.reset()
     model = grouped.adapted(grouped.build(layout, dtype))
     counters.clear()
     if compiler == "compiled":
-        grouped.compile_experts(model)
-    steps = [grouped.step(model, layout, number, dtype) for number in range(2)]
+        compile_experts(moe_layers(model.modules()), COMPILED)
+    steps = [step(model, layout, number, dtype, grouped.tensors_of_experts) for number in range(2)]
     # One for each of the two layers.
     assert counters["dora_fx"]["graphs_compiled"] == (2 if compiler == "compiled" else 0)
     return steps
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_topology_computes_the_function_of_one_rank_emulated_kernels(layout: Layout) -> None:
+def test_every_topology_computes_the_function_of_one_rank_emulated_kernels(layout: ExpertLayout) -> None:
     found = run_layout(run, layout)
-    expected = [grouped.oracle_step(number) for number in range(2)]
+    expected = [oracle_step(number, num_shared=0) for number in range(2)]
     for (_, dtype), steps in found["steps"].items():
         for number, result in enumerate(steps):
             assert_close(result, expected[number], rounding(dtype, ROUNDINGS))
@@ -77,27 +99,59 @@ def test_every_topology_computes_the_function_of_one_rank_emulated_kernels(layou
         assert_close(found["initial"][name], value, bound)
 
 
-FORMS = {"grouped": grouped.build, "sequential": grouped.build_sequential}
+def drop(layout: ExpertLayout) -> dict[str, Results]:
+    """A batch under dropout, eager and compiled, and in evaluation."""
+    found = {}
+    for compiler in ("eager", "compiled"):
+        torch._dynamo.reset()
+        model = grouped.adapted(grouped.build(layout), dropout=0.3)
+        if compiler == "compiled":
+            compile_experts(moe_layers(model.modules()), COMPILED)
+        torch.manual_seed(12)
+        found[compiler] = step(model, layout, 0, torch.float64, grouped.tensors_of_experts)
+    found["evaluation"] = step(model.eval(), layout, 0, torch.float64, grouped.tensors_of_experts)
+    return found
 
 
-def save(layout: Layout, folder: Path) -> None:
-    for form, build in FORMS.items():
-        adapt = grouped.adapted if form == "grouped" else sequential.adapted
-        dora_fx.save_checkpoint(adapt(build(layout)), folder / f"{form} {layout}")
+def test_dropout_is_the_same_on_ranks_that_share_experts_emulated_kernels() -> None:
+    """What it computes is compared with the paper's formula in tests/unit/test_grouped_function.py."""
+    bound = rounding(torch.float64, ROUNDINGS)
+    one_rank, two_ranks = (run_layout(drop, layout) for layout in (ExpertLayout(), ExpertLayout(2, tp=2, etp=2)))
+    for found in (one_rank, two_ranks):
+        assert_close(found["evaluation"], oracle_step(0, num_shared=0), bound)
+        for compiler in ("eager", "compiled"):
+            assert_close(found[compiler], one_rank["eager"], bound)
+    assert_apart(one_rank["eager"]["y"], one_rank["evaluation"]["y"])
 
 
-def load_and_save_again(layout: Layout, folder: Path, sources: list[str]) -> None:
+# Builds a layer, adapts it, and reads its adapters.
+FORMS: dict[str, tuple[Any, Any, TensorsOf]] = {
+    "grouped": (grouped.build, grouped.adapted, grouped.tensors_of_experts),
+    "sequential": (grouped.build_sequential, sequential.adapted, sequential.tensors_of_sites),
+}
+
+
+def adapted(form: str, layout: ExpertLayout, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    build, adapt, _ = FORMS[form]
+    return adapt(build(layout, dtype), **settings)
+
+
+def save(layout: ExpertLayout, folder: Path) -> None:
+    for form in FORMS:
+        dora_fx.save_checkpoint(adapted(form, layout), folder / f"{form} {layout}")
+
+
+def load_and_save_again(layout: ExpertLayout, folder: Path, sources: list[str]) -> None:
     """Load every checkpoint into both forms, whose adapters are the initial ones, and save what they then are."""
-    for form, build in FORMS.items():
-        adapt = grouped.adapted if form == "grouped" else sequential.adapted
+    for form in FORMS:
         for source in sources:
-            model = adapt(build(layout), set_values=False)
+            model = adapted(form, layout, set_values=False)
             dora_fx.load_checkpoint(model, folder / source)
             dora_fx.save_checkpoint(model, folder / f"{form} {layout} of {source}")
 
 
 def test_checkpoints_of_grouped_and_sequential_experts_are_the_same_emulated_kernels(tmp_path: Path) -> None:
-    layouts = [Layout(), Layout(2, ep=2), Layout(2, tp=2, etp=2)]
+    layouts = [ExpertLayout(), ExpertLayout(2, ep=2), ExpertLayout(2, tp=2, etp=2)]
     for layout in layouts:
         run_layout(save, layout, tmp_path)
     sources = [f"{form} {layout}" for form in FORMS for layout in layouts]
@@ -105,93 +159,47 @@ def test_checkpoints_of_grouped_and_sequential_experts_are_the_same_emulated_ker
     assert expected["mlp.experts.experts.linear_fc1.adapter.linear_out.weight"].shape == (EXPERTS, 2 * FFN, DIM)
     for layout in layouts:
         run_layout(load_and_save_again, layout, tmp_path, sources)
-    for checkpoint in tmp_path.iterdir():
+    checkpoints = list(tmp_path.iterdir())
+    assert len(checkpoints) == len(sources) * (1 + len(FORMS) * len(layouts))
+    for checkpoint in checkpoints:
         found = whole_tensors(checkpoint)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items()), checkpoint.name
 
 
-def train(layout: Layout, settings: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The gradient's norm of each of three steps of two micro-batches, and the adapters after them."""
-    torch._dynamo.reset()
-    model = grouped.adapted(grouped.build(layout, dtype))
-    grouped.compile_experts(model)
-    config, norms = DistributedDataParallelConfig(bucket_size=2000, **settings), []
-    with cuda_means_cpu():
-        wrapped = DistributedDataParallel(model.config, config, model)
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=LEARNING_RATE,
-                weight_decay=0.0,
-                clip_grad=0.0,
-                params_dtype=dtype,
-                use_distributed_optimizer=config.use_distributed_optimizer,
-            ),
-            [wrapped],
-        )
-    for number in range(3):
-        with cuda_means_cpu():
-            wrapped.zero_grad_buffer()
-            optimizer.zero_grad()
-        for micro_batch in range(2):
-            with wrapped.no_sync() if micro_batch == 0 else nullcontext():
-                y = wrapped(own_tokens(batch(2 * number + micro_batch), layout).to(dtype).requires_grad_())
-                loss = (y * own_tokens(batch(2 * number + micro_batch, "loss"), layout).to(dtype)).sum()
-                with cuda_means_cpu():
-                    loss.backward()
-        with cuda_means_cpu():
-            finalize_model_grads([wrapped])
-            optimizer.prepare_grads()
-            norms.append(float(optimizer.get_grad_norm()))
-            optimizer.step()
-    return {"norms": torch.tensor(norms), **grouped.tensors_of_experts(model, gradients=False)}
-
-
-def expected_training(dp: int) -> dict[str, Any]:
-    """The same of the oracle, whose loss is the mean over data-parallel replicas."""
-    oracle, norms = sequential.Oracle(num_shared=0), []
-    optimizer = torch.optim.AdamW(oracle.trained.values(), lr=LEARNING_RATE, weight_decay=0.0)
-    for number in range(3):
-        optimizer.zero_grad()
-        for micro_batch in range(2):
-            y = oracle(batch(2 * number + micro_batch))
-            ((y * batch(2 * number + micro_batch, "loss")).sum() / dp).backward()
-        for parameter in oracle.trained.values():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        norms.append(float(torch.nn.utils.get_total_norm([each.grad for each in oracle.trained.values()])))
-        optimizer.step()
-    return {"norms": torch.tensor(norms), **{name: value.detach() for name, value in oracle.trained.items()}}
+def train(layout: ExpertLayout, mode: Mode) -> Results:
+    model = adapted("grouped", layout, mode.dtype)
+    compile_experts(moe_layers(model.modules()), COMPILED)
+    return Training(layout, mode, model, grouped.tensors_of_experts).results()
 
 
 @pytest.mark.parametrize(
-    ("layout", "settings"),
+    ("layout", "mode"),
     [
-        (Layout(2, ep=2), {"overlap_grad_reduce": True}),
-        (Layout(2, tp=2, etp=2), {}),
-        pytest.param(Layout(2), {"use_distributed_optimizer": True}, marks=slow),
-        pytest.param(Layout(2, tp=2), {}, marks=slow),
-        pytest.param(Layout(2, tp=2, ep=2), {}, marks=slow),
-        pytest.param(Layout(4, tp=2, ep=2, etp=2), {"use_distributed_optimizer": True}, marks=slow),
-        pytest.param(Layout(4, tp=2, etp=2), {"overlap_grad_reduce": True}, marks=slow),
+        (ExpertLayout(2, ep=2), Mode(overlap=True)),
+        (ExpertLayout(2, tp=2, etp=2), Mode()),
+        # Megatron's distributed optimizer refuses float64.
+        pytest.param(ExpertLayout(2), Mode(torch.float32, distributed=True), marks=slow),
+        pytest.param(ExpertLayout(2, tp=2), Mode(), marks=slow),
+        pytest.param(ExpertLayout(2, tp=2, ep=2), Mode(), marks=slow),
+        pytest.param(ExpertLayout(4, tp=2, ep=2, etp=2), Mode(torch.float32, distributed=True), marks=slow),
+        pytest.param(ExpertLayout(4, tp=2, etp=2), Mode(overlap=True), marks=slow),
+        pytest.param(ExpertLayout(2, etp=2), Mode(), marks=slow),
+        pytest.param(ExpertLayout(2, etp=2), Mode(torch.float32, distributed=True), marks=slow),
     ],
     ids=str,
 )
-def test_trained_under_megatrons_data_parallelism_emulated_kernels(layout: Layout, settings: dict[str, Any]) -> None:
-    # Megatron's distributed optimizer takes no float64.
-    dtype = torch.float32 if "use_distributed_optimizer" in settings else torch.float64
-    found, expected = run_layout(train, layout, settings, dtype), expected_training(layout.world_size // layout.tp)
+def test_trained_under_megatrons_data_parallelism_emulated_kernels(layout: ExpertLayout, mode: Mode) -> None:
     # Megatron has the gradient's norm in float32.
-    assert_close(found.pop("norms"), expected.pop("norms"), 1e-6)
-    assert_close(found, expected, rounding(dtype, 6 * ROUNDINGS))
+    assert_trained(run_layout(train, layout, mode), mode, 1e-6, num_shared=0)
 
 
-def routings(layout: Layout) -> list[int]:
+def routings(layout: ExpertLayout) -> list[int]:
     """Graphs after each of 20 batches of four lengths: experts, and ranks, without tokens too."""
     torch._dynamo.reset()
     counters.clear()
     model = grouped.adapted(grouped.build(layout))
-    grouped.compile_experts(model)
+    compile_experts(moe_layers(model.modules()), COMPILED)
     graphs, generator = [], torch.Generator().manual_seed(0)
     for number in range(20):
         x = torch.randn([8, 5, 12, 1][number % 4], 2, HIDDEN, generator=generator, dtype=torch.float64)
@@ -204,9 +212,9 @@ def routings(layout: Layout) -> list[int]:
 
 
 def test_other_routings_compile_nothing_anew_emulated_kernels() -> None:
-    """At most two graphs for each kind of layer; here it is one."""
-    graphs = run_layout(routings, Layout(2, ep=2))
-    assert graphs[-1] <= 2 * len(sequential.FEATURES), graphs
+    """One graph for each kind of layer."""
+    graphs = run_layout(routings, ExpertLayout(2, ep=2))
+    assert graphs[-1] == len(FEATURES), graphs
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -219,15 +227,15 @@ def variant_errors() -> dict[str, float]:
     """Output and gradients of layers with biases, and with probabilities in front of the experts, by the formula."""
     errors = {}
     for name, settings in VARIANTS.items():
-        model = grouped.build(Layout(), **settings)
+        model = grouped.build(ExpertLayout(), **settings)
         for index, linear in enumerate(grouped.grouped_linears(model).values()):
             for key, parameter in linear.named_parameters():
                 if key.startswith("bias"):
-                    parameter.data.copy_(sequential.whole_values(tuple(parameter.shape), f"{index} {key}", 0.5))
+                    parameter.data.copy_(whole_values(tuple(parameter.shape), f"{index} {key}", 0.5))
         grouped.adapted(model)
         for compiled in (False, True):
             if compiled:
-                grouped.compile_experts(model)
+                compile_experts(moe_layers(model.modules()), COMPILED)
             found, expected = (variant_step(model, forward) for forward in (model, by_formula))
             errors |= {
                 f"{name} {'compiled' * compiled} {key}": relative_error(found[key], value)
@@ -270,15 +278,15 @@ def expert_linear(model: Any, name: str, number: int, x: torch.Tensor, of_bias: 
     site = grouped.grouped_linears(model)[name]
     trained = [grouped.of_experts(tensor, site)[number] for tensor in grouped.adapter_tensors(site).values()]
     weight = site.to_wrap.get_parameter(f"weight{number}")
-    y = dora_linear(x, weight, None, *trained, scaling=sequential.SCALING)
+    y = dora_linear(x, weight, None, *trained, scaling=SCALING)
     return y + site.to_wrap.get_parameter(f"bias{number}") * of_bias if site.to_wrap.use_bias else y
 
 
 def test_biases_and_probabilities_emulated_kernels() -> None:
-    assert_below(run_layout(_on_one_rank, Layout(), variant_errors), rounding(torch.float64, ROUNDINGS))
+    assert_below(run_layout(_on_one_rank, ExpertLayout(), variant_errors), rounding(torch.float64, ROUNDINGS))
 
 
-def _on_one_rank(layout: Layout, function: Any) -> Any:
+def _on_one_rank(layout: ExpertLayout, function: Any) -> Any:
     return function()
 
 
@@ -286,42 +294,32 @@ def refusals() -> dict[str, str]:
     """What attaching says of layers and settings under which another function would be trained."""
     found = {}
     for name in ("single_grouped_weight", "use_transformer_engine_op_fuser"):
-        model = grouped.build(Layout())
+        model = grouped.build(ExpertLayout())
         setattr(model.config, f"moe_{name}" if name.startswith("single") else name, True)
         found[name] = _message(model)
     for name in ("overlap_dispatch_backward_with_experts_wgrad", "moe_paged_stash"):
-        model = grouped.build(Layout())
+        model = grouped.build(ExpertLayout())
         object.__setattr__(model.config, name, True)
         found[name] = _message(model)
-    model = grouped.build(Layout())
+    model = grouped.build(ExpertLayout())
     linear = grouped.grouped_linears(model)["linear_fc2"]
     linear.weight2.data[3, 4] = torch.nan
     found["not finite"] = _message(model)
-    model = grouped.build(Layout())
+    model = grouped.build(ExpertLayout())
     linear = grouped.grouped_linears(model)["linear_fc1"]
     forward = type(linear).forward
     linear.forward = lambda x, m_splits: (2.0 * forward(linear, x, m_splits)[0], None)
     found["another function"] = _message(model)
-    model = grouped.build(Layout())
-    found["dropout"] = _raised(lambda: grouped.adapted(model, dropout=0.1))
-    grouped.adapted(model)
+    model = grouped.adapted(grouped.build(ExpertLayout()))
     site = grouped.grouped_linears(model)["linear_fc1"]
-    site.adapter.dropout = 0.2
-    found["later dropout"] = _raised(lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [4, 0, 0, 0]))
-    site.adapter.dropout = 0.0
     for name, call in {
         "too few counts": lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [2, 2]),
         "other counts": lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [2, 2, 1, 0]),
         "features": lambda: site(torch.zeros(4, HIDDEN + 1, dtype=torch.float64), [2, 2, 0, 0]),
-        "merge": lambda: dora_fx.merge(model),
     }.items():
         found[name] = _raised(call)
     site.to_wrap.weight3.requires_grad_()
     found["trained base"] = _raised(lambda: site(torch.zeros(4, HIDDEN, dtype=torch.float64), [4, 0, 0, 0]))
-    gpt = grouped.gpt(Layout())
-    found["export"] = _raised(lambda: dora_fx.export_hf(gpt, "unused"))
-    found["stream"] = _raised(lambda: dora_fx.iter_merged(gpt))
-    found["check"] = _raised(lambda: dora_fx.check(gpt, {}))
     return found
 
 
@@ -340,7 +338,7 @@ def _raised(call: Any) -> str:
 
 
 def test_what_is_refused_is_named_emulated_kernels() -> None:
-    found = run_layout(_on_one_rank, Layout(), refusals)
+    found = run_layout(_on_one_rank, ExpertLayout(), refusals)
     layer = "mlp.experts.linear_fc1: found "
     kind = "a TEColumnParallelGroupedLinear "
     expected = {
@@ -350,14 +348,10 @@ def test_what_is_refused_is_named_emulated_kernels() -> None:
         "moe_paged_stash": f"{layer}{kind}with moe_paged_stash = True, expected False",
         "not finite": "mlp.experts.linear_fc2.weight2: the base weight has NaN or inf in 1 of 16 rows",
         "another function": f"{layer}{kind}whose outputs are off W0 x + bias by up to",
-        "dropout": f"{layer}dropout = 0.1, expected 0 for a layer that holds several experts",
-        "later dropout": f"{layer}dropout = 0.2, expected 0",
         "too few counts": f"{layer}2 numbers of tokens, expected one for each of 4",
         "other counts": f"{layer}4 tokens, expected the sum of the experts' numbers, 5",
         "features": "mlp.experts.linear_fc1: the input has 17 features, the layer takes 16",
-        "merge": f"{layer}a layer that holds 4 experts, expected one of a single matrix",
         "trained base": "mlp.experts.linear_fc1: the base weight requires grad",
-        **dict.fromkeys(("export", "stream", "check"), f"decoder.layers.0.{layer}a layer that holds several experts"),
     }
     assert found.keys() == expected.keys()
     assert {name: message[: len(expected[name])] for name, message in found.items()} == expected
@@ -366,7 +360,7 @@ def test_what_is_refused_is_named_emulated_kernels() -> None:
 LENGTHS = [6, 9, 4, 12]
 
 
-def compiled_gpt(layout: Layout, settings: dict[str, Any]) -> dict[str, Any]:
+def compiled_gpt(layout: ExpertLayout, settings: dict[str, Any]) -> dict[str, Any]:
     """How far 20 compiled batches are from eager ones, and the graphs of grouped layers after them."""
     torch._dynamo.reset()
     eager, compiled = grouped.gpt(layout), grouped.gpt(layout, **settings)
@@ -392,52 +386,48 @@ RECOMPUTED = [
 @slow
 @pytest.mark.parametrize("settings", RECOMPUTED, ids=str)
 def test_compiled_models_emulated_kernels(settings: dict[str, Any]) -> None:
-    found = run_layout(compiled_gpt, Layout(2, ep=2), settings)
+    found = run_layout(compiled_gpt, ExpertLayout(2, ep=2), settings)
     assert_below(found["errors"], rounding(torch.float32, 4 * ROUNDINGS))
-    assert found["graphs"][-1] == found["graphs"][4], found["graphs"]
+    assert found["graphs"][-1] == found["graphs"][4] > 0, found["graphs"]
 
 
-def in_training(form: str, layout: Layout, distributed: bool) -> tuple[Any, Any]:
-    """A wrapped model and its optimizer after two steps."""
-    model = (grouped if form == "grouped" else sequential).adapted(FORMS[form](layout, torch.float32))
-    settings = {"use_distributed_optimizer": distributed}
-    with cuda_means_cpu():
-        wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(**settings), model)
-        optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=LEARNING_RATE, **settings), [wrapped])
+def in_training(form: str, layout: ExpertLayout, distributed: bool) -> Training:
+    """A layer in training after two steps."""
+    mode = Mode(torch.float32, distributed=distributed)
+    training = Training(layout, mode, adapted(form, layout, mode.dtype), FORMS[form][-1])
     for number in range(2):
-        (wrapped(own_tokens(batch(number), layout).float().requires_grad_())).square().sum().backward()
-        with cuda_means_cpu():
-            finalize_model_grads([wrapped])
-            optimizer.step()
-            wrapped.zero_grad_buffer()
-    return wrapped, optimizer
+        training.step(number)
+    return training
 
 
-def save_trained(layout: Layout, folder: Path, distributed: bool) -> None:
+def save_trained(layout: ExpertLayout, folder: Path, distributed: bool) -> None:
     for form in FORMS:
-        model, optimizer = in_training(form, layout, distributed)
+        training = in_training(form, layout, distributed)
         with cuda_means_cpu():
-            dora_fx.save_checkpoint([model], folder / form, optimizer)
+            dora_fx.save_checkpoint([training.ddp], folder / form, training.optimizer)
 
 
-def load_trained(layout: Layout, folder: Path, distributed: bool) -> None:
+def load_trained(layout: ExpertLayout, folder: Path, distributed: bool) -> None:
     for form in FORMS:
-        model, optimizer = in_training(form, layout, distributed)
+        training = in_training(form, layout, distributed)
         for source in FORMS:
             with cuda_means_cpu():
-                dora_fx.load_checkpoint([model], folder / source, optimizer)
-                dora_fx.save_checkpoint([model], folder / f"{form} of {source}", optimizer)
+                dora_fx.load_checkpoint([training.ddp], folder / source, training.optimizer)
+                dora_fx.save_checkpoint([training.ddp], folder / f"{form} of {source}", training.optimizer)
 
 
 @pytest.mark.parametrize("distributed", [False, pytest.param(True, marks=slow)])
 def test_state_of_megatrons_optimizers_is_the_same_emulated_kernels(distributed: bool, tmp_path: Path) -> None:
-    run_layout(save_trained, Layout(2, ep=2), tmp_path, distributed)
-    run_layout(load_trained, Layout(2, tp=2, etp=2), tmp_path, distributed)
+    run_layout(save_trained, ExpertLayout(2, ep=2), tmp_path, distributed)
+    run_layout(load_trained, ExpertLayout(2, tp=2, etp=2), tmp_path, distributed)
     for source in FORMS:
         expected = whole_tensors(tmp_path / source)
-        assert sum(key.startswith("optimizer") for key in expected) >= 12
+        state = Counter(key.split(".")[2] for key in expected if key.startswith("optimizer.state."))
+        # Of each tensor of all experts' layers; the distributed optimizer has main copies too.
+        kinds = ["exp_avg", "exp_avg_sq", *(["param"] if distributed else [])]
+        assert state == dict.fromkeys(kinds, len(TRAINED) * len(FEATURES))
         for form in FORMS:
             found = whole_tensors(tmp_path / f"{form} of {source}")
             assert found.keys() == expected.keys()
             different = [key for key, value in expected.items() if not torch.equal(found[key], value)]
-            assert not different, f"{form} of {source}"
+            assert not different, f"{form} of {source}: {different}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,20 @@ from dora_fx.megatron import megatron_world
 from dora_fx.models import build_gpt_model, causal_mask
 from tests.closeness import assert_apart, assert_close, rounding, roundings_of
 from tests.distributed.launch import visit_worlds
-from tests.distributed.moe_layers import Layout
+from tests.distributed.moe_layers import ExpertLayout
+from tests.distributed.zoo import Sharding, gather
 from tests.hf_models import tiny_hf_model
 from tests.peft_models import adapted_megatron, hf_logits
 
 KINDS = ["qwen3_moe", "mixtral"]
 TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(8))
-LAYOUTS = [Layout(2, ep=2), Layout(2, tp=2, etp=2)]
+LAYOUTS = [ExpertLayout(2, ep=2), ExpertLayout(2, tp=2, etp=2)]
 MORE_LAYOUTS = [
-    Layout(2, tp=2, ep=2),
-    Layout(2, tp=2),
-    Layout(2, pp=2),
-    Layout(4, tp=2, ep=2, etp=2),
-    Layout(4, pp=2, ep=2),
+    ExpertLayout(2, tp=2, ep=2),
+    ExpertLayout(2, tp=2),
+    ExpertLayout(2, pp=2),
+    ExpertLayout(4, tp=2, ep=2, etp=2),
+    ExpertLayout(4, pp=2, ep=2),
 ]
 _OF_LAYER = ["self_attention.linear_qkv", "self_attention.linear_proj"]
 _OF_LAYER += [f"mlp.experts.local_experts.{number}.linear_fc{i}" for number in range(4) for i in (1, 2)]
@@ -42,12 +42,8 @@ def logits_of(model: nn.Module) -> torch.Tensor:
     tokens = TOKENS.chunk(replicas.size())[replicas.rank()]
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
-        local = model.eval()(tokens, positions, causal_mask(tokens.shape[1], "cpu")).contiguous()
-    for over, dim in ((group, -1), (replicas, 0)):
-        parts = [torch.empty_like(local) for _ in range(over.size())]
-        dist.all_gather(parts, local, group=over)
-        local = torch.cat(parts, dim)
-    return local
+        local = model.eval()(tokens, positions, causal_mask(tokens.shape[1], "cpu"))
+    return gather(gather(local, Sharding(2), group), Sharding(0), replicas).to(local.dtype)
 
 
 def of_one_rank(kind: str, folder: Path) -> dict[str, Any]:
@@ -61,7 +57,7 @@ def of_one_rank(kind: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def visit(layout: Layout, folder: Path) -> None:
+def visit(layout: ExpertLayout, folder: Path) -> None:
     """Build each model, import the adapter, and export and stream it."""
     for kind in KINDS:
         hf = tiny_hf_model(kind)
@@ -84,13 +80,14 @@ def visit(layout: Layout, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, dict[str, Any]]]]:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("moe")
     with megatron_world():
-        yield folder, {kind: of_one_rank(kind, folder / kind) for kind in KINDS}
+        of_one = {kind: of_one_rank(kind, folder / kind) for kind in KINDS}
+    return folder, of_one
 
 
-def check(layout: Layout, folder: Path, expected: dict[str, dict[str, Any]]) -> None:
+def check(layout: ExpertLayout, folder: Path, expected: dict[str, dict[str, Any]]) -> None:
     for kind in KINDS:
         hf, found, own = tiny_hf_model(kind), torch.load(folder / f"{kind} {layout}.pt"), expected[kind]
         bound = rounding(torch.float32, 2 * roundings_of(hf))
@@ -111,7 +108,7 @@ def check(layout: Layout, folder: Path, expected: dict[str, dict[str, Any]]) -> 
 
 @pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(MORE_LAYOUTS, marks=pytest.mark.slow)], ids=["two", "more"])
 def test_every_layout_computes_and_writes_what_one_rank_does(
-    layouts: list[Layout], expected: tuple[Path, dict[str, dict[str, Any]]]
+    layouts: list[ExpertLayout], expected: tuple[Path, dict[str, dict[str, Any]]]
 ) -> None:
     folder, of_one = expected
     visit_worlds([(visit, layout) for layout in layouts], folder)

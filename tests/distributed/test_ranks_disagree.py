@@ -122,7 +122,7 @@ def test_all_ranks_draw_from_the_seed_of_the_first():
 
 def test_a_killed_rank_ends_the_others():
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [start_process(enter_rank, rank, die_in_the_second_step, 2, 2, folder, ()) for rank in (0, 1)]
+        ranks = [start_process(enter_rank, rank, folder, die_in_the_second_step, 2, 2, ()) for rank in (0, 1)]
         for rank in ranks:
             rank.join(timeout=120)
         assert ranks[1].exitcode == -signal.SIGKILL

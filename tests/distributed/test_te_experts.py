@@ -7,29 +7,29 @@ import torch
 
 from tests.closeness import assert_close, rounding
 from tests.distributed.launch import run_layout
-from tests.distributed.moe_layers import ROUNDINGS, Layout, Results, oracle_step
+from tests.distributed.moe_layers import ROUNDINGS, ExpertLayout, Results, oracle_step
 from tests.distributed.test_experts import run_mode
 
 pytestmark = pytest.mark.usefixtures("emulated_te")
 slow = pytest.mark.slow
 
 
-def run(layout: Layout) -> list[Results]:
+def run(layout: ExpertLayout) -> list[Results]:
     return [found for compiler in ("eager", "compiled") for found in run_mode(layout, compiler, torch.float64, "te")]
 
 
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(2, tp=2, etp=2),
-        pytest.param(Layout(), marks=slow),
-        pytest.param(Layout(2, ep=2), marks=slow),
-        pytest.param(Layout(2, tp=2, ep=2), marks=slow),
-        pytest.param(Layout(2, tp=2), marks=slow),
-        pytest.param(Layout(4, tp=2, ep=2, etp=2), marks=slow),
+        ExpertLayout(2, tp=2, etp=2),
+        pytest.param(ExpertLayout(), marks=slow),
+        pytest.param(ExpertLayout(2, ep=2), marks=slow),
+        pytest.param(ExpertLayout(2, tp=2, ep=2), marks=slow),
+        pytest.param(ExpertLayout(2, tp=2), marks=slow),
+        pytest.param(ExpertLayout(4, tp=2, ep=2, etp=2), marks=slow),
     ],
     ids=str,
 )
-def test_every_topology_computes_the_function_of_one_rank_emulated_kernels(layout: Layout) -> None:
+def test_every_topology_computes_the_function_of_one_rank_emulated_kernels(layout: ExpertLayout) -> None:
     for number, found in enumerate(run_layout(run, layout)):
         assert_close(found, oracle_step(number % 2), rounding(torch.float64, ROUNDINGS))

@@ -11,19 +11,19 @@ import torch.distributed as dist
 
 import dora_fx
 from dora_fx.models import build_gpt_model
-from tests.closeness import assert_close, rounding, roundings_of
+from tests.closeness import assert_apart, assert_close, rounding, roundings_of
 from tests.distributed.launch import visit_worlds
-from tests.distributed.moe_layers import Layout
+from tests.distributed.moe_layers import ExpertLayout
 from tests.distributed.test_moe_models import KINDS, TOKENS, logits_of
 from tests.hf_models import tiny_hf_model
 from tests.models import GPT_TARGETS, randomize_adapters
 from tests.peft_models import hf_logits
 
 pytestmark = pytest.mark.usefixtures("emulated_te")
-LAYOUTS = [Layout(), Layout(2, ep=2), Layout(2, tp=2, etp=2)]
+LAYOUTS = [ExpertLayout(), ExpertLayout(2, ep=2), ExpertLayout(2, tp=2, etp=2)]
 
 
-def visit(layout: Layout, folder: Path) -> None:
+def visit(layout: ExpertLayout, folder: Path) -> None:
     """Build each model; the first layout writes adapters that every one imports and streams."""
     for kind in KINDS:
         hf = tiny_hf_model(kind)
@@ -46,8 +46,10 @@ def test_every_layout_computes_and_writes_what_one_rank_does_emulated_kernels(tm
         hf = tiny_hf_model(kind)
         bound = rounding(torch.float32, 2 * roundings_of(hf))
         first, *others = (torch.load(tmp_path / f"{kind} {layout}.pt") for layout in LAYOUTS)
+        assert_apart(first["logits"], first["base"])
         for found in (first, *others):
             assert_close(found["base"], hf_logits(hf, TOKENS), bound)
+        for found in others:
             assert_close(found["logits"], first["logits"], bound)
             torch.testing.assert_close(found["adapter"], first["adapter"], rtol=0, atol=0)
             torch.testing.assert_close(found["merged"], first["merged"], rtol=1e-6, atol=1e-6)

@@ -19,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel as TorchDDP
 
 import dora_fx
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import run_layout, run_ranks
+from tests.distributed.moe_layers import HIDDEN, SEQUENCE, ExpertLayout, MoE, moe_config
+from tests.distributed.moe_layers import attach as attach_to_experts
 from tests.models import config, randomize_adapters, sites
 
 WORLD, STEPS = 2, 4
@@ -175,6 +177,32 @@ def test_torch_data_parallelism_before_attaching_is_refused() -> None:
         assert message.startswith("torch.nn.parallel.DistributedDataParallel: found one that was made before")
     # A second call that adds nothing is not refused.
     assert num_sites == 4
+
+
+def over_parts_of_a_model(layout: ExpertLayout) -> list[str]:
+    """What a first step, and a check, say of torch's wrapper around a model that ranks share out."""
+    found = []
+    for compiles in (False, True):
+        model = attach_to_experts(MoE(moe_config(layout, torch.float32)))
+        wrapper = TorchDDP(model)
+        x = torch.randn(SEQUENCE // layout.tp, 2, HIDDEN)
+        (torch.compile(wrapper, backend="eager") if compiles else wrapper)(x).square().mean().backward()
+        with pytest.raises(ValueError) as raised:
+            torch.optim.AdamW(dora_fx.parameter_groups(model, lr=1e-2)).step()
+        found.append(str(raised.value))
+        with pytest.raises(ValueError) as raised:
+            dora_fx.check(model, {"x": x})
+        found.append(str(raised.value))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"), [(ExpertLayout(2, tp=2, etp=2), "tensor"), (ExpertLayout(2, ep=2), "expert")], ids=str
+)
+def test_torch_data_parallelism_over_parts_of_a_model_is_refused(layout: ExpertLayout, kind: str) -> None:
+    """It has written the frozen weights of the first rank over the others'."""
+    for message in run_layout(over_parts_of_a_model, layout):
+        assert f"joins this rank with rank 1, which holds another {kind}-parallel part of the model" in message
 
 
 def megatron_gradients() -> dict[str, list[float]]:

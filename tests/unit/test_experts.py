@@ -13,14 +13,14 @@ from torch import nn
 import dora_fx
 from dora_fx.attach.matching import matches
 from dora_fx.checkpoint.tensor_digests import add_digests, shard_digests
-from tests.distributed.moe_layers import Layout, MoE, batch, moe_config, named_sites
+from tests.distributed.moe_layers import ExpertLayout, MoE, batch, moe_config, named_sites
 from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
 
 
 def moe(**settings: Any) -> MoE:
-    return MoE(moe_config(Layout(), torch.float32, **settings))
+    return MoE(moe_config(ExpertLayout(), torch.float32, **settings))
 
 
 def attach(model: nn.Module, targets: list[str], **settings: Any) -> dora_fx.DoRA:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dora_fx
 from dora_fx.app.cli.explain import bytes_in
+from dora_fx.app.cli.explained_tables import explanation_tables, text_of
 from dora_fx.app.cli.main import main
 from dora_fx.app.errors import UserError
 from dora_fx.app.options import LAYOUT_OPTIONS
@@ -40,6 +41,7 @@ TINY = GPTArchitecture(
     tied_embeddings=True,
     rotary_base=10000.0,
 )
+MOE = dataclasses.replace(TINY, hf=HF_ARCHITECTURES["qwen3_moe"], num_layers=2, experts=Experts(4, 2, True))
 RUN = PlannedRun(tp=2, pp=3, dp=2, sequence_parallel=True, sequence_length=16, dim=4, gradient_accumulation=8)
 
 
@@ -58,11 +60,14 @@ def tiny() -> Explanation:
         ("llama3-8b", {"pp": 5}, "pp: found 5, expected a divisor of the 32 layers"),
         ("llama3-8b", {"pp": 64}, "pp: found 64, expected a divisor of the 32 layers"),
         ("llama3-8b", {"tp": 8, "dim": 12}, "dim: found 12, expected a multiple of tp 8"),
-        (
-            dataclasses.replace(TINY, experts=Experts(4, 2, True)),
-            {},
-            "base: found 4 experts in a layer, expected an MLP",
-        ),
+        ("llama3-8b", {"dp": 2, "ep": 2}, "ep: found 2 for a base without experts, expected it left out"),
+        ("llama3-8b", {"tp": 2, "etp": 2}, "etp: found 2 for a base without experts, expected it left out"),
+        (MOE, {"dp": 4, "ep": 3}, "ep: found 3 with etp 1, expected a product that divides the 4 ranks of tp 1 times"),
+        (MOE, {"dp": 8, "ep": 8}, "ep: found 8, expected a divisor of the 4 experts"),
+        (MOE, {"dp": 3, "etp": 3}, "etp: found 3, expected a divisor of the 80 features of an expert"),
+        (MOE, {"dp": 5, "etp": 5}, "dim: found 16, expected a multiple of etp 5"),
+        (MOE, {"tp": 2}, "sequence_parallel: found False with experts and tp above 1, expected it, as in Megatron"),
+        (MOE, {"etp": 0}, "etp: found 0, expected an integer from 1"),
         ("llama3-8b", {"tp": 0}, "tp: found 0, expected an integer from 1"),
         ("llama3-8b", {"dp": True}, "dp: found True, expected an integer from 1"),
         ("llama3-8b", {"batch_size": 1.5}, "batch_size: found 1.5, expected an integer from 1"),
@@ -347,10 +352,6 @@ def test_a_model_of_the_users_own() -> None:
         explain(torch.nn.Linear(2, 2), run)
     with pytest.raises(ValueError, match=r"^base: found a model with real parameters"):
         explain(empty_gpt_model(TINY, run.torch_dtype, sequence_parallel=False), run)
-    model.config.num_moe_experts = 4
-    with pytest.raises(ValueError, match=r"^base: found 4 experts in a layer"):
-        explain(model, run)
-    model.config.num_moe_experts = None
     found = explain(model, run)
     [stage] = found.stages
     assert stage.kinds == {"layer": 6, "embedding": 1, "output": 1}
@@ -360,3 +361,34 @@ def test_a_model_of_the_users_own() -> None:
     assert not sites(model)
     # Megatron's own attention is what the model has.
     assert any(tensor.shape[-2:] == (16, 16) for tensor in layer.variants["dora"].saved)
+
+
+def test_experts_are_counted_where_they_are() -> None:
+    """A rank has its share of the experts and of their tokens; their gradients go to the ranks that have the same."""
+    shared = {"sequence_length": 16, "dim": 4, "sequence_parallel": True, "tp": 2}
+    one, two = (explain(MOE, dp=4, ep=ep, etp=2, **shared) for ep in (1, 2))
+    layer, of_two = one.kinds[0], two.kinds[0]
+    expert = 3 * 80 * 48 // 2
+    assert layer.base_parameters - of_two.base_parameters == 2 * expert
+    for variant in VARIANTS:
+        # Four micro-batches' tokens go to as many experts as one's did.
+        assert layer.variants[variant].flops == of_two.variants[variant].flops
+    gradients = {each.group: each.num_ranks for each in two.stages[0].variants["dora"].step.gradients}
+    assert gradients.keys() >= {"dp", "edp"} and (gradients["dp"], gradients["edp"]) == (4, 2)
+    sent = {(each.kind, each.group) for each in of_two.variants["base"].forward.collectives}
+    assert {("all_to_all_single", "ep"), ("all_gather", "etp"), ("reduce_scatter", "etp")} <= sent
+    assert {("all_to_all_single", "ep")}.isdisjoint(
+        (each.kind, each.group) for each in layer.variants["base"].forward.collectives
+    )
+    assert one.num_experts == 4 and "tokens go to 4 experts evenly" in text_of(explanation_tables(one))
+
+
+@pytest.mark.usefixtures("world")
+def test_a_model_of_experts_is_itself_again() -> None:
+    run = PlannedRun(sequence_length=16, dim=4, dtype="fp32", attention="local")
+    with FakeTensorMode():
+        model = empty_gpt_model(MOE, run.torch_dtype, sequence_parallel=False)
+    before = {name: type(module) for name, module in model.named_modules()}
+    found = explain(model, run)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert found.kinds[0].lora_parameters > 0

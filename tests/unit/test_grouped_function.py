@@ -16,7 +16,7 @@ from tests import reference
 from tests.closeness import assert_apart, assert_below, assert_close, relative_error, rounding
 from tests.tables import every_case
 
-SCALING = 2.0
+SCALING, DROPOUT = 2.0, 0.3
 IN, OUT, DIM = 24, 40, 6
 # Tokens of each expert: usual ones, experts without any, all at one, one each, and none at all.
 ROUTINGS = [[9, 4, 0, 7, 5, 3], [1, 0, 0, 20, 6, 2], [0, 0, 0, 0, 33, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]]
@@ -59,13 +59,24 @@ def norms(parts: Tensors) -> torch.Tensor:
     return grouped_norm.grouped_norm_of_terms(*terms, b, scaling=scaling, dtype=dtype)
 
 
-def found(parts: Tensors, x: torch.Tensor, counts: list[int], call: Any = grouped_adapted_linear) -> Tensors:
-    """Output and gradients of the function, of a loss that weighs every output differently."""
+def found(
+    parts: Tensors,
+    x: torch.Tensor,
+    counts: list[int],
+    call: Any = grouped_adapted_linear,
+    keep: torch.Tensor | None = None,
+) -> Tensors:
+    """Output and gradients of the function, of a loss that weighs every output differently.
+
+    Args:
+        keep: of dropout, the mask of the elements of x that survive; None without dropout.
+    """
     leaves = {name: parts[name].detach().requires_grad_() for name in ("lora_a", "lora_b", "magnitude")}
     x = x.detach().requires_grad_()
     scale = row_scale(leaves["magnitude"], norms(parts), x.dtype)
     operands = SiteOperands(leaves["lora_a"], leaves["lora_b"], leaves["magnitude"], scale)
     scaling = torch.tensor([SCALING], dtype=scale.delta.dtype)
+    left = None if keep is None else x * keep / (1.0 - DROPOUT)
     y = call(
         x,
         base_output(parts, x, counts),
@@ -73,11 +84,12 @@ def found(parts: Tensors, x: torch.Tensor, counts: list[int], call: Any = groupe
         torch.tensor(counts, dtype=torch.int32),
         operands,
         scaling,
+        None if left is None else (left, base_output(parts, left, counts)),
     )
     return _with_gradients(y, {"x": x, **leaves})
 
 
-def expected(parts: Tensors, x: torch.Tensor, counts: list[int]) -> Tensors:
+def expected(parts: Tensors, x: torch.Tensor, counts: list[int], keep: torch.Tensor | None = None) -> Tensors:
     """What `found` should be, by the paper's formula for each expert alone, in float64."""
     wide = {
         name: value.detach().double().requires_grad_(name not in ("weight", "bias")) for name, value in parts.items()
@@ -90,6 +102,8 @@ def expected(parts: Tensors, x: torch.Tensor, counts: list[int]) -> Tensors:
             wide["bias"][expert] if "bias" in wide else None,
             *(wide[name][expert] for name in ("lora_a", "lora_b", "magnitude")),
             scaling=SCALING,
+            keep=None if keep is None else keep.split(counts)[expert],
+            dropout_p=DROPOUT,
         )
         for expert, own in enumerate(x.split(counts))
     ]
@@ -115,6 +129,18 @@ def test_equals_the_formula_of_every_expert(dtype: torch.dtype, bound: float, bi
     for counts in ROUTINGS:
         x = inputs(counts, dtype)
         assert_close(found(parts, x, counts), expected(parts, x, counts), bound)
+
+
+@every_case("biased", [False, True])
+@every_case("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dropout(dtype: torch.dtype, biased: bool) -> None:
+    parts, counts = layer(dtype, biased=biased), ROUTINGS[0]
+    x = inputs(counts, dtype)
+    keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) >= DROPOUT
+    # A rounding for each product and its sum, of x and of what is left of it, forward and back.
+    bound = rounding(dtype, 4 * (IN + OUT + DIM))
+    assert_close(found(parts, x, counts, keep=keep), expected(parts, x, counts, keep), bound)
+    assert_apart(expected(parts, x, counts, keep)["y"], expected(parts, x, counts)["y"])
 
 
 @every_case("dim", [1, 3, 8, 12])

@@ -45,7 +45,7 @@ def test_the_command_refuses_a_spec_before_anything_is_loaded(spec: str, tmp_pat
 
 
 def test_an_unknown_spec_is_refused() -> None:
-    with pytest.raises(ValueError, match="spec: found 'fused', expected one of local, te, hybrid"):
+    with pytest.raises(ValueError, match="spec: found 'fused', expected one of local, te, te_grouped, hybrid"):
         check_spec("fused")
 
 

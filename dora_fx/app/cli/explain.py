@@ -140,7 +140,9 @@ def _with_changes(values: Mapping[str, Any], text: str) -> dict[str, Any]:
         name, equals, value = part.strip().partition("=")
         field = name.replace("-", "_")
         if not equals or field not in RUN_FIELDS or isinstance(values[field], (list, tuple)):
-            numbers = "tp, pp, dp, sequence-parallel, batch-size, gradient-accumulation, sequence-length, recompute"
+            numbers = (
+                "tp, pp, dp, ep, etp, sequence-parallel, batch-size, gradient-accumulation, sequence-length, recompute"
+            )
             raise UserError(f"--compare: found {part!r} in {text!r}, expected a name and a value, of {numbers}, ...")
         changed[field] = _value_like(values[field], value, part)
     return changed
@@ -150,7 +152,7 @@ def _value_like(known: Any, value: str, part: str) -> Any:
     try:
         if isinstance(known, bool):
             return _BOOLEANS[value.lower()]
-        return int(value) if isinstance(known, int) else value
+        return int(value) if known is None or isinstance(known, int) else value
     except (KeyError, ValueError) as error:
         kind = "true or false" if isinstance(known, bool) else "an integer"
         raise UserError(f"--compare: found {part!r}, expected {kind}") from error

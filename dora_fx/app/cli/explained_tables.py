@@ -45,11 +45,16 @@ def explanation_tables(explanation: Explanation) -> Group:
 
 def _heading(explanation: Explanation) -> str:
     run = explanation.run
-    layout = f"TP {run.tp}{' + SP' if run.sequence_parallel else ''}, PP {run.pp}, DP {run.dp}, {run.num_ranks} ranks"
+    of_experts = f", EP {run.ep}, ETP {run.expert_tensor_parallel}" if explanation.num_experts else ""
+    layout = f"TP {run.tp}{' + SP' if run.sequence_parallel else ''}, PP {run.pp}, DP {run.dp}{of_experts}"
     batch = f"{run.micro_batches} micro-batches of {run.batch_size} x {run.sequence_length} tokens"
     others = f"rank {run.dim}, {run.dtype}, {run.attention} attention{', recomputation' if run.recompute else ''}"
     made_by = f"torch {explanation.torch}, megatron-core {explanation.megatron_core}"
-    return f"{explanation.base}: {layout}; {batch} a step; {others}\nPer rank, counted in graphs of {made_by}\n"
+    evenly = f"; tokens go to {explanation.num_experts} experts evenly" if explanation.num_experts else ""
+    return (
+        f"{explanation.base}: {layout}, {run.num_ranks} ranks; {batch} a step; {others}\n"
+        f"Per rank, counted in graphs of {made_by}{evenly}\n"
+    )
 
 
 def _table(title: str, *columns: str) -> Table:

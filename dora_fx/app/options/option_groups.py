@@ -37,11 +37,11 @@ class ModelOptions:
     device: Literal["auto", "cpu", "cuda"] = field(
         default="auto", metadata={"help": "device to run on; auto is CUDA if there is a GPU, else the CPU"}
     )
-    spec: Literal["auto", "local", "te", "hybrid"] = field(
+    spec: Literal["auto", "local", "te", "te_grouped", "hybrid"] = field(
         default="auto",
         metadata={
-            "help": "layers of the model: Megatron's own, Transformer Engine's, or these in a HybridModel; auto is te "
-            "on CUDA where Transformer Engine is installed, else local"
+            "help": "layers of the model: Megatron's own, Transformer Engine's, these with grouped experts, or these "
+            "in a HybridModel; auto is te on CUDA where Transformer Engine is installed, else local"
         },
     )
     compile: Literal["layer", "model", "none"] = field(

@@ -27,6 +27,8 @@ LAYOUT_OPTIONS: dict[str, Any] = {
     "tp": 1,
     "pp": 1,
     "dp": 1,
+    "ep": 1,
+    "etp": None,
     "sequence_parallel": False,
     "recompute": False,
     "sequence_length": 4096,

@@ -76,6 +76,13 @@ def kind_of_maybe(module: nn.Module) -> type[LinearKind] | None:
     return next((kind for kind in KINDS if kind.matches(module)), None)
 
 
+def weights_of(linear: nn.Module) -> tuple[nn.Parameter, ...]:
+    """Return the parameters of a layer of a known kind that are its matrices: one, or one of each of its experts."""
+    kind = kind_of_maybe(linear)
+    assert kind is not None, type(linear)
+    return tuple(map(linear.get_parameter, kind.weight_names(linear)))
+
+
 def quantised_weight_maybe(module: nn.Module) -> QuantisedWeight | None:
     """Return the weight of a layer, adapted or not, that stores it quantised.
 
@@ -118,4 +125,5 @@ __all__ = [
     "looks_like_linear",
     "quantised_weight_maybe",
     "refused_setting_of_experts_maybe",
+    "weights_of",
 ]

@@ -62,8 +62,8 @@ class _TEGroupedLinear(LinearKind):
         _check_settings(path, linear)
         group = cast(dist.ProcessGroup, linear._tp_group)
         weights = expert_weights(linear)
-        for number, weight in enumerate(weights):
-            _check_weight(f"{path}.weight{number}", weight)
+        for name, weight in zip(cls.weight_names(linear), weights, strict=True):
+            _check_weight(f"{path}.{name}", weight)
         layout = LAYOUTS[cls.layout_name(linear)]
         out_parts, in_parts = (group.size() if layout.weight_shard_dim == dim else 1 for dim in (0, 1))
         return LinearSpec(
@@ -80,6 +80,7 @@ class _TEGroupedLinear(LinearKind):
             bias=None,
             experts=GroupedExperts.of_layer(linear, group),
             expert_weights=weights,
+            expert_biases=expert_biases(linear),
         )
 
     @classmethod
@@ -87,10 +88,13 @@ class _TEGroupedLinear(LinearKind):
         return expert_weights(linear)[0]
 
     @staticmethod
+    def weight_names(linear: Any) -> tuple[str, ...]:
+        return tuple(f"weight{number}" for number in range(linear.num_gemms))
+
+    @staticmethod
     def added_bias(linear: Any) -> torch.Tensor | None:
-        if not linear.use_bias or linear.te_return_bias:
-            return None
-        return torch.stack([getattr(linear, f"bias{number}") for number in range(linear.num_gemms)]).detach()
+        biases = None if linear.te_return_bias else expert_biases(linear)
+        return None if biases is None else torch.stack(biases).detach()
 
     @classmethod
     def calls_base(cls, linear: Any) -> bool:
@@ -136,7 +140,13 @@ def is_grouped_mlp(module: nn.Module) -> bool:
 
 def expert_weights(linear: Any) -> tuple[nn.Parameter, ...]:
     """Return W0 `[out, in]` of each of a grouped layer's experts, or this rank's shards."""
-    return tuple(getattr(linear, f"weight{number}") for number in range(linear.num_gemms))
+    return tuple(linear.get_parameter(name) for name in _TEGroupedLinear.weight_names(linear))
+
+
+def expert_biases(linear: Any) -> tuple[nn.Parameter, ...] | None:
+    """Return the bias `[out]` of each of a grouped layer's experts, or this rank's `[out/tp]`; None without any."""
+    names = (f"bias{number}" for number in range(linear.num_gemms))
+    return tuple(map(linear.get_parameter, names)) if linear.use_bias else None
 
 
 def _check_settings(path: str, linear: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -79,6 +79,7 @@ class LinearSpec:
         input_norm: the norm that the layer applies to its input, whole on every rank; None without one.
         experts: the experts that the layer is of, whose tensor-parallel group `tp_group` is then; None for any other.
         expert_weights: of a grouped layer, those of all its experts; None for any other.
+        expert_biases: likewise; None without any.
     """
 
     kind: type[LinearKind]
@@ -94,6 +95,7 @@ class LinearSpec:
     input_norm: InputNorm | None = None
     experts: LocalExperts | None = None
     expert_weights: tuple[nn.Parameter, ...] | None = None
+    expert_biases: tuple[nn.Parameter, ...] | None = None
 
     @property
     def tp_size(self) -> int:
@@ -108,6 +110,21 @@ class LinearSpec:
     def dim_multiple(self) -> int:
         """Return the number that an adapter's rank must be a multiple of."""
         return self.tp_size if self.layout.gathers_lora_a else 1
+
+    def of_matrix(self, index: int) -> LinearSpec:
+        """Return the description of one of the layer's matrices: itself, or one expert of a grouped layer."""
+        if self.expert_weights is None:
+            return self
+        assert self.experts is not None and self.experts.first is not None
+        biases = self.expert_biases
+        return replace(
+            self,
+            weight=self.expert_weights[index],
+            bias=None if biases is None else biases[index],
+            experts=replace(self.experts, first=self.experts.first + index, count=1),
+            expert_weights=None,
+            expert_biases=None,
+        )
 
     @property
     def weight_placement(self) -> ParameterPlacement:
@@ -167,6 +184,14 @@ class LinearKind(ABC):
     def stored_weight(cls, linear: Any) -> BaseWeight | None:
         """Return W0, or this rank's shard, as the layer stores it; None where it multiplies by a borrowed one."""
         return cast(torch.Tensor | None, linear.weight)
+
+    @staticmethod
+    def weight_names(linear: Any) -> tuple[str, ...]:
+        """Return the names of the layer's parameters that are matrices to adapt: one, or that of each of its experts.
+
+        Of a layer that multiplies by a borrowed weight it is the name of none.
+        """
+        return ("weight",)
 
     @classmethod
     def format_problem_maybe(cls, linear: Any) -> str | None:
