@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
+from quick_option import parse_with_quick
 
 REFERENCE = "LoRA, eager"
 TARGETS = ["linear_fc1", "linear_fc2"]
+# What `--quick` puts in place of the other options.
 QUICK = {"hidden": 32, "ffn": 48, "experts": 4, "tokens": 64, "micro_batches": 2, "rounds": 3, "max_rounds": 3}
 
 
@@ -68,15 +69,17 @@ class Experts(nn.Module):
 
 def build(options: argparse.Namespace, device: str, form: str, adapter: str) -> Experts:
     """Experts without an adapter, with DoRA or with LoRA; `adapter` ends in "compiled" where it is to be compiled."""
+    from bench_layer import DTYPES
+
     import dora_fx
     from dora_fx import DoRALinear
     from dora_fx.modules import compile_grouped_linears
-    from tests.distributed.moe_layers import Layout, build_moe_layer, moe_config
+    from tests.distributed.moe_layers import ExpertLayout, build_moe_layer, moe_config
 
     sizes = {"hidden_size": options.hidden, "moe_ffn_hidden_size": options.ffn, "num_moe_experts": options.experts}
-    dtype, is_grouped = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype], form == "grouped"
+    dtype, is_grouped = DTYPES[options.dtype], form == "grouped"
     settings = sizes | {"moe_grouped_gemm": is_grouped, "moe_shared_expert_intermediate_size": None}
-    layer = build_moe_layer(moe_config(Layout(), dtype, **settings), "te" if is_grouped else "local")
+    layer = build_moe_layer(moe_config(ExpertLayout(), dtype, **settings), "te" if is_grouped else "local")
     counts = torch.arange(options.experts).float()
     counts = (counts / counts.sum() * options.tokens).long()
     counts[-1] += options.tokens - counts.sum()
@@ -119,23 +122,25 @@ def measure(options: argparse.Namespace, device: str, form: str) -> Any:
     found = compare(steps, REFERENCE, device, rounds=options.rounds, max_rounds=options.max_rounds)
     for name, model in models.items():
         found.table[name]["saved MiB"] = saved_bytes(lambda model=model: model(x), model) / 2**20
-        found.table[name]["look us"] = 1e6 * look_seconds(model)
+        found.table[name]["look us"] = look_microseconds(model)
     return found
 
 
-def look_seconds(model: nn.Module) -> float:
-    """Seconds that all adapted layers take per call to find that their norms are up to date."""
+def look_microseconds(model: nn.Module) -> float | None:
+    """What all adapted layers take per call to find that their norms are up to date; None of a model without any."""
     from dora_fx import DoRALinear
     from dora_fx.cache import refresh
 
     sites = [module.cached_site() for module in model.modules() if isinstance(module, DoRALinear)]
-    look: Callable[[], None] = lambda: [refresh([site]) for site in sites] and None  # noqa: E731
+    if not sites:
+        return None
     times = []
     for _ in range(7):
         begin = time.perf_counter()
-        look()
+        for site in sites:
+            refresh([site])
         times.append(time.perf_counter() - begin)
-    return min(times)
+    return 1e6 * min(times)
 
 
 def main() -> None:
@@ -144,12 +149,9 @@ def main() -> None:
     for name, default in {**sizes, "rounds": 7, "max-rounds": 28}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds, to try the program")
     parser.add_argument("--transformer-engine", type=Path, help="folder with its Python, whose kernels are emulated")
     parser.add_argument("--json", type=Path, help="write the tables here")
-    options = parser.parse_args()
-    if options.quick:
-        vars(options).update(QUICK)
+    options = parse_with_quick(parser, QUICK)
     if options.transformer_engine is not None:
         sys.path.insert(0, str(options.transformer_engine))
         import tests.emulated_te.installed  # noqa: F401  before Megatron
@@ -164,7 +166,7 @@ def main() -> None:
             print(f"{form} experts")
             show(found[form], REFERENCE)
     if options.json:
-        arguments = {k: v for k, v in vars(options).items() if k not in ("json", "transformer_engine")}
+        arguments = {k: v for k, v in vars(options).items() if k not in ("json", "quick", "transformer_engine")}
         save(options.json, found, kernels="emulated" if device == "cpu" else "real", **arguments)
 
 

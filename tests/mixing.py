@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import dora_fx
-from tests.closeness import Tensors, assert_below, relative_error
+from tests.closeness import assert_apart, assert_below, relative_error
 from tests.models import trainable
 
 Outputs = dict[str, torch.Tensor]
@@ -87,9 +88,8 @@ class Mixing:
                 assert_below(errors, bound)
 
 
-def assert_apart(outputs: list[Tensors]) -> None:
-    """Raise AssertionError if two of the outputs are alike, so that comparing them would say little."""
-    for index, one in enumerate(outputs):
-        for other in outputs[:index]:
-            assert isinstance(one, dict) and isinstance(other, dict)
-            assert all(relative_error(one[key], other[key]) > 0.01 for key in one)
+def assert_all_apart(outputs: Sequence[Outputs]) -> None:
+    """Raise AssertionError if any two of the outputs are alike, so that comparing them would say little."""
+    for one, other in itertools.combinations(outputs, 2):
+        for key in one:
+            assert_apart(one[key], other[key], 0.01)

@@ -20,6 +20,8 @@ from torchao.quantization import (
     quantize_,
 )
 
+from tests.hf_models import tiny_hf_model
+
 # bitsandbytes' kernel for a CPU is wrong where the input features are no multiple of the 64 elements of a block.
 IN, OUT = 64, 128
 
@@ -95,21 +97,9 @@ class TwoLayers(nn.Module):
         return x + self.down(torch.sin(self.up(x)))
 
 
-CONFIG = transformers.LlamaConfig(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    attn_implementation="eager",
-)
-
-
 def saved_llama(folder: Path) -> Path:
     """A folder with a tiny Llama of random weights, not quantised."""
-    torch.manual_seed(3)
-    transformers.LlamaForCausalLM(CONFIG).save_pretrained(folder)
+    tiny_hf_model(hidden_size=IN, intermediate_size=OUT, num_attention_heads=4).save_pretrained(folder)
     return folder
 
 

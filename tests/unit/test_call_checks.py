@@ -119,7 +119,7 @@ def test_a_layer_that_is_called_alone_checks(zoo: LinearZoo, call: Callable[[Lin
 
 
 @pytest.mark.parametrize("call", [warm_up, call_in_vain, call_until_interrupted])
-def test_a_call_checks_in_its_next_call(zoo: LinearZoo, call: Callable[[LinearZoo], None]) -> None:
+def test_a_model_checks_in_its_next_call(zoo: LinearZoo, call: Callable[[LinearZoo], None]) -> None:
     for _ in range(3):
         call(zoo)
         write_silently(zoo)
@@ -188,7 +188,7 @@ def test_compiled_models_notice_silent_writes_in_every_mode(scope: Any) -> None:
             assert_close(logits_of(model, token_ids()), logits_of(twin, token_ids()), 1e-12)
 
 
-def test_a_whole_model_that_is_recomputed_checks_again() -> None:
+def test_gradients_of_a_whole_model_that_is_recomputed() -> None:
     model = dora_fx.DoRA(dim=6, alpha=12, lora_B_init_method="normal")(tiny_gpt().double())
     expected = {}
     for recompute in (False, True):

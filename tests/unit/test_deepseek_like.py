@@ -15,15 +15,13 @@ from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import nn
-from torch.nn import functional
 
 import dora_fx
 from dora_fx.megatron import cuda_means_cpu
 from dora_fx.models import causal_mask
 from dora_fx.models.specs import FrozenRMSNorm
+from tests.distributed.mla_models import LATENT, TARGETS
 from tests.models import SEQUENCE, VOCAB, sites, token_ids
-
-TARGETS = ["*.linear_q_*", "*.linear_kv_*", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
 class AttentionOfEqualHeads(DotProductAttention):
@@ -38,27 +36,8 @@ def deepseek_like() -> GPTModel:
     config = MLATransformerConfig(
         num_layers=2,
         hidden_size=64,
-        ffn_hidden_size=48,
-        num_attention_heads=4,
         kv_channels=16,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_head_dim=8,
-        qk_pos_emb_head_dim=8,
         v_head_dim=16,
-        rope_type="rope",
-        multi_latent_attention=True,
-        normalization="RMSNorm",
-        qk_layernorm=True,
-        gated_linear_unit=True,
-        activation_func=functional.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         num_moe_experts=8,
         moe_layer_freq=[0, 1],
@@ -74,6 +53,7 @@ def deepseek_like() -> GPTModel:
         moe_aux_loss_coeff=1e-4,
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="allgather",
+        **LATENT,
     )
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     block.layer_norm = FrozenRMSNorm
