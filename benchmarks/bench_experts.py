@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from quick_option import parse_with_quick
 
 REFERENCE = "LoRA, eager"
+FORMS = ("grouped", "sequential")
 TARGETS = ["linear_fc1", "linear_fc2"]
 # What `--quick` puts in place of the other options.
 QUICK = {"hidden": 32, "ffn": 48, "experts": 4, "tokens": 64, "micro_batches": 2, "rounds": 3, "max_rounds": 3}
@@ -145,9 +146,10 @@ def look_microseconds(model: nn.Module) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"hidden": 512, "ffn": 768, "experts": 16, "dim": 8, "tokens": 1024, "micro-batches": 4}
+    sizes = {"hidden": 512, "ffn": 768, "experts": 16, "dim": 8, "tokens": 4096, "micro-batches": 2}
     for name, default in {**sizes, "rounds": 7, "max-rounds": 28}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="by default both")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--transformer-engine", type=Path, help="folder with its Python, whose kernels are emulated")
     parser.add_argument("--json", type=Path, help="write the tables here")
@@ -161,7 +163,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() and options.transformer_engine is None else "cpu"
     found = {}
     with quiet_world(device):
-        for form in ("grouped", "sequential"):
+        for form in options.forms:
             found[form] = measure(options, device, form)
             print(f"{form} experts")
             show(found[form], REFERENCE)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from dora_fx.function.dropout import DropoutFactors, draw_dropout_key, dropout
-from dora_fx.function.grouped_products import aligned_size, grouped_product
+from dora_fx.function.grouped_products import aligned_size, experts_of, grouped_product, grouped_product_sums
 from dora_fx.function.placement import Layout
 from dora_fx.function.site_parameters import SiteOperands
 
@@ -52,10 +52,8 @@ def grouped_adapted_linear(
     lora_a, lora_b = _aligned(operands.lora_a, operands.lora_b)
     hidden = grouped_product(x.to(lora_a.dtype), lora_a, ends) * scaling.view(())
     low_rank = grouped_product(hidden, lora_b, ends)
-    tokens = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-    expert = torch.searchsorted(ends, tokens, right=True)
     z = (base_output + low_rank).to(base_output.dtype)
-    return _ScaleRowsOfExperts.apply(z, bias, operands.magnitude, *operands.scale, expert)
+    return _ScaleRowsOfExperts.apply(z, bias, operands.magnitude, *operands.scale, ends)
 
 
 def drop_tokens(x: torch.Tensor, factors: DropoutFactors, layout: Layout, tp_group: str) -> torch.Tensor:
@@ -77,8 +75,8 @@ def _aligned(lora_a: torch.Tensor, lora_b: torch.Tensor) -> tuple[torch.Tensor, 
 class _ScaleRowsOfExperts(torch.autograd.Function):
     """As `row_scale.scale_rows`, with the rows of each token's expert; m's gradient sums over an expert's own tokens.
 
-    `output` is `[tokens, out]`, `bias`, m and the scales `[experts, out]`, m and the scales float32 at least, `expert`
-    int64 `[tokens]`. Rows that were gathered before, as `mixture.rows_of` does for samples, would be kept for the
+    `output` is `[tokens, out]`, `bias`, m and the scales `[experts, out]`, m and the scales float32 at least, `ends`
+    int32 `[experts]`. Rows that were gathered before, as `mixture.rows_of` does for samples, would be kept for the
     backward pass as four tensors of the output's size; here they are gathered twice.
     """
 
@@ -91,17 +89,18 @@ class _ScaleRowsOfExperts(torch.autograd.Function):
         delta: torch.Tensor,
         grad_gain: torch.Tensor,
         grad_scale: torch.Tensor,
-        expert: torch.Tensor,
+        ends: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(output, bias, grad_gain, grad_scale, expert)
+        ctx.save_for_backward(output, bias, grad_gain, grad_scale, ends)
+        expert = experts_of(ends, output.shape[0])
         z = output if bias is None else output - bias[expert]
         return (output + z * delta[expert]).to(output.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        output, bias, grad_gain, grad_scale, expert = ctx.saved_tensors
+        output, bias, grad_gain, grad_scale, ends = ctx.saved_tensors
+        expert = experts_of(ends, output.shape[0])
         z = output if bias is None else output - bias[expert]
         dz = (grads[0] * grad_gain[expert]).to(output.dtype)
-        products = dz.to(grad_scale.dtype) * z
-        sums = torch.zeros_like(grad_scale).index_add(0, expert, products)
+        sums = grouped_product_sums(dz, z, ends, grad_scale.dtype)
         return dz, None, sums * grad_scale, None, None, None, None

@@ -1,7 +1,7 @@
 """Row norms of W0 + s B A of all experts of one layer, as `weight_norm.py` computes those of one matrix.
 
-The matrices of several experts are multiplied in one batch: those that together take 32 MiB at most, since a batch is a
-copy of them. An expert whose matrix is larger is taken by itself, in blocks of rows.
+On an accelerator the matrices of several experts are multiplied in one batch: those that together take 32 MiB at most,
+since a batch is a copy of them. An expert whose matrix is larger is taken by itself, in blocks of rows.
 """
 
 from __future__ import annotations
@@ -69,14 +69,20 @@ def _terms_of(
     if len(weights) == 1:
         linear_terms, gram = norm_terms(base_norm_sq[0], weights[0], lora_a[0], lora_b[0], scaling=scaling, dtype=dtype)
         return linear_terms[None], gram[None]
-    weight = torch.stack([each.detach() for each in weights])
     wide_a, wide_b = lora_a.detach().to(dtype), lora_b.detach().to(dtype)
-    cross = (_wide_product(weight, lora_a.detach(), wide_a) * wide_b).sum(-1)
+    cross = (_wide_products(weights, lora_a.detach(), wide_a) * wide_b).sum(-1)
     return base_norm_sq + cross * (2.0 * scaling), torch.bmm(wide_a, wide_a.transpose(1, 2))
 
 
-def _wide_product(weight: torch.Tensor, lora_a: torch.Tensor, wide_a: torch.Tensor) -> torch.Tensor:
-    """W0 A^T `[experts, rows, dim]` in the accumulation dtype, as `weight_norm` has it for one matrix."""
-    if weight.is_cuda and weight.dtype != wide_a.dtype:
+def _wide_products(weights: Sequence[torch.Tensor], lora_a: torch.Tensor, wide_a: torch.Tensor) -> torch.Tensor:
+    """W0 A^T `[experts, rows, dim]` in the accumulation dtype, as `weight_norm` has it for one matrix.
+
+    On a CPU one by one: there the copy that a batch is takes longer than the products.
+    """
+    if weights[0].device.type == "cpu":
+        dtype = wide_a.dtype
+        return torch.stack([weight.detach().to(dtype) @ a.t() for weight, a in zip(weights, wide_a, strict=True)])
+    weight = torch.stack([each.detach() for each in weights])
+    if weight.dtype != wide_a.dtype:
         return torch.bmm(weight, lora_a.transpose(1, 2), out_dtype=wide_a.dtype)
-    return torch.bmm(weight.to(wide_a.dtype), wide_a.transpose(1, 2))
+    return torch.bmm(weight, wide_a.transpose(1, 2))
