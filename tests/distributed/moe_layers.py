@@ -33,6 +33,7 @@ import dora_fx
 from dora_fx import DoRALinear
 from dora_fx.megatron.cpu_runtime import cuda_means_cpu
 from dora_fx.megatron.world import megatron_world
+from tests.closeness import rounding
 from tests.distributed.zoo import Sharding, gather, shardings, split, tensors_of, whole_values
 from tests.reference import dora_linear
 
@@ -44,6 +45,11 @@ SHARED_FEATURES = {"linear_fc1": (2 * SHARED_FFN, HIDDEN), "linear_fc2": (HIDDEN
 TRAINED = ("lora_a", "lora_b", "magnitude")
 # Sums of the four linear layers that a token passes; a backward pass has about twice as many.
 ROUNDINGS = 3 * (2 * HIDDEN + FFN + SHARED_FFN + 4 * DIM)
+
+# Of steps that are compared with the oracle.
+MODES = [
+    (compiler, dtype) for compiler in ("eager", "compiled") for dtype in (torch.float64, torch.float32, torch.bfloat16)
+]
 
 Results = dict[str, torch.Tensor]
 # What is taken of each parameter of an adapter: its value, or a gradient.
@@ -376,6 +382,11 @@ def tensors_of_sites(model: nn.Module, read: Read = lambda parameter: parameter,
 def weighted_sum(y: torch.Tensor, layout: ExpertLayout, number: int) -> torch.Tensor:
     """The loss of this rank's part of a batch, in float64."""
     return (y.double() * own_tokens(batch(number, "loss"), layout)).sum()
+
+
+def bound_of_step(dtype: torch.dtype) -> float:
+    """Of the errors of a step. Sums of 16-bit numbers are wider; operands and results are rounded, eight on the way."""
+    return rounding(dtype, 8 if dtype is torch.bfloat16 else ROUNDINGS)
 
 
 def oracle_step(number: int, num_shared: int = 1) -> Results:

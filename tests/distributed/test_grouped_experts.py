@@ -26,6 +26,7 @@ from tests.distributed.moe_layers import (
     FEATURES,
     FFN,
     HIDDEN,
+    MODES,
     ROUNDINGS,
     SCALING,
     TRAINED,
@@ -35,6 +36,7 @@ from tests.distributed.moe_layers import (
     TensorsOf,
     Training,
     batch,
+    bound_of_step,
     oracle_step,
     own_tokens,
     step,
@@ -47,7 +49,6 @@ from tests.reference import dora_linear
 pytestmark = pytest.mark.usefixtures("emulated_te")
 
 slow = pytest.mark.slow
-MODES = [("eager", torch.float64), ("eager", torch.float32), ("compiled", torch.float64)]
 LAYOUTS = [
     ExpertLayout(),
     ExpertLayout(2, ep=2),
@@ -92,7 +93,7 @@ def test_every_topology_computes_the_function_of_one_rank_emulated_kernels(layou
     expected = [oracle_step(number, num_shared=0) for number in range(2)]
     for (_, dtype), steps in found["steps"].items():
         for number, result in enumerate(steps):
-            assert_close(result, expected[number], rounding(dtype, ROUNDINGS))
+            assert_close(result, expected[number], bound_of_step(dtype))
     # By their numbers, experts start with the factors that they have as layers of their own.
     for name, value in found["initial of sequential experts"].items():
         bound = rounding(torch.float64, ROUNDINGS) if name.endswith("magnitude") else 0.0

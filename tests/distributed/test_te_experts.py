@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.closeness import assert_close, rounding
+from tests.closeness import assert_close
 from tests.distributed.launch import run_layout
-from tests.distributed.moe_layers import ROUNDINGS, ExpertLayout, Results, oracle_step
+from tests.distributed.moe_layers import MODES, ExpertLayout, Results, bound_of_step, oracle_step
 from tests.distributed.test_experts import run_mode
 
 pytestmark = pytest.mark.usefixtures("emulated_te")
 slow = pytest.mark.slow
 
 
-def run(layout: ExpertLayout) -> list[Results]:
-    return [found for compiler in ("eager", "compiled") for found in run_mode(layout, compiler, torch.float64, "te")]
+def run(layout: ExpertLayout) -> dict[tuple[str, torch.dtype], list[Results]]:
+    return {mode: run_mode(layout, *mode, "te") for mode in MODES}
 
 
 @pytest.mark.parametrize(
@@ -31,5 +31,6 @@ def run(layout: ExpertLayout) -> list[Results]:
     ids=str,
 )
 def test_every_topology_computes_the_function_of_one_rank_emulated_kernels(layout: ExpertLayout) -> None:
-    for number, found in enumerate(run_layout(run, layout)):
-        assert_close(found, oracle_step(number % 2), rounding(torch.float64, ROUNDINGS))
+    for (_, dtype), steps in run_layout(run, layout).items():
+        for number, found in enumerate(steps):
+            assert_close(found, oracle_step(number), bound_of_step(dtype))
