@@ -62,11 +62,11 @@ def _check_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Mappin
 def check_torch_wrappers(sites: Collection[DoRALinear]) -> None:
     """Raise ValueError if torch's DistributedDataParallel around layers joins ranks that hold other parts of them."""
     groups = [("tensor", resolve_group(name)) for name in {site.adapter.tp_group for site in sites} - {""}]
-    if any(site.adapter.experts is not None for site in sites):
-        groups.append(("expert", parallel_state.get_expert_model_parallel_group()))
-    for wrapper in data_parallel_around(sites) if groups else ():
-        if isinstance(wrapper, DistributedDataParallel):
-            check_joins_replicas(wrapper, groups)
+    of_experts = parallel_state.get_expert_model_parallel_group(check_initialized=False)
+    if of_experts is not None and any(site.adapter.experts is not None for site in sites):
+        groups.append(("expert", of_experts))
+    for wrapper in data_parallel_around(sites, (DistributedDataParallel,)) if groups else ():
+        check_joins_replicas(wrapper, groups)
 
 
 def _trains_any(optimizer: torch.optim.Optimizer, sites: Iterable[DoRALinear]) -> bool:

@@ -38,7 +38,7 @@ def fused_experts(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Paramet
                 continue
             dims = (2, 3) if _NAME in f"{named.whole_path} {type(module).__name__}".lower() else (3,)
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() in dims and parameter.shape[0] > 1 and "bias" not in name:
+                if parameter.dim() in dims and min(parameter.shape) > 1 and "bias" not in name:
                     yield f"{named.whole_path}.{name}", parameter
 
 

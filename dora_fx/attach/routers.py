@@ -12,15 +12,17 @@ from dora_fx.modules import DoRALinear
 
 # Of classes, in Megatron and transformers. Other gates, such as those that scale an output, choose nothing.
 _CLASSES = re.compile(r"(Router|Gating|Mo[Ee]\w*Gate)$")
-# Of linear layers that are routers themselves; one named "gate" stands beside the experts.
+# Of linear layers that are routers themselves, as is one named "gate" beside "experts".
 _NAMES = ("router", "router_gate")
-_BESIDE_EXPERTS = ("gate", "experts")
 
 
 def routers_of(chunk: nn.Module) -> Iterator[NamedModule]:
     """Yield the routers of a chunk, bare or wrapped."""
-    holders = (holder for holder in chunk.modules() if holder._modules.keys() >= set(_BESIDE_EXPERTS))
-    gates = {unwrap(holder.get_submodule("gate")) for holder in holders}
+    gates = {
+        unwrap(gate)
+        for holder in chunk.modules()
+        if (gate := holder._modules.get("gate")) is not None and "experts" in holder._modules
+    }
     for named in walk(chunk, DoRALinear):
         is_named_so = named.path.rpartition(".")[2] in _NAMES
         if _CLASSES.search(type(named.module).__name__) or is_named_so or named.module in gates:

@@ -81,15 +81,15 @@ def spread_evenly(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Return what takes the place of each mixture-of-experts layer of a model, by that layer.
 
     Raises:
-        ValueError: naming the layer, for experts that are not one module each.
+        ValueError: naming the layer, for experts that are not one module each, or that take tokens of a latent size.
     """
-    replacements: dict[nn.Module, nn.Module] = {}
-    for named in walk(model):
-        if isinstance(named.module, MoELayer):
-            if not isinstance(named.module.experts, SequentialMLP):
-                raise ValueError(
-                    f"{named.whole_path}: found experts in a {type(named.module.experts).__name__}, expected a "
-                    "SequentialMLP, whose figures are those of both: build the model with moe_grouped_gemm=False"
-                )
-            replacements[named.module] = EvenExperts(named.module)
-    return replacements
+    layers = [named for named in walk(model) if isinstance(named.module, MoELayer)]
+    for _, path, layer in layers:
+        if not isinstance(layer.experts, SequentialMLP):
+            raise ValueError(
+                f"{path}: found experts in a {type(layer.experts).__name__}, expected a SequentialMLP, whose figures "
+                "are those of both: build the model with moe_grouped_gemm=False"
+            )
+        if getattr(layer.config, "moe_latent_size", None):
+            raise ValueError(f"{path}: found moe_latent_size = {layer.config.moe_latent_size}, expected None")
+    return {layer: EvenExperts(layer) for _, _, layer in layers}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dora_fx.attach import AttachPlan, DoRA, adapted_layers, attach, try_layers
 from dora_fx.files import reason_of
 from dora_fx.hf.counterpart import counterpart
-from dora_fx.hf.import_plan import plan_attachments, plan_imports
+from dora_fx.hf.import_plan import check_experts_are_alike, plan_attachments, plan_imports
 from dora_fx.hf.join import JoinedAdapter
 from dora_fx.hf.model_record import model_record
 from dora_fx.hf.peft_reader import read_peft_adapter
@@ -67,6 +67,7 @@ def import_hf(
         # Of a reader, for example: the other ranks would wait for this one.
         problem = f"{folder}: cannot be read ({reason_of(error)})"
     raise_on_every_rank(problem, world_group())
+    check_experts_are_alike(Path(folder), imports)
     # A pipeline stage that has nothing to attach hears of the others' layers.
     try_layers([site for _, plan in plans or () for site in plan.new])
     if plans is not None:

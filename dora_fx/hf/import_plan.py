@@ -19,7 +19,8 @@ from dora_fx.hf.peft_numbers import check_numbers
 from dora_fx.hf.peft_reader import PeftAdapter
 from dora_fx.megatron import check_unsharded, walk
 from dora_fx.models import HF_ARCHITECTURES, LM_HEAD, OUTPUT_LAYER
-from dora_fx.modules import DoRALinear, is_grouped_mlp
+from dora_fx.modules import DoRALinear, is_grouped_linear, is_grouped_mlp
+from dora_fx.ranks import gather_objects, world_group
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,6 @@ def plan_imports(hf: Counterpart, adapter: PeftAdapter, vocab_size: int | None) 
     _check_targets(adapter, known)
     _check_experts_are_layers(hf, adapter)
     imports = [PlannedImport(linear, _joined_maybe(linear, hf, adapter)) for linear in hf.linears]
-    _check_experts_are_alike(adapter.folder, imports)
     if hf.adapted:
         for planned in imports:
             _check_fits(adapter.folder, planned)
@@ -85,22 +85,22 @@ def _check_experts_are_layers(hf: Counterpart, adapter: PeftAdapter) -> None:
                 )
 
 
-def _check_experts_are_alike(folder: Path, imports: Sequence[PlannedImport]) -> None:
-    """Raise ValueError unless the experts that one module holds are all adapted or none, with one rank and scaling."""
-    first: dict[nn.Module, PlannedImport] = {}
-    for planned in imports:
-        other = first.setdefault(planned.linear.module, planned)
-        if _settings_maybe(planned.joined) != _settings_maybe(other.joined):
-            one, two = (f"{each.linear.gpt_path} with {_said(each.joined)}" for each in (other, planned))
+def check_experts_are_alike(folder: Path, imports: Sequence[PlannedImport]) -> None:
+    """Raise ValueError unless the experts of a layer that holds several have one rank and scaling, or no adapter.
+
+    Every rank calls it: others hold other experts of the same layers.
+    """
+    grouped = [planned for planned in imports if is_grouped_linear(planned.linear.base)]
+    own = {planned.linear.gpt_path: (planned.linear.whole_path, _said(planned.joined)) for planned in grouped}
+    first: dict[str, tuple[str, str]] = {}
+    for path, (layer, said) in (pair for of_rank in gather_objects(own, world_group()) for pair in of_rank.items()):
+        other, expected = first.setdefault(layer, (path, said))
+        if said != expected:
             raise ValueError(
-                f"{folder}: found {one} and {two}, expected one rank and scaling for the experts of "
-                f"{planned.linear.whole_path}, which has one adapter for all of them. Import into the same model with "
+                f"{folder}: found {other} with {expected} and {path} with {said}, expected one rank and scaling for "
+                f"the experts of {layer}, which has one adapter for all of them. Import into the same model with "
                 "SequentialMLP, whose experts may differ"
             )
-
-
-def _settings_maybe(joined: JoinedAdapter | None) -> tuple[int, float, bool] | None:
-    return None if joined is None else (joined.dim, joined.alpha, joined.use_rslora)
 
 
 def _said(adapter: Any) -> str:

@@ -54,15 +54,17 @@ def is_parameter_gather_hook(hook: object) -> bool:
     return getattr(hook, "__qualname__", "").startswith("DistributedDataParallel._make_forward_pre_hook")
 
 
-def data_parallel_around(chunks: Iterable[nn.Module]) -> list[nn.Module]:
+def data_parallel_around(
+    chunks: Iterable[nn.Module], classes: tuple[type[nn.Module], ...] = _DATA_PARALLEL
+) -> list[nn.Module]:
     """Megatron's and torch's DistributedDataParallel objects of this process that hold a part of one of the chunks.
 
     A caller may pass a model out of such a wrapper and train through the wrapper, to which the model has no reference.
     So where there is more than one rank, wrappers are searched among all objects of the process.
     """
     parts = dict.fromkeys(module for chunk in chunks for module in chunk.modules())
-    everywhere = data_parallel_objects() if dist.is_initialized() and dist.get_world_size() > 1 else []
-    wrappers = [found for found in dict.fromkeys([*parts, *everywhere]) if isinstance(found, _DATA_PARALLEL)]
+    everywhere = data_parallel_objects(classes) if dist.is_initialized() and dist.get_world_size() > 1 else []
+    wrappers = [found for found in dict.fromkeys([*parts, *everywhere]) if isinstance(found, classes)]
     return [wrapper for wrapper in wrappers if any(module in parts for module in wrapper.modules())]
 
 
@@ -96,10 +98,10 @@ def check_joins_replicas(wrapper: Any, groups: Iterable[tuple[str, dist.ProcessG
             )
 
 
-def data_parallel_objects() -> list[nn.Module]:
-    """Megatron's and torch's DistributedDataParallel objects of this process."""
-    if not live_objects(_DATA_PARALLEL):
+def data_parallel_objects(classes: tuple[type[nn.Module], ...] = _DATA_PARALLEL) -> list[nn.Module]:
+    """Megatron's and torch's DistributedDataParallel objects of this process, or those of one of them."""
+    if not live_objects(classes):
         return []
     # A wrapper without users may still be there: reference cycles keep it until the collector runs.
     gc.collect()
-    return live_objects(_DATA_PARALLEL)
+    return live_objects(classes)

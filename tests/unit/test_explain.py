@@ -389,6 +389,16 @@ def test_a_model_of_experts_is_itself_again() -> None:
     with FakeTensorMode():
         model = empty_gpt_model(MOE, run.torch_dtype, sequence_parallel=False)
     before = {name: type(module) for name, module in model.named_modules()}
+    for wrong, message in (
+        ({"dp": 2, "ep": 2}, "dp: found 2, expected 1, as the model was built"),
+        ({"etp": 1, "tp": 2, "sequence_parallel": True}, "tp: found 2, expected 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            explain(model, dataclasses.replace(run, **wrong))
+    model.config.moe_latent_size = 8
+    with pytest.raises(ValueError, match=r"^decoder\.layers\.0\.mlp: found moe_latent_size = 8, expected None"):
+        explain(model, run)
+    model.config.moe_latent_size = None
     found = explain(model, run)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert found.kinds[0].lora_parameters > 0
