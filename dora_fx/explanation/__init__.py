@@ -9,7 +9,7 @@ from dora_fx.explanation.cost_records import (
     Memory,
     StageCosts,
 )
-from dora_fx.explanation.kept_values import kept_for_backward
+from dora_fx.explanation.kept_values import kept_for_backward, names_in_layer
 from dora_fx.explanation.layer_description import describe_layer
 from dora_fx.explanation.layer_kinds import CapturedLayer, captured_layers
 from dora_fx.explanation.layer_parts import (
@@ -54,5 +54,6 @@ __all__ = [
     "explain",
     "kept_for_backward",
     "layer_tree",
+    "names_in_layer",
     "tree_of",
 ]

@@ -47,6 +47,7 @@ def lay_out(
     lines: Iterable[Line],
     groups: Mapping[str, str],
     lowest: Mapping[str, float] | None = None,
+    narrowest: Mapping[str, float] | None = None,
 ) -> Layout:
     """Place boxes, groups and lines.
 
@@ -55,11 +56,12 @@ def lay_out(
         lines: from and to a box; they make no circles.
         groups: the group of each box that has one. No line leaves a group and comes back to it.
         lowest: the least y of groups, and of boxes without one.
+        narrowest: the least width of groups, as their headers need it.
     """
-    lines = list(dict.fromkeys(lines))
-    found = _laid_out(sizes, lines, groups, lowest or {}, {})
+    lines, lowest, narrowest = list(dict.fromkeys(lines)), lowest or {}, narrowest or {}
+    found = _laid_out(sizes, lines, groups, lowest, narrowest, {})
     # Lines reach a group in some order; inside, its ports had another one, in which they may cross less often or more.
-    ordered = _laid_out(sizes, lines, groups, lowest or {}, found.port_places)
+    ordered = _laid_out(sizes, lines, groups, lowest, narrowest, found.port_places)
     return min((ordered, found), key=lambda layout: layout.crossings)
 
 
@@ -68,10 +70,14 @@ def _laid_out(
     lines: Sequence[Line],
     groups: Mapping[str, str],
     lowest: Mapping[str, float],
+    narrowest: Mapping[str, float],
     port_places: Mapping[Port, float],
 ) -> Layout:
     outer_of = {name: groups.get(name, name) for name in sizes}
-    insides = {group: _inside(group, sizes, lines, outer_of, port_places) for group in dict.fromkeys(groups.values())}
+    insides = {
+        group: _inside(group, sizes, lines, outer_of, narrowest.get(group, 0.0), port_places)
+        for group in dict.fromkeys(groups.values())
+    }
     items = {
         outer: insides[outer].as_item() if outer in insides else Item(*sizes[outer])
         for outer in dict.fromkeys(outer_of.values())
@@ -122,6 +128,7 @@ def _inside(
     sizes: Mapping[str, tuple[float, float]],
     lines: Sequence[Line],
     outer_of: Mapping[str, str],
+    narrowest: float,
     port_places: Mapping[Port, float],
 ) -> _Inside:
     items = {name: Item(*sizes[name]) for name, outer in outer_of.items() if outer == group}
@@ -146,7 +153,7 @@ def _inside(
         way: tuple(Point(point.x + GROUP_PADDING, point.y + GROUP_HEADER) for point in points)
         for way, points in placed.ways.items()
     }
-    return _Inside(rects, ways, placed.width + 2 * GROUP_PADDING, height, placed.crossings)
+    return _Inside(rects, ways, max(placed.width + 2 * GROUP_PADDING, narrowest), height, placed.crossings)
 
 
 def _parts_inside(line: Line, group: str, outer_of: Mapping[str, str]) -> list[tuple[str, str, str]]:

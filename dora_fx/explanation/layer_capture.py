@@ -16,6 +16,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from dora_fx.explanation.kept_values import NodeNames, names_in_layer
 from dora_fx.megatron import allow_many_graphs, capture_megatron_whole
 from dora_fx.passes import GraphPass, run_passes
 
@@ -44,6 +45,7 @@ class CapturedGraphs:
             trained and no input needs a gradient.
         num_outputs: how many outputs of the forward graph are the layer's; the others are saved for the backward pass.
         hidden_index: which input of the forward graph the hidden states are.
+        names: the `names_in_layer` of the graph that was compiled, of which `after` is a copy.
     """
 
     before: fx.GraphModule
@@ -52,6 +54,7 @@ class CapturedGraphs:
     backward: fx.GraphModule | None
     num_outputs: int
     hidden_index: int
+    names: NodeNames
 
 
 def capture(layer: nn.Module | Callable[..., Any], inputs: LayerInputs, passes: Sequence[GraphPass]) -> CapturedGraphs:
@@ -92,12 +95,14 @@ class _Recorder:
         self.graphs: dict[str, fx.GraphModule] = {}
         self.num_outputs: int | None = None
         self.hidden_index = -1
+        self.names: NodeNames = {}
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.hidden_index = next(i for i, value in enumerate(example_inputs) if self._is_hidden(value))
         self.graphs["before"] = copied_graph(gm)
         gm = run_passes(gm, example_inputs, self.passes)
         self.graphs["after"] = copied_graph(gm)
+        self.names = names_in_layer(gm)
         compiled = aot_autograd(
             fw_compiler=self._keep_as("forward"),
             bw_compiler=self._keep_as("backward"),
@@ -138,6 +143,7 @@ class _Recorder:
             self.graphs.get("backward"),
             num_outputs,
             self.hidden_index,
+            self.names,
         )
 
 

@@ -74,7 +74,7 @@ def captured_layers(base: Any, run: PlannedRun) -> Iterator[CapturedLayer]:
     with first_stage(base, run) as stage:
         for kind in layer_kinds(stage.model):
             graphs = capture_kind(kind, stage.model, run, default_passes())
-            kept = kept_for_backward(graphs.forward.graph, graphs.num_outputs)
+            kept = kept_for_backward(graphs.forward.graph, graphs.num_outputs, graphs.names)
             yield CapturedLayer(kind.name, kind.count, graphs.before.graph, graphs.after.graph, kept)
 
 

@@ -34,6 +34,7 @@ _WIDTH_PER_SIZE = 0.61
 _TITLE_SIZE, _TEXT_SIZE, _ROW, _PADDING, _MOST_CHARACTERS = 13.0, 11.0, 16.0, 9.0, 32
 _MARGIN, _BETWEEN, _HEADER, _LEGEND = 22.0, 40.0, 124.0, 44.0
 _GROUP = "group:"
+_GROUP_INDENT = 11.0
 
 _STYLE = """
 svg { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", "Liberation Mono", monospace }
@@ -151,7 +152,10 @@ class _Side:
         sizes = {name: _size(rows) for name, rows in self.rows.items()}
         lines: list[Line] = [(edge.source, edge.target) for edge in self.graph.edges]
         groups = {box.name: _GROUP + box.site for box in self.graph.boxes if box.site is not None}
-        return lay_out(sizes, lines, groups, lowest)
+        narrowest = {
+            group: _text_width(group.removeprefix(_GROUP), _TITLE_SIZE) + 2 * _GROUP_INDENT for group in groups.values()
+        }
+        return lay_out(sizes, lines, groups, lowest, narrowest)
 
     def drawn(self, layout: Layout) -> Iterable[str]:
         yield _text(0.0, 64.0 - _HEADER, f"{self.name} the passes", "title")
@@ -163,7 +167,7 @@ class _Side:
             part: Part = "dora" if self.boxes[source].part == "dora" else "base"
             yield _line(source, target, points, part)
         for name, rect in layout.groups.items():
-            yield _text(rect.x + 11, rect.y + 17, name.removeprefix(_GROUP), "title faint of-group")
+            yield _text(rect.x + _GROUP_INDENT, rect.y + 17, name.removeprefix(_GROUP), "title faint of-group")
         for name, rect in layout.boxes.items():
             yield _drawn_box(self.boxes[name], self.rows[name], rect)
 

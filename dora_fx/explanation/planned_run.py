@@ -139,8 +139,8 @@ class PlannedRun:
     def _check_experts_fit(self, architecture: GPTArchitecture) -> None:
         number, etp = architecture.num_experts, self.expert_tensor_parallel
         if not number:
-            for name, size in (("ep", self.ep), ("etp", self.etp or 1)):
-                if size > 1:
+            for name, size, default in (("ep", self.ep, 1), ("etp", self.etp, None)):
+                if size != default:
                     raise ValueError(f"{name}: found {size} for a base without experts, expected it left out")
             return
         if self.tp > 1 and not self.sequence_parallel:

@@ -63,14 +63,18 @@ def kept_texts(box: Box) -> list[str]:
 
 
 def title_of(box: Box, root: str) -> str:
-    """Return what a box is called: by its ops, by its module if they are many, and by what it sends if it has none."""
+    """Return what a box is called: by its ops, by its module if they are many, and by what it sends if it has none.
+
+    One that does neither is an autograd function whose forward pass is the identity.
+    """
     if box.part == "output":
         return "output"
     if box.part == "input":
         return box.name.rpartition(".")[2].removeprefix("l_").removesuffix("_")
     if len(box.ops) > _OPS_IN_A_TITLE:
         return box.path or root
-    return ", ".join(box.ops) or " and ".join(dict.fromkeys(one.kind for one in box.messages if one.when == "forward"))
+    sent = " and ".join(dict.fromkeys(one.kind for one in box.messages if one.when == "forward"))
+    return ", ".join(box.ops) or sent or "identity"
 
 
 def ops_text(box: Box) -> str:

@@ -19,7 +19,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
 import dora_fx
-from dora_fx.explanation import TensorFacts, kept_for_backward
+from dora_fx.explanation import TensorFacts, kept_for_backward, names_in_layer
 from dora_fx.models.specs import FrozenRMSNorm
 from tests.graph.conftest import fake_world
 from tests.graph.sites import IN, adapted, column, row
@@ -39,11 +39,12 @@ class LayerGraphs(RecordingBackend):
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         super().__call__(gm, example_inputs)
+        names = names_in_layer(self.after[-1])
         num_outputs = len(self.after[-1].graph.find_nodes(op="output")[0].args[0])
 
         def note_forward(forward: fx.GraphModule, example_inputs: Any) -> Any:
             self.forward = forward.graph
-            self.kept = kept_for_backward(forward.graph, num_outputs)
+            self.kept = kept_for_backward(forward.graph, num_outputs, names)
             return make_boxed_func(forward)
 
         def note_backward(backward: fx.GraphModule, example_inputs: Any) -> Any:

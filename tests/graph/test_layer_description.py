@@ -201,6 +201,22 @@ def test_the_picture_shows_the_description(name):
         assert all(left + rect[0] >= 0 and left + rect[2] < width for rect in rects.values())
 
 
+def test_a_long_path_is_inside_its_frame():
+    description = described("column")[1]
+    path = "mlp.experts.local_experts.127.linear_fc1"
+    boxes = tuple(
+        dataclasses.replace(box, site=path if box.site is not None else None) for box in description.after.boxes
+    )
+    root = ElementTree.fromstring(
+        draw(dataclasses.replace(description, after=dataclasses.replace(description.after, boxes=boxes)))
+    )
+    after = root.find(f"{SVG}g[@id='after']")
+    [frame] = [edges_of(rect) for rect in after.iter(f"{SVG}rect") if rect.get("class") == "group"]
+    [header] = [text for text in after.iter(f"{SVG}text") if "of-group" in text.get("class")]
+    assert header.text == path
+    check_text(header, frame)
+
+
 def edges_of(rect: ElementTree.Element) -> tuple[float, float, float, float]:
     x, y, width, height = (float(rect.get(key)) for key in ("x", "y", "width", "height"))
     return x, y, x + width, y + height
@@ -208,11 +224,8 @@ def edges_of(rect: ElementTree.Element) -> tuple[float, float, float, float]:
 
 def check_box(box, drawn: ElementTree.Element, rect: tuple[float, float, float, float]) -> None:
     """Text is inside, as wide as fixed-width fonts make it; messages have a frame each."""
-    left, top, right, bottom = rect
     for text in drawn.iter(f"{SVG}text"):
-        size = 13 if "title" in text.get("class") else 11
-        assert left < float(text.get("x")) and float(text.get("x")) + len(text.text) * 0.605 * size < right, text.text
-        assert top < float(text.get("y")) - 0.7 * size and float(text.get("y")) < bottom
+        check_text(text, rect)
     frames = Counter(rect.get("class") for rect in drawn.findall(f"{SVG}rect")[1:])
     assert frames["forward"] == sum(message.when == "forward" for message in box.messages)
     assert frames["backward"] == sum(message.when == "backward" for message in box.messages)
@@ -221,6 +234,13 @@ def check_box(box, drawn: ElementTree.Element, rect: tuple[float, float, float, 
     assert all(operand.name in texts for operand in box.operands)
     assert all(f"[{', '.join(map(str, tensor.shape))}] {tensor.dtype}" in texts for tensor in box.outputs)
     assert drawn.find(f"{SVG}rect").get("class") == box.part
+
+
+def check_text(text: ElementTree.Element, rect: tuple[float, float, float, float]) -> None:
+    left, top, right, bottom = rect
+    size = 13 if "title" in text.get("class") else 11
+    assert left < float(text.get("x")) and float(text.get("x")) + len(text.text) * 0.605 * size < right, text.text
+    assert top < float(text.get("y")) - 0.7 * size and float(text.get("y")) < bottom
 
 
 def check_apart(rects: list[tuple[float, float, float, float]]) -> None:

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dora_fx
@@ -18,7 +19,15 @@ from dora_fx.app.cli.explained_tables import explanation_tables, text_of
 from dora_fx.app.cli.main import main
 from dora_fx.app.errors import UserError
 from dora_fx.app.options import LAYOUT_OPTIONS
-from dora_fx.explanation import VARIANTS, Explanation, PlannedRun, captured_layers, explain
+from dora_fx.explanation import (
+    VARIANTS,
+    Explanation,
+    PlannedRun,
+    TensorFacts,
+    captured_layers,
+    describe_layer,
+    explain,
+)
 from dora_fx.explanation.named_shapes import architecture_named
 from dora_fx.function import scale_rows
 from dora_fx.models import HF_ARCHITECTURES, Experts, GPTArchitecture, empty_gpt_model
@@ -62,6 +71,7 @@ def tiny() -> Explanation:
         ("llama3-8b", {"tp": 8, "dim": 12}, "dim: found 12, expected a multiple of tp 8"),
         ("llama3-8b", {"dp": 2, "ep": 2}, "ep: found 2 for a base without experts, expected it left out"),
         ("llama3-8b", {"tp": 2, "etp": 2}, "etp: found 2 for a base without experts, expected it left out"),
+        ("llama3-8b", {"etp": 1}, "etp: found 1 for a base without experts, expected it left out"),
         (MOE, {"dp": 4, "ep": 3}, "ep: found 3 with etp 1, expected a product that divides the 4 ranks of tp 1 times"),
         (MOE, {"dp": 8, "ep": 8}, "ep: found 8, expected a divisor of the 4 experts"),
         (MOE, {"dp": 3, "etp": 3}, "etp: found 3, expected a divisor of the 80 features of an expert"),
@@ -243,9 +253,7 @@ def test_json_is_the_records(tiny: Explanation) -> None:
 
 
 def save_tiny_config(folder: Path) -> None:
-    from transformers import LlamaConfig
-
-    LlamaConfig(
+    transformers.LlamaConfig(
         hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64, max_position_embeddings=64, head_dim=12,
     ).save_pretrained(folder)  # fmt: skip
@@ -262,6 +270,22 @@ def test_the_command_draws_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture
     for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
         assert name in shown.out and name in file.read_text()
     assert ElementTree.parse(file).getroot().tag.endswith("svg")
+
+
+@pytest.mark.slow
+def test_the_command_draws_a_layer_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers.MixtralConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=64, num_local_experts=4,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    file = tmp_path / "layer.svg"
+    options = ["--dp", "2", "--ep", "2", "--sequence-length", "16", "--dim", "4", "--tree", "--picture", str(file)]
+    assert main(["explain", str(tmp_path), *options]) == 0
+    shown = capsys.readouterr().out
+    for name in ("experts.local_experts.1.linear_fc1", "all_to_all_single over 2"):
+        assert name in shown and name in file.read_text()
+    # A box says what it does.
+    assert " =  (" not in shown
 
 
 def test_pictures_that_cannot_be_made_are_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,6 +327,20 @@ def test_captured_layers_carry_both_graphs() -> None:
     assert not layer.after.find_nodes(op="call_function", target=dora_linear)
     scaled = layer.after.find_nodes(op="call_function", target=scale_rows)
     assert scaled and all(isinstance(node.meta["example_value"], torch.Tensor) for node in scaled)
+
+
+@pytest.mark.slow
+@every_case("architecture, layout", [(TINY, {"pp": 3, "recompute": True}), (MOE, {"dp": 2, "ep": 2})])
+def test_a_picture_shows_all_that_is_saved(architecture: GPTArchitecture, layout: dict[str, Any]) -> None:
+    """Every tensor but the hidden states that came in: what autograd functions keep, and states of random numbers."""
+    run = PlannedRun(tp=2, sequence_parallel=True, sequence_length=16, dim=4, **layout)
+    kept: list[TensorFacts] = []
+    for layer in captured_layers(architecture, run):
+        after = describe_layer(layer.before, layer.after, "layer", kept=layer.kept).after
+        kept += [tensor for box in after.boxes for tensor in box.kept or ()]
+    saved = explain(architecture, run).kinds[0].variants["dora"].saved
+    expected = sorted(tensor.num_bytes for tensor in saved if tensor.name != "hidden_states")
+    assert sorted(tensor.nbytes or 0 for tensor in kept) == expected
 
 
 @pytest.mark.usefixtures("world")
