@@ -17,15 +17,15 @@ from dora_fx.attach.layer_names import projections_of
 from dora_fx.attach.matching import ALL_LINEAR, matches
 from dora_fx.attach.routers import modules_of_routers
 from dora_fx.megatron import unwrap, walk
-from dora_fx.modules import DoRALinear, looks_like_linear
+from dora_fx.modules import DoRALinear, is_grouped_mlp, looks_like_linear
 
 logger = logging.getLogger(__name__)
 
 _NAME = "expert"
 
 
-def fused_experts(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the path and the parameter of all experts of each layer that holds them in one.
+def fused_experts(chunks: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Yield the module, the path and the parameter of all experts of each layer that holds them in one.
 
     Several matrices that are one parameter are taken for experts, whatever they are called; a single matrix where a
     name says so. Positions, which are `[1, tokens, hidden]`, and kernels of convolutions are none.
@@ -39,16 +39,17 @@ def fused_experts(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Paramet
             dims = (2, 3) if _NAME in f"{named.whole_path} {type(module).__name__}".lower() else (3,)
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() in dims and min(parameter.shape) > 1 and "bias" not in name:
-                    yield f"{named.whole_path}.{name}", parameter
+                    yield module, f"{named.whole_path}.{name}", parameter
 
 
 def check_fused_experts(chunks: Sequence[nn.Module], targets: Sequence[str], excluded: Sequence[str]) -> None:
     """Raise TypeError if a target names experts that are parameters, unless they are excluded.
 
-    `all-linear` names linear layers, which they are not.
+    `all-linear` names linear layers, which they are not. `check_experts` refuses those of Megatron's GroupedMLP, by the
+    names that layers have in the classes which Megatron has in its place.
     """
-    for path, parameter in fused_experts(chunks):
-        if any(matches(pattern, path) for pattern in excluded):
+    for module, path, parameter in fused_experts(chunks):
+        if is_grouped_mlp(module) or any(matches(pattern, path) for pattern in excluded):
             continue
         for target in targets:
             if target != ALL_LINEAR and _means(target, path):
@@ -78,7 +79,7 @@ def _means(target: str, path: str) -> bool:
 def text_on_fused_experts(chunks: Sequence[nn.Module]) -> str | None:
     """Return what a report says of such experts; None for a model without any."""
     counts: dict[str, int] = {}
-    for path, parameter in fused_experts(chunks):
+    for _, path, parameter in fused_experts(chunks):
         kind = ".".join("*" if part.isdigit() else part for part in path.split("."))
         shown = f"{kind} ({'x'.join(map(str, parameter.shape))})"
         counts[shown] = counts.get(shown, 0) + 1

@@ -265,9 +265,11 @@ def _plan_site(settings: DoRASettings, chunk: nn.Module, named: NamedModule) -> 
     spec = describe_linear(path, linear)
     _check_rows(path, linear, spec)
     weight = spec.weight if spec.weight is not None else _tied_weight(unwrap(chunk), path)
-    _check_weight(path, weight)
-    for number, of_expert in enumerate(spec.expert_weights or ()):
-        _check_weight(f"{path}.weight{number}", of_expert)
+    if spec.expert_weights is None:
+        _check_weight(path, weight)
+    else:
+        for name, of_expert in zip(spec.kind.weight_names(linear), spec.expert_weights, strict=True):
+            _check_weight(f"{path}.{name}", of_expert)
     dim = settings.dim_of(path)
     if dim % spec.dim_multiple:
         raise ValueError(

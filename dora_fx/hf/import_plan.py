@@ -91,23 +91,32 @@ def check_experts_are_alike(folder: Path, imports: Sequence[PlannedImport]) -> N
     Every rank calls it: others hold other experts of the same layers.
     """
     grouped = [planned for planned in imports if is_grouped_linear(planned.linear.base)]
-    own = {planned.linear.gpt_path: (planned.linear.whole_path, _said(planned.joined)) for planned in grouped}
-    first: dict[str, tuple[str, str]] = {}
-    for path, (layer, said) in (pair for of_rank in gather_objects(own, world_group()) for pair in of_rank.items()):
-        other, expected = first.setdefault(layer, (path, said))
-        if said != expected:
+    own = {planned.linear.gpt_path: (planned.linear.whole_path, _numbers_of(planned.joined)) for planned in grouped}
+    first: dict[str, tuple[str, _Numbers | None]] = {}
+    for path, (layer, found) in (pair for of_rank in gather_objects(own, world_group()) for pair in of_rank.items()):
+        other, expected = first.setdefault(layer, (path, found))
+        if found != expected:
             raise ValueError(
-                f"{folder}: found {other} with {expected} and {path} with {said}, expected one rank and scaling for "
-                f"the experts of {layer}, which has one adapter for all of them. Import into the same model with "
-                "SequentialMLP, whose experts may differ"
+                f"{folder}: found {other} with {_text_of(expected)} and {path} with {_text_of(found)}, expected one "
+                f"rank and scaling for the experts of {layer}, which has one adapter for all of them. Import into the "
+                "same model with SequentialMLP, whose experts may differ"
             )
 
 
-def _said(adapter: Any) -> str:
-    """The rank and the scaling of a joined adapter, or of a module's."""
-    if adapter is None:
+# Rank, alpha, and whether it is rsLoRA's.
+_Numbers = tuple[int, float, bool]
+
+
+def _numbers_of(adapter: Any) -> _Numbers | None:
+    """Of a joined adapter, or of a module's; None for no adapter."""
+    return None if adapter is None else (adapter.dim, adapter.alpha, adapter.use_rslora)
+
+
+def _text_of(numbers: _Numbers | None) -> str:
+    if numbers is None:
         return "no adapter"
-    return f"dim {adapter.dim} and alpha {adapter.alpha:g}{' with rsLoRA' * adapter.use_rslora}"
+    dim, alpha, use_rslora = numbers
+    return f"dim {dim} and alpha {alpha:g}{' with rsLoRA' * use_rslora}"
 
 
 def _as_files_say(hf: GPTCounterpart, adapter: PeftAdapter, vocab_size: int | None) -> GPTCounterpart:
@@ -182,7 +191,7 @@ def _check_fits(folder: Path, planned: PlannedImport) -> None:
         found, expected = ("", "no ") if joined is None else ("no ", "")
         raise ValueError(f"{path}: found {found}adapter in the model, expected {expected}adapter as in {folder}")
     if joined is not None and (site.adapter.dim, site.scaling) != (joined.dim, joined.scaling):
-        found, expected = _said(site.adapter), _said(joined)
+        found, expected = (_text_of(_numbers_of(each)) for each in (site.adapter, joined))
         raise ValueError(f"{path}: found {found} in the model, expected {expected} for {folder}")
 
 

@@ -10,8 +10,8 @@ from dora_fx.megatron.data_parallel import (
 )
 from dora_fx.megatron.dynamo_settings import allow_many_graphs, capture_megatron_whole
 from dora_fx.megatron.expert_paths import (
-    expert_maybe,
     expert_number_maybe,
+    expert_path_maybe,
     path_of_expert,
     with_expert_number,
 )
@@ -68,8 +68,8 @@ __all__ = [
     "data_parallel_around",
     "derives_from",
     "differing",
-    "expert_maybe",
     "expert_number_maybe",
+    "expert_path_maybe",
     "find_bucket_maybe",
     "hybrid_pattern_maybe",
     "is_attention_and_mlp",

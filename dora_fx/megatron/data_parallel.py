@@ -61,6 +61,10 @@ def data_parallel_around(
 
     A caller may pass a model out of such a wrapper and train through the wrapper, to which the model has no reference.
     So where there is more than one rank, wrappers are searched among all objects of the process.
+
+    Args:
+        chunks: the model, or its virtual pipeline chunks.
+        classes: of the wrappers that are meant, one of the two or both.
     """
     parts = dict.fromkeys(module for chunk in chunks for module in chunk.modules())
     everywhere = data_parallel_objects(classes) if dist.is_initialized() and dist.get_world_size() > 1 else []

@@ -14,7 +14,7 @@ def expert_number_maybe(path: str) -> int | None:
     return int(match[0]) if match and not match[1] else None
 
 
-def expert_maybe(path: str) -> str | None:
+def expert_path_maybe(path: str) -> str | None:
     """Return the path of the expert, or of the experts of a range, that a module or a parameter is in; else None."""
     match = _NUMBER.search(path)
     return path[: match.end()] if match else None

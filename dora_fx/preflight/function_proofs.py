@@ -41,10 +41,8 @@ def gradients_arrive(setup: SetUp, eager: Pass) -> Finding:
     name = "gradients"
     gradients = {path: eager.gradients.get(path) for path in setup.adapter_parameters}
     norms = {path: float(gradient.double().norm()) for path, gradient in gradients.items() if gradient is not None}
-    zeros, others = (
-        [path for path, norm in norms.items() if norm == 0.0],
-        [path for path in norms if norms[path] != 0.0],
-    )
+    zeros = [path for path, norm in norms.items() if norm == 0.0]
+    others = [path for path, norm in norms.items() if norm != 0.0]
     problems = (
         ([path for path, gradient in gradients.items() if gradient is None], "no gradient"),
         (not_finite(gradients), "a gradient that is not finite"),

@@ -23,7 +23,7 @@ from dora_fx.megatron import (
     check_unsharded,
     chunks_of,
     data_parallel_around,
-    expert_maybe,
+    expert_path_maybe,
     path_of_expert,
     unwrap,
     walk,
@@ -352,11 +352,11 @@ def without_idle_experts(paths: Iterable[str], with_gradient: Iterable[str]) -> 
         paths: of tensors that did not get what all should get.
         with_gradient: paths of all that have a gradient other than zero.
     """
-    reached = set().union(*over_all_ranks({expert for path in with_gradient if (expert := expert_maybe(path))}))
+    reached = set().union(*over_all_ranks({expert for path in with_gradient if (expert := expert_path_maybe(path))}))
     layers = {with_expert_number(expert, "*") for expert in reached}
 
     def is_idle(path: str) -> bool:
-        expert = expert_maybe(path)
+        expert = expert_path_maybe(path)
         return expert is not None and expert not in reached and with_expert_number(expert, "*") in layers
 
     return [path for path in paths if not is_idle(path)]

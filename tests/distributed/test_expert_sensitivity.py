@@ -30,18 +30,16 @@ from tests.distributed.moe_layers import (
     EXPERTS,
     HIDDEN,
     ExpertLayout,
-    Mode,
     MoE,
-    Training,
     adapted,
     batch,
     moe_config,
     oracle_step,
-    oracle_training,
     own_tokens,
     step,
     tensors_of_sites,
 )
+from tests.distributed.moe_training import Mode, Training, oracle_training
 
 # It alone needs the marks of parameters that `no_mark` leaves out: later versions count those of experts by themselves.
 IS_OLD = megatron.core.__version__.startswith("0.16.")

@@ -20,24 +20,21 @@ from tests.distributed.moe_layers import (
     EXPERTS,
     MODES,
     ROUNDINGS,
-    STEPS,
     ExpertLayout,
-    Mode,
     MoE,
     Results,
-    Training,
     adapted,
     batch,
     bound_of_step,
     moe_config,
     named_sites,
     oracle_step,
-    oracle_training,
     own_tokens,
     set_adapter_values,
     step,
     tensors_of_sites,
 )
+from tests.distributed.moe_training import STEPS, Mode, Training, oracle_training
 
 slow = pytest.mark.slow
 LAYOUTS = [

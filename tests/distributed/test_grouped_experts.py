@@ -31,16 +31,15 @@ from tests.distributed.moe_layers import (
     SCALING,
     TRAINED,
     ExpertLayout,
-    Mode,
     Results,
     TensorsOf,
-    Training,
     batch,
     bound_of_step,
     oracle_step,
     own_tokens,
     step,
 )
+from tests.distributed.moe_training import Mode, Training
 from tests.distributed.test_checkpoint_reshaping import whole_tensors
 from tests.distributed.test_experts import assert_trained
 from tests.distributed.zoo import whole_values

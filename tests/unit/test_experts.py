@@ -13,7 +13,7 @@ from torch import nn
 import dora_fx
 from dora_fx.attach.matching import matches
 from dora_fx.checkpoint.tensor_digests import add_digests, shard_digests
-from tests.distributed.moe_layers import ExpertLayout, MoE, batch, moe_config, named_sites
+from tests.distributed.moe_layers import EXPERTS, FFN, HIDDEN, ExpertLayout, MoE, batch, moe_config, named_sites
 from tests.tables import every_case
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -86,6 +86,8 @@ def grouped_mlp() -> nn.Module:
     model = moe()
     model.mlp.experts.__class__ = type("GroupedMLP", (nn.Module,), {})
     model.mlp.experts.local_experts = nn.ModuleList()
+    # Megatron's class has the columns of all experts side by side.
+    model.mlp.experts.weight1 = nn.Parameter(torch.ones(HIDDEN, 2 * FFN * EXPERTS))
     return model
 
 
@@ -191,5 +193,6 @@ def test_a_base_with_other_experts_in_its_layers_has_another_digest() -> None:
 
 def test_excluded_experts_of_one_parameter() -> None:
     model = grouped_mlp()
-    attach(model, ["all-linear"], exclude_modules=["mlp.experts.*"])
+    dora = attach(model, ["all-linear"], exclude_modules=["mlp.experts.*"])
     assert len(adapted_paths(model)) == 2
+    assert f"1 x mlp.experts.weight1 ({HIDDEN}x{2 * FFN * EXPERTS})" in str(dora.report)
