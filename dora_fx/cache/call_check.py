@@ -22,9 +22,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dora_fx.cache.fingerprint import HostMemory, digest_of, host_memory
-from dora_fx.cache.freshness import Memory, raise_if_found_stale
+from dora_fx.cache.freshness import raise_if_found_stale
 from dora_fx.cache.parameter_cache import RANK_TIMEOUT, CachedSite, refresh
 from dora_fx.cache.step_counts import optimizer_steps
 
@@ -79,40 +80,87 @@ class SiteTensors(NamedTuple):
     weights: tuple[torch.Tensor, ...]
 
 
+class _Places(NamedTuple):
+    """Where tensors lie, and how often PyTorch counted a write into each.
+
+    Attributes:
+        addresses, sizes, storages, versions: of all tensors, in their order; sizes in bytes.
+        references: weak ones to the storages, which keep their numbers from being given to later ones.
+    """
+
+    addresses: list[int]
+    sizes: list[int]
+    storages: list[int]
+    versions: list[int]
+    references: tuple[StorageWeakRef, ...]
+
+    def are_still(self, tensors: Sequence[torch.Tensor], *, uncounted: bool = False) -> bool:
+        """Return whether the tensors lie there, and, but for `uncounted`, no write into them was counted.
+
+        List by list: this runs in front of every call of a model.
+        """
+        return (
+            [tensor.data_ptr() for tensor in tensors] == self.addresses
+            and [tensor.nbytes for tensor in tensors] == self.sizes
+            and (uncounted or [tensor._version for tensor in tensors] == self.versions)
+            and [tensor.untyped_storage()._cdata for tensor in tensors] == self.storages
+        )
+
+
 class _Record(NamedTuple):
     """The tensors of a check that found nothing stale, in a form that is quick to compare.
 
     Attributes:
         steps: the number of optimizer steps at that time.
-        memory: of all tensors.
+        places: of all tensors.
         runs: in host memory, that of the sources and of a sample of the weights' rows; None on an accelerator.
         bits: their digest.
     """
 
     steps: int
-    memory: tuple[Memory, ...]
+    places: _Places
     runs: tuple[HostMemory, ...] | None
     bits: int
 
     @classmethod
-    def of_maybe(cls, sites: Sequence[SiteTensors]) -> _Record | None:
-        """Return the record; None where tensors are strided, made in inference mode, or on several devices."""
-        tensors = _tensors_of(sites)
+    def of_maybe(cls, sites: Sequence[SiteTensors], before: _Record | None) -> _Record | None:
+        """Return the record; None where tensors are strided, made in inference mode, or on several devices.
+
+        Args:
+            before: an earlier record of the same model. Where its tensors have not moved, as after a step, they are not
+                looked up again.
+        """
+        tensors, steps = _tensors_of(sites), optimizer_steps()
         is_plain = all(tensor.is_contiguous() and not tensor.is_inference() for tensor in tensors)
         if not is_plain or len({tensor.device for tensor in tensors}) != 1:
             return None
+        versions = [tensor._version for tensor in tensors]
+        if before is not None and before.places.are_still(tensors, uncounted=True):
+            places = before.places._replace(versions=versions)
+            return cls(steps, places, before.runs, digest_of(before.runs or ()))
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        places = _Places(
+            [tensor.data_ptr() for tensor in tensors],
+            [tensor.nbytes for tensor in tensors],
+            [storage._cdata for storage in storages],
+            versions,
+            tuple(map(StorageWeakRef, storages)),
+        )
         runs: list[HostMemory] | None = None
         if tensors[0].is_cpu:
             runs = [run for site in sites for source in site.sources for run in host_memory(source, sampled=False)]
             runs += [run for site in sites for weight in site.weights for run in host_memory(weight, sampled=True)]
-        memory = tuple(map(Memory.of, tensors))
-        return cls(optimizer_steps(), memory, None if runs is None else tuple(runs), digest_of(runs or ()))
+        return cls(steps, places, None if runs is None else tuple(runs), digest_of(runs or ()))
 
     def is_of(self, sites: Sequence[SiteTensors]) -> bool:
         """Return whether these are the same tensors in the same step, and PyTorch counted no write into them."""
-        tensors = _tensors_of(sites)
-        is_same = self.steps == optimizer_steps() and len(tensors) == len(self.memory)
-        return is_same and all(map(Memory.is_still, self.memory, tensors))
+        if self.steps != optimizer_steps():
+            return False
+        try:
+            return self.places.are_still(_tensors_of(sites))
+        except RuntimeError:
+            # One has no counter or no memory, which none of those that were recorded lacked.
+            return False
 
 
 def _tensors_of(sites: Iterable[SiteTensors]) -> list[torch.Tensor]:
@@ -129,7 +177,9 @@ class CallCheck:
     def __init__(self, rank_timeout: float = RANK_TIMEOUT) -> None:
         self._rank_timeout = rank_timeout
         self._known: _Record | None = None
+        # Since the last refresh that found something stale, without the one that began with it.
         self._calls = 0
+        self._repeats = False
         self._begun: list[int] = []
 
     def __reduce__(self) -> tuple[type[CallCheck], tuple[float]]:
@@ -145,7 +195,7 @@ class CallCheck:
         known = self._known
         # Only a refresh tells whether a call that a backward pass repeats has another adapter.
         if known is None or torch._C._current_graph_task_id() != -1 or not known.is_of(sites):
-            self._calls = 0
+            self._repeats, self._calls = self._calls > 0, 0
             return False
         self._calls += 1
         if known.runs is None:
@@ -160,11 +210,13 @@ class CallCheck:
         Raises:
             StaleParametersError, RuntimeError, ValueError: as `refresh` raises.
         """
-        self._known = None
+        before, self._known = self._known, None
         were_stale = [refresh(run, self._rank_timeout) for run in _runs(cached)]
-        # Only for a second one, since training computes everything at each step.
         if not any(were_stale):
-            self._known = _Record.of_maybe(sites)
+            self._calls = max(1, self._calls)
+        # In a step of one call there is no other that would read a record.
+        if self._repeats or not any(were_stale):
+            self._known = _Record.of_maybe(sites, before)
 
     def begin(self, scales: Sequence[torch.Tensor]) -> None:
         """Let sites that are up to date be until `end`."""

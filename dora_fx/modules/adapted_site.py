@@ -86,13 +86,18 @@ class AdaptedSite(BaseAttributes):
         self.register_load_state_dict_post_hook(_after_load_state_dict)
 
     def site_tensors(self) -> SiteTensors:
-        """Return the tensors that the check in front of a call compares."""
-        adapter, cached = self.adapter, self.cached_parameters()
-        factors = (adapter.linear_in.weight, adapter.linear_out.weight)
-        assert adapter.weight_magnitude is not None
-        sources = (*factors, adapter.weight_magnitude, self.base_norm_sq, adapter.scaling_factor)
-        values = tuple(each for each in cached[1:] if each is not None)
-        return SiteTensors(cached.delta, values, sources, self.expert_weights or sources_of(self.base_weight))
+        """Return the tensors that the check in front of a call compares.
+
+        Every call of a model reads those of all its layers, so they are taken from where `nn.Module` looks last.
+        """
+        adapter: Any = self._modules["adapter"]
+        buffers: dict[str, Any] = self._buffers
+        magnitude = _parameter_of(adapter, "weight_magnitude")
+        factors = [_parameter_of(adapter._modules[name], "weight") for name in ("linear_in", "linear_out")]
+        sources = (*factors, magnitude, buffers["base_norm_sq"], adapter._buffers["scaling_factor"])
+        delta, *values = (buffers[name] for name in _CACHE_BUFFERS)
+        weights = self.expert_weights or sources_of(self.base_weight)
+        return SiteTensors(delta, tuple(each for each in values if each is not None), sources, weights)
 
     @property
     def expert_weights(self) -> tuple[torch.Tensor, ...] | None:
@@ -258,6 +263,12 @@ class AdaptedSite(BaseAttributes):
             **base,
             **self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata),
         }
+
+
+def _parameter_of(module: Any, name: str) -> torch.Tensor:
+    """Return `module.name`, which may be a parameter that a wrapper took out of the module and set as an attribute."""
+    parameter = module._parameters.get(name)
+    return parameter if parameter is not None else getattr(module, name)
 
 
 def _after_load_state_dict(site: AdaptedSite, incompatible_keys: Any) -> None:

@@ -187,22 +187,22 @@ def test_gated_column():
 add: "f32[6, 2, 80]" = linear_2 + linear_1
         to: "f32[6, 2, 80]" = add.to(torch.float32)
 
-        chunk_1 = torch.chunk(to, 2, -1)
-        chunk_2 = magnitude.chunk(2)
-        chunk_3 = delta.chunk(2)
-        chunk_4 = grad_gain.chunk(2)
-        chunk_5 = grad_scale.chunk(2)
-        getitem_4: "f32[6, 2, 40]" = chunk_1[0]
-        getitem_5: "f32[40]" = chunk_2[0]
-        getitem_6: "f32[40]" = chunk_3[0]
-        getitem_7: "f32[40]" = chunk_4[0]
-        getitem_8: "f32[40]" = chunk_5[0]
+        split = to.split((40, 40), -1)
+        split_1 = magnitude.split((40, 40), -1)
+        split_2 = delta.split((40, 40), -1)
+        split_3 = grad_gain.split((40, 40), -1)
+        split_4 = grad_scale.split((40, 40), -1)
+        getitem_4: "f32[6, 2, 40]" = split[0]
+        getitem_5: "f32[40]" = split_1[0]
+        getitem_6: "f32[40]" = split_2[0]
+        getitem_7: "f32[40]" = split_3[0]
+        getitem_8: "f32[40]" = split_4[0]
         scale_rows_1: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(getitem_4, bias = None, magnitude = getitem_5, scale = dora_fx_function_row_scale_RowScale(getitem_6, getitem_7, getitem_8))
-        getitem_9: "f32[6, 2, 40]" = chunk_1[1]
-        getitem_10: "f32[40]" = chunk_2[1]
-        getitem_11: "f32[40]" = chunk_3[1]
-        getitem_12: "f32[40]" = chunk_4[1]
-        getitem_13: "f32[40]" = chunk_5[1]
+        getitem_9: "f32[6, 2, 40]" = split[1]
+        getitem_10: "f32[40]" = split_1[1]
+        getitem_11: "f32[40]" = split_2[1]
+        getitem_12: "f32[40]" = split_3[1]
+        getitem_13: "f32[40]" = split_4[1]
         scale_rows_2: "f32[6, 2, 40]" = dora_fx_function_row_scale_scale_rows(getitem_9, bias = None, magnitude = getitem_10, scale = dora_fx_function_row_scale_RowScale(getitem_11, getitem_12, getitem_13))
 
         silu: "f32[6, 2, 40]" = torch.nn.functional.silu(scale_rows_1)

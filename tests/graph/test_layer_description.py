@@ -151,8 +151,8 @@ def test_layers_have_their_sites_and_modules_their_names():
         [gathered] = [box for box in description.after.boxes if box.ops == ("substitute_gathered_rows",)]
         assert gathered.site is None and "linear_proj B" in [operand.name for operand in gathered.operands]
         scales = [box for box in description.after.boxes if box.ops == ("scale_rows",)]
-        # The scale of the gated layer is split, in the module that cuts its output.
-        assert [box.site.rpartition("_")[2] for box in scales] == ["qkv", "proj", "fc1", "fc1", "fc2"]
+        # Scales of outputs that are cut are split, in the module that cuts them.
+        assert [box.site.rpartition("_")[2] for box in scales] == [*["qkv"] * 3, "proj", "fc1", "fc1", "fc2"]
 
 
 def test_kept_values_are_at_the_boxes_that_compute_them():

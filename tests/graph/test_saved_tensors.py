@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -67,8 +68,16 @@ def saved_activations(model: Callable[..., torch.Tensor], sequence: int = SEQUEN
     return saved
 
 
+_VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.split_with_sizes.default,
+    operator.getitem,
+}
+
+
 def _is_view_of_input(node: fx.Node) -> bool:
-    while node.op == "call_function" and node.target in (torch.ops.aten.view.default, torch.ops.aten.permute.default):
+    while node.op == "call_function" and node.target in _VIEWS:
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
 

@@ -1,4 +1,4 @@
-"""The scale of a gated layer moves behind the cut of its output, and nothing else does."""
+"""The scale of an output that is cut moves behind the cut, and no other does."""
 
 from __future__ import annotations
 
@@ -36,18 +36,31 @@ def gate(y: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+def heads(y: torch.Tensor) -> torch.Tensor:
+    """Cut as Megatron's attention cuts its queries, keys and values."""
+    mixed = y.view(*y.size()[:-1], 4, 20)
+    query, key, value = torch.split(mixed, [10, 5, 5], dim=3)
+    return torch.cat((query.reshape(*y.size()[:-1], -1, 5).sum(2), key.square().sum(2), value.tanh().sum(2)), -1)
+
+
+CUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Megatron's": gate,
-    "a method": lambda y: F.silu(y.chunk(2, 2)[0]) * y.sum(),
+    "attention's": heads,
     "by position": lambda y: torch.mul(*torch.chunk(y, 2, -1)),
     "five parts": lambda y: torch.stack(y.chunk(5, -1)).sum(0),
     "one part unused": lambda y: y.chunk(2, dim=-1)[1],
+    "unequal parts": lambda y: torch.cat(tuple(part.tanh() for part in y.chunk(3, -1)), -1),
+    "a size": lambda y: torch.mul(*y.split(40, -1)),
+    "two views": lambda y: torch.mul(*y.reshape(-1, 80).view(6, 2, 8, 10).split((5, 5), dim=-1)),
 }
 LEFT_ALONE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "used elsewhere too": GATES["a method"],
+    "used elsewhere too": lambda y: F.silu(y.chunk(2, 2)[0]) * y.sum(),
     "cut along tokens": lambda y: torch.mul(*y.chunk(2, 0)),
-    "cut unequally": lambda y: y.chunk(3, -1)[0],
-    "split": lambda y: torch.mul(*y.split(40, -1)),
+    "cut along groups": lambda y: torch.mul(*y.view(6, 2, 4, 20).chunk(2, 2)),
+    "viewed with its tokens": lambda y: torch.mul(*y.view(6, 4, 40).chunk(2, -1)),
+    "a view that is used elsewhere too": lambda y: torch.mul(*(v := y.view(6, 2, 4, 20)).chunk(2, -1)) + v.sum(),
+    "the shape of a view": lambda y: torch.mul(*torch.ones(960).view_as(y).chunk(2, -1)),
+    "read as integers": lambda y: torch.mul(*y.view(torch.int32).chunk(2, -1)),
     "not cut": torch.tanh,
 }
 
@@ -57,18 +70,30 @@ def one_rank(tensor_parallel):
     tensor_parallel(1)
 
 
-@pytest.mark.parametrize("name", ["Megatron's", "by position", "five parts", "one part unused"])
-def test_finder_and_numbers(name):
+@pytest.mark.parametrize(
+    ("name", "features", "sizes"),
+    [
+        ("Megatron's", (80,), (40, 40)),
+        ("attention's", (4, 20), (10, 5, 5)),
+        ("by position", (80,), (40, 40)),
+        ("five parts", (80,), (16,) * 5),
+        ("one part unused", (80,), (40, 40)),
+        ("unequal parts", (80,), (27, 27, 26)),
+        ("a size", (80,), (40, 40)),
+        ("two views", (8, 10), (5, 5)),
+    ],
+)
+def test_finder_and_numbers(name, features, sizes):
     torch.manual_seed(0)
-    model = Cut(column(), GATES[name]).double()
+    model = Cut(column(), CUTS[name]).double()
     randomize_adapters(model)
     backend = RecordingBackend([rewrite_dora_pass])
     torch.compile(model, backend=backend, fullgraph=True)(torch.randn(6, 2, IN, dtype=torch.float64))
     [gm] = backend.after
     [split] = find_split_scales(gm)
     assert split.scale.target is scale_rows
-    assert split.num_parts == (5 if name == "five parts" else 2)
-    assert {part for _, part in split.parts} == ({1} if name == "one part unused" else set(range(split.num_parts)))
+    assert (split.features, split.sizes) == (features, sizes)
+    assert {part for _, part in split.parts} == ({1} if name == "one part unused" else set(range(len(sizes))))
     torch._dynamo.reset()
 
     def results(call: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
@@ -88,7 +113,8 @@ def test_finder_and_numbers(name):
 
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_what_is_left_alone(name):
-    [gm] = capture(Cut(column(), LEFT_ALONE[name]), IN).after
+    has_gradient = name not in ("the shape of a view", "read as integers")
+    [gm] = capture(Cut(column(), LEFT_ALONE[name]), IN, grad=has_gradient).after
     before = gm.code
     assert find_split_scales(gm) == []
     assert split_scale_pass(gm, ()) is gm
@@ -102,9 +128,9 @@ def test_parts_that_are_no_numbers_are_left_alone():
     [split] = find_split_scales(gm)
     (node, part), *_ = split.parts
     for index in (slice(0, 1), "0", None):
-        node.args = (split.chunk, index)
+        node.args = (split.cut, index)
         assert find_split_scales(gm) == []
-    node.args = (split.chunk, part - split.num_parts)
+    node.args = (split.cut, part - len(split.sizes))
     [again] = find_split_scales(gm)
     assert set(again.parts) == set(split.parts)
 

@@ -156,7 +156,7 @@ def test_on_an_accelerator_few_calls_compare_bits(zoo: LinearZoo) -> None:
         if check._known is not None:
             check._known = check._known._replace(runs=None)
     # The first computes, and the second leaves a record.
-    assert compared == [1, 2, 3, 4, 6, 10, 18]
+    assert compared == [1, 2, 3, 5, 9, 17]
     with torch.no_grad():
         trainable(zoo)["column.adapter.weight_magnitude"].mul_(2.0)
     assert not check.holds_for(site_tensors)
