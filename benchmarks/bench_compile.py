@@ -39,7 +39,9 @@ def _compile(options: argparse.Namespace, variant: str, layers: int, cache: str)
 
     from dora_fx.megatron.world import megatron_world
 
-    options = argparse.Namespace(**{**vars(options), "layers": layers, "micro_batches": 1, "recompute": False})
+    options = argparse.Namespace(
+        **{**vars(options), "layers": layers, "micro_batches": 1, "recompute": False, "attention": "megatron"}
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with megatron_world(device):
         model = make_variants(options, device, only=variant)[variant]

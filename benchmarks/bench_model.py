@@ -25,7 +25,7 @@ from quiet_world import quiet_world
 from torch import nn
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
-from variants import with_dora, with_lora, with_peft
+from variants import TorchAttention, with_dora, with_lora, with_peft
 
 import dora_fx
 from dora_fx.compilation import like_a_layer_output
@@ -36,6 +36,7 @@ MEGATRON_TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MERGED = "dora_fx merged"
 EVALUATED_ONLY = ("base", MERGED)
+ATTENTIONS = ["megatron", "torch"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -89,7 +90,11 @@ def hf_model(options: argparse.Namespace, device: str) -> Any:
 def megatron_model(options: argparse.Namespace, device: str) -> Any:
     """The same function and weights as Megatron's GPTModel."""
     source = hf_model(options, device)
-    return build_gpt_model(source.config, source.state_dict(), dtype=DTYPES[options.dtype], device=device)
+    model = build_gpt_model(source.config, source.state_dict(), dtype=DTYPES[options.dtype], device=device)
+    if options.attention == "torch":
+        for layer in model.decoder.layers:
+            layer.self_attention.core_attention = TorchAttention()
+    return model
 
 
 def make_variants(options: argparse.Namespace, device: str, *, only: str | None = None) -> dict[str, Variant]:
@@ -183,6 +188,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--only", choices=["training", "evaluation"], help="default both")
+    parser.add_argument(
+        "--attention",
+        choices=["megatron", "torch"],
+        default="megatron",
+        help="torch's keeps no scores; default megatron",
+    )
     parser.add_argument("--recompute", action="store_true", help="checkpoint every layer")
     parser.add_argument("--json", type=Path, help="write the tables here")
     options = parser.parse_args()

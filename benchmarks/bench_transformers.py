@@ -1,8 +1,8 @@
 r"""What does a training step of a transformers model cost, beside PEFT's LoRA and DoRA?
 
-Four layers of SmolLM2-135M's and of Qwen2-0.5B's shape with random weights, one batch forward and backward and a step
-of AdamW. dora_fx is compiled by `compile_model`; PEFT's adapters are compiled as their users do it, layer by layer. All
-variants of a shape run in turn within one round, and each round gives ratios to compiled LoRA.
+Four layers of SmolLM2-135M's and of Qwen2-0.5B's shape with random weights, some micro-batches forward and backward and
+a step of AdamW. dora_fx is compiled by `compile_model`; PEFT's adapters are compiled as their users do it, layer by
+layer. All variants of a shape run in turn within one round, and each round gives ratios to compiled LoRA.
 
     python benchmarks/bench_transformers.py --json benchmarks/results/transformers.json
     python benchmarks/bench_transformers.py --quick
@@ -69,11 +69,11 @@ def make_variants(
         model = with_peft(base, options.dim, HF_TARGETS, use_dora=use_dora)
         for layer in base.model.layers if compiles else ():
             layer.compile()
-        return Variant(model, losses, 1)
+        return Variant(model, losses, options.micro_batches)
 
     def ours(*, compiles: bool) -> Variant:
         model = with_dora(make_base(), options.dim, HF_TARGETS)
-        return Variant(dora_fx.compile_model(model) if compiles else model, losses, 1)
+        return Variant(dora_fx.compile_model(model) if compiles else model, losses, options.micro_batches)
 
     makers: dict[str, Callable[[], Variant]] = {
         LORA_COMPILED: lambda: peft(use_dora=False, compiles=True),
@@ -112,8 +112,8 @@ def measure(make_base: Callable[[], Any], reference: str, options: argparse.Name
 def parse(description: str | None, shapes: Collection[str] = ()) -> argparse.Namespace:
     """The options of a command, which may choose among several shapes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"layers": 4, "tokens": 256, "batch": 1, "vocab": 1024, "dim": 16, "rounds": 9, "max-rounds": 90}
-    for name, default in sizes.items():
+    sizes = {"layers": 4, "tokens": 256, "batch": 1, "micro-batches": 1, "vocab": 1024, "dim": 16}
+    for name, default in (sizes | {"rounds": 9, "max-rounds": 90}).items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     if shapes:
         parser.add_argument("--shape", choices=shapes, help="default all")

@@ -16,7 +16,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch._guards import TracingContext
 from torch.overrides import handle_torch_function, has_torch_function_unary
+
+_ROWS_AT_ONCE = 16
 
 
 class RowScale(NamedTuple):
@@ -79,9 +82,24 @@ class _ScaleRows(torch.autograd.Function):
         dz = (grads[0] * grad_gain).to(output.dtype)
         # A sum over all tokens, in the dtype of magnitudes.
         products = dz.to(grad_scale.dtype) * z
-        if grad_scale.dim() > 1:
-            return dz, None, products.sum_to_size(grad_scale.shape) * grad_scale, None, None, None
-        return dz, None, products.reshape(-1, products.shape[-1]).sum(0) * grad_scale, None, None, None
+        return dz, None, _sum_to_size(products, grad_scale.shape) * grad_scale, None, None, None
+
+
+def _sum_to_size(products: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Sum over tokens: over all dimensions in front of those of `shape`, and those that a mixed batch broadcasts.
+
+    Inductor's C++ goes down column after column, and so from row to row for every sixteen numbers. Sums of sixteen rows
+    let it go along these rows: the sums of a gated layer of 1024 tokens x 2816 features take 1.0 ms in place of 2.7.
+    torch's own sum does well by itself, and on a GPU the sums would be written and read once more.
+    """
+    if products.dim() == len(shape) or products.shape[products.dim() - len(shape) :] != shape:
+        return products.sum_to_size(shape)
+    rows = products.reshape(-1, *shape)
+    # Private, read in torch 2.11 to 2.15: the context of a graph that torch.compile makes, its backward pass included.
+    is_compiled = TracingContext.try_get() is not None
+    if is_compiled and rows.is_cpu and isinstance(rows.shape[0], int) and rows.shape[0] % _ROWS_AT_ONCE == 0:
+        rows = rows.view(-1, _ROWS_AT_ONCE, *shape).sum(1)
+    return rows.sum(0)
 
 
 def scale_rows(

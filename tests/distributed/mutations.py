@@ -50,7 +50,7 @@ MUTATIONS = [
     WRONG_GROUP,
     Mutation("bias scaled", row_scale._ScaleRows.forward, "output if bias is None else output - bias", "output"),
     Mutation("magnitude's gradient of the bias", row_scale._ScaleRows.backward, "else output - bias", "else output"),
-    Mutation("magnitude's gradient not scaled", row_scale._ScaleRows.backward, "sum(0) * grad_scale", "sum(0)"),
+    Mutation("magnitude's gradient not scaled", row_scale._ScaleRows.backward, "shape) * grad_scale", "shape)"),
     Mutation("output gradient not scaled", row_scale._ScaleRows.backward, "grads[0] * grad_gain", "grads[0]"),
     Mutation(
         "magnitude's gradient under dropout", row_scale._WithGradient.backward, "(grad_gain * grad_scale)", "grad_scale"
