@@ -89,7 +89,7 @@ def _bytes_of_kernels(graph: GraphLowering) -> Iterator[float]:
 
 
 def measure(name: str, options: argparse.Namespace) -> list[Row]:
-    """Rows of one variant of `bench_model.py`, the longest first, and the host's after the kernels'."""
+    """Rows of one variant of `bench_model.py`, the longest first; a step's own range takes what Python does in it."""
     refresh = call_check.refresh
 
     def named_refresh(*args: Any) -> bool:

@@ -188,12 +188,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--only", choices=["training", "evaluation"], help="default both")
-    parser.add_argument(
-        "--attention",
-        choices=["megatron", "torch"],
-        default="megatron",
-        help="torch's keeps no scores; default megatron",
-    )
+    parser.add_argument("--attention", choices=ATTENTIONS, default="megatron", help="torch's keeps no scores")
     parser.add_argument("--recompute", action="store_true", help="checkpoint every layer")
     parser.add_argument("--json", type=Path, help="write the tables here")
     options = parser.parse_args()

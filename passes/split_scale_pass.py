@@ -36,7 +36,6 @@ from dora_fx.passes.graph_utils import call_like, erase_nodes, fake_value, subgr
 
 logger = logging.getLogger(__name__)
 
-
 _CUTS = (torch.chunk, "chunk", torch.split, "split")
 
 

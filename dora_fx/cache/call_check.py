@@ -22,10 +22,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from dora_fx.cache.fingerprint import HostMemory, digest_of, host_memory
-from dora_fx.cache.freshness import raise_if_found_stale
+from dora_fx.cache.freshness import Places, raise_if_found_stale, versions_of
 from dora_fx.cache.parameter_cache import RANK_TIMEOUT, CachedSite, refresh
 from dora_fx.cache.step_counts import optimizer_steps
 
@@ -80,33 +79,6 @@ class SiteTensors(NamedTuple):
     weights: tuple[torch.Tensor, ...]
 
 
-class _Places(NamedTuple):
-    """Where tensors lie, and how often PyTorch counted a write into each.
-
-    Attributes:
-        addresses, sizes, storages, versions: of all tensors, in their order; sizes in bytes.
-        references: weak ones to the storages, which keep their numbers from being given to later ones.
-    """
-
-    addresses: list[int]
-    sizes: list[int]
-    storages: list[int]
-    versions: list[int]
-    references: tuple[StorageWeakRef, ...]
-
-    def are_still(self, tensors: Sequence[torch.Tensor], *, uncounted: bool = False) -> bool:
-        """Return whether the tensors lie there, and, but for `uncounted`, no write into them was counted.
-
-        List by list: this runs in front of every call of a model.
-        """
-        return (
-            [tensor.data_ptr() for tensor in tensors] == self.addresses
-            and [tensor.nbytes for tensor in tensors] == self.sizes
-            and (uncounted or [tensor._version for tensor in tensors] == self.versions)
-            and [tensor.untyped_storage()._cdata for tensor in tensors] == self.storages
-        )
-
-
 class _Record(NamedTuple):
     """The tensors of a check that found nothing stale, in a form that is quick to compare.
 
@@ -118,7 +90,7 @@ class _Record(NamedTuple):
     """
 
     steps: int
-    places: _Places
+    places: Places
     runs: tuple[HostMemory, ...] | None
     bits: int
 
@@ -134,33 +106,18 @@ class _Record(NamedTuple):
         is_plain = all(tensor.is_contiguous() and not tensor.is_inference() for tensor in tensors)
         if not is_plain or len({tensor.device for tensor in tensors}) != 1:
             return None
-        versions = [tensor._version for tensor in tensors]
-        if before is not None and before.places.are_still(tensors, uncounted=True):
-            places = before.places._replace(versions=versions)
+        if before is not None and before.places.hold(tensors):
+            places = before.places._replace(versions=versions_of(tensors))
             return cls(steps, places, before.runs, digest_of(before.runs or ()))
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        places = _Places(
-            [tensor.data_ptr() for tensor in tensors],
-            [tensor.nbytes for tensor in tensors],
-            [storage._cdata for storage in storages],
-            versions,
-            tuple(map(StorageWeakRef, storages)),
-        )
         runs: list[HostMemory] | None = None
         if tensors[0].is_cpu:
             runs = [run for site in sites for source in site.sources for run in host_memory(source, sampled=False)]
             runs += [run for site in sites for weight in site.weights for run in host_memory(weight, sampled=True)]
-        return cls(steps, places, None if runs is None else tuple(runs), digest_of(runs or ()))
+        return cls(steps, Places.of(tensors), None if runs is None else tuple(runs), digest_of(runs or ()))
 
     def is_of(self, sites: Sequence[SiteTensors]) -> bool:
         """Return whether these are the same tensors in the same step, and PyTorch counted no write into them."""
-        if self.steps != optimizer_steps():
-            return False
-        try:
-            return self.places.are_still(_tensors_of(sites))
-        except RuntimeError:
-            # One has no counter or no memory, which none of those that were recorded lacked.
-            return False
+        return self.steps == optimizer_steps() and self.places.are_still(_tensors_of(sites))
 
 
 def _tensors_of(sites: Iterable[SiteTensors]) -> list[torch.Tensor]:
@@ -179,6 +136,7 @@ class CallCheck:
         self._known: _Record | None = None
         # Since the last refresh that found something stale, without the one that began with it.
         self._calls = 0
+        # Whether the last step had other calls beside its first.
         self._repeats = False
         self._begun: list[int] = []
 

@@ -31,31 +31,54 @@ class StaleParametersError(RuntimeError):
     """A cached norm or factor that was used does not follow from the parameters."""
 
 
-class Memory(NamedTuple):
-    """A tensor's memory and the number of writes into it that PyTorch counted.
+class Places(NamedTuple):
+    """The memory of several tensors, and how often PyTorch counted a write into each.
 
-    The weak reference to the storage tells later memory at the same address from this.
+    Attributes:
+        addresses, sizes, storages, versions: of all tensors, in their order; sizes in bytes.
+        references: weak ones to the storages, which keep their numbers from being given to later ones. They tell later
+            memory at the same address from this.
     """
 
-    storage: StorageWeakRef
-    address: int
-    version: int
+    addresses: list[int]
+    sizes: list[int]
+    storages: list[int]
+    versions: list[int]
+    references: tuple[StorageWeakRef, ...]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Memory:
-        return cls(StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr(), _version(tensor))
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Places:
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return cls(
+            [tensor.data_ptr() for tensor in tensors],
+            [tensor.nbytes for tensor in tensors],
+            [storage._cdata for storage in storages],
+            versions_of(tensors),
+            tuple(map(StorageWeakRef, storages)),
+        )
 
-    def is_still(self, tensor: torch.Tensor) -> bool:
+    def are_still(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether the tensors lie there, and no write into them was counted."""
+        return self.hold(tensors) and versions_of(tensors) == self.versions
+
+    def hold(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Return whether the tensors lie there.
+
+        List by list: this runs in front of every call of a model.
+        """
         return (
-            tensor.data_ptr() == self.address
-            and self.version == _version(tensor)
-            and tensor.untyped_storage()._cdata == self.storage.cdata
+            [tensor.data_ptr() for tensor in tensors] == self.addresses
+            and [tensor.nbytes for tensor in tensors] == self.sizes
+            and [tensor.untyped_storage()._cdata for tensor in tensors] == self.storages
         )
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Return a tensor's version counter; -1 for one that was made in inference mode, where reading it raises."""
-    return -1 if tensor.is_inference() else tensor._version
+def versions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return the version counters of tensors; -1 for one that was made in inference mode, where reading it raises."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class Snapshot(NamedTuple):
@@ -66,7 +89,7 @@ class Snapshot(NamedTuple):
         sampled: the bits are those of their `sampled_rows` alone.
     """
 
-    memory: tuple[Memory, ...]
+    places: Places
     kinds: tuple[tuple[torch.Size, torch.dtype], ...]
     bits: int | torch.Tensor
     sampled: bool
@@ -79,11 +102,11 @@ class Snapshot(NamedTuple):
             bits = digest(tensors, sampled=sampled)
         else:
             bits = fingerprint(_compared(tensors, sampled))
-        return cls(tuple(map(Memory.of, tensors)), _kinds(tensors), bits, sampled)
+        return cls(Places.of(tensors), _kinds(tensors), bits, sampled)
 
     def in_same_memory(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether these are the tensors that it was taken of, and PyTorch counted no write into them."""
-        return len(tensors) == len(self.memory) and all(map(Memory.is_still, self.memory, tensors))
+        return self.places.are_still(tensors)
 
     def has_same_bits(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether these tensors, wherever they are, hold the same bits; waits for the device."""

@@ -13,13 +13,15 @@ from torch._dynamo.backends.common import aot_autograd
 from dora_fx.passes import default_passes
 from dora_fx.passes.pipeline import run_passes
 from tests.graph.sites import IN, adapted, column
+from tests.graph.test_split_scale_pass import Cut, heads
 from tests.models import randomize_adapters
 
 
 @pytest.mark.parametrize(("sequence", "batch", "is_in_blocks"), [(8, 4, True), (16, 1, True), (6, 2, False)])
-def test_gradients_of_magnitudes(tensor_parallel, sequence, batch, is_in_blocks):
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_gradients_of_magnitudes(tensor_parallel, sequence, batch, is_in_blocks, is_cut):
     tensor_parallel(1)
-    model = adapted(column()).double()
+    model = (Cut(column(), heads) if is_cut else adapted(column())).double()
     randomize_adapters(model)
     sums: list[torch.Size] = []
 
@@ -35,9 +37,18 @@ def test_gradients_of_magnitudes(tensor_parallel, sequence, batch, is_in_blocks)
     x = torch.randn(sequence, batch, IN, dtype=torch.float64)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The eager call computes the norms, which the backend of this test does not.
-    expected, found = (torch.autograd.grad(call(x)[0].square().sum(), parameters) for call in (model, compiled))
+    expected, found = (torch.autograd.grad(first(call(x)).square().sum(), parameters) for call in (model, compiled))
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).norm() <= 1e-13 * theirs.norm()
     rows = sequence * batch
-    of_magnitude = [shape for shape in sums if shape[-1] == 80]
-    assert of_magnitude == ([(rows // 16, 16, 80), (rows // 16, 80)] if is_in_blocks else [(rows, 80)])
+    # Queries, keys and values of four groups, or the whole output.
+    for features in [(4, 10), (4, 5), (4, 5)] if is_cut else [(80,)]:
+        expected_sums = [(rows // 16, 16, *features), (rows // 16, *features)] if is_in_blocks else [(rows, *features)]
+        for shape in expected_sums:
+            assert shape in sums
+            sums.remove(shape)
+
+
+def first(output: Any) -> torch.Tensor:
+    """Of a layer's output and its bias, or a cut output."""
+    return output[0] if isinstance(output, tuple) else output
