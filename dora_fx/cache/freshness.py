@@ -35,7 +35,10 @@ class Places(NamedTuple):
     """The memory of several tensors, and how often PyTorch counted a write into each.
 
     Attributes:
-        addresses, sizes, storages, versions: of all tensors, in their order; sizes in bytes.
+        addresses: of all tensors, in their order, as are the others.
+        sizes: in bytes.
+        storages: torch's numbers for them.
+        versions: the counters of writes.
         references: weak ones to the storages, which keep their numbers from being given to later ones. They tell later
             memory at the same address from this.
     """
