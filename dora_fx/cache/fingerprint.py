@@ -92,19 +92,18 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def fingerprints(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     """Return the fingerprints of several groups of tensors, int64 `[len(groups)]` on the one device of all of them.
 
-    Nothing waits for the device. Tensors are small and many, so most of the work is one launch for many groups. Strided
-    tensors are copied.
+    Nothing waits for the device. Tensors are small and many, so all work is for many groups at once: a launch for each
+    tensor would take the host longer than the device takes for its sum. Strided tensors are copied.
     """
-    words = [[_words(tensor) for tensor in group] for group in groups]
-    return torch.cat([_weighted_sums(run) for run in _runs(words)])
+    return torch.cat([_weighted_sums(run) for run in _runs(groups)])
 
 
-def _runs(groups: Iterable[list[torch.Tensor]]) -> Iterator[list[list[torch.Tensor]]]:
+def _runs(groups: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[Sequence[torch.Tensor]]]:
     """Yield consecutive groups: of at most `_WORDS_AT_ONCE` words together, but at least one."""
-    run: list[list[torch.Tensor]] = []
+    run: list[Sequence[torch.Tensor]] = []
     num_words = 0
     for group in groups:
-        more = sum(part.numel() for part in group)
+        more = sum(map(_num_words, group))
         if run and num_words + more > _WORDS_AT_ONCE:
             yield run
             run, num_words = [], 0
@@ -114,8 +113,8 @@ def _runs(groups: Iterable[list[torch.Tensor]]) -> Iterator[list[list[torch.Tens
 
 
 def _weighted_sums(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    lengths = [sum(part.numel() for part in group) for group in groups]
-    flat = torch.cat([part for group in groups for part in group])
+    lengths = [sum(map(_num_words, group)) for group in groups]
+    flat = torch.cat(_words([tensor for group in groups for tensor in group]))
     mixed = flat >> 32
     mixed ^= flat
     known = _factors_for(flat.device, max(lengths))
@@ -128,14 +127,45 @@ def _weighted_sums(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     return torch.diff(sums, prepend=sums.new_zeros(1))
 
 
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a tensor as int64 `[n]`: eight bytes to a word where that fits, else one element."""
-    flat = tensor.reshape(-1)
-    size = flat.element_size()
-    # A view as int64 has to begin and end at a multiple of eight bytes.
-    if (flat.numel() * size) % 8 or (flat.storage_offset() * size) % 8:
-        return flat.view(_INTEGERS[size]).to(torch.int64)
-    return flat.view(torch.int64)
+def _words(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the bits of tensors in their order, as int64 `[n]`: eight bytes to a word where that fits.
+
+    Where it does not, each element is a word. Elements of one size become words together.
+    """
+    words: list[torch.Tensor] = []
+    single: dict[torch.dtype, list[int]] = {}
+    for tensor in tensors:
+        if _fills_words(tensor):
+            words += [row.view(torch.int64) for row in _rows_to_read(tensor)]
+        else:
+            dtype = _INTEGERS[tensor.element_size()]
+            single.setdefault(dtype, []).append(len(words))
+            words.append(tensor.contiguous().view(-1).view(dtype))
+    for indices in single.values():
+        elements = [words[index] for index in indices]
+        wide = torch.cat(elements).to(torch.int64).split([each.numel() for each in elements])
+        for index, each in zip(indices, wide, strict=True):
+            words[index] = each
+    return words
+
+
+def _rows_to_read(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return flat tensors with the elements in their order: one, or the rows of a sample, which need no copy."""
+    if tensor.dim() == 2 and tensor.stride(1) == 1 and not tensor.is_contiguous() and len(tensor) < 2 * _SAMPLED_ROWS:
+        size = tensor.element_size()
+        if not any(number * size % 8 for number in (tensor.storage_offset(), tensor.stride(0), tensor.shape[1])):
+            return tensor.unbind()
+    return [tensor.contiguous().view(-1)]
+
+
+def _num_words(tensor: torch.Tensor) -> int:
+    return tensor.nbytes // 8 if _fills_words(tensor) else tensor.numel()
+
+
+def _fills_words(tensor: torch.Tensor) -> bool:
+    """Return whether the memory of the tensor, or of its copy if it is strided, begins and ends at whole words."""
+    start = tensor.storage_offset() if tensor.is_contiguous() else 0
+    return not any(number * tensor.element_size() % 8 for number in (start, tensor.numel()))
 
 
 def _factors_for(device: torch.device, count: int) -> torch.Tensor:

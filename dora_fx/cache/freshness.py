@@ -98,14 +98,27 @@ class Snapshot(NamedTuple):
     sampled: bool
 
     @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor], *, sampled: bool = False) -> Snapshot:
-        """Take the snapshot; nothing waits for the device."""
-        bits: int | torch.Tensor
-        if all(tensor.is_cpu for tensor in tensors):
-            bits = digest(tensors, sampled=sampled)
-        else:
-            bits = fingerprint(_compared(tensors, sampled))
-        return cls(Places.of(tensors), _kinds(tensors), bits, sampled)
+    def of_each(cls, groups: Sequence[Sequence[torch.Tensor]], *, sampled: Sequence[bool]) -> list[Snapshot]:
+        """Take a snapshot of each group; nothing waits for a device, and each gets one run of launches for all groups.
+
+        Args:
+            sampled: of each group.
+        """
+        bits: list[int | torch.Tensor] = [0] * len(groups)
+        on_device: dict[torch.device, list[int]] = {}
+        for index, (tensors, part) in enumerate(zip(groups, sampled, strict=True)):
+            if all(tensor.is_cpu for tensor in tensors):
+                bits[index] = digest(tensors, sampled=part)
+            else:
+                on_device.setdefault(tensors[0].device, []).append(index)
+        for indices in on_device.values():
+            found = fingerprints([_compared(groups[index], sampled[index]) for index in indices])
+            for index, each in zip(indices, found.unbind(), strict=True):
+                bits[index] = each
+        return [
+            cls(Places.of(tensors), _kinds(tensors), own, part)
+            for tensors, own, part in zip(groups, bits, sampled, strict=True)
+        ]
 
     def in_same_memory(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Return whether these are the tensors that it was taken of, and PyTorch counted no write into them."""
@@ -171,11 +184,14 @@ class _Record(NamedTuple):
     values: Snapshot
 
     @classmethod
-    def of(cls, entry: CacheEntry) -> _Record:
+    def of_each(cls, entries: Sequence[CacheEntry]) -> list[_Record]:
         # The first source is A.
-        counter = None if entry.frozen else step_count_of(entry.sources[0])
-        steps = 0 if counter is None else counter.steps
-        return cls(counter, steps, Snapshot.of(entry.sources, sampled=entry.frozen), Snapshot.of(entry.values))
+        counters = [None if entry.frozen else step_count_of(entry.sources[0]) for entry in entries]
+        steps = [0 if counter is None else counter.steps for counter in counters]
+        groups = [entry.sources for entry in entries] + [entry.values for entry in entries]
+        sampled = [entry.frozen for entry in entries] + [False] * len(entries)
+        snapshots = Snapshot.of_each(groups, sampled=sampled)
+        return list(map(cls, counters, steps, snapshots[: len(entries)], snapshots[len(entries) :]))
 
     def is_from_earlier_step(self) -> bool:
         return self.counter is not None and self.steps != self.counter.steps
@@ -207,9 +223,10 @@ _records = WeakTensorKeyDictionary()
 _pending: list[_PendingComparison] = []
 
 
-def record(entry: CacheEntry) -> None:
-    """Record that an entry is up to date."""
-    _records[entry.value] = _Record.of(entry)
+def record(entries: Sequence[CacheEntry]) -> None:
+    """Record that entries are up to date."""
+    for entry, known in zip(entries, _Record.of_each(entries), strict=True):
+        _records[entry.value] = known
 
 
 def is_from_earlier_step(value: torch.Tensor) -> bool:
@@ -241,7 +258,7 @@ def are_up_to_date(entries: Sequence[CacheEntry]) -> list[bool]:
         ):
             # The tensors moved, or were written with the values that they had. To compute again would communicate, and
             # a rank that alone moved its parameters would hang there.
-            record(entry)
+            record([entry])
             answers[index] = True
     for compared in on_device.values():
         _start_comparison(compared)

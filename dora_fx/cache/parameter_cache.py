@@ -157,11 +157,16 @@ def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> bool:
         is_stale = [flag or stepped for flag, stepped in zip(agreed, by_step, strict=True)]
     stale = [site for site, flag in zip(sites, is_stale, strict=True) if flag]
     completed = complete_parameters([site.stored for site in stale]) if stale else []
+    buffers: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     for site, complete in zip(stale, completed, strict=True):
         for buffer, value in _buffers_and_values(site.cached, complete):
-            # In place: compiled graphs, and CUDA graphs of them, read the buffer at its address.
-            buffer.copy_(value)
-        record(_entry(site))
+            buffers.append(buffer)
+            values.append(value)
+    if buffers:
+        # In place: compiled graphs, and CUDA graphs of them, read the buffers at their addresses.
+        torch._foreach_copy_(buffers, values)
+    record([_entry(site) for site in stale])
     return bool(stale)
 
 
@@ -207,7 +212,7 @@ def _compute_base_norm(entry: CacheEntry, stored: StoredParameters) -> None:
     # Equal norms are not written: the write would count as one into a source of the scales.
     if not torch.equal(squares, base_norm_sq):
         base_norm_sq.copy_(squares)
-    record(entry)
+    record([entry])
 
 
 def _base_entry(site: CachedSite) -> CacheEntry:

@@ -87,7 +87,7 @@ def norm_terms(
         (_wide_linear(weight_rows(weight, rows), lora_a, wide_a) * lora_b[rows]).sum(1)
         for rows in _row_blocks(weight.shape[0], wide_per_row, dtype)
     ]
-    return base_norm_sq + torch.cat(cross) * (2.0 * scaling), F.linear(wide_a, wide_a)
+    return torch.addcmul(base_norm_sq, _joined(cross), scaling, value=2.0), F.linear(wide_a, wide_a)
 
 
 def norm_of_terms(
@@ -109,7 +109,7 @@ def norm_of_terms(
     for rows in _row_blocks(lora_b.shape[0], 3 * lora_b.shape[1], dtype):
         wide_b = lora_b.detach()[rows].to(dtype)
         own.append((F.linear(wide_b, gram) * wide_b).sum(1))
-    squared = linear_terms + torch.cat(own) * scaling**2
+    squared = torch.addcmul(linear_terms, _joined(own), scaling.square())
     # Rounding can push a vanishing row below zero.
     return squared.clamp(min=0.0).sqrt()
 
@@ -122,6 +122,11 @@ def _wide_linear(weight: torch.Tensor, lora_a: torch.Tensor, wide_a: torch.Tenso
         # The tensor cores read 16 bits and accumulate 32; this keeps what they accumulated.
         return torch.mm(weight, lora_a.t(), out_dtype=wide_a.dtype)
     return F.linear(weight.to(wide_a.dtype), wide_a)
+
+
+def _joined(blocks_of_rows: list[torch.Tensor]) -> torch.Tensor:
+    """Concatenate blocks of rows; one alone is not copied, since a step has a few such small operations per layer."""
+    return blocks_of_rows[0] if len(blocks_of_rows) == 1 else torch.cat(blocks_of_rows)
 
 
 def _row_blocks(num_rows: int, wide_per_row: int, dtype: torch.dtype) -> list[slice]:
