@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from dora_fx.explanation.collective_calls import CollectiveCall, collective_maybe
 from dora_fx.explanation.cost_records import Collective, LayerCosts, PassCosts, SavedTensor
 from dora_fx.explanation.layer_capture import CapturedGraphs, results_of
-from dora_fx.explanation.peak_memory import estimated_peak
+from dora_fx.explanation.peak_memory import SavedMemory, estimated_peak
 
 _aten = torch.ops.aten
 _VIEWS = {
@@ -60,19 +60,20 @@ class _Call(NamedTuple):
 
 def layer_costs(graphs: CapturedGraphs) -> LayerCosts:
     """Count the graphs of one layer."""
+    if graphs.backward is None:
+        return LayerCosts(forward=_pass_costs(graphs.forward), backward=PassCosts(0, (), 0), saved=())
+    saved = saved_tensors(graphs)
     return LayerCosts(
-        forward=_pass_costs(graphs.forward, is_backward=False),
-        backward=PassCosts(0, (), 0) if graphs.backward is None else _pass_costs(graphs.backward, is_backward=True),
-        saved=() if graphs.backward is None else saved_tensors(graphs),
+        forward=_pass_costs(graphs.forward), backward=_pass_costs(graphs.backward, _saved_memory(graphs)), saved=saved
     )
 
 
-def _pass_costs(gm: fx.GraphModule, *, is_backward: bool) -> PassCosts:
+def _pass_costs(gm: fx.GraphModule, saved: Mapping[str, SavedMemory] | None = None) -> PassCosts:
     calls = list(_calls(gm.graph))
     return PassCosts(
         flops=sum(map(_flops, calls)),
         collectives=collectives_of(gm.graph),
-        peak_bytes=estimated_peak(gm, is_backward=is_backward),
+        peak_bytes=estimated_peak(gm, saved),
     )
 
 
@@ -185,6 +186,16 @@ def saved_tensors(graphs: CapturedGraphs) -> tuple[SavedTensor, ...]:
         name = "hidden_states" if source is hidden else source.name
         kept[source] = SavedTensor(name, site, tuple(map(int, value.shape)), str(value.dtype)[6:], bytes_of(value))
     return tuple(sorted(kept.values(), key=lambda tensor: -tensor.num_bytes))
+
+
+def _saved_memory(graphs: CapturedGraphs) -> dict[str, SavedMemory]:
+    """Return whose memory the inputs of the backward graph are, by their names; an input of both graphs stays."""
+    saved = [node for node in results_of(graphs.forward.graph)[graphs.num_outputs :] if isinstance(node, fx.Node)]
+    owners = {node.name: _owner(node) for node in saved}
+    return {
+        name: SavedMemory(owner.name, 0 if owner.op == "placeholder" else bytes_of(_value(owner)))
+        for name, owner in owners.items()
+    }
 
 
 def _owner(node: fx.Node) -> fx.Node:
