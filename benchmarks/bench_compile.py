@@ -44,7 +44,7 @@ def _compile(options: argparse.Namespace, variant: str, layers: int, cache: str)
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with megatron_world(device):
-        model = make_variants(options, device, only=variant)[variant]
+        model = make_variants(options, device, [variant])[variant]
         model.allocate_buffers()
         row = {"training s": _compilation(model.train_step), "evaluation s": _compilation(model.evaluate)}
     row["graphs"] = counters["aot_autograd"]["total"]

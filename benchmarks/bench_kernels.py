@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bench_model import ATTENTIONS, DTYPES, REFERENCE, make_variants
+from bench_model import ATTENTIONS, DORA, DTYPES, REFERENCE, make_variants
 from measuring import save_tables
 from quick_option import parse_with_quick
 from quiet_world import quiet_world
@@ -98,7 +98,7 @@ def measure(name: str, options: argparse.Namespace) -> list[Row]:
 
     settings = {"cpp.enable_kernel_profile": True}
     with inductor_config.patch(settings), fresh_cache(), noting_bytes() as num_bytes:
-        variant = make_variants(options, "cpu", only=name)[name]
+        variant = make_variants(options, "cpu", [name])[name]
         variant.allocate_buffers()
         for _ in range(3):
             variant.train_step()
@@ -168,7 +168,7 @@ def main() -> None:
     options.recompute = False
     found = {}
     with quiet_world("cpu"):
-        for name in (REFERENCE, "dora_fx"):
+        for name in (REFERENCE, DORA):
             found[name] = measure(name, options)
             torch._dynamo.reset()
     for name, rows in found.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,13 @@ import dora_fx
 from dora_fx.compilation import like_a_layer_output
 from dora_fx.models import build_gpt_model, causal_mask
 
-REFERENCE = "LoRA"
+REFERENCE, DORA = "LoRA", "dora_fx"
+BASE, NORM_EVERY_CALL, MERGED = "base", "dora_fx, norm every call", "dora_fx merged"
+PEFT_LORA, PEFT_DORA = "PEFT LoRA eager", "PEFT DoRA eager"
+VARIANTS = (BASE, REFERENCE, CONTROL, DORA, NORM_EVERY_CALL, MERGED, PEFT_LORA, PEFT_DORA)
+EVALUATED_ONLY = (BASE, MERGED)
 MEGATRON_TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 HF_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-MERGED = "dora_fx merged"
-EVALUATED_ONLY = ("base", MERGED)
 ATTENTIONS = ["megatron", "torch"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -97,8 +99,8 @@ def megatron_model(options: argparse.Namespace, device: str) -> Any:
     return model
 
 
-def make_variants(options: argparse.Namespace, device: str, *, only: str | None = None) -> dict[str, Variant]:
-    """Variants by name, every one or `only` that one."""
+def make_variants(options: argparse.Namespace, device: str, names: Collection[str]) -> dict[str, Variant]:
+    """Variants of these names."""
     tokens = torch.randint(0, options.vocab, (1, options.tokens + 1), device=device)
     positions = torch.arange(options.tokens, device=device)[None]
     mask = causal_mask(options.tokens, device)
@@ -123,16 +125,16 @@ def make_variants(options: argparse.Namespace, device: str, *, only: str | None 
 
     every_call = {"weight_norm": "every_call"}
     makers: dict[str, Callable[[], Variant]] = {
-        "base": lambda: megatron(lambda model, *_: model.requires_grad_(False), backend="inductor"),
+        BASE: lambda: megatron(lambda model, *_: model.requires_grad_(False), backend="inductor"),
         REFERENCE: lambda: megatron(with_lora, backend="inductor"),
         CONTROL: lambda: megatron(with_lora, backend="inductor"),
-        "dora_fx": lambda: megatron(with_dora, backend="dora_fx"),
-        "dora_fx, norm every call": lambda: megatron(with_dora, backend="dora_fx", options=every_call),
+        DORA: lambda: megatron(with_dora, backend="dora_fx"),
+        NORM_EVERY_CALL: lambda: megatron(with_dora, backend="dora_fx", options=every_call),
         MERGED: lambda: megatron(with_dora, backend="dora_fx"),
-        "PEFT LoRA eager": lambda: huggingface(use_dora=False),
-        "PEFT DoRA eager": lambda: huggingface(use_dora=True),
+        PEFT_LORA: lambda: huggingface(use_dora=False),
+        PEFT_DORA: lambda: huggingface(use_dora=True),
     }
-    return {name: make() for name, make in makers.items() if only in (None, name)}
+    return {name: make() for name, make in makers.items() if name in names}
 
 
 def compile_layers(model: Any, options: argparse.Namespace, settings: dict[str, Any]) -> None:
@@ -151,7 +153,7 @@ def compile_layers(model: Any, options: argparse.Namespace, settings: dict[str, 
 
 
 def measure(options: argparse.Namespace, device: str) -> dict[str, Comparison]:
-    variants = make_variants(options, device)
+    variants = make_variants(options, device, {*options.variants, REFERENCE, CONTROL})
     trains = options.only != "evaluation"
     steps = {name: variant.train_step for name, variant in variants.items() if trains and name not in EVALUATED_ONLY}
     evaluations = {name: variant.evaluate for name, variant in variants.items()}
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--only", choices=["training", "evaluation"], help="default both")
     parser.add_argument("--attention", choices=ATTENTIONS, default="megatron", help="torch's keeps no scores")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="default all")
     parser.add_argument("--recompute", action="store_true", help="checkpoint every layer")
     parser.add_argument("--json", type=Path, help="write the tables here")
     options = parser.parse_args()
