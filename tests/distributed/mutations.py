@@ -117,7 +117,7 @@ MUTATIONS = [
     Mutation("norm in bfloat16", weight_norm.norm_of_terms, ".sqrt()", ".sqrt().bfloat16().to(dtype)"),
     Mutation("norm's terms not reduced", site_parameters._row_norms, "site.layout.shards_input_features", "False"),
     Mutation("norm's terms swapped", site_parameters._row_norms, "whole[::2], whole[1::2]", "whole[1::2], whole[::2]"),
-    Mutation("norm's scaling not squared", weight_norm.norm_of_terms, "scaling**2", "scaling"),
+    Mutation("norm's scaling not squared", weight_norm.norm_of_terms, "scaling.square()", "scaling"),
     Mutation(
         "stale norm",
         site_parameters._row_norms,
@@ -128,7 +128,9 @@ MUTATIONS = [
     Mutation(
         "norms summed instead of squares", weight_norm.base_norm_squared, "(weight.dtype)).square()", "(weight.dtype))"
     ),
-    Mutation("base norm left out", weight_norm.norm_terms, "base_norm_sq + torch.cat(cross)", "torch.cat(cross)"),
+    Mutation(
+        "base norm left out", weight_norm.norm_terms, "addcmul(base_norm_sq", "addcmul(torch.zeros_like(base_norm_sq)"
+    ),
     Mutation(
         "weight gradients not reduced",
         collectives.reduce_scatter_rows,
