@@ -191,10 +191,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--only", choices=["training", "evaluation"], help="default both")
     parser.add_argument("--attention", choices=ATTENTIONS, default="megatron", help="torch's keeps no scores")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help="default all")
+    of_names = f"of {' | '.join(VARIANTS)}; {REFERENCE} and its {CONTROL} are always measured; default all"
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=of_names)
     parser.add_argument("--recompute", action="store_true", help="checkpoint every layer")
     parser.add_argument("--json", type=Path, help="write the tables here")
     options = parser.parse_args()
+    if options.only == "training" and (untrained := set(EVALUATED_ONLY).intersection(options.variants or ())):
+        parser.error(f"--variants: found {', '.join(sorted(untrained))} and --only training, expected what is trained")
+    options.variants = options.variants or VARIANTS
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with quiet_world(device):
         comparisons = measure(options, device)

@@ -98,23 +98,23 @@ def fingerprints(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     return torch.cat([_weighted_sums(run) for run in _runs(groups)])
 
 
-def _runs(groups: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[Sequence[torch.Tensor]]]:
-    """Yield consecutive groups: of at most `_WORDS_AT_ONCE` words together, but at least one."""
-    run: list[Sequence[torch.Tensor]] = []
+def _runs(groups: Iterable[Sequence[torch.Tensor]]) -> Iterator[list[tuple[Sequence[torch.Tensor], int]]]:
+    """Yield consecutive groups, each with its words: of at most `_WORDS_AT_ONCE` together, but at least one group."""
+    run: list[tuple[Sequence[torch.Tensor], int]] = []
     num_words = 0
     for group in groups:
         more = sum(map(_num_words, group))
         if run and num_words + more > _WORDS_AT_ONCE:
             yield run
             run, num_words = [], 0
-        run.append(group)
+        run.append((group, more))
         num_words += more
     yield run
 
 
-def _weighted_sums(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    lengths = [sum(map(_num_words, group)) for group in groups]
-    flat = torch.cat(_words([tensor for group in groups for tensor in group]))
+def _weighted_sums(run: Sequence[tuple[Sequence[torch.Tensor], int]]) -> torch.Tensor:
+    lengths = [length for _, length in run]
+    flat = torch.cat(_words([tensor for group, _ in run for tensor in group]))
     mixed = flat >> 32
     mixed ^= flat
     known = _factors_for(flat.device, max(lengths))

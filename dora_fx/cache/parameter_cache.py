@@ -164,7 +164,8 @@ def _refresh(sites: Sequence[CachedSite], rank_timeout: float) -> bool:
             buffers.append(buffer)
             values.append(value)
     if buffers:
-        # In place: compiled graphs, and CUDA graphs of them, read the buffers at their addresses.
+        # In place: compiled graphs, and CUDA graphs of them, read the buffers at their addresses. Private, and what
+        # torch's optimizers write with: one call for all.
         torch._foreach_copy_(buffers, values)
     record([_entry(site) for site in stale])
     return bool(stale)

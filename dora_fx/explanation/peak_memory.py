@@ -60,7 +60,8 @@ def _scheduled_peak(lowering: GraphLowering, inputs: list[Any], saved: Mapping[s
     _count_whole_memory(freeable, saved)
     _, live = estimate_peak_memory(nodes, freeable, OrderedSet(lowering.get_output_names()))
     # The list has one more entry, behind the last node.
-    return int(max(size - _bytes_in_registers(node) for size, node in zip(live, nodes, strict=False)))
+    sizes = (size - _bytes_in_registers(node) for size, node in zip(live, nodes, strict=False))
+    return int(max(sizes, default=0))
 
 
 def _count_whole_memory(freeable: Mapping[str, FreeableInputBuffer], saved: Mapping[str, SavedMemory]) -> None:

@@ -202,7 +202,7 @@ def _counted(sent: Any) -> dict[tuple[str, int], int]:
 def differences(found: dict[str, Numbers], expected: dict[str, Numbers], room: float = 0.1) -> list[str]:
     """What is not equal, by variant and name; peaks may be off by a part of themselves, `room`.
 
-    A prediction lacks what gloo allocates and memory that Inductor uses again within a kernel.
+    A prediction leaves out what gloo allocates, and that a kernel may write its output over an input that ends there.
     """
     return [
         f"{variant} {name}: predicted {found[variant][name]}, measured {value}"
